@@ -1,0 +1,37 @@
+# Every target makes the virtual environment .venv first where it is missing; nothing has to be installed by hand.
+SHELL := /bin/bash
+PY := .venv/bin/python
+# Spinning OpenMP threads collapse as soon as two processes share the cores; passive waiting costs little alone.
+export OMP_WAIT_POLICY ?= passive
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= true
+PYTEST_ARGS ?=
+
+.PHONY: demo test check format bench env clean
+env: .venv/.complete
+
+.venv/.complete: pyproject.toml constraints.txt
+	tools/make_env.sh
+
+demo: env
+	$(PY) recipes/demo.py --output runs/demo
+
+test: env
+	OMP_NUM_THREADS=1 TORCH_EXTENSIONS_DIR=$$(mktemp -d) $(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+check: env
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+	.venv/bin/typos
+
+format: env
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+bench: env
+	@for name in encode train startup; do $(PY) -m benchmarks.$$name --json || exit 1; done
+
+clean:
+	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,154 @@
+"""Content parts and examples: what flows through mmembed from a file to a tensor.
+
+A Content is a tuple of parts (text, image, video frames, audio). Media are references until they are used: nothing here
+opens a file. This module knows nothing of tensors, tokenizers or files formats (readers live in `mmembed.data.formats`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mmembed.errors import MmembedError, nearest
+
+if TYPE_CHECKING:
+    import numpy as np
+    import PIL.Image
+
+Role = Literal["query", "document"]
+
+
+class Task(StrEnum):
+    """What an example's labels mean; objectives and evaluation choose by it."""
+
+    RETRIEVAL = "retrieval"
+    STS = "sts"
+    CLASSIFICATION = "classification"
+    CLUSTERING = "clustering"
+    RERANKING = "reranking"
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """One picture: a path, encoded bytes, a PIL image, or `table.parquet#image_id` (a row of a parquet table)."""
+
+    source: str | bytes | PIL.Image.Image
+
+
+@dataclass(frozen=True, slots=True)
+class Video:
+    """Frames in order. `fps` is the rate at which they were sampled, in frames per second."""
+
+    frames: tuple[Image, ...]
+    fps: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Audio:
+    """A mono waveform: a path to a sound file, or samples (T,) in [-1, 1] at `sampling_rate` Hz."""
+
+    source: str | np.ndarray
+    sampling_rate: int | None = None
+
+
+Part = Text | Image | Video | Audio
+Content = tuple[Part, ...]
+ContentLike = Any  # str, PIL image, one part, a sequence of parts, or {"text", "image", "images", "video", "audio"}
+CONTENT_KEYS = ("text", "image", "images", "video", "fps", "audio", "sampling_rate", "instruction")
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A candidate of one query. `relevance` is graded: above 0 is a positive, 0 is a labelled negative.
+
+    `score` is an optional teacher or retriever score, in the teacher's own units.
+    """
+
+    content: Content
+    relevance: float = 1.0
+    score: float | None = None
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One training or evaluation record. `where` is `file:line` of its origin, for error messages."""
+
+    query: Content
+    documents: tuple[Document, ...]
+    task: Task = Task.RETRIEVAL
+    instruction: str | None = None
+    source: str = ""
+    id: str | None = None
+    where: str = ""
+
+
+def to_content(value: ContentLike) -> Content:
+    """Reads what users naturally write as content.
+
+    A str is one text. A mapping may hold `text`, `image` (or `images`, a list), `video` (a list of frames, with `fps`)
+    and `audio` (with `sampling_rate`); media come before the text, as chat models are trained. A sequence is a
+    sequence of parts in the given order. `instruction` in a mapping is left to the caller.
+
+    Raises:
+        MmembedError: on an unknown key, an unknown type, or no part at all.
+    """
+    if isinstance(value, str):
+        return (Text(value),)
+    if isinstance(value, Text | Image | Video | Audio):
+        return (value,)
+    if isinstance(value, Mapping):
+        return _from_mapping(value)
+    if _is_picture(value) or isinstance(value, bytes):
+        return (Image(value),)
+    if isinstance(value, Sequence):
+        parts = tuple(part for item in value for part in to_content(item))
+        if not parts:
+            raise MmembedError("content: an empty list has nothing to embed; give at least one text or medium")
+        return parts
+    raise MmembedError(f"content: cannot read a {type(value).__name__}; give a str, a PIL image, a mapping with "
+                       f"{', '.join(CONTENT_KEYS[:-1])}, or a list of those")
+
+
+def _from_mapping(value: Mapping[str, Any]) -> Content:
+    for key in value:
+        if key not in CONTENT_KEYS:
+            raise MmembedError(f"content: unknown key '{key}'; {nearest(key, CONTENT_KEYS)}")
+    parts: list[Part] = []
+    images = [] if value.get("image") is None else [value["image"]]
+    images += list(value.get("images") or [])
+    parts += [_to_image(image) for image in images]
+    if value.get("video") is not None:
+        parts.append(Video(tuple(_to_image(frame) for frame in value["video"]), value.get("fps")))
+    if value.get("audio") is not None:
+        parts.append(Audio(value["audio"], value.get("sampling_rate")))
+    if value.get("text") is not None:
+        if not isinstance(value["text"], str):
+            raise MmembedError(f"content: 'text' is a {type(value['text']).__name__}; give a str")
+        parts.append(Text(value["text"]))
+    if not parts:
+        raise MmembedError("content: a mapping without text, image, video or audio has nothing to embed")
+    return tuple(parts)
+
+
+def _to_image(value: Any) -> Image:
+    if isinstance(value, Image):
+        return value
+    if isinstance(value, Path):
+        return Image(str(value))
+    if isinstance(value, str | bytes) or _is_picture(value):
+        return Image(value)
+    raise MmembedError(f"content: cannot read a {type(value).__name__} as an image; give a path, encoded bytes or a PIL image")
+
+
+def _is_picture(value: Any) -> bool:
+    """Whether this is a PIL image, without importing PIL."""
+    return any(base.__module__.startswith("PIL.") for base in type(value).__mro__[:-1])

@@ -1,0 +1,38 @@
+"""Errors a user can act on.
+
+Every message answers three questions: where (file:line of the record, key of the config), what was found, what to do.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class MmembedError(ValueError):
+    """Base of every error that mmembed raises on purpose."""
+
+
+class ConfigError(MmembedError):
+    """A configuration key, value or combination that cannot work."""
+
+
+class RecordError(MmembedError):
+    """A data record that cannot be used. `where` is `file:line`."""
+
+    def __init__(self, where: str, found: str, remedy: str) -> None:
+        super().__init__(f"{where}: {found}. {remedy}")
+        self.where, self.found, self.remedy = where, found, remedy
+
+
+class MediaError(MmembedError):
+    """An image, video or audio that cannot be opened within the limits."""
+
+
+class CheckpointError(MmembedError):
+    """A saved model that cannot be written, read, or does not fit."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Says which known name was probably meant: `did you mean 'mean'?`, or lists them all."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"
