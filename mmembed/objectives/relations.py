@@ -1,0 +1,77 @@
+"""Who is relevant to whom, and who counts, over the documents of all processes.
+
+Three kinds of other queries' documents are no negatives and are masked when asked: the content of an own positive, the
+positive of another query with the same content, and the own query's content. Everything goes by content keys, so equal
+texts under different ids are found. Cost: a (Q, distinct contents) bool table beside the (Q, C) matrices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmembed.data.labels import BatchLabels
+from mmembed.objectives.gather import gather_counts, gather_rows, world
+
+
+@dataclass(frozen=True)
+class Relations:
+    """Labels of all processes: M queries, C documents; `owner` counts queries over all processes."""
+
+    owner: Tensor  # (C,)
+    relevance: Tensor  # (C,)
+    document_keys: Tensor  # (C,)
+    query_keys: Tensor  # (M,)
+    query_counts: list[int]
+    document_counts: list[int]
+    in_batch: bool
+
+    @classmethod
+    def gather(cls, labels: BatchLabels, across: bool) -> Relations:
+        """Of all processes, or of this one alone."""
+        device = labels.owner.device
+        queries, documents = len(labels.query_keys), len(labels.owner)
+        query_counts = gather_counts(queries, device) if across else [queries]
+        document_counts = gather_counts(documents, device) if across else [documents]
+        offset = sum(query_counts[: world()[0]]) if across else 0
+        return cls(
+            owner=gather_rows(labels.owner + offset, document_counts),
+            relevance=gather_rows(labels.relevance, document_counts),
+            document_keys=gather_rows(labels.document_keys, document_counts),
+            query_keys=gather_rows(labels.query_keys, query_counts),
+            query_counts=query_counts,
+            document_counts=document_counts,
+            in_batch=labels.in_batch,
+        )
+
+    def local(self, counts: list[int]) -> slice:
+        """This process's slice of rows counted by `counts`."""
+        start = 0 if len(counts) == 1 else sum(counts[: world()[0]])
+        return slice(start, start + counts[0 if len(counts) == 1 else world()[0]])
+
+    def matrix(self, queries: slice, documents: slice, mask_duplicates: bool) -> tuple[Tensor, Tensor]:
+        """-> relevance (Q, C) float, valid (Q, C) bool, for these queries and documents."""
+        query_index = torch.arange(len(self.query_keys), device=self.owner.device)[queries]  # (Q,)
+        owner, grade = self.owner[documents], self.relevance[documents]  # (C,), (C,)
+        own = query_index[:, None] == owner[None, :]  # (Q, C)
+        relevance = torch.where(own, grade[None, :], 0.0)  # (Q, C)
+        valid = own if not self.in_batch else torch.ones_like(own)
+        if mask_duplicates:
+            valid = valid & ((relevance > 0) | ~self._duplicates(query_index, documents, own))
+        return relevance, valid
+
+    def _duplicates(self, query_index: Tensor, documents: slice, own: Tensor) -> Tensor:
+        """(Q, C) bool: content that the query already has as a positive, or as itself."""
+        _, ids = torch.unique(self.document_keys, return_inverse=True)  # (C,)
+        positive = self.relevance > 0
+        table = torch.zeros(len(self.query_keys), int(ids.max()) + 1, dtype=torch.bool, device=ids.device)
+        table[self.owner[positive], ids[positive]] = True  # (M, distinct contents)
+        same_positive = table[query_index][:, ids[documents]]  # (Q, C)
+        query_keys = self.query_keys[query_index][:, None]  # (Q, 1)
+        same_query = (
+            (self.query_keys[self.owner[documents]][None, :] == query_keys) & positive[documents][None, :] & ~own
+        )
+        itself = self.document_keys[documents][None, :] == query_keys
+        return same_positive | same_query | itself

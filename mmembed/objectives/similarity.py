@@ -1,0 +1,67 @@
+"""Similarities of A and B embeddings -> (A, B).
+
+cosine, dot: one vector an input. maxsim (ColBERT, arXiv 2004.12832): sum over the left side's vectors of the largest
+dot product with the right side's. maxsim_mean (FILIP, arXiv 2111.07783): the mean, so that a temperature means the same
+for short and long inputs. The last two are not symmetric: similarity(a, b) is not similarity(b, a).T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from mmembed.embeddings import Embeddings
+from mmembed.errors import ConfigError, nearest
+
+Similarity = Callable[[Embeddings, Embeddings], Tensor]
+
+
+def cosine(a: Embeddings, b: Embeddings) -> Tensor:
+    return functional.normalize(a.vectors, dim=-1) @ functional.normalize(b.vectors, dim=-1).T
+
+
+def dot(a: Embeddings, b: Embeddings) -> Tensor:
+    return a.vectors @ b.vectors.T
+
+
+def maxsim(a: Embeddings, b: Embeddings) -> Tensor:
+    """The A*B*T*S products are made 16 rows of A at a time, and again in the backward instead of being kept."""
+    mask_a, mask_b = _mask(a), _mask(b)  # (A, T), (B, S)
+    blocks = [
+        checkpoint(_maxsim_block, a.vectors[part], b.vectors, mask_a[part], mask_b, use_reentrant=False)
+        for part in (slice(start, start + 16) for start in range(0, len(a.vectors), 16))
+    ]
+    return torch.cat(blocks)
+
+
+def maxsim_mean(a: Embeddings, b: Embeddings) -> Tensor:
+    return maxsim(a, b) / _mask(a).sum(1, keepdim=True)
+
+
+SIMILARITIES: dict[str, Similarity] = {"cosine": cosine, "dot": dot, "maxsim": maxsim, "maxsim_mean": maxsim_mean}
+
+
+def get_similarity(name: str) -> Similarity:
+    """By name. Raises ConfigError naming the nearest."""
+    if name not in SIMILARITIES:
+        raise ConfigError(f"objective.similarity: there is no '{name}'; {nearest(name, SIMILARITIES)}")
+    return SIMILARITIES[name]
+
+
+def _maxsim_block(a: Tensor, b: Tensor, mask_a: Tensor, mask_b: Tensor) -> Tensor:
+    """(A, T, E), (B, S, E), (A, T), (B, S) -> (A, B)."""
+    products = torch.einsum("ate,bse->abts", a, b)  # (A, B, T, S)
+    best = products.masked_fill(~mask_b[None, :, None, :], float("-inf")).amax(-1)  # (A, B, T)
+    return (best * mask_a[:, None, :]).sum(-1)
+
+
+def _mask(embeddings: Embeddings) -> Tensor:
+    if embeddings.mask is None:
+        raise ConfigError(
+            "maxsim compares several vectors an input; use pooling 'multi_vector', or similarity 'cosine'"
+        )
+    return embeddings.mask

@@ -1,0 +1,86 @@
+"""Optimizers by name, with a learning rate a tower.
+
+adamw: torch's fused AdamW. adamw_8bit: bitsandbytes (quant extra), moments in 8 bits for tensors of 4,096 values and
+more, embeddings in 32. lion: below. adafactor: transformers', with the learning rate as given. Or any name that
+transformers.TrainingArguments.optim knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
+
+OPTIM_NAMES = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "adafactor": "adafactor"}
+
+
+class Lion(torch.optim.Optimizer):
+    """Lion (Chen et al., arXiv 2302.06675, algorithm 2): the sign of an interpolated momentum, decoupled decay.
+
+    u = sign(b1 m + (1 - b1) g);  p <- p (1 - lr wd) - lr u;  m <- b2 m + (1 - b2) g
+
+    Learning rates are 3 to 10 times below AdamW's and weight decay 3 to 10 times above (section 5 of the paper).
+    State: one tensor a parameter.
+    """
+
+    def __init__(
+        self, params: ParamsT, lr: float = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            rate, (beta1, beta2), decay = group["lr"], group["betas"], group["weight_decay"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                momentum: Tensor = state["momentum"]
+                update = momentum.lerp(parameter.grad, 1 - beta1).sign_()
+                parameter.mul_(1 - rate * decay).add_(update, alpha=-rate)
+                momentum.lerp_(parameter.grad, 1 - beta2)
+        return loss
+
+
+def parameter_groups(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    tower_of: Callable[[str], str],
+    decayed: set[str],
+    learning_rate: float,
+    learning_rates: dict[str, float],
+    weight_decay: float,
+) -> list[dict[str, Any]]:
+    """One group a (tower, decayed or not), so that each tower has its own learning rate.
+
+    Args:
+        parameters: (name, parameter) pairs; frozen ones are left out.
+        tower_of: name -> tower.
+        decayed: names that weight decay applies to.
+        learning_rates: tower -> rate; the others use `learning_rate`.
+    """
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    for name, parameter in parameters:
+        if not parameter.requires_grad:
+            continue
+        tower, decays = tower_of(name), name in decayed
+        group = groups.setdefault(
+            (tower, decays),
+            {
+                "params": [],
+                "lr": learning_rates.get(tower, learning_rate),
+                "weight_decay": weight_decay if decays else 0.0,
+                "tower": tower,
+            },
+        )
+        group["params"].append(parameter)
+    return list(groups.values())

@@ -1,0 +1,152 @@
+"""Losses, objectives and the Lion step against values computed outside this repository (losses.json)."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmembed.data.labels import BatchLabels
+from mmembed.embeddings import Embeddings
+from mmembed.losses import LOSSES, Scores
+from mmembed.objectives import build_objective
+from mmembed.training.optimizers import Lion
+
+GOLDEN = json.loads((Path(__file__).parent / "losses.json").read_text())
+TOLERANCE = 1e-6
+
+
+def tensor(values, grad=True):
+    return torch.tensor(values, dtype=torch.float64, requires_grad=grad)
+
+
+def labels_of(queries, documents, group_size=1, in_batch=True):
+    """Group-major: document j belongs to query j // group_size and the first of a group is the positive."""
+    position = torch.arange(documents)
+    return BatchLabels(
+        owner=position // group_size,
+        relevance=(position % group_size == 0).double(),
+        score=torch.full((documents,), float("nan")),
+        document_keys=position + 1000,
+        query_keys=torch.arange(queries),
+        in_batch=in_batch,
+    )
+
+
+@pytest.mark.parametrize(
+    "entry", GOLDEN["infonce"] + GOLDEN["nv-embed"] + GOLDEN["saha"], ids=lambda entry: entry["name"]
+)
+def test_contrastive(entry):
+    queries, documents = tensor(entry["inputs"]["q"]), tensor(entry["inputs"]["p"])
+    parameters = entry["params"]
+    objective = build_objective(
+        {
+            "type": "contrastive",
+            "temperature": parameters["temperature"],
+            # sentence-transformers, the reference of the symmetric entry, differentiates through the normalisation
+            "similarity": "cosine" if parameters.get("symmetric") else "dot",
+            "symmetric": parameters.get("symmetric", False),
+        }
+    )
+    labels = labels_of(
+        len(queries),
+        len(documents),
+        entry["inputs"].get("group_size", 1),
+        parameters.get("in_batch_negatives", True),
+    )
+    loss, _ = objective(Embeddings(queries), Embeddings(documents), labels)
+    loss.backward()
+    assert loss.item() == pytest.approx(entry["loss"], abs=TOLERANCE)
+    assert queries.grad.norm().item() == pytest.approx(entry["grad_norms"]["q"], abs=TOLERANCE)
+    if "p" in entry["grad_norms"]:
+        assert documents.grad.norm().item() == pytest.approx(entry["grad_norms"]["p"], abs=TOLERANCE)
+
+
+def test_several_positives_among_all_candidates_is_supcon():
+    (entry,) = GOLDEN["supcon"]
+    features = tensor(entry["inputs"]["features"])  # (samples, views, E)
+    views = features.flatten(0, 1)  # (6, E)
+    label = torch.tensor(entry["inputs"]["labels"]).repeat_interleave(features.shape[1])
+    other = ~torch.eye(len(views), dtype=torch.bool)
+    relevance = ((label[:, None] == label[None, :]) & other).double()
+    scores = Scores(views @ views.T / entry["params"]["temperature"], relevance, other)
+    loss = LOSSES.build({"type": "infonce", "rivals": "all"})(scores).mean()
+    loss.backward()
+    assert loss.item() == pytest.approx(entry["loss"], abs=TOLERANCE)
+    assert features.grad.norm().item() == pytest.approx(entry["grad_norms"]["features"], abs=TOLERANCE)
+
+
+def test_matryoshka():
+    (entry,) = GOLDEN["matryoshka"]
+    queries, documents = tensor(entry["inputs"]["q"]), tensor(entry["inputs"]["p"])
+    parameters = entry["params"]
+    objective = build_objective(
+        {
+            "type": "contrastive",
+            "temperature": parameters["temperature"],
+            "matryoshka": {"dims": parameters["dims"], "weights": parameters["weights"]},
+        }
+    )
+    loss, metrics = objective(Embeddings(queries), Embeddings(documents), labels_of(len(queries), len(documents)))
+    loss.backward()
+    assert loss.item() == pytest.approx(entry["loss"], abs=TOLERANCE)
+    for size, expected in entry["expected"]["per_dim"].items():
+        assert metrics[f"loss_{size}"].item() == pytest.approx(expected, abs=TOLERANCE)
+    assert queries.grad.norm().item() == pytest.approx(entry["grad_norms"]["q"], abs=TOLERANCE)
+    assert documents.grad.norm().item() == pytest.approx(entry["grad_norms"]["p"], abs=TOLERANCE)
+
+
+def test_late_interaction_colbert():
+    (entry,) = GOLDEN["colbert-maxsim"]
+    inputs = entry["inputs"]
+    queries, documents = tensor(inputs["query_tokens"]), tensor(inputs["doc_tokens"])
+    objective = build_objective({"type": "contrastive", "temperature": 1.0, "similarity": "maxsim"})
+    loss, _ = objective(
+        Embeddings(queries, torch.tensor(inputs["query_mask"]).bool()),
+        Embeddings(documents, torch.ones(documents.shape[:2], dtype=torch.bool)),
+        labels_of(len(queries), len(documents)),
+    )
+    loss.backward()
+    assert loss.item() == pytest.approx(entry["loss"], abs=TOLERANCE)
+    assert queries.grad.norm().item() == pytest.approx(entry["grad_norms"]["query_tokens"], abs=TOLERANCE)
+    assert documents.grad.norm().item() == pytest.approx(entry["grad_norms"]["doc_tokens"], abs=TOLERANCE)
+
+
+def test_late_interaction_filip_has_a_matrix_a_direction():
+    (entry,) = GOLDEN["filip"]
+    inputs = entry["inputs"]
+    text, image = tensor(inputs["text_tokens"]), tensor(inputs["image_tokens"])
+    objective = build_objective(
+        {
+            "type": "contrastive",
+            "temperature": entry["params"]["temperature"],
+            "similarity": "maxsim_mean",
+            "symmetric": True,
+        }
+    )
+    loss, _ = objective(
+        Embeddings(text, torch.tensor(inputs["text_mask"]).bool()),
+        Embeddings(image, torch.ones(image.shape[:2], dtype=torch.bool)),
+        labels_of(len(text), len(image)),
+    )
+    loss.backward()
+    assert loss.item() == pytest.approx(entry["loss"], abs=TOLERANCE)
+    assert text.grad.norm().item() == pytest.approx(entry["grad_norms"]["text_tokens"], abs=TOLERANCE)
+    assert image.grad.norm().item() == pytest.approx(entry["grad_norms"]["image_tokens"], abs=TOLERANCE)
+
+
+def test_lion_step():
+    (entry,) = GOLDEN["lion"]
+    parameters = entry["params"]
+    parameter = torch.nn.Parameter(tensor(entry["inputs"]["p"], grad=False))
+    optimizer = Lion(
+        [parameter],
+        lr=parameters["lr"],
+        betas=(parameters["beta1"], parameters["beta2"]),
+        weight_decay=parameters["weight_decay"],
+    )
+    optimizer.state[parameter]["momentum"] = tensor(entry["inputs"]["exp_avg"], grad=False)
+    parameter.grad = tensor(entry["inputs"]["grad"], grad=False)
+    optimizer.step()
+    assert parameter.tolist() == pytest.approx(entry["expected"]["p"], abs=1e-12)
+    assert optimizer.state[parameter]["momentum"].tolist() == pytest.approx(entry["expected"]["exp_avg"], abs=1e-12)

@@ -1,0 +1,143 @@
+"""The contrastive objective: masks, margins, temperatures, against plain loops."""
+
+import math
+
+import pytest
+import torch
+
+from mmembed.data.labels import BatchLabels
+from mmembed.embeddings import Embeddings
+from mmembed.errors import ConfigError
+from mmembed.objectives import build_objective
+
+
+def make_labels(owner, relevance, keys=None, query_keys=None, in_batch=True):
+    count = len(owner)
+    return BatchLabels(
+        owner=torch.tensor(owner),
+        relevance=torch.tensor(relevance, dtype=torch.float64),
+        score=torch.full((count,), float("nan")),
+        document_keys=torch.tensor(keys if keys is not None else list(range(100, 100 + count))),
+        query_keys=torch.tensor(query_keys if query_keys is not None else list(range(max(owner) + 1))),
+        in_batch=in_batch,
+    )
+
+
+def embed(count, size=5, seed=0):
+    vectors = torch.randn(count, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return Embeddings(vectors)
+
+
+def looped_loss(queries, documents, owner, relevance, temperature, skip=lambda i, j: False):
+    """In-batch InfoNCE with one positive a query, by the definition."""
+    losses = []
+    for i in range(len(queries)):
+        cosine = [
+            float(queries[i] @ documents[j] / queries[i].norm() / documents[j].norm()) for j in range(len(documents))
+        ]
+        (positive,) = (j for j in range(len(documents)) if owner[j] == i and relevance[j] > 0)
+        others = [j for j in range(len(documents)) if j != positive and not skip(i, j)]
+        scores = {j: math.exp(cosine[j] / temperature) for j in [positive, *others]}
+        losses.append(-math.log(scores[positive] / sum(scores.values())))
+    return sum(losses) / len(losses)
+
+
+OWNER, RELEVANCE = [0, 0, 1, 1, 2, 2], [1, 0, 1, 0, 1, 0]
+
+
+def test_in_batch_with_hard_negatives():
+    queries, documents = embed(3), embed(6, seed=1)
+    loss, metrics = build_objective({"type": "contrastive", "temperature": 0.3})(
+        queries, documents, make_labels(OWNER, RELEVANCE)
+    )
+    assert loss.item() == pytest.approx(looped_loss(queries.vectors, documents.vectors, OWNER, RELEVANCE, 0.3))
+    assert metrics["negatives"].item() == 5
+
+
+def test_without_in_batch_negatives_only_the_own_group_counts():
+    queries, documents = embed(3), embed(6, seed=1)
+    loss, metrics = build_objective({"type": "contrastive", "temperature": 0.3})(
+        queries, documents, make_labels(OWNER, RELEVANCE, in_batch=False)
+    )
+    expected = looped_loss(queries.vectors, documents.vectors, OWNER, RELEVANCE, 0.3, skip=lambda i, j: OWNER[j] != i)
+    assert loss.item() == pytest.approx(expected)
+    assert metrics["negatives"].item() == 1
+
+
+@pytest.mark.parametrize("mask", [True, False])
+def test_other_queries_documents_that_are_no_negatives(mask):
+    """Document 2 has the content of query 0's positive; query 2 has the content of query 1; document 5 is query 0."""
+    queries, documents = embed(3), embed(6, seed=1)
+    keys, query_keys = [100, 101, 100, 103, 104, 7], [7, 8, 8]
+    masked = {(0, 2), (1, 0), (1, 4), (2, 2), (0, 5)} if mask else set()
+    loss, _ = build_objective({"type": "contrastive", "temperature": 0.3, "mask_duplicates": mask})(
+        queries, documents, make_labels(OWNER, RELEVANCE, keys, query_keys)
+    )
+    expected = looped_loss(
+        queries.vectors, documents.vectors, OWNER, RELEVANCE, 0.3, skip=lambda i, j: (i, j) in masked
+    )
+    assert loss.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.1, 0.5])
+def test_false_negative_margin(margin):
+    queries, documents = embed(3, seed=3), embed(6, seed=4)
+    cosine = torch.nn.functional.normalize(queries.vectors, dim=1) @ torch.nn.functional.normalize(documents.vectors).T
+    positive = {0: 0, 1: 2, 2: 4}
+    loss, _ = build_objective({"type": "contrastive", "temperature": 0.3, "false_negative_margin": margin})(
+        queries, documents, make_labels(OWNER, RELEVANCE)
+    )
+    expected = looped_loss(
+        queries.vectors,
+        documents.vectors,
+        OWNER,
+        RELEVANCE,
+        0.3,
+        skip=lambda i, j: cosine[i, j] > cosine[i, positive[i]] + margin,
+    )
+    assert loss.item() == pytest.approx(expected)
+
+
+def test_symmetric_is_the_mean_of_both_directions():
+    queries, documents = embed(3), embed(3, seed=1)
+    labels = make_labels([0, 1, 2], [1, 1, 1])
+    one_way = build_objective({"type": "contrastive", "temperature": 0.3})
+    there, _ = one_way(queries, documents, labels)
+    back, _ = one_way(documents, queries, labels)
+    both, _ = build_objective({"type": "contrastive", "temperature": 0.3, "symmetric": True})(
+        queries, documents, labels
+    )
+    assert both.item() == pytest.approx((there.item() + back.item()) / 2)
+
+
+def test_learned_temperature_has_a_gradient_and_a_floor():
+    objective = build_objective({"type": "contrastive", "temperature": {"value": 0.05, "learn": True}})
+    loss, metrics = objective(embed(3), embed(3, seed=1), make_labels([0, 1, 2], [1, 1, 1]))
+    loss.backward()
+    assert objective.temperature.log_scale.grad.abs() > 0
+    assert metrics["temperature"].item() == pytest.approx(0.05)
+    with torch.no_grad():
+        objective.temperature.log_scale.fill_(20.0)
+    assert objective.temperature.scale().item() == pytest.approx(100)
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"type": "contrastive", "temprature": 1}, "temperature"),
+        ({"type": "contrastiv"}, "contrastive"),
+        ({"type": "contrastive", "loss": "infonc"}, "infonce"),
+        ({"type": "contrastive", "temperature": 0}, "above 0"),
+        ({"type": "contrastive", "temperature": {"value": 0.05, "lern": True}}, "learn"),
+        ({"type": "contrastive", "similarity": "cosin"}, "cosine"),
+        ({"type": "contrastive", "false_negative_margin": -0.1}, "0 or more"),
+        ({"type": "contrastive", "matryoshka": {"dims": [512]}}, "embedding size 256"),
+        ({"type": "contrastive", "matryoshka": {"dims": [64, 64]}}, "distinct"),
+        ({"type": "contrastive", "matryoshka": {"dims": [64], "weights": [1, 2]}}, "one weight a dim"),
+        ({"type": "contrastive", "matryoshka": {"dims": [64], "wieghts": [1]}}, "weights"),
+        ({"type": "contrastive", "matryoshka": [64]}, "dims"),
+    ],
+)
+def test_a_wrong_block_is_refused_with_the_remedy(block, message):
+    with pytest.raises(ConfigError, match=message):
+        build_objective(block, embedding_size=256)
