@@ -1,7 +1,7 @@
 """Content parts and examples: what flows through mmembed from a file to a tensor.
 
 A Content is a tuple of parts (text, image, video frames, audio). Media are references until they are used: nothing here
-opens a file. This module knows nothing of tensors, tokenizers or files formats (readers live in `mmembed.data.formats`).
+opens a file. This module knows nothing of tensors, tokenizers or file formats (readers live in `mmembed.data.formats`).
 """
 
 from __future__ import annotations
@@ -107,36 +107,70 @@ def to_content(value: ContentLike) -> Content:
         return (value,)
     if isinstance(value, Mapping):
         return _from_mapping(value)
-    if _is_picture(value) or isinstance(value, bytes):
-        return (Image(value),)
+    if _is_picture(value) or isinstance(value, bytes | Path):
+        return (_to_image(value),)
     if isinstance(value, Sequence):
         parts = tuple(part for item in value for part in to_content(item))
         if not parts:
             raise MmembedError("content: an empty list has nothing to embed; give at least one text or medium")
         return parts
-    raise MmembedError(f"content: cannot read a {type(value).__name__}; give a str, a PIL image, a mapping with "
-                       f"{', '.join(CONTENT_KEYS[:-1])}, or a list of those")
+    raise MmembedError(
+        f"content: cannot read a {type(value).__name__}; give a str, a PIL image, a mapping with "
+        f"{', '.join(CONTENT_KEYS[:-1])}, or a list of those"
+    )
 
 
 def _from_mapping(value: Mapping[str, Any]) -> Content:
     for key in value:
         if key not in CONTENT_KEYS:
             raise MmembedError(f"content: unknown key '{key}'; {nearest(key, CONTENT_KEYS)}")
-    parts: list[Part] = []
-    images = [] if value.get("image") is None else [value["image"]]
-    images += list(value.get("images") or [])
-    parts += [_to_image(image) for image in images]
-    if value.get("video") is not None:
-        parts.append(Video(tuple(_to_image(frame) for frame in value["video"]), value.get("fps")))
-    if value.get("audio") is not None:
-        parts.append(Audio(value["audio"], value.get("sampling_rate")))
-    if value.get("text") is not None:
-        if not isinstance(value["text"], str):
-            raise MmembedError(f"content: 'text' is a {type(value['text']).__name__}; give a str")
-        parts.append(Text(value["text"]))
+    given = {key: item for key, item in value.items() if item is not None}
+    for key, owner in (("fps", "video"), ("sampling_rate", "audio")):
+        if key in given and owner not in given:
+            raise MmembedError(f"content: '{key}' describes '{owner}', which is not there; remove it")
+    parts: list[Part] = [_to_image(given["image"])] if "image" in given else []
+    parts += _to_images("images", given["images"]) if "images" in given else []
+    if "video" in given:
+        parts.append(Video(_to_images("video", given["video"]), _positive("fps", given.get("fps"))))
+    if "audio" in given:
+        parts.append(_to_audio(given["audio"], given.get("sampling_rate")))
+    if "text" in given:
+        if not isinstance(given["text"], str):
+            raise MmembedError(f"content: 'text' is a {type(given['text']).__name__}; give a str")
+        parts.append(Text(given["text"]))
     if not parts:
         raise MmembedError("content: a mapping without text, image, video or audio has nothing to embed")
     return tuple(parts)
+
+
+def _to_images(key: str, value: Any) -> tuple[Image, ...]:
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        what = "the frames as a list of images" if key == "video" else "a list of images"
+        raise MmembedError(f"content: '{key}' is a {type(value).__name__}; give {what}")
+    if not value:
+        raise MmembedError(f"content: '{key}' is an empty list; remove the key, or give at least one image")
+    return tuple(_to_image(item) for item in value)
+
+
+def _to_audio(value: Any, sampling_rate: Any) -> Audio:
+    rate = _positive("sampling_rate", sampling_rate)
+    if isinstance(value, Audio):
+        return value
+    if isinstance(value, str | Path):
+        return Audio(str(value), None if rate is None else int(rate))
+    if type(value).__module__ == "numpy" and value.ndim == 1:
+        if rate is None:
+            raise MmembedError("content: audio samples without 'sampling_rate'; give it in Hz")
+        return Audio(value, int(rate))
+    raise MmembedError(
+        f"content: cannot read a {type(value).__name__} as audio; give a path or a one-dimensional numpy array"
+    )
+
+
+def _positive(key: str, value: Any) -> float | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
+        raise MmembedError(f"content: '{key}' is {value!r}; give a number above 0")
+    return value
 
 
 def _to_image(value: Any) -> Image:
@@ -146,7 +180,9 @@ def _to_image(value: Any) -> Image:
         return Image(str(value))
     if isinstance(value, str | bytes) or _is_picture(value):
         return Image(value)
-    raise MmembedError(f"content: cannot read a {type(value).__name__} as an image; give a path, encoded bytes or a PIL image")
+    raise MmembedError(
+        f"content: cannot read a {type(value).__name__} as an image; give a path, encoded bytes or a PIL image"
+    )
 
 
 def _is_picture(value: Any) -> bool:

@@ -1,0 +1,440 @@
+"""Opens images, video frames and audio, under limits of size and place.
+
+Records name media that somebody else wrote, so nothing is trusted: a path may not leave the media folders (resolved, so
+neither `..` nor a symbolic link gets out), a URL is refused unless asked for, and the number of pixels is read from the
+header and judged before anything is decoded. A picture may also be a row of a parquet table (`images.parquet#id`).
+
+Costs: `size` reads a header (60 us, then cached), `open` decodes (about 1 ms for 300 x 300 pixels). A parquet table is
+copied once into an Arrow file in the cache folder, because parquet can only be read by whole row groups: after that any
+row is a memory-mapped slice (30 us), shared by all processes, in constant memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import tempfile
+import urllib.request
+import wave
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+import PIL.Image
+
+from mmembed.content import Audio, Image, Video
+from mmembed.errors import MediaError
+
+_URL = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+://|data:)")
+_ROW = re.compile(r"^(?P<column>.+)\[(?P<row>\d+)\]$")
+_ORIENTATION_TAG = 0x0112
+_TRANSPOSE = {
+    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    3: PIL.Image.Transpose.ROTATE_180,
+    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    5: PIL.Image.Transpose.TRANSPOSE,
+    6: PIL.Image.Transpose.ROTATE_270,
+    7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_90,
+}
+_CACHED_SIZES = 1_000_000  # about 150 MB of paths; then the cache starts anew
+_URL_SECONDS = 20
+
+
+@dataclass(frozen=True)
+class MediaLimits:
+    """What may be opened: pixels of one image, bytes of one encoded file, and whether URLs are fetched."""
+
+    max_pixels_decoded: int = 64_000_000
+    max_bytes: int = 50_000_000
+    allow_urls: bool = False
+
+
+def default_cache_dir() -> Path:
+    """`$MMEMBED_CACHE`, else `mmembed` in the user's cache folder."""
+    if "MMEMBED_CACHE" in os.environ:
+        return Path(os.environ["MMEMBED_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmembed"
+
+
+class MediaStore:
+    """Opens media. Picklable: each process opens its own tables, at first use.
+
+    Args:
+        root: folder that relative paths start from and that no path may leave. None: relative paths start from the
+            working directory and every readable file may be opened (for content that the caller wrote himself).
+        limits: see MediaLimits.
+        also: further folders that absolute paths may point into (with a root).
+        cache_dir: where Arrow copies of parquet tables are kept; default `default_cache_dir()`.
+    """
+
+    def __init__(
+        self,
+        root: str | Path | None = None,
+        limits: MediaLimits = MediaLimits(),
+        also: Sequence[str | Path] = (),
+        cache_dir: str | Path | None = None,
+    ) -> None:
+        self.root = None if root is None else Path(root)
+        self.limits = limits
+        self.also = tuple(Path(folder) for folder in also)
+        self.cache_dir = None if cache_dir is None else Path(cache_dir)
+        folders = () if self.root is None else (self.root, *self.also)
+        self._allowed = tuple(folder.resolve() for folder in folders)
+        self._sizes: dict[str, tuple[int, int]] = {}
+        self._tables: dict[Path, _PictureTable] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_sizes": {}, "_tables": {}}
+
+    def size(self, image: Image) -> tuple[int, int]:
+        """(width, height) in pixels after EXIF rotation, from the header only.
+
+        Raises:
+            MediaError: as `open`, but for damage that only decoding shows.
+        """
+        source = image.source
+        if isinstance(source, str) and source in self._sizes:
+            return self._sizes[source]
+        with self._header(image) as header:
+            size = _upright_size(header)
+        if isinstance(source, str):
+            if len(self._sizes) >= _CACHED_SIZES:
+                self._sizes.clear()
+            self._sizes[source] = size
+        return size
+
+    def check(self, image: Image) -> None:
+        """Raises MediaError for what can be seen without decoding: place, header, limits, a file that ends early."""
+        with self._header(image) as header:
+            whole = isinstance(image.source, str | bytes) and _ends_well(header)
+        if not whole:
+            self.open(image)
+
+    def open(self, image: Image) -> PIL.Image.Image:
+        """The picture as RGB, EXIF-rotated, transparency on white.
+
+        Raises:
+            MediaError: missing, not an image, truncated, too many pixels or bytes, outside the media folders, a URL.
+        """
+        with self._header(image) as header:
+            orientation = _orientation(header)
+            try:
+                header.load()
+                upright = header.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else header
+                return _to_rgb(upright)
+            except (OSError, SyntaxError, ValueError, EOFError) as error:
+                found = f"the picture is truncated or damaged ({error})"
+                raise MediaError(f"{_label(image.source)}: {found}; replace the file or skip the record") from None
+
+    def frames(self, video: Video) -> list[PIL.Image.Image]:
+        """The frames in order, each as `open`."""
+        return [self.open(frame) for frame in video.frames]
+
+    def waveform(self, audio: Audio) -> tuple[np.ndarray, int]:
+        """Mono samples (T,) float32 in [-1, 1], and their rate in Hz.
+
+        WAV files are read as they are; other formats need the `soundfile` package.
+        """
+        if isinstance(audio.source, np.ndarray):
+            if audio.sampling_rate is None:
+                raise MediaError("audio samples without a sampling rate; give sampling_rate in Hz")
+            return audio.source.astype(np.float32, copy=False), audio.sampling_rate
+        path = self._file(audio.source)
+        try:
+            return _read_wave(path) if path.suffix.lower() == ".wav" else _read_sound(path)
+        except (OSError, EOFError, wave.Error, RuntimeError) as error:
+            raise MediaError(f"{audio.source}: not a readable sound file ({error}); replace it") from None
+
+    @contextmanager
+    def _header(self, image: Image) -> Iterator[PIL.Image.Image]:
+        """The picture, opened but not decoded, its pixel count judged."""
+        if isinstance(image.source, PIL.Image.Image):
+            self._judge_pixels(image.source, image.source)
+            yield image.source
+            return
+        with self._stream(image.source) as stream:
+            try:
+                header = PIL.Image.open(stream)
+            except PIL.Image.DecompressionBombError as error:
+                raise MediaError(f"{_label(image.source)}: gigantic picture ({error}); scale it down") from None
+            except (OSError, SyntaxError, ValueError) as error:
+                found = "an empty file" if not _length(stream) else f"not a readable picture ({error})"
+                raise MediaError(f"{_label(image.source)}: {found}; replace the file or skip the record") from None
+            with header:
+                self._judge_pixels(header, image.source)
+                yield header
+
+    def _judge_pixels(self, header: PIL.Image.Image, source: Any) -> None:
+        width, height = header.size
+        if width * height > self.limits.max_pixels_decoded:
+            raise MediaError(
+                f"{_label(source)}: gigantic picture, {width} x {height} pixels; the limit is "
+                f"{self.limits.max_pixels_decoded}. Scale it down or raise MediaLimits.max_pixels_decoded"
+            )
+
+    def _stream(self, source: str | bytes) -> BinaryIO:
+        """The encoded bytes as a stream, their number judged."""
+        if isinstance(source, bytes):
+            return io.BytesIO(self._judge_bytes(source, source))
+        if _is_url(source):
+            return io.BytesIO(self._fetch(source))
+        if ".parquet#" in source:
+            name, _, reference = source.rpartition("#")
+            return io.BytesIO(self._judge_bytes(self._table(self._file(name)).read(reference), source))
+        path = self._file(source)
+        if path.stat().st_size > self.limits.max_bytes:
+            self._too_many_bytes(source, path.stat().st_size)
+        return path.open("rb")
+
+    def _judge_bytes(self, encoded: bytes, source: Any) -> bytes:
+        if len(encoded) > self.limits.max_bytes:
+            self._too_many_bytes(source, len(encoded))
+        return encoded
+
+    def _too_many_bytes(self, source: Any, count: int) -> None:
+        raise MediaError(
+            f"{_label(source)}: {count} bytes; the limit is {self.limits.max_bytes}. "
+            "Compress it or raise MediaLimits.max_bytes"
+        )
+
+    def _fetch(self, url: str) -> bytes:
+        if not self.limits.allow_urls or not url.startswith(("https://", "http://")):
+            what = "URLs are refused" if not self.limits.allow_urls else "only http and https URLs are fetched"
+            raise MediaError(
+                f"{_label(url)}: {what}; download the file, or set MediaLimits(allow_urls=True) for http(s)"
+            )
+        try:
+            with urllib.request.urlopen(url, timeout=_URL_SECONDS) as answer:
+                return self._judge_bytes(answer.read(self.limits.max_bytes + 1), url)
+        except OSError as error:
+            raise MediaError(f"{url}: cannot be fetched ({error}); download the file yourself") from None
+
+    def _file(self, source: str) -> Path:
+        """The existing file that a path means. Raises MediaError when it leaves the media folders or is missing."""
+        if _is_url(source):
+            raise MediaError(f"{_label(source)}: only pictures are fetched from URLs; download the file")
+        path = Path(source) if self.root is None else self.root / source
+        try:
+            resolved = path.resolve()
+            is_file = resolved.is_file()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise MediaError(f"{_label(source)}: not a usable path ({error})") from None
+        if self._allowed and not any(resolved.is_relative_to(folder) for folder in self._allowed):
+            raise MediaError(
+                f"{_label(source)}: points outside the media root {self.root}; move the file below it, or set "
+                "data.media_root to a folder that holds all media"
+            )
+        if not is_file:
+            raise MediaError(f"{_label(source)}: there is no such file ({path}); check the path and the media root")
+        return resolved
+
+    def _table(self, path: Path) -> _PictureTable:
+        if path not in self._tables:
+            self._tables[path] = _PictureTable(path, self.cache_dir or default_cache_dir())
+        return self._tables[path]
+
+
+def _label(source: Any) -> str:
+    if isinstance(source, str):
+        return source if len(source) <= 200 else f"{source[:200]}..."
+    return f"encoded picture of {len(source)} bytes" if isinstance(source, bytes) else "PIL image"
+
+
+def _is_url(source: str) -> bool:
+    """Whether this has a scheme (`https://`, `file://`, `data:`); a Windows drive letter is a path."""
+    return _URL.match(source) is not None
+
+
+def _length(stream: BinaryIO) -> int:
+    return stream.seek(0, os.SEEK_END)
+
+
+def _orientation(header: PIL.Image.Image) -> int:
+    """The EXIF orientation, from header data only: Image.getexif would decode some files."""
+    encoded = header.info.get("exif")
+    if not encoded:
+        return 1
+    try:
+        exif = PIL.Image.Exif()
+        exif.load(encoded)
+        return int(exif.get(_ORIENTATION_TAG, 1))
+    except (SyntaxError, ValueError, TypeError, OSError, KeyError):
+        return 1
+
+
+def _upright_size(header: PIL.Image.Image) -> tuple[int, int]:
+    width, height = header.size
+    return (height, width) if _orientation(header) in (5, 6, 7, 8) else (width, height)
+
+
+def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    if image.mode == "RGB":
+        return image.copy()
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    if image.mode.startswith("I;16"):  # convert() would clip 16-bit greys to white
+        image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def _ends_well(header: PIL.Image.Image) -> bool:
+    """Whether the encoded data reaches its end mark; False also where the format has none."""
+    stream = cast(BinaryIO, header.fp)  # type: ignore[attr-defined]  # PIL.ImageFile.ImageFile
+    place, length = stream.tell(), _length(stream)
+    stream.seek(max(0, length - 4096))
+    tail = stream.read()
+    stream.seek(0)
+    head = stream.read(8)
+    stream.seek(place)
+    if header.format == "JPEG":
+        return b"\xff\xd9" in tail
+    if header.format == "PNG":
+        return b"IEND" in tail
+    if header.format == "WEBP":
+        return int.from_bytes(head[4:8], "little") + 8 <= length
+    return False
+
+
+def _read_wave(path: Path) -> tuple[np.ndarray, int]:
+    with wave.open(str(path), "rb") as sound:
+        width, channels, rate = sound.getsampwidth(), sound.getnchannels(), sound.getframerate()
+        raw = sound.readframes(sound.getnframes())
+    if width == 1:  # unsigned
+        samples: np.ndarray = (np.frombuffer(raw, np.uint8).astype(np.float32) - 128) / 128
+    elif width in (2, 4):
+        samples = np.frombuffer(raw, f"<i{width}").astype(np.float32) / float(2 ** (8 * width - 1))
+    else:
+        raise wave.Error(f"{8 * width}-bit samples; convert it to 16 bits")
+    return samples.reshape(-1, channels).mean(axis=1), rate  # (T,)
+
+
+def _read_sound(path: Path) -> tuple[np.ndarray, int]:
+    try:
+        import soundfile
+    except ImportError:
+        raise MediaError(f"{path}: only WAV is read without soundfile; pip install soundfile, or convert it") from None
+    samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    return samples.mean(axis=1), int(rate)  # (T,)
+
+
+class _PictureTable:
+    """Random access to the encoded pictures of one parquet file, through a memory-mapped Arrow copy.
+
+    A row is addressed by its `image_id` (the picture is then in the column `image`) or as `column[row]`. The id index
+    is two sorted arrays, 16 bytes a row, memory-mapped too: a dict of ten million ids would take gigabytes a worker.
+    """
+
+    def __init__(self, path: Path, cache_dir: Path) -> None:
+        import pyarrow as pa
+
+        stat = path.stat()
+        name = hashlib.sha256(f"{path}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:24]
+        self.path = path
+        folder = build_once(cache_dir / "pictures" / name, lambda work: _convert_table(path, work))
+        self._rows = pa.ipc.open_file(pa.memory_map(str(folder / "pictures.arrow"))).read_all()
+        self._ids = np.load(folder / "ids.npy", mmap_mode="r")  # (2, N): sorted hashes, their rows
+
+    def read(self, reference: str) -> bytes:
+        row, column = self._find(reference), "image"
+        if row is None:
+            match = _ROW.match(reference)
+            if match is None or match["column"] not in self._rows.column_names:
+                raise MediaError(f"{self.path}#{reference}: the table has no such image_id; {self._hint()}")
+            row, column = int(match["row"]), match["column"]
+            if row >= self._rows.num_rows:
+                raise MediaError(f"{self.path}#{reference}: the table has {self._rows.num_rows} rows")
+        encoded = self._rows[column][row].as_py()
+        if encoded is None:
+            raise MediaError(f"{self.path}#{reference}: the row has no picture bytes")
+        return cast(bytes, encoded)
+
+    def _find(self, reference: str) -> int | None:
+        key = _id_hash(reference)
+        place = int(np.searchsorted(self._ids[0], key))
+        while place < self._ids.shape[1] and self._ids[0, place] == key:
+            row = int(self._ids[1, place])
+            if self._rows["image_id"][row].as_py() == reference:
+                return row
+            place += 1
+        return None
+
+    def _hint(self) -> str:
+        if self._ids.shape[1] == 0:
+            return f"it has no column image_id; name a picture as {self._rows.column_names[0]}[row]"
+        return f"its ids look like '{self._rows['image_id'][0].as_py()}'"
+
+
+def _id_hash(image_id: str) -> np.uint64:
+    return np.uint64(int.from_bytes(hashlib.blake2b(image_id.encode(), digest_size=8).digest(), "little"))
+
+
+def _convert_table(path: Path, folder: Path) -> None:
+    """Writes pictures.arrow (picture columns as plain bytes, image_id) and ids.npy into `folder`, 64 rows at a time."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(path, memory_map=True)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise MediaError(f"{path}: not a readable parquet file ({error})") from None
+    schema = table.schema_arrow
+    pictures = [field.name for field in schema if _holds_pictures(field.type)]
+    names = [*pictures, *(["image_id"] if "image_id" in schema.names else [])]
+    if not pictures:
+        raise MediaError(f"{path}: no column holds picture bytes; its columns are {', '.join(schema.names)}")
+    target = pa.schema([(name, pa.large_binary() if name in pictures else pa.string()) for name in names])
+    hashes: list[np.uint64] = []
+    with pa.OSFile(str(folder / "pictures.arrow"), "wb") as file, pa.ipc.new_file(file, target) as writer:
+        for batch in table.iter_batches(batch_size=64, columns=names):
+            columns = [_plain(batch.column(name)).cast(target.field(name).type) for name in names]
+            writer.write_batch(pa.record_batch(columns, schema=target))
+            if "image_id" in names:
+                hashes.extend(_id_hash(image_id) for image_id in columns[names.index("image_id")].to_pylist())
+    keys = np.array(hashes, dtype=np.uint64)
+    order = np.argsort(keys, kind="stable").astype(np.uint64)
+    np.save(folder / "ids.npy", np.stack([keys[order], order]) if len(keys) else np.zeros((2, 0), np.uint64))
+
+
+def _holds_pictures(kind: Any) -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _plain(column: Any) -> Any:
+    import pyarrow as pa
+
+    return column.field("bytes") if pa.types.is_struct(column.type) else column
+
+
+def build_once(folder: Path, build: Callable[[Path], Any]) -> Path:
+    """Fills `folder` by `build(work folder)` unless it is there. Processes that ask together build it once.
+
+    The work folder is renamed when it is complete, so a kill leaves no half-built cache.
+    """
+    if (folder / "complete.json").exists():
+        return folder
+    from filelock import FileLock
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "complete.json").exists():
+            work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+            try:
+                (work / "complete.json").write_text(json.dumps(build(work)), encoding="utf-8")
+                shutil.rmtree(folder, ignore_errors=True)
+                work.rename(folder)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    return folder
