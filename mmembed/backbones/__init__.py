@@ -1,0 +1,14 @@
+"""Backbones: any decoder LLM or vision-language model of transformers, behind one small contract (`Family`).
+
+`Family` in `family.py` holds what is the same everywhere; a family that deviates is one file here. `load_backbone`
+loads model, processor and family together. The torchvision shim acts before anything of transformers is imported.
+"""
+
+from mmembed.backbones.torchvision_shim import declare_missing_operators
+
+declare_missing_operators()
+
+from mmembed.backbones.family import FAMILIES, Family, Layout  # noqa: E402
+from mmembed.backbones.loading import Backbone, load_backbone, resolve_backbone, set_attention  # noqa: E402
+
+__all__ = ["FAMILIES", "Backbone", "Family", "Layout", "load_backbone", "resolve_backbone", "set_attention"]

@@ -1,0 +1,115 @@
+"""What is trained of a backbone: a peft adapter or all of it, and which towers stand still.
+
+LoRA (arXiv 2106.09685), DoRA (2402.09353), rsLoRA (2312.03732), QLoRA (2305.14314: nf4 base, LoRA on top), prefix
+tuning (2101.00190), prompt tuning (2104.08691), or `none` for full fine-tuning. Frozen towers (vision by default) get
+no adapter and no gradient. LoRA costs two thin matrices a linear layer, and some percent of the forward pass.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmembed.backbones.loading import Backbone
+from mmembed.errors import ConfigError, nearest
+
+LORA_TYPES = ("lora", "dora", "rslora", "qlora")
+PROMPT_TYPES = ("prefix", "prompt")
+
+
+def quantization_of(adapter: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Arguments of `transformers.BitsAndBytesConfig` that an adapter block asks for, None for an unquantized base."""
+    if adapter is None or adapter["type"] != "qlora":
+        return None
+    return {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": adapter["quant_type"],
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+    }
+
+
+def apply_adapter(backbone: Backbone, adapter: Mapping[str, Any], freeze: Collection[str]) -> nn.Module:
+    """Freezes towers and adds the adapter.
+
+    Args:
+        adapter: the `adapter` block of the config: type, r, alpha, dropout, target_modules, init, num_virtual_tokens.
+            `target_modules`: `auto` is every linear layer of the language tower (and of the vision tower where that is
+            not frozen), `all-linear` every linear layer outside frozen towers, a list names layers by suffix.
+        freeze: towers that are not trained; ones that the family does not have are ignored.
+
+    Returns:
+        The model to train: the backbone itself for `none`, a PeftModel otherwise.
+
+    Raises:
+        ConfigError: an unknown type or layer, or prompt tuning of a vision-language backbone.
+    """
+    kind = adapter["type"]
+    if kind == "none":
+        freeze_towers(backbone, freeze)
+        return backbone.model
+    from peft import get_peft_model
+
+    return get_peft_model(backbone.model, _peft_config(backbone, adapter, freeze))
+
+
+def freeze_towers(backbone: Backbone, freeze: Collection[str]) -> None:
+    """Switches the gradient off in the named towers, in place."""
+    patterns = [pattern for tower, pattern in backbone.family.towers().items() if tower in freeze]
+    for name, parameter in backbone.model.named_parameters():
+        parameter.requires_grad_(parameter.is_floating_point() and not any(re.search(p, name) for p in patterns))
+
+
+def _peft_config(backbone: Backbone, adapter: Mapping[str, Any], freeze: Collection[str]) -> Any:
+    from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig
+
+    kind = adapter["type"]
+    if kind in LORA_TYPES:
+        targets, excluded = _lora_targets(backbone, adapter["target_modules"], freeze)
+        return LoraConfig(
+            r=adapter["r"],
+            lora_alpha=adapter["alpha"],
+            lora_dropout=adapter["dropout"],
+            target_modules=targets,
+            exclude_modules=excluded,
+            use_dora=kind == "dora",
+            use_rslora=kind == "rslora",
+            init_lora_weights="gaussian" if adapter.get("init") == "gaussian" else True,
+        )
+    if kind not in PROMPT_TYPES:
+        raise ConfigError(f"adapter.type: there is no '{kind}'; {nearest(kind, (*LORA_TYPES, *PROMPT_TYPES, 'none'))}")
+    if backbone.family.multimodal:
+        raise ConfigError(
+            f"adapter.type '{kind}': virtual tokens would shift the image positions of "
+            f"'{backbone.config.model_type}'; use lora, or a text backbone"
+        )
+    cls = PrefixTuningConfig if kind == "prefix" else PromptTuningConfig
+    return cls(task_type="FEATURE_EXTRACTION", num_virtual_tokens=adapter["num_virtual_tokens"])
+
+
+def _lora_targets(backbone: Backbone, target_modules: Any, freeze: Collection[str]) -> tuple[list[str], str | None]:
+    """Layer suffixes to adapt and a regular expression of modules to leave alone."""
+    towers = backbone.family.towers()
+    skipped = set(freeze) | ({"projector"} if target_modules == "auto" else set())
+    patterns = [f".*{towers[tower]}.*" for tower in towers if tower in skipped]
+    linear = {
+        name
+        for name, module in backbone.model.named_modules()
+        if isinstance(module, nn.Linear) and not any(re.fullmatch(pattern, name) for pattern in patterns)
+    }
+    if not linear:
+        raise ConfigError(f"model.freeze: {sorted(freeze)} leaves no linear layer to adapt; free a tower")
+    leaves = {name.rsplit(".", 1)[-1] for name in linear}
+    if not isinstance(target_modules, str):
+        for target in target_modules:
+            if not any(name == target or name.endswith("." + target) for name in linear):
+                raise ConfigError(
+                    f"adapter.target_modules: no layer outside frozen towers ends in '{target}'; "
+                    f"{nearest(target, leaves)}"
+                )
+        leaves = set(target_modules)
+    return sorted(leaves), "|".join(patterns) or None

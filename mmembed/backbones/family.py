@@ -1,0 +1,158 @@
+"""What mmembed needs to know of a backbone family, and the answers that hold for most of them.
+
+A family answers five questions: how an image is written in a prompt, how many tokens it takes (from its size, without
+opening it), which tensors the model wants beside the token ids, which modules are vision, projector and language, and
+whether its attention can be causal. Everything else (tokenizing, truncation, masks, pooling) is the same for all and
+lives in `mmembed.preprocess` and `mmembed.models`. A deviating family is one file that overrides what differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from mmembed.errors import ConfigError, MmembedError
+from mmembed.registry import Registry
+
+if TYPE_CHECKING:
+    import PIL.Image
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A prompt written out, with the character spans that matter.
+
+    Attributes:
+        hidden: instruction (and chat head), kept out of pooling.
+        suffix_start: from here on the suffix, which truncation keeps.
+        media: images, which truncation keeps too.
+        complete: it already holds the tokenizer's special tokens.
+    """
+
+    text: str
+    hidden: tuple[tuple[int, int], ...]
+    suffix_start: int
+    media: tuple[tuple[int, int], ...] = ()
+    complete: bool = False
+
+
+class Family:
+    """The generic family: a text decoder, or a vision-language model whose image is a run of one special token.
+
+    Args:
+        config: the configuration of the loaded model.
+        processor: its processor (vision-language) or tokenizer (text).
+    """
+
+    name: ClassVar[str] = "generic"
+    model_types: ClassVar[tuple[str, ...]] = ()
+    vision_modules: ClassVar[str] = r"visual|vision_tower|vision_model"
+    projector_modules: ClassVar[str] = r"multi_modal_projector|connector"
+    language_modules: ClassVar[str] = r"language_model|text_model"
+    always_bidirectional: ClassVar[bool] = False  # attention inside the prompt is never causal
+
+    def __init__(self, config: Any, processor: Any) -> None:
+        self.config, self.processor = config, processor
+        self.multimodal: bool = "vision_config" in config.to_dict()
+        self.tokenizer = processor.tokenizer if self.multimodal else processor
+
+    # What a prompt looks like -----------------------------------------------------------------------------------------
+
+    @property
+    def image_token(self) -> str:
+        """The token that chat templates write once for an image."""
+        return self.processor.image_token
+
+    @property
+    def reserved(self) -> tuple[str, ...]:
+        """Strings that user text must not contain, because the model would look for a medium behind them."""
+        if not self.multimodal:
+            return ()
+        video = vars(self.processor).get("video_token")
+        return (self.image_token,) if video is None else (self.image_token, video)
+
+    def image_markup(self, width: int, height: int, images_in_row: int) -> str:
+        """The text that stands for one image of `width` x `height` pixels where the template wrote `image_token`.
+
+        Args:
+            images_in_row: how many images the same input has; some families cut an image only when it is alone.
+        """
+        counts = self.processor._get_num_multimodal_tokens(image_sizes=[(height, width)])
+        return self.image_token * counts.num_image_tokens[0]
+
+    def frame_markup(self, markup: str) -> str:
+        """What surrounds an image outside of a chat template."""
+        return markup
+
+    def lay_out(self, prefix: str, parts: Sequence[str | None], markups: Sequence[str], suffix: str) -> Layout:
+        """Writes a prompt without a chat template.
+
+        Args:
+            parts: the content in order, None where an image stands.
+            markups: one markup an image.
+        """
+        pictures, text, media, after_text = iter(markups), prefix, [], False
+        for part in parts:
+            piece = self.frame_markup(next(pictures)) if part is None else "\n" + part if after_text else part
+            if part is None:
+                media.append((len(text), len(text) + len(piece)))
+            text, after_text = text + piece, part is not None
+        return Layout(text + suffix, ((0, len(prefix)),) if prefix else (), len(text), tuple(media))
+
+    # What the model wants ---------------------------------------------------------------------------------------------
+
+    def image_tensors(self, images: Sequence[Sequence[PIL.Image.Image]]) -> dict[str, torch.Tensor]:
+        """The image processor's tensors for the images of a batch.
+
+        Args:
+            images: the images of each input that has any, in batch order.
+        """
+        if not self.multimodal:
+            raise MmembedError(
+                f"image: the backbone '{self.config.model_type}' reads text only; "
+                "use a vision-language backbone or drop the images"
+            )
+        flat = [image for row in images for image in row]
+        return dict(self.processor.image_processor(images=flat, return_tensors="pt"))
+
+    def token_tensors(self, input_ids: torch.Tensor, has_images: bool) -> dict[str, torch.Tensor]:
+        """Tensors that follow from the token ids (B, T), for example token types."""
+        return {}
+
+    def hidden_states(self, model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Runs the backbone: -> (B, T, H), T longer by the virtual tokens under prompt tuning."""
+        return model(**tensors, return_dict=True).last_hidden_state
+
+    def set_pixel_limits(self, min_pixels: int | None, max_pixels: int | None) -> None:
+        """Bounds the area of an image before it is cut into patches, in pixels.
+
+        Raises ConfigError where the family's processor has a fixed image size.
+        """
+        if min_pixels is not None or max_pixels is not None:
+            raise ConfigError(
+                f"lengths.min_pixels / lengths.max_pixels: '{self.config.model_type}' has no free image "
+                "size; remove them (they act on the Qwen-VL families)"
+            )
+
+    def towers(self) -> dict[str, str]:
+        """Parts that are frozen or tuned together: name -> regular expression, found in a parameter's name."""
+        if not self.multimodal:
+            return {"language": r".*"}
+        return {
+            "vision": rf"(^|\.)({self.vision_modules})\.",
+            "projector": rf"(^|\.)({self.projector_modules})(\.|$)",
+            "language": rf"(^|\.)({self.language_modules})\.",
+        }
+
+
+FAMILIES: Registry[Family] = Registry("mmembed.backbones", Family)
+
+
+def family_of(config: Any, processor: Any) -> Family:
+    """The family that claims `config.model_type`, or the generic one."""
+    for cls in FAMILIES.classes().values():
+        if config.model_type in cls.model_types:
+            return cls(config, processor)
+    return Family(config, processor)

@@ -1,0 +1,130 @@
+"""Loads a backbone by name or path: the model without its language-model head, its processor, and its family.
+
+Bidirectional attention is `is_causal = False` on the text config, the one way that acts in every family and is honoured
+by vLLM too (NV-Embed removes the mask, arXiv 2405.17428); the cache is off, an embedder never generates.
+Nothing is downloaded unless `name_or_path` is a hub name and the hub is reachable; remote code is off unless asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from mmembed.backbones.family import Family, family_of
+from mmembed.errors import ConfigError, nearest
+
+NANO = "mmembed-nano"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Backbone:
+    """`model` maps token ids to hidden states (B, T, H); `processor` is a tokenizer for text families."""
+
+    model: nn.Module
+    processor: Any
+    family: Family
+    config: Any
+
+
+def load_backbone(
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    attention: Literal["causal", "bidirectional"] | None = None,
+    dtype: str | torch.dtype = "auto",
+    attn_implementation: str = "sdpa",
+    trust_remote_code: bool = False,
+    quantization: dict[str, Any] | None = None,
+    processor_path: str | None = None,
+) -> Backbone:
+    """Loads model, processor and family.
+
+    Args:
+        attention: None keeps the backbone's own.
+        dtype: `auto` keeps the dtype of the saved weights.
+        quantization: arguments of `transformers.BitsAndBytesConfig`, for QLoRA.
+        processor_path: where the processor lies, if not beside the model.
+
+    Raises:
+        ConfigError: the name is neither a folder nor a reachable model, or a value is unknown.
+    """
+    from transformers import AutoConfig, AutoModel, BitsAndBytesConfig
+
+    path = resolve_backbone(name_or_path)
+    common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(path, **common)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.name_or_path: cannot load '{name_or_path}' ({_first_line(error)}); give a folder with a "
+            "config.json, a model name that can be reached, or 'mmembed-nano'"
+        ) from error
+    extra = {"quantization_config": BitsAndBytesConfig(**quantization)} if quantization else {}
+    model = AutoModel.from_pretrained(
+        path, config=config, dtype=_dtype(dtype), attn_implementation=attn_implementation, **common, **extra
+    )
+    set_attention(model, attention)
+    processor = load_processor(processor_path or path, multimodal="vision_config" in config.to_dict(), **common)
+    return Backbone(model, processor, family_of(model.config, processor), model.config)
+
+
+def set_attention(model: nn.Module, attention: str | None) -> None:
+    """Makes the decoder's attention `causal` or `bidirectional` (None: as it is), in place; turns the cache off."""
+    text_config = model.config.get_text_config()
+    text_config.use_cache = False
+    if attention is None:
+        return
+    if attention not in ("causal", "bidirectional"):
+        raise ConfigError(
+            f"model.attention: '{attention}' is unknown; {nearest(attention, ('causal', 'bidirectional'))}"
+        )
+    text_config.is_causal = attention == "causal"
+
+
+def resolve_backbone(name_or_path: str) -> str:
+    """The folder of the packaged nano backbone for 'mmembed-nano'; any other name as it is."""
+    if name_or_path != NANO:
+        return name_or_path
+    folder = Path(str(resources.files("mmembed"))) / "nano"
+    if not (folder / "config.json").exists():
+        raise ConfigError(
+            "model.name_or_path: 'mmembed-nano' is not in this installation; build it with "
+            "recipes/build_nano.py or reinstall mmembed"
+        )
+    return str(folder)
+
+
+def load_processor(path: str, multimodal: bool, **common: Any) -> Any:
+    """The processor of a vision-language model, or the tokenizer of a text model. A fast tokenizer is required."""
+    from transformers import AutoProcessor, AutoTokenizer
+
+    processor = (AutoProcessor if multimodal else AutoTokenizer).from_pretrained(path, **common)
+    tokenizer = processor.tokenizer if multimodal else processor
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"model.name_or_path: '{path}' has a slow tokenizer, but exact instruction masks need offsets; "
+            "convert it to tokenizer.json (transformers.convert_slow_tokenizer)"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return processor
+
+
+def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    if dtype not in DTYPES:
+        raise ConfigError(f"model.dtype: '{dtype}' is unknown; {nearest(dtype, [*DTYPES, 'auto'])}")
+    return DTYPES[dtype]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

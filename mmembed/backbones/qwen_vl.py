@@ -1,0 +1,37 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images of free size, flattened patches, 3-D rotary positions.
+
+The model computes its positions from `mm_token_type_ids`; a batch without images gets none, which skips the python loop
+over rows and equals the plain positions.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mmembed.backbones.family import Family
+
+if TYPE_CHECKING:
+    import torch
+
+
+class QwenVL(Family):
+    name = "qwen_vl"
+    model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+    vision_modules = r"visual(?!\.(deepstack_)?merger)"
+    projector_modules = r"visual\.(deepstack_)?merger(_list)?"
+
+    def frame_markup(self, markup: str) -> str:
+        return f"<|vision_start|>{markup}<|vision_end|>"
+
+    def token_tensors(self, input_ids: torch.Tensor, has_images: bool) -> dict[str, torch.Tensor]:
+        if not has_images:
+            return {}
+        return {"mm_token_type_ids": (input_ids == self.config.image_token_id).int()}  # (B, T)
+
+    def set_pixel_limits(self, min_pixels: int | None, max_pixels: int | None) -> None:
+        size = dict(self.processor.image_processor.size)
+        if min_pixels is not None:
+            size["shortest_edge"] = min_pixels
+        if max_pixels is not None:
+            size["longest_edge"] = max_pixels
+        self.processor.image_processor.size = type(self.processor.image_processor.size)(**size)

@@ -1,0 +1,305 @@
+"""Checkpoints that describe themselves: `mmembed.json` beside safetensors, loaded without any modelling argument.
+
+A folder holds `mmembed.json` (settings), the processor's files, the trained part of the backbone
+(`adapter_model.safetensors` with an adapter, the whole model without), and `pooling.safetensors`. Nothing is ever
+unpickled. Everything is written beside the destination first and moved into place file by file when all of it is on
+disk, `mmembed.json` last: a full disk leaves the previous checkpoint as it was. Frozen base weights are not copied: an
+adapter checkpoint names its base.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mmembed.backbones import load_backbone, resolve_backbone
+from mmembed.backbones.adapters import PROMPT_TYPES, quantization_of
+from mmembed.errors import CheckpointError, ConfigError
+from mmembed.models.embedding_model import EmbedderSettings, EmbeddingModel, assemble, build_from_settings
+from mmembed.preprocess import Item, Preprocessor
+
+if TYPE_CHECKING:
+    from mmembed.media import MediaStore
+
+SETTINGS, ADAPTER, POOLING = "mmembed.json", "adapter_model.safetensors", "pooling.safetensors"
+FORMAT = 1
+
+
+def save_checkpoint(
+    folder: str | Path,
+    model: EmbeddingModel,
+    preprocessor: Preprocessor,
+    training_config_hash: str | None = None,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Writes a checkpoint; what lies in `folder` survives any failure.
+
+    Args:
+        state_dict: the full state where parameters are sharded over processes (ZeRO-3); the model's own otherwise.
+
+    Raises:
+        CheckpointError: the disk is full or not writable, or an adapter tensor is empty.
+    """
+    folder = Path(folder)
+    staging = folder.with_name(f".{folder.name}.saving-{os.getpid()}")
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        _write(staging, model, preprocessor, training_config_hash, dict(state_dict or model.state_dict()))
+        _move_into_place(staging, folder)
+    except (OSError, RuntimeError) as error:  # safetensors reports a full disk as a RuntimeError of its own
+        raise CheckpointError(
+            f"{folder}: could not be written ({error}); the previous checkpoint is untouched. "
+            "Free disk space or choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def load_checkpoint(
+    folder: str | Path,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    media: MediaStore | None = None,
+) -> tuple[EmbeddingModel, Preprocessor]:
+    """Loads an embedder in evaluation mode. A folder or name without `mmembed.json` is a bare backbone: mean pooling.
+
+    Args:
+        dtype: overrides the saved dtype of the backbone.
+
+    Raises:
+        CheckpointError: files are missing or broken, or the weights belong to another architecture.
+    """
+    path = Path(resolve_backbone(str(folder)))
+    if not (path / SETTINGS).exists():
+        if path.is_dir() and not (path / "config.json").exists():
+            raise CheckpointError(
+                f"{folder}: neither mmembed.json nor config.json is there; give a saved embedder or a backbone"
+            )
+        model, preprocessor = build_from_settings(EmbedderSettings(str(folder), adapter=None), media, dtype)
+    else:
+        model, preprocessor = _load_described(path, str(folder), dtype, media)
+    return model.to(device).eval() if device is not None else model.eval(), preprocessor
+
+
+def read_settings(path: str | Path) -> tuple[EmbedderSettings, dict[str, Any]]:
+    """The settings of a checkpoint and the whole of `mmembed.json`."""
+    file = Path(path) / SETTINGS
+    try:
+        described = json.loads(file.read_text())
+        if described["format"] > FORMAT:
+            raise CheckpointError(f"{file}: format {described['format']} is newer than this mmembed; upgrade mmembed")
+        return EmbedderSettings(**described["settings"]), described
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{file}: not a settings file of mmembed ({error}); restore it from another copy"
+        ) from error
+
+
+def verify_checkpoint(
+    folder: str | Path, model: EmbeddingModel, preprocessor: Preprocessor, tolerance: float = 1e-3
+) -> float:
+    """Reloads a saved folder and compares vectors on fixed texts: equal to the model's, unequal to the bare backbone's.
+
+    Returns:
+        The largest difference of a vector element to the model in memory.
+
+    Raises:
+        CheckpointError: the vectors differ by more than `tolerance`, or training changed nothing.
+    """
+    items = [Item(to_content, role) for to_content in _probes() for role in ("query", "document")]
+    was_training = model.training
+    reloaded, loaded_preprocessor = load_checkpoint(folder, device=model.device, media=preprocessor.media)
+    ours = _vectors(model.eval(), preprocessor, items)
+    difference = (ours - _vectors(reloaded, loaded_preprocessor, items)).abs().max().item()
+    model.train(was_training)
+    if difference > tolerance:
+        raise CheckpointError(
+            f"{folder}: reloaded vectors differ by {difference:.2g} from the model in memory; "
+            "do not use this folder, save again"
+        )
+    settings, described = read_settings(folder)
+    if settings.adapter_type not in ("none", *PROMPT_TYPES) and described["trained"]:
+        with reloaded.backbone.disable_adapter():
+            moved = (ours - _vectors(reloaded, loaded_preprocessor, items)).abs().max().item()
+        if moved == 0:
+            raise CheckpointError(
+                f"{folder}: the adapter does not change a single vector; it was saved empty or never trained"
+            )
+    return difference
+
+
+def _probes() -> list[Any]:
+    from mmembed.content import Text
+
+    return [(Text(text),) for text in ("a red bus", "What is the capital of France?", "Der Hund schläft. " * 8)]
+
+
+@torch.inference_mode()
+def _vectors(model: EmbeddingModel, preprocessor: Preprocessor, items: list[Item]) -> torch.Tensor:
+    embeddings = model(preprocessor(items).to(model.device))
+    vectors = embeddings.vectors if embeddings.mask is None else embeddings.vectors * embeddings.mask.unsqueeze(-1)
+    return vectors.cpu()
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+def _write(
+    folder: Path,
+    model: EmbeddingModel,
+    preprocessor: Preprocessor,
+    config_hash: str | None,
+    state: dict[str, torch.Tensor],
+) -> None:
+    from safetensors.torch import save_file
+
+    settings = model.settings
+    backbone_state = {
+        name.removeprefix("backbone."): tensor for name, tensor in state.items() if name.startswith("backbone.")
+    }
+    trained = False
+    if settings.adapter_type == "none":
+        model.backbone.save_pretrained(folder, state_dict=backbone_state)
+    else:
+        trained = _write_adapter(folder, model, backbone_state)
+    head = {name: tensor.contiguous().cpu() for name, tensor in state.items() if not name.startswith("backbone.")}
+    if head:
+        save_file(head, folder / POOLING)
+    preprocessor.processor.save_pretrained(folder)
+    described = {
+        "format": FORMAT,
+        "mmembed_version": version("mmembed"),
+        "settings": asdict(settings),
+        "embedding_size": model.embedding_size,
+        "trained": trained,
+        "architecture": _architecture(model.family.config),
+        "training_config_hash": config_hash,
+    }
+    (folder / SETTINGS).write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write_adapter(folder: Path, model: EmbeddingModel, backbone_state: dict[str, torch.Tensor]) -> bool:
+    """Writes the adapter; returns whether it differs from a fresh one (LoRA's B matrices start at zero)."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    tensors = {
+        name: tensor.detach().contiguous().cpu()
+        for name, tensor in get_peft_model_state_dict(model.backbone, state_dict=backbone_state).items()
+    }
+    empty = [name for name, tensor in tensors.items() if tensor.numel() == 0]
+    if empty or not tensors:
+        raise CheckpointError(
+            f"{folder}: adapter tensor '{(empty or ['(none at all)'])[0]}' is empty; under ZeRO-3 gather the "
+            "parameters and pass state_dict"
+        )
+    save_file(tensors, folder / ADAPTER)
+    model.backbone.peft_config["default"].save_pretrained(folder)
+    return any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
+
+
+def _architecture(config: Any) -> dict[str, Any]:
+    text = config.get_text_config()
+    return {
+        "model_type": config.model_type,
+        "hidden_size": text.hidden_size,
+        "num_hidden_layers": text.num_hidden_layers,
+        "vocab_size": text.vocab_size,
+    }
+
+
+def _move_into_place(staging: Path, folder: Path) -> None:
+    for file in staging.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    if not folder.exists():
+        os.replace(staging, folder)
+        return
+    names = sorted((file.name for file in staging.iterdir()), key=lambda name: name == SETTINGS)
+    for name in names:  # mmembed.json comes last
+        os.replace(staging / name, folder / name)
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+def _load_described(
+    path: Path, shown: str, dtype: str | torch.dtype | None, media: MediaStore | None
+) -> tuple[EmbeddingModel, Preprocessor]:
+    settings, described = read_settings(path)
+    whole = settings.adapter_type == "none"  # the folder holds the backbone itself
+    try:
+        backbone = load_backbone(
+            str(path) if whole else settings.name_or_path,
+            revision=None if whole else settings.revision,
+            attention=settings.attention,
+            dtype=settings.dtype if dtype is None else dtype,
+            attn_implementation=settings.attn_implementation,
+            trust_remote_code=settings.trust_remote_code,
+            quantization=quantization_of(settings.adapter),
+            processor_path=str(path),
+        )
+    except ConfigError as error:
+        raise CheckpointError(f"{shown}: its backbone cannot be loaded: {error}") from error
+    found = _architecture(backbone.config)
+    if described.get("architecture") not in (None, found):
+        raise CheckpointError(
+            f"{shown}: was trained on {described['architecture']}, but '{settings.name_or_path}' is now "
+            f"{found}; restore that backbone"
+        )
+    model, preprocessor = assemble(backbone, settings, media=media)
+    if not whole:
+        _read_adapter(path / ADAPTER, model)
+    _read_head(path / POOLING, model)
+    return model, preprocessor
+
+
+def _read_adapter(file: Path, model: EmbeddingModel) -> None:
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    tensors = _read_tensors(file)
+    _check_fit(file, get_peft_model_state_dict(model.backbone), tensors)
+    set_peft_model_state_dict(model.backbone, tensors)
+
+
+def _read_head(file: Path, model: EmbeddingModel) -> None:
+    expected = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("backbone.")}
+    if not expected:
+        return
+    tensors = _read_tensors(file)
+    _check_fit(file, expected, tensors)
+    model.load_state_dict(tensors, strict=False)  # the backbone is in place already
+
+
+def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: missing or broken ({error}); restore it or train again") from error
+
+
+def _check_fit(file: Path, expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:
+    if expected.keys() != found.keys():
+        odd = sorted(expected.keys() ^ found.keys())[0]
+        raise CheckpointError(
+            f"{file}: does not fit this architecture ({len(expected.keys() ^ found.keys())} names differ, "
+            f"first '{odd}'); it belongs to another backbone or pooling"
+        )
+    for name, tensor in expected.items():
+        if tensor.shape != found[name].shape:
+            raise CheckpointError(
+                f"{file}: '{name}' is {tuple(found[name].shape)}, the model has {tuple(tensor.shape)}; "
+                "it belongs to another backbone or pooling"
+            )

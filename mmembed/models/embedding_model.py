@@ -1,0 +1,214 @@
+"""The embedding model: backbone -> pooling -> projection -> normalisation, from `ModelInputs` to float32 vectors.
+
+What makes it exact and fast: left-padded batches are turned into right-padded ones first, so padding side cannot
+matter; and under causal attention a right-padded batch needs no attention mask at all (no real token sees the
+padding behind it), which lets the attention kernel skip the masked half of the work. Settings are plain data, saved as `mmembed.json`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from mmembed.backbones import Backbone, Family, load_backbone
+from mmembed.backbones.adapters import PROMPT_TYPES, apply_adapter, quantization_of
+from mmembed.embeddings import Embeddings
+from mmembed.pooling import POOLINGS, Pooling
+from mmembed.preprocess import Lengths, ModelInputs, Preprocessor
+from mmembed.prompts import PROMPTS
+
+if TYPE_CHECKING:
+    from mmembed.config import EmbedderConfig
+    from mmembed.media import MediaStore
+
+
+@dataclass
+class EmbedderSettings:
+    """Everything that defines an embedder beside its weights, as plain JSON data.
+
+    `attention: None` keeps the backbone's own. Blocks are as in the config; `adapter` None is no adapter.
+    """
+
+    name_or_path: str
+    revision: str | None = None
+    attention: str | None = None
+    dtype: str = "auto"
+    attn_implementation: str = "sdpa"
+    trust_remote_code: bool = False
+    adapter: dict[str, Any] | None = None
+    freeze: tuple[str, ...] = ("vision",)
+    pooling: str | dict[str, Any] = "mean"
+    normalize: bool = True
+    projection: int | None = None
+    prompt: str | dict[str, Any] = "plain"
+    lengths: dict[str, int | None] = field(default_factory=lambda: asdict(Lengths()))
+
+    @property
+    def adapter_type(self) -> str:
+        return "none" if self.adapter is None else self.adapter["type"]
+
+
+class EmbeddingModel(nn.Module):
+    """ModelInputs -> Embeddings.
+
+    Args:
+        backbone: maps token ids to hidden states; may be wrapped by peft.
+        projection: a last linear map to the embedding size, or None.
+        settings: what `mmembed.json` will say.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        family: Family,
+        pooling: Pooling,
+        projection: nn.Module | None,
+        normalize: bool,
+        settings: EmbedderSettings,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.pooling, self.projection, self.normalize = backbone, pooling, projection, normalize
+        self.family, self.settings = family, settings
+        text_config = family.config.get_text_config()
+        self._causal = bool(vars(text_config).get("is_causal", True)) and not family.always_bidirectional
+        self._virtual_tokens = settings.adapter_type in PROMPT_TYPES
+
+    @property
+    def config(self) -> Any:
+        """The text configuration of the backbone: DeepSpeed's "auto" reads `hidden_size` here."""
+        return self.family.config.get_text_config()
+
+    @property
+    def embedding_size(self) -> int:
+        """E, the size of a vector."""
+        return self.projection.out_features if isinstance(self.projection, nn.Linear) else self.pooling.embedding_size
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.backbone.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating point type of the backbone's activations."""
+        return self.backbone.dtype
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recomputes activations in the backward pass: about 30 % slower, memory of one layer."""
+        self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.backbone.gradient_checkpointing_disable()
+
+    def parameter_towers(self) -> dict[str, str]:
+        """Parameter name -> tower: vision, projector, language or pooling (the projection belongs to pooling)."""
+        patterns = self.family.towers()
+        return {
+            name: next((tower for tower, pattern in patterns.items() if re.search(pattern, name)), "language")
+            if name.startswith("backbone.")
+            else "pooling"
+            for name, _ in self.named_parameters()
+        }
+
+    def forward(self, inputs: ModelInputs) -> Embeddings:
+        """Embeds a batch: -> vectors (B, E), or (B, T, E) and mask (B, T)."""
+        tensors, pool_mask = _right_padded(inputs)
+        if inputs.padding is None or (self._causal and not inputs.has_images and not self._virtual_tokens):
+            tensors.pop("attention_mask")
+        tensors = {
+            name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()
+        }
+        hidden = self.family.hidden_states(self.backbone, tensors)[:, -pool_mask.shape[1] :]  # (B, T, H)
+        vectors = self.pooling(hidden, pool_mask)  # (B, H) or (B, T, H)
+        if self.projection is not None:
+            vectors = self.projection(vectors)
+        if self.normalize:
+            vectors = F.normalize(vectors, dim=-1)
+        return Embeddings(vectors.float(), pool_mask if self.pooling.multi_vector else None)
+
+
+def build_embedding_model(cfg: EmbedderConfig, media: MediaStore | None = None) -> tuple[EmbeddingModel, Preprocessor]:
+    """Model and preprocessor for training: loads the backbone, adds a fresh adapter and pooling."""
+    return build_from_settings(settings_of(cfg), media)
+
+
+def settings_of(cfg: EmbedderConfig) -> EmbedderSettings:
+    """The part of a training config that defines the embedder."""
+    return EmbedderSettings(
+        name_or_path=cfg.model.name_or_path,
+        revision=cfg.model.revision,
+        attention=cfg.model.attention,
+        dtype=cfg.model.dtype,
+        attn_implementation=cfg.model.attn_implementation,
+        trust_remote_code=cfg.model.trust_remote_code,
+        adapter=cfg.adapter.model_dump(mode="json"),
+        freeze=tuple(cfg.model.freeze),
+        pooling=cfg.pooling,
+        normalize=cfg.normalize,
+        projection=cfg.projection,
+        prompt=cfg.prompt,
+        lengths=cfg.lengths.model_dump(mode="json"),
+    )
+
+
+def build_from_settings(
+    settings: EmbedderSettings, media: MediaStore | None = None, dtype: str | torch.dtype | None = None
+) -> tuple[EmbeddingModel, Preprocessor]:
+    """Builds an embedder from plain settings; pooling, projection and adapter are freshly initialised.
+
+    Args:
+        dtype: overrides the settings' dtype.
+
+    Raises:
+        ConfigError: an unknown name or option, or a combination that cannot work.
+    """
+    prompt = PROMPTS.build(settings.prompt)  # names are checked before weights are loaded
+    POOLINGS.build(settings.pooling, hidden_size=8)
+    backbone = load_backbone(
+        settings.name_or_path,
+        revision=settings.revision,
+        attention=settings.attention,
+        dtype=settings.dtype if dtype is None else dtype,
+        attn_implementation=settings.attn_implementation,
+        trust_remote_code=settings.trust_remote_code,
+        quantization=quantization_of(settings.adapter),
+    )
+    return assemble(backbone, settings, prompt=prompt, media=media)
+
+
+def assemble(
+    backbone: Backbone, settings: EmbedderSettings, prompt: Any = None, media: MediaStore | None = None
+) -> tuple[EmbeddingModel, Preprocessor]:
+    """Puts pooling, projection, adapter and preprocessor around a loaded backbone."""
+    prompt = prompt if prompt is not None else PROMPTS.build(settings.prompt)
+    lengths = Lengths(**settings.lengths)
+    backbone.family.set_pixel_limits(lengths.min_pixels, lengths.max_pixels)
+    pooling = POOLINGS.build(settings.pooling, hidden_size=backbone.config.get_text_config().hidden_size)
+    append_eos = prompt.append_eos if prompt.append_eos is not None else vars(type(pooling))["name"] == "last_token"
+    module = apply_adapter(backbone, settings.adapter or {"type": "none"}, settings.freeze)
+    projection = None
+    if settings.projection is not None:
+        projection = nn.Linear(pooling.embedding_size, settings.projection, bias=False)
+    device = next(backbone.model.parameters()).device
+    model = EmbeddingModel(module, backbone.family, pooling, projection, settings.normalize, settings).to(device)
+    return model, Preprocessor(backbone.processor, backbone.family, prompt, lengths, media, append_eos)
+
+
+_SEQUENCE = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")  # tensors of shape (B, T)
+
+
+def _right_padded(inputs: ModelInputs) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The batch with its padding on the right: tensors, and pool mask (B, T). Image order is unchanged by it."""
+    if inputs.padding != "left":
+        return dict(inputs.tensors), inputs.pool_mask
+    attended = inputs.tensors["attention_mask"]  # (B, T)
+    columns = torch.arange(attended.shape[1], device=attended.device)
+    order = (columns + (attended.shape[1] - attended.sum(1, keepdim=True))) % attended.shape[1]  # (B, T)
+    tensors = {
+        name: tensor.gather(1, order) if name in _SEQUENCE else tensor for name, tensor in inputs.tensors.items()
+    }
+    return tensors, inputs.pool_mask.gather(1, order)

@@ -1,0 +1,16 @@
+"""The hidden state of the last token: the one that has seen everything under causal attention."""
+
+import torch
+
+from mmembed.pooling import Pooling
+
+
+class LastToken(Pooling):
+    """Usual for causal decoders (E5-mistral, Qwen3-Embedding). Needs a prompt that ends alike: see `append_eos`."""
+
+    name = "last_token"
+
+    def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        positions = torch.arange(mask.shape[1], device=mask.device)
+        last = (positions * mask).argmax(1)  # (B,)
+        return hidden[torch.arange(len(hidden), device=hidden.device), last].float()  # (B, H)

@@ -1,0 +1,14 @@
+"""Mean over the tokens of the pool mask."""
+
+import torch
+
+from mmembed.pooling import Pooling, masked_mean
+
+
+class Mean(Pooling):
+    """The usual choice for bidirectional backbones and for small causal ones."""
+
+    name = "mean"
+
+    def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return masked_mean(hidden, mask)  # (B, H)

@@ -1,0 +1,398 @@
+"""Content, role and instruction -> tensors. The same object trains and serves, and is saved with the model.
+
+Two steps, so that lengths cost nothing extra: `tokenize` writes the prompts and encodes all texts in one call of the
+fast tokenizer (images enter by their size, read from the file header); `collate` pads some of those rows and opens their
+images now. Grouping rows into batches between the two steps is the caller's business.
+
+Exactness. The instruction's tokens are found by character offsets: a token that holds any character of the content
+stays in the pool mask. Truncation removes content text from its end; prefix, suffix and images stay whole. A length
+limit counts text tokens (with instruction and suffix); visual tokens are bounded by `max_pixels`.
+Cost: about 20 us a short text on one core; offsets are only computed where a prompt has an instruction or a suffix.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from mmembed.backbones import Family, Layout
+from mmembed.content import Audio, Content, Image, Role, Text, Video
+from mmembed.errors import ConfigError, MediaError, MmembedError
+from mmembed.prompts import PromptStyle, Rendered
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+
+    from mmembed.media import MediaStore
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """What is embedded: content in its role, under an instruction."""
+
+    content: Content
+    role: Role = "document"
+    instruction: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Limits of one input: text tokens by role, and the area of an image in pixels."""
+
+    query_max_length: int = 512
+    document_max_length: int = 512
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+    def of(self, role: Role) -> int:
+        return self.query_max_length if role == "query" else self.document_max_length
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One tokenized input. `hidden` are token ranges kept out of pooling; `sizes` are (width, height) of `images`."""
+
+    ids: Sequence[int]
+    hidden: tuple[Range, ...] = ()
+    images: tuple[Image, ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass
+class ModelInputs:
+    """A padded batch.
+
+    Attributes:
+        tensors: `input_ids` (B, T), `attention_mask` (B, T) and the family's media tensors.
+        pool_mask: (B, T) bool, true on tokens that are neither padding nor instruction.
+        padding: the side of the padding, or None where no row is padded.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    pool_mask: torch.Tensor
+    padding: Literal["left", "right"] | None = None
+    num_tokens: int = field(default=0)
+
+    def __len__(self) -> int:
+        return len(self.pool_mask)
+
+    @property
+    def has_images(self) -> bool:
+        return "pixel_values" in self.tensors
+
+    def to(self, device: torch.device | str) -> ModelInputs:
+        """A copy on `device`."""
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()}
+        return ModelInputs(moved, self.pool_mask.to(device, non_blocking=True), self.padding, self.num_tokens)
+
+
+class Preprocessor:
+    """Turns items into `ModelInputs`.
+
+    Args:
+        processor: the backbone's processor, or its tokenizer for a text backbone.
+        family: the backbone's family.
+        append_eos: end each input that is not a chat with the tokenizer's end token.
+        media: opens images; a default store (no root, default limits) where none is given.
+
+    Raises:
+        ConfigError: the prompt alone exceeds a length limit, or a chat prompt meets a backbone without a template.
+        MmembedError: content that the backbone cannot read.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        family: Family,
+        prompt: PromptStyle,
+        lengths: Lengths,
+        media: MediaStore | None = None,
+        append_eos: bool = False,
+    ) -> None:
+        if media is None:
+            from mmembed.media import MediaStore
+
+            media = MediaStore()
+        self.processor, self.family, self.prompt, self.limits = processor, family, prompt, lengths
+        self.media = media
+        self.tokenizer = family.tokenizer
+        self.append_eos = append_eos
+        self._start, self._end = self._special_ids()
+        self._chats = _ChatLayouts(processor, family)
+
+    def lengths(self, items: Sequence[Item]) -> list[int]:
+        """Tokens an item, visual tokens included; images are not decoded. For batches, keep the rows of `tokenize`."""
+        return [len(row) for row in self.tokenize(items)]
+
+    def __call__(self, items: Sequence[Item], padding_side: str | None = None) -> ModelInputs:
+        return self.collate(self.tokenize(items), padding_side)
+
+    def tokenize(self, items: Sequence[Item]) -> list[Row]:
+        """Writes and encodes all items with one tokenizer call. Order is kept."""
+        written = [self._write(item) for item in items]
+        layouts = [layout for layout, _, _, _ in written]
+        encodings = self._encode(layouts)
+        return [
+            self._row(encoding, layout, images, sizes, chat, self.limits.of(item.role))
+            for item, encoding, (layout, images, sizes, chat) in zip(items, encodings, written, strict=True)
+        ]
+
+    def collate(self, rows: Sequence[Row], padding_side: str | None = None) -> ModelInputs:
+        """Pads rows (right by default) and opens their images."""
+        side = padding_side or "right"
+        longest = max(len(row) for row in rows)
+        ids = np.full((len(rows), longest), self.tokenizer.pad_token_id, dtype=np.int64)  # (B, T)
+        attended = np.zeros((len(rows), longest), dtype=bool)  # (B, T)
+        for index, row in enumerate(rows):
+            start = 0 if side == "right" else longest - len(row)
+            ids[index, start : start + len(row)] = row.ids
+            attended[index, start : start + len(row)] = True
+        pooled = attended.copy()  # (B, T)
+        for index, row in enumerate(rows):
+            start = 0 if side == "right" else longest - len(row)
+            for first, stop in row.hidden:
+                pooled[index, start + first : start + stop] = False
+            if row.hidden and not pooled[index].any():  # nothing but instruction: its last token stands for it
+                pooled[index, start + len(row) - 1] = True
+        tokens = sum(len(row) for row in rows)
+        input_ids = torch.from_numpy(ids)
+        tensors = {"input_ids": input_ids, "attention_mask": torch.from_numpy(attended).long()}
+        pictures = [
+            [self._open(image, size) for image, size in zip(row.images, row.sizes, strict=True)]
+            for row in rows
+            if row.images
+        ]
+        tensors |= self.family.token_tensors(input_ids, bool(pictures))
+        if pictures:
+            tensors |= self.family.image_tensors(pictures)
+        padding = None if tokens == len(rows) * longest else side
+        return ModelInputs(tensors, torch.from_numpy(pooled), padding, tokens)
+
+    # Writing ----------------------------------------------------------------------------------------------------------
+
+    def _write(self, item: Item) -> tuple[Layout, tuple[Image, ...], tuple[tuple[int, int], ...], bool]:
+        """The prompt of one item, its images, their sizes, and whether it is a chat."""
+        rendered = self.prompt.render(item.content, item.role, item.instruction)
+        parts, images = self._parts(rendered.content)
+        sizes = tuple(self.media.size(image) for image in images)
+        if images and not self.family.multimodal:
+            raise MmembedError(
+                f"image: the backbone '{self.family.config.model_type}' reads text only; "
+                "use a vision-language backbone or drop the images"
+            )
+        markups = [self.family.image_markup(width, height, len(images)) for width, height in sizes]
+        if rendered.chat:
+            layout = self._chats.lay_out(rendered, parts, markups)
+        else:
+            layout = self.family.lay_out(rendered.prefix, parts, markups, rendered.suffix)
+        return layout, images, sizes, rendered.chat
+
+    def _parts(self, content: Content) -> tuple[list[str | None], tuple[Image, ...]]:
+        """Texts in order with None where an image stands, and the images. A video is its frames, in order."""
+        parts: list[str | None] = []
+        images: list[Image] = []
+        for part in content:
+            if isinstance(part, Text):
+                parts.append(self._escape(part.text))
+            elif isinstance(part, Audio):
+                raise MmembedError(
+                    f"audio: the backbone '{self.family.config.model_type}' does not hear; drop the audio"
+                )
+            else:
+                frames = part.frames if isinstance(part, Video) else (part,)
+                parts += [None] * len(frames)
+                images += frames
+        return parts, tuple(images)
+
+    def _escape(self, text: str) -> str:
+        """Breaks up media tokens that stand literally in a user's text, or the model would look for their pixels."""
+        for token in self.family.reserved:
+            if token in text:
+                text = text.replace(token, token[0] + " " + token[1:])
+        return text
+
+    # Encoding ---------------------------------------------------------------------------------------------------------
+
+    def _encode(self, layouts: Sequence[Layout]) -> list[Encoding]:
+        backend = self.tokenizer.backend_tokenizer
+        if backend.truncation is not None:
+            backend.no_truncation()
+        if backend.padding is not None:
+            backend.no_padding()
+        needs_offsets = any(
+            layout.hidden or layout.media or layout.suffix_start < len(layout.text) for layout in layouts
+        )
+        encode = backend.encode_batch if needs_offsets else backend.encode_batch_fast
+        return encode([layout.text for layout in layouts], add_special_tokens=False)
+
+    def _row(
+        self,
+        encoding: Encoding,
+        layout: Layout,
+        images: tuple[Image, ...],
+        sizes: tuple[tuple[int, int], ...],
+        chat: bool,
+        limit: int,
+    ) -> Row:
+        start, end = ([], []) if chat or layout.complete else (self._start, self._end)
+        ids = encoding.ids
+        hidden = (
+            tuple(_token_range(encoding, span, len(ids)) for span in layout.hidden)
+            if self.prompt.mask_instruction
+            else ()
+        )
+        excess = len(ids) + len(start) + len(end) - limit
+        if excess > 0:
+            ids = self._truncate(encoding, layout, excess, limit)
+        if start:
+            hidden = tuple((first + len(start) if first else 0, stop + len(start)) for first, stop in hidden)
+        return Row((start + ids + end) or [self.tokenizer.pad_token_id], hidden, images, sizes)
+
+    def _truncate(self, encoding: Encoding, layout: Layout, excess: int, limit: int) -> list[int]:
+        """Drops content text from its end until the text tokens fit; media and prompt stay."""
+        ids, media = encoding.ids, set()
+        for span in layout.media:
+            media.update(range(*_token_range(encoding, span, len(ids))))
+        excess -= len(media)
+        if excess <= 0:
+            return ids
+        suffix = (
+            _first_token_at(encoding, layout.suffix_start, len(ids))
+            if layout.suffix_start < len(layout.text)
+            else len(ids)
+        )
+        prompt_end = max((_token_range(encoding, span, len(ids))[1] for span in layout.hidden), default=0)
+        content = [index for index in range(prompt_end, suffix) if index not in media]
+        if len(content) < excess:
+            raise ConfigError(
+                f"lengths: the prompt alone takes {limit + excess - len(content)} tokens, more than the limit of "
+                f"{limit}; raise query_max_length / document_max_length or shorten the instruction"
+            )
+        dropped = set(content[len(content) - excess :])
+        return [token for index, token in enumerate(ids) if index not in dropped]
+
+    def _special_ids(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts before and after a text, and the end token where it is asked for."""
+        backend = self.tokenizer.backend_tokenizer
+        bare = backend.encode("a", add_special_tokens=False).ids
+        full = backend.encode("a", add_special_tokens=True).ids
+        at = next(index for index in range(len(full)) if full[index : index + len(bare)] == bare)
+        start, end = full[:at], full[at + len(bare) :]
+        if self.append_eos and not end:
+            if self.tokenizer.eos_token_id is None:
+                raise ConfigError("prompt.append_eos: the tokenizer has no end token; set append_eos: false")
+            end = [self.tokenizer.eos_token_id]
+        return start, end
+
+    def _open(self, image: Image, size: tuple[int, int]) -> Any:
+        picture = self.media.open(image)
+        if picture.size != size:
+            raise MediaError(
+                f"image: {image.source!r:.80} is {picture.size} pixels but was {size} when its tokens were "
+                "counted; the file changed meanwhile, start again"
+            )
+        return picture
+
+
+class _ChatLayouts:
+    """Writes prompts through the backbone's chat template, rendering each shape of conversation once.
+
+    The template is rendered with sentinels in place of the texts; afterwards a prompt is string concatenation, about
+    50 times faster than a template run per item, and the place of every piece is known.
+    """
+
+    PREFIX, SUFFIX, TEXT = "\ue000p\ue001", "\ue000s\ue001", "\ue000{}\ue001"
+
+    def __init__(self, processor: Any, family: Family) -> None:
+        self.processor, self.family = processor, family
+        self._shapes: dict[tuple[Any, ...], list[str]] = {}
+
+    def lay_out(self, rendered: Rendered, parts: Sequence[str | None], markups: Sequence[str]) -> Layout:
+        texts = [part for part in parts if part is not None]
+        pieces = self._shape(rendered, tuple(part is None for part in parts))
+        position, out, hidden, media, content = 0, [], [], [], []
+        pictures = iter(markups)
+        for piece in pieces:
+            if piece == self.PREFIX:
+                text = rendered.prefix
+                hidden.append((position, position + len(text)))
+            elif piece == self.SUFFIX:
+                text = rendered.suffix
+            elif piece.startswith("\ue000"):
+                text = texts[int(piece[1:-1])]
+                content.append((position, position + len(text)))
+            elif self.family.multimodal and piece == self.family.image_token:
+                text = next(pictures)
+                media.append((position, position + len(text)))
+                content.append(media[-1])
+            else:
+                text = piece
+            out.append(text)
+            position += len(text)
+        head = min(start for start, _ in [*content, *hidden])
+        return Layout(
+            "".join(out),
+            ((0, head), *hidden) if head else tuple(hidden),
+            max(stop for _, stop in content),
+            tuple(media),
+        )
+
+    def _shape(self, rendered: Rendered, images: tuple[bool, ...]) -> list[str]:
+        """The template's output for this kind of conversation, split at sentinels and image tokens."""
+        key = (rendered.system, bool(rendered.prefix), bool(rendered.suffix), rendered.add_generation_prompt, images)
+        if key not in self._shapes:
+            self._shapes[key] = list(self._split(self._render(rendered, images)))
+        return self._shapes[key]
+
+    def _render(self, rendered: Rendered, images: tuple[bool, ...]) -> str:
+        slots = [self.PREFIX] if rendered.prefix else []
+        count = 0
+        for is_image in images:
+            slots.append("" if is_image else self.TEXT.format(count))
+            count += not is_image
+        slots += [self.SUFFIX] if rendered.suffix else []
+        if self.family.multimodal:
+            user: Any = [{"type": "text", "text": slot} if slot else {"type": "image"} for slot in slots]
+            system: Any = [{"type": "text", "text": rendered.system}]
+        else:
+            user, system = "".join(slots), rendered.system
+        messages = [{"role": "system", "content": system}] if rendered.system else []
+        messages.append({"role": "user", "content": user})
+        if self.processor.chat_template is None:
+            raise ConfigError(
+                f"prompt: the backbone '{self.family.config.model_type}' has no chat template; choose the style "
+                "plain or instruct"
+            )
+        return self.processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=rendered.add_generation_prompt
+        )
+
+    def _split(self, text: str) -> Iterator[str]:
+        image = f"|{re.escape(self.family.image_token)}" if self.family.multimodal else ""
+        yield from (piece for piece in re.split(f"(\ue000.+?\ue001{image})", text) if piece)
+
+
+def _token_range(encoding: Encoding, span: Range, total: int) -> Range:
+    """The tokens whose characters all lie inside a character span."""
+    first = _first_token_at(encoding, span[0], total) if span[0] else 0
+    if first and first < total and encoding.offsets[first][0] < span[0]:
+        first += 1
+    return first, max(first, _first_token_at(encoding, span[1], total))
+
+
+def _first_token_at(encoding: Encoding, character: int, total: int) -> int:
+    """The first token that holds this character or a later one."""
+    token = encoding.char_to_token(character)
+    if token is not None:
+        return token
+    return next((index for index, (_, end) in enumerate(encoding.offsets) if end > character), total)

@@ -1,0 +1,55 @@
+"""Prompts: how content, role and instruction become the text around the content.
+
+A style is one small class that returns a `Rendered`: pieces, not a string, so that the preprocessor knows exactly which
+characters are instruction (kept out of pooling) and which are suffix (kept by truncation). The same style trains and
+serves; it is saved with the model. One file per style; `PROMPTS.build({"type": "instruct", "mask_instruction": true})`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mmembed.content import Content, Role
+from mmembed.registry import Registry
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """One input, in pieces.
+
+    Attributes:
+        prefix: instruction text before the content; out of the pool mask where the style says `mask_instruction`.
+        suffix: text after the content; truncation never removes it.
+        system: the system turn (chat only).
+        chat: write it through the backbone's chat template, as the user's turn.
+        add_generation_prompt: end with the assistant's header (chat only).
+    """
+
+    content: Content
+    prefix: str = ""
+    suffix: str = ""
+    system: str | None = None
+    chat: bool = False
+    add_generation_prompt: bool = False
+
+
+class PromptStyle:
+    """Base of the styles.
+
+    Args:
+        mask_instruction: keep the instruction's tokens out of pooling (NV-Embed, section 3).
+        append_eos: end the input with the tokenizer's end token. None: yes where the last token is pooled.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, mask_instruction: bool = True, append_eos: bool | None = None) -> None:
+        self.mask_instruction, self.append_eos = mask_instruction, append_eos
+
+    def render(self, content: Content, role: Role, instruction: str | None) -> Rendered:
+        """The pieces of one input. `role` is `query` or `document`."""
+        raise NotImplementedError
+
+
+PROMPTS: Registry[PromptStyle] = Registry("mmembed.prompts", PromptStyle)
