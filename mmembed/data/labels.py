@@ -18,6 +18,8 @@ class BatchLabels:
     relevance: (D,) float >= 0, graded, towards its owner.
     score: (D,) float, a teacher's or retriever's score; NaN where absent.
     document_keys: (D,) int64, equal for equal contents. query_keys: (Q,) int64, from the same hash.
+    positive_keys: (Q, P) int64, contents known to be relevant to each query, drawn into the batch or not; rows with
+        fewer repeat one.
     in_batch: whether other queries' documents are negatives.
     """
 
@@ -26,6 +28,7 @@ class BatchLabels:
     score: Tensor
     document_keys: Tensor
     query_keys: Tensor
+    positive_keys: Tensor
     in_batch: bool = True
     task: str = "retrieval"
     source: str = ""

@@ -1,8 +1,8 @@
 """Who is relevant to whom, and who counts, over the documents of all processes.
 
-Three kinds of other queries' documents are no negatives and are masked when asked: the content of an own positive, the
-positive of another query with the same content, and the own query's content. Everything goes by content keys, so equal
-texts under different ids are found. Cost: a (Q, distinct contents) bool table beside the (Q, C) matrices.
+Three kinds of other queries' documents are no negatives and are masked when asked: a known positive of the query (in
+the batch or not), the positive of another query with the same content, and the query's own content. Everything goes by
+content keys, so equal texts under different ids are found. Cost: P + 2 comparisons of (Q, C) integers.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ class Relations:
     relevance: Tensor  # (C,)
     document_keys: Tensor  # (C,)
     query_keys: Tensor  # (M,)
+    positive_keys: Tensor  # (M, P)
     query_counts: list[int]
     document_counts: list[int]
     in_batch: bool
@@ -41,10 +42,18 @@ class Relations:
             relevance=gather_rows(labels.relevance, document_counts),
             document_keys=gather_rows(labels.document_keys, document_counts),
             query_keys=gather_rows(labels.query_keys, query_counts),
+            positive_keys=cls._gather_positives(labels.positive_keys, query_counts),
             query_counts=query_counts,
             document_counts=document_counts,
             in_batch=labels.in_batch,
         )
+
+    @staticmethod
+    def _gather_positives(keys: Tensor, query_counts: list[int]) -> Tensor:
+        if len(query_counts) > 1:
+            missing = max(gather_counts(keys.shape[1], keys.device)) - keys.shape[1]
+            keys = torch.cat([keys, keys[:, -1:].expand(-1, missing)], dim=1)  # (Q, P)
+        return gather_rows(keys, query_counts)
 
     def local(self, counts: list[int]) -> slice:
         """This process's slice of rows counted by `counts`."""
@@ -64,14 +73,10 @@ class Relations:
 
     def _duplicates(self, query_index: Tensor, documents: slice, own: Tensor) -> Tensor:
         """(Q, C) bool: content that the query already has as a positive, or as itself."""
-        _, ids = torch.unique(self.document_keys, return_inverse=True)  # (C,)
-        positive = self.relevance > 0
-        table = torch.zeros(len(self.query_keys), int(ids.max()) + 1, dtype=torch.bool, device=ids.device)
-        table[self.owner[positive], ids[positive]] = True  # (M, distinct contents)
-        same_positive = table[query_index][:, ids[documents]]  # (Q, C)
+        keys, owner = self.document_keys[documents][None, :], self.owner[documents]  # (1, C), (C,)
         query_keys = self.query_keys[query_index][:, None]  # (Q, 1)
-        same_query = (
-            (self.query_keys[self.owner[documents]][None, :] == query_keys) & positive[documents][None, :] & ~own
-        )
-        itself = self.document_keys[documents][None, :] == query_keys
-        return same_positive | same_query | itself
+        duplicates = keys == query_keys  # (Q, C)
+        for positive_keys in self.positive_keys[query_index].T:  # (Q,) each; P is small
+            duplicates |= keys == positive_keys[:, None]
+        answers = (self.relevance[documents] > 0)[None, :] & (self.query_keys[owner][None, :] == query_keys)
+        return duplicates | (answers & ~own)

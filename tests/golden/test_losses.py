@@ -29,6 +29,7 @@ def labels_of(queries, documents, group_size=1, in_batch=True):
         score=torch.full((documents,), float("nan")),
         document_keys=position + 1000,
         query_keys=torch.arange(queries),
+        positive_keys=(torch.arange(queries) * group_size + 1000)[:, None],
         in_batch=in_batch,
     )
 

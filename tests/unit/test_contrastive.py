@@ -11,14 +11,18 @@ from mmembed.errors import ConfigError
 from mmembed.objectives import build_objective
 
 
-def make_labels(owner, relevance, keys=None, query_keys=None, in_batch=True):
+def make_labels(owner, relevance, keys=None, query_keys=None, in_batch=True, extra=()):
+    """`extra`: a known positive of each query beside the first one in the batch."""
     count = len(owner)
+    keys = keys if keys is not None else list(range(100, 100 + count))
+    first = {i: next(keys[j] for j in range(count) if owner[j] == i and relevance[j] > 0) for i in set(owner)}
     return BatchLabels(
         owner=torch.tensor(owner),
         relevance=torch.tensor(relevance, dtype=torch.float64),
         score=torch.full((count,), float("nan")),
-        document_keys=torch.tensor(keys if keys is not None else list(range(100, 100 + count))),
+        document_keys=torch.tensor(keys),
         query_keys=torch.tensor(query_keys if query_keys is not None else list(range(max(owner) + 1))),
+        positive_keys=torch.tensor([[key, extra[i] if extra else key] for i, key in sorted(first.items())]),
         in_batch=in_batch,
     )
 
@@ -75,6 +79,18 @@ def test_other_queries_documents_that_are_no_negatives(mask):
     )
     expected = looped_loss(
         queries.vectors, documents.vectors, OWNER, RELEVANCE, 0.3, skip=lambda i, j: (i, j) in masked
+    )
+    assert loss.item() == pytest.approx(expected)
+
+
+def test_a_positive_that_was_not_drawn_is_no_negative_either():
+    """Document 2 (query 1's positive) is also relevant to query 0, which drew another positive into the batch."""
+    queries, documents = embed(3), embed(6, seed=1)
+    loss, _ = build_objective({"type": "contrastive", "temperature": 0.3})(
+        queries, documents, make_labels(OWNER, RELEVANCE, extra=[102, 102, 104])
+    )
+    expected = looped_loss(
+        queries.vectors, documents.vectors, OWNER, RELEVANCE, 0.3, skip=lambda i, j: (i, j) == (0, 2)
     )
     assert loss.item() == pytest.approx(expected)
 

@@ -1,0 +1,207 @@
+"""Examples -> a batch of chunks, planned before any tensor exists.
+
+A batch is a list of tokenized inputs (queries, then documents), each distinct input once, sorted by length across both
+sides and cut into chunks under a token budget (visual tokens counted from file headers). A chunk becomes tensors only
+when the model is about to read it, so the pictures of one chunk at a time are in memory. Sorting across sides leaves a
+few per cent of padding where sides padded separately leave a third (docs/log.md).
+
+Everything is a pure function of the examples and the seed: which negatives are drawn does not depend on workers, on
+earlier batches or on a resume.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mmembed.config import SourceConfig
+from mmembed.content import Audio, Content, Document, Example, Image, Text
+from mmembed.data.labels import BatchLabels
+from mmembed.errors import RecordError
+from mmembed.preprocess import Item, ModelInputs, Preprocessor, Row
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+KNOWN_POSITIVES = 64  # at most so many positives of a query are compared with each candidate
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Inputs that go through the model together. `index` (n,) long: their positions among the distinct inputs."""
+
+    index: Tensor
+    rows: tuple[Row, ...]
+
+    @property
+    def padded_tokens(self) -> int:
+        """Rows times the longest."""
+        return len(self.rows) * max(len(row) for row in self.rows)
+
+    def inputs(self, preprocessor: Preprocessor) -> ModelInputs:
+        """Pads the rows and opens their media, now."""
+        return preprocessor.collate(self.rows)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Q queries and D documents, as U distinct inputs in chunks.
+
+    place: (Q + D,) long, the distinct input of each query, then of each document.
+    """
+
+    n_queries: int
+    n_documents: int
+    chunks: tuple[Chunk, ...]
+    place: Tensor
+    labels: BatchLabels
+
+    @property
+    def tokens(self) -> int:
+        """Tokens without padding."""
+        return sum(len(row) for chunk in self.chunks for row in chunk.rows)
+
+    @property
+    def padded_tokens(self) -> int:
+        return sum(chunk.padded_tokens for chunk in self.chunks)
+
+
+class Collator:
+    """list[Example] of one source -> Batch.
+
+    Args:
+        preprocessor: tokenizes; it goes to data workers with the collator.
+        sources: by name, for the document instruction and whether in-batch negatives are on.
+        chunk_tokens: padded tokens a chunk.
+        chunk_rows: inputs a chunk, or no bound.
+        train_group_size: documents a query; `positives_per_query` of them positive. Fewer where the record has fewer:
+            nothing is repeated to fill a group.
+    """
+
+    def __init__(
+        self,
+        preprocessor: Preprocessor,
+        sources: Mapping[str, SourceConfig],
+        chunk_tokens: int,
+        chunk_rows: int | None = None,
+        train_group_size: int = 8,
+        positives_per_query: int = 1,
+        seed: int = 0,
+    ) -> None:
+        self.preprocessor, self.sources = preprocessor, sources
+        self.chunk_tokens, self.chunk_rows = chunk_tokens, chunk_rows
+        self.train_group_size, self.positives_per_query, self.seed = train_group_size, positives_per_query, seed
+
+    def __call__(self, examples: Sequence[Example]) -> Batch:
+        """Raises RecordError where a record has no positive, ConfigError or MediaError from the preprocessor."""
+        source = self.sources[examples[0].source]
+        groups = [self._group(example, f"{self.seed}:{examples[0].where}:{example.where}") for example in examples]
+        documents = [document for group in groups for document in group]
+        items = [Item(example.query, "query", example.instruction) for example in examples]
+        items += [Item(document.content, "document", source.document_instruction) for document in documents]
+        keys = [content_key(item.content) for item in items]
+        distinct: dict[tuple[int, str, str | None], int] = {}
+        place = [
+            distinct.setdefault((key, item.role, item.instruction), len(distinct))
+            for key, item in zip(keys, items, strict=True)
+        ]
+        first = {position: index for index, position in reversed(list(enumerate(place)))}
+        rows = self.preprocessor.tokenize([items[first[position]] for position in range(len(distinct))])
+        labels = BatchLabels(
+            owner=torch.tensor([query for query, group in enumerate(groups) for _ in group]),
+            relevance=torch.tensor([document.relevance for document in documents]),
+            score=torch.tensor([float("nan") if item.score is None else item.score for item in documents]),
+            document_keys=torch.tensor(keys[len(examples) :]),
+            query_keys=torch.tensor(keys[: len(examples)]),
+            positive_keys=_positive_keys(examples),
+            in_batch=source.in_batch_negatives,
+            task=examples[0].task.value,
+            source=examples[0].source,
+        )
+        chunks = plan_chunks(rows, self.chunk_tokens, self.chunk_rows)
+        return Batch(len(examples), len(documents), chunks, torch.tensor(place), labels)
+
+    def _group(self, example: Example, seed: str) -> list[Document]:
+        """The documents drawn for one query: positives first."""
+        positives = [document for document in example.documents if document.relevance > 0]
+        negatives = [document for document in example.documents if document.relevance <= 0]
+        if not positives:
+            raise RecordError(
+                example.where,
+                "no document has a relevance above 0",
+                "Contrastive training needs a positive: correct or remove the record",
+            )
+        generator = random.Random(seed)
+        group = _draw(positives, self.positives_per_query, generator)
+        return group + _draw(negatives, self.train_group_size - self.positives_per_query, generator)
+
+
+def plan_chunks(rows: Sequence[Row], chunk_tokens: int, chunk_rows: int | None = None) -> tuple[Chunk, ...]:
+    """Cuts rows into chunks, longest first, rows with media apart from rows without.
+
+    Args:
+        chunk_tokens: rows times the longest of a chunk stay below it; a longer row is a chunk of its own.
+        chunk_rows: at most so many rows.
+    """
+    order = sorted(range(len(rows)), key=lambda index: (bool(rows[index].images), -len(rows[index])))
+    chunks: list[list[int]] = []
+    for index in order:
+        longest = rows[chunks[-1][0]] if chunks else None
+        if (
+            longest is None
+            or bool(longest.images) != bool(rows[index].images)
+            or (len(chunks[-1]) + 1) * len(longest) > chunk_tokens
+            or (chunk_rows is not None and len(chunks[-1]) >= chunk_rows)
+        ):
+            chunks.append([])
+        chunks[-1].append(index)
+    return tuple(Chunk(torch.tensor(chunk), tuple(rows[index] for index in chunk)) for chunk in chunks)
+
+
+def content_key(content: Content) -> int:
+    """64 bits of a hash of the content: equal contents, equal keys. Files count by their name."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in content:
+        if isinstance(part, Text):
+            digest.update(b"text" + part.text.encode())
+        elif isinstance(part, Image):
+            _update_image(digest, part)
+        elif isinstance(part, Audio):
+            digest.update(b"audio" + (part.source.encode() if isinstance(part.source, str) else part.source.tobytes()))
+        else:
+            digest.update(b"video")
+            for frame in part.frames:
+                _update_image(digest, frame)
+        digest.update(b"\0")
+    return int.from_bytes(digest.digest(), "little", signed=True)
+
+
+def _update_image(digest: hashlib.blake2b, image: Image) -> None:
+    source: str | bytes | PIL.Image.Image = image.source
+    if isinstance(source, str):
+        digest.update(b"path" + source.encode())
+    elif isinstance(source, bytes):
+        digest.update(b"bytes" + source)
+    else:
+        digest.update(f"pixels {source.mode} {source.size}".encode() + source.tobytes())
+
+
+def _positive_keys(examples: Sequence[Example]) -> Tensor:
+    """(Q, P): rows with fewer positives repeat their first."""
+    keys = [
+        [content_key(document.content) for document in example.documents if document.relevance > 0][:KNOWN_POSITIVES]
+        for example in examples
+    ]
+    width = max(len(row) for row in keys)
+    return torch.tensor([row + row[:1] * (width - len(row)) for row in keys])
+
+
+def _draw(documents: list[Document], count: int, generator: random.Random) -> list[Document]:
+    """At most `count` of them, in a random order only where a choice is made."""
+    return documents if len(documents) <= count else generator.sample(documents, count)

@@ -1,0 +1,161 @@
+"""One contrastive step in bounded memory, with the gradient of the undivided batch (GradCache, arXiv 2101.06983).
+
+A contrastive loss couples all inputs of a batch only through their vectors. So: (1) encode chunk by chunk, (2) compute
+the objective on the vectors and its gradient with respect to them, (3) send that gradient back through each chunk.
+Here a chunk keeps its graph after (1) as long as `keep_tokens` allow, and only the others are encoded a second time in
+(3), with the random state of their first time, so dropout repeats. A batch that fits is encoded once: no extra cost;
+one that does not fit costs up to a third more, in the memory of `keep_tokens` or of one chunk, whichever is larger.
+
+Gradients are reduced over processes once a step, after the last chunk: chunks may differ in number and in modality
+between processes, a parameter that one process did not use counts as zero there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mmembed.data.collate import Batch, Chunk
+from mmembed.embeddings import Embeddings
+from mmembed.objectives import Objective
+from mmembed.objectives.gather import world
+
+BUCKET = 32 * 2**20  # gradient values reduced at once: large enough for bandwidth, small enough to be no memory
+Encode = Callable[[Chunk], Embeddings]
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """The generators that dropout draws from."""
+
+    cpu: Tensor
+    devices: tuple[Tensor, ...]
+
+    @classmethod
+    def capture(cls) -> RandomState:
+        return cls(torch.get_rng_state(), tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_available() else ())
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.devices:
+            torch.cuda.set_rng_state_all(list(self.devices))
+
+
+def contrastive_step(
+    encode: Encode,
+    objective: Objective,
+    batch: Batch,
+    keep_tokens: int | None,
+    scale: float = 1.0,
+    backward: Callable[[Tensor, Tensor], None] | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Adds the gradient of `scale * objective(batch)` to the parameters of the model and of the objective.
+
+    Args:
+        encode: a chunk -> its embeddings; draws randomness from torch's default generators only.
+        keep_tokens: padded tokens whose graphs are kept between the passes; None keeps all, 0 none.
+        scale: of the gradient (1 / accumulation steps, times a loss scale); not of the returned loss.
+        backward: (vectors, gradient) -> None, sends a gradient back through a chunk; torch.autograd.backward if None.
+
+    Returns:
+        The detached local loss and the objective's metrics.
+    """
+    backward = backward or torch.autograd.backward
+    first_kept = _first_kept(batch, keep_tokens)
+    states, outputs = [], []
+    for number, chunk in enumerate(batch.chunks):  # always in this order: dropout does not depend on what is kept
+        if number < first_kept:
+            states.append(RandomState.capture())
+        with torch.set_grad_enabled(number >= first_kept):
+            outputs.append(encode(chunk))
+    leaves = [output.vectors.detach().requires_grad_() for output in outputs]
+    vectors = _assemble(batch, [Embeddings(leaf, out.mask) for leaf, out in zip(leaves, outputs, strict=True)])
+    place = batch.place.to(leaves[0].device)
+    queries, documents = vectors.rows(place[: batch.n_queries]), vectors.rows(place[batch.n_queries :])
+    loss, metrics = objective(queries, documents, batch.labels.to(place.device))
+    (loss * scale).backward()
+
+    after = RandomState.capture() if states else None
+    for number in range(first_kept, len(outputs)):  # kept graphs go first: their memory is free for the others
+        backward(outputs[number].vectors, _gradient(leaves[number]))
+        outputs[number] = Embeddings(leaves[number].detach())
+    for number, state in enumerate(states):
+        state.restore()
+        backward(encode(batch.chunks[number]).vectors, _gradient(leaves[number]))
+    if after is not None:
+        after.restore()
+    return loss.detach(), metrics
+
+
+def reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Averages gradients over processes, in place. A parameter that no process used keeps no gradient."""
+    size = world()[1]
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if size == 1 or not trained:
+        return
+    used = torch.tensor([parameter.grad is not None for parameter in trained], dtype=torch.int32)
+    used = used.to(trained[0].device)
+    dist.all_reduce(used, op=dist.ReduceOp.MAX)
+    gradients = []
+    for parameter, is_used in zip(trained, used.tolist(), strict=True):
+        if is_used:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+    for bucket in _buckets(gradients):
+        flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+        dist.all_reduce(flat)
+        flat /= size
+        for gradient, part in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def _first_kept(batch: Batch, keep_tokens: int | None) -> int:
+    """Chunks from here on keep their graph: the last ones, so that what follows finds them in the cache."""
+    first = len(batch.chunks)
+    tokens = 0
+    while first > 0:
+        tokens += batch.chunks[first - 1].padded_tokens
+        if keep_tokens is not None and tokens > keep_tokens:
+            break
+        first -= 1
+    return first
+
+
+def _assemble(batch: Batch, parts: list[Embeddings]) -> Embeddings:
+    """Embeddings of the chunks -> of all distinct inputs, in their order, sequences padded to the longest."""
+    order = torch.cat([chunk.index for chunk in batch.chunks]).argsort().to(parts[0].vectors.device)
+    if parts[0].mask is None:
+        return Embeddings(torch.cat([part.vectors for part in parts])[order])
+    longest = max(part.vectors.shape[1] for part in parts)
+    vectors, masks = [], []
+    for part in parts:
+        missing = longest - part.vectors.shape[1]
+        vectors.append(nn.functional.pad(part.vectors, (0, 0, 0, missing)))
+        masks.append(nn.functional.pad(part.mask, (0, missing)))
+    return Embeddings(torch.cat(vectors)[order], torch.cat(masks)[order])
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    if leaf.grad is None:
+        raise RuntimeError("the objective left a chunk's vectors without a gradient")
+    return leaf.grad
+
+
+def _buckets(gradients: list[Tensor]) -> Iterable[list[Tensor]]:
+    """Lists of at most BUCKET values of one dtype."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for gradient in gradients:
+        by_dtype.setdefault(gradient.dtype, []).append(gradient)
+    for same in by_dtype.values():
+        bucket: list[Tensor] = []
+        for gradient in same:
+            if bucket and sum(item.numel() for item in bucket) + gradient.numel() > BUCKET:
+                yield bucket
+                bucket = []
+            bucket.append(gradient)
+        yield bucket

@@ -1,0 +1,120 @@
+"""The chunked step gives the gradient of the undivided batch: any chunking, kept or recomputed, with dropout."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmembed.data.collate import Batch, plan_chunks
+from mmembed.embeddings import Embeddings
+from mmembed.objectives import build_objective
+from mmembed.preprocess import Row
+from mmembed.training.gradcache import contrastive_step
+from tests.equivalence.toy import ToyEncoder, gradients, make_batch, relative
+
+TOLERANCE = 1e-5
+LEARNED = {"type": "contrastive", "temperature": {"value": 0.1, "learn": True}}
+
+
+def direct(encoder, objective, batch):
+    """Plain autograd over one undivided chunk."""
+    (chunk,) = batch.chunks
+    vectors = encoder(chunk).rows(chunk.index.argsort())
+    loss, _ = objective(
+        vectors.rows(batch.place[: batch.n_queries]), vectors.rows(batch.place[batch.n_queries :]), batch.labels
+    )
+    loss.backward()
+    return loss.detach(), gradients(encoder, objective)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    chunk_tokens=st.integers(1, 300),
+    chunk_rows=st.one_of(st.none(), st.integers(1, 9)),
+    keep_tokens=st.one_of(st.none(), st.integers(0, 300)),
+    seed=st.integers(0, 5),
+    block=st.sampled_from([LEARNED, {**LEARNED, "symmetric": True}, {**LEARNED, "matryoshka": {"dims": [8, 4]}}]),
+    multi_vector=st.booleans(),
+)
+def test_any_chunking_equals_the_direct_step(chunk_tokens, chunk_rows, keep_tokens, seed, block, multi_vector):
+    encoder, objective = ToyEncoder(multi_vector=multi_vector), build_objective(block)
+    loss, expected = direct(encoder, objective, make_batch(6, 3, 10**6, seed=seed))
+    chunked, chunked_objective = ToyEncoder(multi_vector=multi_vector), build_objective(block)
+    batch = make_batch(6, 3, chunk_tokens, chunk_rows, seed=seed)
+    found_loss, _ = contrastive_step(chunked, chunked_objective, batch, keep_tokens)
+    assert found_loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert relative(gradients(chunked, chunked_objective), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("keep_tokens", [0, 20, 60, None])
+def test_dropout_repeats_in_the_second_pass(keep_tokens):
+    """All graphs kept is plain autograd; recomputing any of them must change neither gradient nor what comes next."""
+    results = []
+    for keep in (None, keep_tokens):
+        encoder, objective = ToyEncoder(dropout=0.5), build_objective(LEARNED)
+        torch.manual_seed(7)
+        contrastive_step(encoder, objective, make_batch(6, 3, 25), keep)
+        results.append((gradients(encoder, objective), torch.rand(1)))
+    assert relative(results[1][0], results[0][0]) < TOLERANCE
+    assert torch.equal(results[1][1], results[0][1])
+
+
+def test_dropout_is_on():
+    """Otherwise the test above could not fail."""
+    batch = make_batch(6, 3, 25)
+    encoder = ToyEncoder(dropout=0.5)
+    assert not torch.equal(encoder(batch.chunks[0]).vectors, encoder(batch.chunks[0]).vectors)
+
+
+def test_gradients_accumulate_and_scale():
+    encoder, objective = ToyEncoder(), build_objective(LEARNED)
+    batch = make_batch(6, 3, 40)
+    contrastive_step(encoder, objective, batch, None)
+    once = gradients(encoder, objective)
+    contrastive_step(encoder, objective, batch, 0, scale=0.5)
+    assert relative(gradients(encoder, objective), 1.5 * once) < TOLERANCE
+
+
+def test_golden_gradient():
+    (entry,) = json.loads((Path(__file__).parents[1] / "golden" / "losses.json").read_text())["gradcache"]
+    inputs = torch.tensor(entry["inputs"]["x"] + entry["inputs"]["y"], dtype=torch.float64)  # (6, 3)
+    weight = torch.nn.Parameter(torch.tensor(entry["inputs"]["W"], dtype=torch.float64))
+    labels = make_batch(3, 1, 1).labels
+
+    def encode(chunk):
+        rows = inputs[[row.ids[0] for row in chunk.rows]]
+        return Embeddings(torch.nn.functional.normalize(torch.tanh(rows @ weight), dim=1))
+
+    chunks = plan_chunks([Row([index]) for index in range(6)], chunk_tokens=10, chunk_rows=entry["params"]["chunk"])
+    objective = build_objective({"type": "contrastive", "temperature": entry["params"]["temperature"]})
+    loss, _ = contrastive_step(encode, objective, Batch(3, 3, chunks, torch.arange(6), labels), keep_tokens=2)
+    assert loss.item() == pytest.approx(entry["loss"], abs=1e-6)
+    assert torch.allclose(weight.grad, torch.tensor(entry["expected"]["grad_W"], dtype=torch.float64), atol=1e-6)
+
+
+@pytest.mark.distributed
+def test_two_processes_equal_one():
+    """Uneven chunks, a parameter that only one process uses, learned temperature, symmetric, late interaction."""
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(root)}
+    run = subprocess.run(
+        [*command, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "tests.equivalence.two_processes"],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = json.loads(next(line for line in run.stdout.splitlines() if line.startswith("{")))
+    assert len(found) == 5
+    for name, (loss, gradient) in found.items():
+        assert loss < TOLERANCE, name
+        assert gradient < TOLERANCE, name

@@ -1,0 +1,74 @@
+"""A small encoder with dropout over Rows, and batches of random rows: what the step is tested with."""
+
+import random
+
+import torch
+from torch import nn
+
+from mmembed.data.collate import Batch, plan_chunks
+from mmembed.data.labels import BatchLabels
+from mmembed.embeddings import Embeddings
+from mmembed.preprocess import Row
+
+VOCABULARY, SIZE = 50, 8
+
+
+class ToyEncoder(nn.Module):
+    """Token embeddings -> dropout -> tanh layer -> masked mean; or one vector a token."""
+
+    def __init__(self, dropout=0.0, multi_vector=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(VOCABULARY, SIZE)
+        self.layer = nn.Linear(SIZE, SIZE)
+        self.unused = nn.Linear(SIZE, SIZE)
+        self.dropout, self.multi_vector = nn.Dropout(dropout), multi_vector
+
+    def forward(self, chunk):
+        longest = max(len(row) for row in chunk.rows)
+        ids = torch.tensor([list(row.ids) + [0] * (longest - len(row)) for row in chunk.rows])  # (B, T)
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in chunk.rows]).bool()
+        hidden = torch.tanh(self.layer(self.dropout(self.table(ids))))  # (B, T, H)
+        if self.multi_vector:
+            return Embeddings(nn.functional.normalize(hidden, dim=-1), mask)
+        return Embeddings((hidden * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True))
+
+
+def make_batch(queries, per_query, chunk_tokens, chunk_rows=None, seed=0, first=0, count=None, in_batch=True):
+    """A batch of `count` queries from `first` on, out of `queries`: the slice that one process would get."""
+    generator = random.Random(seed)
+    count = queries - first if count is None else count
+
+    def row():
+        return Row([generator.randrange(1, VOCABULARY) for _ in range(generator.randint(1, 12))])
+
+    query_rows = [row() for _ in range(queries)]
+    document_rows = [[row() for _ in range(per_query)] for _ in range(queries)]
+    chosen = range(first, first + count)
+    rows = [query_rows[i] for i in chosen] + [document for i in chosen for document in document_rows[i]]
+    keys = torch.arange(1000, 1000 + queries * per_query).view(queries, per_query)[first : first + count]
+    labels = BatchLabels(
+        owner=torch.arange(count).repeat_interleave(per_query),
+        relevance=torch.tensor([1.0] + [0.0] * (per_query - 1)).repeat(count),
+        score=torch.full((count * per_query,), float("nan")),
+        document_keys=keys.flatten(),
+        query_keys=torch.arange(first, first + count),
+        positive_keys=keys[:, :1],
+        in_batch=in_batch,
+    )
+    chunks = plan_chunks(rows, chunk_tokens, chunk_rows)
+    return Batch(count, count * per_query, chunks, torch.arange(len(rows)), labels)
+
+
+def gradients(*modules):
+    """Flat float64 gradient of everything; None counts as zero."""
+    parts = [
+        torch.zeros(parameter.numel()) if parameter.grad is None else parameter.grad.flatten()
+        for module in modules
+        for parameter in module.parameters()
+    ]
+    return torch.cat(parts).double()
+
+
+def relative(found, expected):
+    return ((found - expected).norm() / expected.norm()).item()

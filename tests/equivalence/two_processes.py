@@ -1,0 +1,55 @@
+"""Run by torchrun with two processes: prints the relative error of the mean loss and of the averaged gradient."""
+
+import json
+
+import torch
+import torch.distributed as dist
+
+from mmembed.objectives import build_objective
+from mmembed.training.gradcache import contrastive_step, reduce_gradients
+from tests.equivalence.toy import ToyEncoder, gradients, make_batch, relative
+
+CASES = {
+    "learned temperature": ({"temperature": {"value": 0.1, "learn": True}}, False, True),
+    "symmetric": ({"temperature": 0.1, "symmetric": True}, False, True),
+    "late interaction": ({"temperature": 1.0}, True, True),
+    "own group only": ({"temperature": 0.1}, False, False),
+    "matryoshka": ({"temperature": 0.1, "matryoshka": {"dims": [8, 4]}}, False, True),
+}
+
+
+def main() -> None:
+    expected = {name: single_process(*case) for name, case in CASES.items()}
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    report = {}
+    for name, (options, multi_vector, in_batch) in CASES.items():
+        encoder, objective = ToyEncoder(multi_vector=multi_vector), build_objective({"type": "contrastive", **options})
+        # 3 queries each, in chunks of different sizes: the processes run a different number of forwards
+        batch = make_batch(6, 3, 20 + 30 * rank, first=3 * rank, count=3, in_batch=in_batch)
+        loss, _ = contrastive_step(encoder, objective, batch, keep_tokens=30)
+        if rank == 0:  # used by one process alone
+            encoder.unused.weight.sum().backward()
+        reduce_gradients([*encoder.parameters(), *objective.parameters()])
+        assert encoder.unused.bias.grad is None  # used by no process
+        dist.all_reduce(loss)
+        expected_loss, expected_gradient = expected[name]
+        error = abs(loss.item() / 2 - expected_loss) / expected_loss
+        report[name] = (error, relative(gradients(encoder, objective), expected_gradient))
+    if rank == 0:
+        print(json.dumps(report), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def single_process(options, multi_vector, in_batch):
+    """Loss and gradient of the whole batch in one process."""
+    encoder, objective = ToyEncoder(multi_vector=multi_vector), build_objective({"type": "contrastive", **options})
+    loss, _ = contrastive_step(encoder, objective, make_batch(6, 3, 10**6, in_batch=in_batch), None)
+    (encoder.unused.weight.sum() / 2).backward()
+    return loss.item(), gradients(encoder, objective)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
