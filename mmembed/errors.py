@@ -16,15 +16,22 @@ class ConfigError(MmembedError):
 
 
 class RecordError(MmembedError):
-    """A data record that cannot be used. `where` is `file:line`."""
+    """A data record that cannot be used. `where` is `file:line`; `kind` groups errors that are counted."""
 
-    def __init__(self, where: str, found: str, remedy: str) -> None:
+    def __init__(self, where: str, found: str, remedy: str, kind: str = "bad record") -> None:
         super().__init__(f"{where}: {found}. {remedy}")
-        self.where, self.found, self.remedy = where, found, remedy
+        self.where, self.found, self.remedy, self.kind = where, found, remedy, kind
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str, str]]:
+        return type(self), (self.where, self.found, self.remedy, self.kind)
 
 
 class MediaError(MmembedError):
-    """An image, video or audio that cannot be opened within the limits."""
+    """An image, video or audio that cannot be opened within the limits. `kind` groups errors that are counted."""
+
+    def __init__(self, message: str, kind: str = "unreadable") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class CheckpointError(MmembedError):

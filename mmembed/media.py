@@ -68,10 +68,10 @@ class MediaStore:
     """Opens media. Picklable: each process opens its own tables, at first use.
 
     Args:
-        root: folder that relative paths start from and that no path may leave. None: relative paths start from the
-            working directory and every readable file may be opened (for content that the caller wrote himself).
+        root: folder that relative paths start from and that no path may leave; None: the working directory.
         limits: see MediaLimits.
-        also: further folders that absolute paths may point into (with a root).
+        also: further folders that paths may point into. Without root and `also` every readable file may be opened: for
+            content that the caller wrote himself.
         cache_dir: where Arrow copies of parquet tables are kept; default `default_cache_dir()`.
     """
 
@@ -86,7 +86,7 @@ class MediaStore:
         self.limits = limits
         self.also = tuple(Path(folder) for folder in also)
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
-        folders = () if self.root is None else (self.root, *self.also)
+        folders = self.also if self.root is None else (self.root, *self.also)
         self._allowed = tuple(folder.resolve() for folder in folders)
         self._sizes: dict[str, tuple[int, int]] = {}
         self._tables: dict[Path, _PictureTable] = {}
@@ -132,7 +132,8 @@ class MediaStore:
                 return _to_rgb(upright)
             except (OSError, SyntaxError, ValueError, EOFError) as error:
                 found = f"the picture is truncated or damaged ({error})"
-                raise MediaError(f"{_label(image.source)}: {found}; replace the file or skip the record") from None
+                remedy = "replace the file or skip the record"
+                raise MediaError(f"{_label(image.source)}: {found}; {remedy}", kind="truncated or damaged") from None
 
     def frames(self, video: Video) -> list[PIL.Image.Image]:
         """The frames in order, each as `open`."""
@@ -164,7 +165,8 @@ class MediaStore:
             try:
                 header = PIL.Image.open(stream)
             except PIL.Image.DecompressionBombError as error:
-                raise MediaError(f"{_label(image.source)}: gigantic picture ({error}); scale it down") from None
+                message = f"{_label(image.source)}: gigantic picture ({error}); scale it down"
+                raise MediaError(message, kind="gigantic") from None
             except (OSError, SyntaxError, ValueError) as error:
                 found = "an empty file" if not _length(stream) else f"not a readable picture ({error})"
                 raise MediaError(f"{_label(image.source)}: {found}; replace the file or skip the record") from None
@@ -177,7 +179,8 @@ class MediaStore:
         if width * height > self.limits.max_pixels_decoded:
             raise MediaError(
                 f"{_label(source)}: gigantic picture, {width} x {height} pixels; the limit is "
-                f"{self.limits.max_pixels_decoded}. Scale it down or raise MediaLimits.max_pixels_decoded"
+                f"{self.limits.max_pixels_decoded}. Scale it down or raise MediaLimits.max_pixels_decoded",
+                kind="gigantic",
             )
 
     def _stream(self, source: str | bytes) -> BinaryIO:
@@ -202,15 +205,15 @@ class MediaStore:
     def _too_many_bytes(self, source: Any, count: int) -> None:
         raise MediaError(
             f"{_label(source)}: {count} bytes; the limit is {self.limits.max_bytes}. "
-            "Compress it or raise MediaLimits.max_bytes"
+            "Compress it or raise MediaLimits.max_bytes",
+            kind="gigantic",
         )
 
     def _fetch(self, url: str) -> bytes:
         if not self.limits.allow_urls or not url.startswith(("https://", "http://")):
             what = "URLs are refused" if not self.limits.allow_urls else "only http and https URLs are fetched"
-            raise MediaError(
-                f"{_label(url)}: {what}; download the file, or set MediaLimits(allow_urls=True) for http(s)"
-            )
+            remedy = "download the file, or set MediaLimits(allow_urls=True) for http(s)"
+            raise MediaError(f"{_label(url)}: {what}; {remedy}", kind="URL")
         try:
             with urllib.request.urlopen(url, timeout=_URL_SECONDS) as answer:
                 return self._judge_bytes(answer.read(self.limits.max_bytes + 1), url)
@@ -220,7 +223,7 @@ class MediaStore:
     def _file(self, source: str) -> Path:
         """The existing file that a path means. Raises MediaError when it leaves the media folders or is missing."""
         if _is_url(source):
-            raise MediaError(f"{_label(source)}: only pictures are fetched from URLs; download the file")
+            raise MediaError(f"{_label(source)}: only pictures are fetched from URLs; download the file", kind="URL")
         path = Path(source) if self.root is None else self.root / source
         try:
             resolved = path.resolve()
@@ -229,11 +232,13 @@ class MediaStore:
             raise MediaError(f"{_label(source)}: not a usable path ({error})") from None
         if self._allowed and not any(resolved.is_relative_to(folder) for folder in self._allowed):
             raise MediaError(
-                f"{_label(source)}: points outside the media root {self.root}; move the file below it, or set "
-                "data.media_root to a folder that holds all media"
+                f"{_label(source)}: points outside the media folders ({', '.join(map(str, self._allowed[:3]))}); "
+                "move the file below them, or set data.media_root to a folder that holds all media",
+                kind="outside the media folders",
             )
         if not is_file:
-            raise MediaError(f"{_label(source)}: there is no such file ({path}); check the path and the media root")
+            message = f"{_label(source)}: there is no such file ({path}); check the path and the media root"
+            raise MediaError(message, kind="missing")
         return resolved
 
     def _table(self, path: Path) -> _PictureTable:
@@ -348,13 +353,14 @@ class _PictureTable:
         if row is None:
             match = _ROW.match(reference)
             if match is None or match["column"] not in self._rows.column_names:
-                raise MediaError(f"{self.path}#{reference}: the table has no such image_id; {self._hint()}")
+                message = f"{self.path}#{reference}: the table has no such image_id; {self._hint()}"
+                raise MediaError(message, kind="missing")
             row, column = int(match["row"]), match["column"]
             if row >= self._rows.num_rows:
-                raise MediaError(f"{self.path}#{reference}: the table has {self._rows.num_rows} rows")
+                raise MediaError(f"{self.path}#{reference}: the table has {self._rows.num_rows} rows", kind="missing")
         encoded = self._rows[column][row].as_py()
         if encoded is None:
-            raise MediaError(f"{self.path}#{reference}: the row has no picture bytes")
+            raise MediaError(f"{self.path}#{reference}: the row has no picture bytes", kind="missing")
         return cast(bytes, encoded)
 
     def _find(self, reference: str) -> int | None:
@@ -398,7 +404,7 @@ def _convert_table(path: Path, folder: Path) -> None:
             columns = [_plain(batch.column(name)).cast(target.field(name).type) for name in names]
             writer.write_batch(pa.record_batch(columns, schema=target))
             if "image_id" in names:
-                hashes.extend(_id_hash(image_id) for image_id in columns[names.index("image_id")].to_pylist())
+                hashes.extend(_id_hash(str(image_id)) for image_id in columns[names.index("image_id")].to_pylist())
     keys = np.array(hashes, dtype=np.uint64)
     order = np.argsort(keys, kind="stable").astype(np.uint64)
     np.save(folder / "ids.npy", np.stack([keys[order], order]) if len(keys) else np.zeros((2, 0), np.uint64))

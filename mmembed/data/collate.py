@@ -117,7 +117,7 @@ class Collator:
             owner=torch.tensor([query for query, group in enumerate(groups) for _ in group]),
             relevance=torch.tensor([document.relevance for document in documents]),
             score=torch.tensor([float("nan") if item.score is None else item.score for item in documents]),
-            document_keys=torch.tensor(keys[len(examples) :]),
+            document_keys=torch.tensor([document_keys(document) for document in documents]),
             query_keys=torch.tensor(keys[: len(examples)]),
             positive_keys=_positive_keys(examples),
             in_batch=source.in_batch_negatives,
@@ -182,6 +182,12 @@ def content_key(content: Content) -> int:
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 
+def document_keys(document: Document) -> tuple[int, int]:
+    """Keys of the content and of the id; without an id, of the content twice."""
+    key = content_key(document.content)
+    return key, key if document.id is None else content_key((Text("id " + document.id),))
+
+
 def _update_image(digest: hashlib.blake2b, image: Image) -> None:
     source: str | bytes | PIL.Image.Image = image.source
     if isinstance(source, str):
@@ -193,9 +199,9 @@ def _update_image(digest: hashlib.blake2b, image: Image) -> None:
 
 
 def _positive_keys(examples: Sequence[Example]) -> Tensor:
-    """(Q, P): rows with fewer positives repeat their first."""
+    """(Q, P, 2): rows with fewer positives repeat their first."""
     keys = [
-        [content_key(document.content) for document in example.documents if document.relevance > 0][:KNOWN_POSITIVES]
+        [document_keys(document) for document in example.documents if document.relevance > 0][:KNOWN_POSITIVES]
         for example in examples
     ]
     width = max(len(row) for row in keys)

@@ -1,0 +1,1 @@
+"""From files to examples to batches: formats, records, memory-mapped datasets, mixing and the batch plan."""

@@ -1,0 +1,152 @@
+"""BEIR folders, with pictures: corpus.jsonl, queries.jsonl, qrels/{split}.tsv, and images.parquet beside them.
+
+One record a judged query: its documents are the judged ones, in the order of the qrels, with their grades; a grade of 0
+is a labelled negative. The corpus is not loaded: only the places of the judged documents are kept (about 200 bytes a
+document), so the memory follows the judgements and not the corpus.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar
+
+from mmembed.data.format_base import Format, RawRecord, column, existing, read_json_lines
+from mmembed.errors import ConfigError, RecordError
+
+
+class Beir(Format):
+    """A BEIR folder.
+
+    Args:
+        split: which file of qrels/.
+        lang: keep only queries whose `lang` is one of these.
+        kind: keep only queries whose `kind` is one of these.
+        negatives_from_zero_scores: keep documents of grade 0, as labelled negatives.
+
+    A document's text is its title and text joined by a space. A document never carries the very picture that its query
+    shows: with both, the match would be trivial.
+    """
+
+    name: ClassVar[str] = "beir"
+
+    def __init__(
+        self,
+        split: str = "train",
+        lang: str | Sequence[str] | None = None,
+        kind: str | Sequence[str] | None = None,
+        negatives_from_zero_scores: bool = True,
+    ) -> None:
+        self.split = split
+        self.filters = {key: _as_set(value) for key, value in (("lang", lang), ("kind", kind)) if value is not None}
+        self.negatives_from_zero_scores = negatives_from_zero_scores
+
+    def files(self, path: Path) -> list[Path]:
+        names = ("corpus.jsonl", "queries.jsonl", f"qrels/{self.split}.tsv", "images.parquet")
+        return [path / name for name in names if (path / name).is_file()]
+
+    def read(self, path: Path) -> Iterator[RawRecord | RecordError]:
+        judged = self._read_qrels(path / "qrels" / f"{self.split}.tsv")
+        places = _places(path / "corpus.jsonl", {document for rows in judged.values() for document, _, _ in rows})
+        matched = False
+        with (path / "corpus.jsonl").open("rb") as corpus:
+            for where, row in read_json_lines(path / "queries.jsonl"):
+                if isinstance(row, RecordError):
+                    yield row
+                    continue
+                rows = judged.get(str(row.get("_id")), [])
+                try:
+                    if not rows or not self._wanted(row, where):
+                        continue
+                    matched = True
+                    yield self._record(row, rows, places, corpus, path / "images.parquet", where)
+                except RecordError as error:
+                    yield error
+        if not matched:
+            chosen = "".join(f", {key} {sorted(values)}" for key, values in self.filters.items())
+            raise ConfigError(f"{path}: no query of split '{self.split}'{chosen} has a judged document")
+
+    def _read_qrels(self, path: Path) -> dict[str, list[tuple[str, str, str]]]:
+        """Query id -> [(document id, grade, file:line), ...]."""
+        judged: dict[str, list[tuple[str, str, str]]] = {}
+        with existing(path).open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                cells = line.rstrip("\r\n").split("\t")
+                if (number == 1 and cells[-1] == "score") or not line.strip():
+                    continue
+                if len(cells) != 3:
+                    raise ConfigError(
+                        f"{path}:{number}: {len(cells)} columns; write query-id, corpus-id, score by tabs"
+                    )
+                judged.setdefault(cells[0], []).append((cells[1], cells[2], f"{path}:{number}"))
+        return judged
+
+    def _wanted(self, row: RawRecord, where: str) -> bool:
+        return all(column(row, key, where) in values for key, values in self.filters.items())
+
+    def _record(
+        self,
+        query: RawRecord,
+        rows: list[tuple[str, str, str]],
+        places: dict[str, int],
+        corpus: BinaryIO,
+        table: Path,
+        where: str,
+    ) -> RawRecord:
+        documents = []
+        for document_id, grade, line in rows:
+            relevance = _grade(grade, line)
+            if relevance == 0 and not self.negatives_from_zero_scores:
+                continue
+            if document_id not in places:
+                raise RecordError(
+                    line, f"document '{document_id}' is not in corpus.jsonl", "Correct the id", "missing document"
+                )
+            corpus.seek(places[document_id])
+            document = json.loads(corpus.readline())
+            shown = None if document.get("image") == query.get("image") else document.get("image")
+            text = " ".join(filter(None, (document.get("title"), document.get("text"))))
+            content = _content(text, shown, table)
+            documents.append({"content": content, "relevance": relevance, "id": document_id})
+        content = _content(query.get("text"), query.get("image"), table)
+        return {"query": content, "documents": documents, "id": str(query["_id"]), "where": where}
+
+
+def _content(text: str | None, image: str | None, table: Path) -> Any:
+    if image is None:
+        return text or ""
+    reference = f"{table.resolve()}#{image}"
+    return {"image": reference, "text": text} if text else {"image": reference}
+
+
+def _places(path: Path, wanted: set[str]) -> dict[str, int]:
+    """Document id -> byte offset of its line, for the wanted documents."""
+    places: dict[str, int] = {}
+    offset = 0
+    with existing(path).open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                document_id = str(json.loads(line)["_id"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ConfigError(f"{path}:{number}: not a corpus line with an '_id' ({error!r}); correct it") from None
+            if document_id in wanted:
+                places[document_id] = offset
+            offset += len(line)
+    return places
+
+
+def _grade(value: str, where: str) -> float:
+    try:
+        grade = float(value)
+    except ValueError:
+        grade = -1.0
+    if not 0 <= grade < float("inf"):
+        raise RecordError(
+            where, f"the score is '{value}'", "Give a number, 0 for a negative, above 0 for a positive", "bad number"
+        )
+    return grade
+
+
+def _as_set(value: str | Sequence[str]) -> frozenset[str]:
+    return frozenset([value] if isinstance(value, str) else value)

@@ -1,0 +1,53 @@
+"""Sentence pairs with a similarity score (STS): the score becomes a graded relevance in [0, 1]."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+from mmembed.data.format_base import Format, RawRecord, column, read_json_lines
+from mmembed.errors import ConfigError, RecordError
+
+
+class Pairs(Format):
+    """A folder with `{split}.jsonl`, or one file, of rows with two texts and a number.
+
+    Args:
+        split: which file of the folder.
+        first, second, score: names of the columns.
+        low, high: the scale of the scores; `low` becomes relevance 0 and `high` 1.
+    """
+
+    name: ClassVar[str] = "pairs"
+
+    def __init__(
+        self,
+        split: str = "train",
+        first: str = "sentence1",
+        second: str = "sentence2",
+        score: str = "score",
+        low: float = 0.0,
+        high: float = 5.0,
+    ) -> None:
+        if low >= high:
+            raise ConfigError(f"formats.pairs: low {low} is not below high {high}")
+        self.split, self.first, self.second, self.score, self.low, self.high = split, first, second, score, low, high
+
+    def files(self, path: Path) -> list[Path]:
+        return [path / f"{self.split}.jsonl" if path.is_dir() else path]
+
+    def read(self, path: Path) -> Iterator[RawRecord | RecordError]:
+        for where, row in read_json_lines(self.files(path)[0]):
+            try:
+                yield row if isinstance(row, RecordError) else self._record(row, where)
+            except RecordError as error:
+                yield error
+
+    def _record(self, row: RawRecord, where: str) -> RawRecord:
+        score = column(row, self.score, where)
+        if isinstance(score, bool) or not isinstance(score, int | float) or not self.low <= score <= self.high:
+            found = f"'{self.score}' is {score!r}, outside {self.low} to {self.high}"
+            raise RecordError(where, found, "Set the options low and high to the scale of the scores", "bad number")
+        relevance = (score - self.low) / (self.high - self.low)
+        document = {"content": column(row, self.second, where), "relevance": relevance}
+        record = {"query": column(row, self.first, where), "documents": [document], "task": "sts", "where": where}
+        return {**record, "id": str(row["_id"])} if "_id" in row else record

@@ -1,0 +1,233 @@
+"""The canonical record: one JSON object for every task, parsed strictly and written back without loss.
+
+    {"query": "a red bus", "documents": [{"content": {"image": "bus.jpg"}}, {"content": "a train", "relevance": 0}]}
+
+A content is a string, a mapping of `text`, `image`, `images`, `video` (+ `fps`), `audio` (+ `sampling_rate`), or a list
+of those when the order of the parts matters. What cannot be right is an error with file, line and remedy; a key that is
+not known is an error as well, because a misspelt `relevence` would silently make a negative a positive.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mmembed.content import (
+    Content,
+    Document,
+    Example,
+    Image,
+    Part,
+    Task,
+    Text,
+    Video,
+    to_content,
+)
+from mmembed.errors import MmembedError, RecordError, nearest
+
+RECORD_KEYS = ("query", "documents", "instruction", "task", "source", "id")
+DOCUMENT_KEYS = ("content", "relevance", "score", "id")
+
+
+def parse_record(record: Mapping[str, Any], where: str) -> Example:
+    """Reads one canonical record.
+
+    Args:
+        record: the object; a key `where` is passed over.
+        where: `file:line`, for messages and for `Example.where`.
+
+    Raises:
+        RecordError: unknown or missing keys, empty texts, values of a wrong type or range, no positive document.
+    """
+    _known(record, (*RECORD_KEYS, "where"), where, "the record")
+    for key in ("query", "documents"):
+        if key not in record:
+            raise RecordError(where, f"the record has no '{key}'", f"Add it; a record is {_SHAPE}", "missing key")
+    task = _task(record.get("task"), where)
+    query, instruction = record["query"], _string(record, "instruction", where)
+    if isinstance(query, Mapping) and query.get("instruction") is not None:
+        if instruction is not None:
+            raise RecordError(where, "two instructions, of the record and of the query", "Keep one", "two instructions")
+        instruction = _string(query, "instruction", where)
+        query = {key: value for key, value in query.items() if key != "instruction"}
+    documents = record["documents"]
+    if not isinstance(documents, list) or not documents:
+        raise RecordError(
+            where, "'documents' is not a list with at least one entry", f"A record is {_SHAPE}", "no documents"
+        )
+    parsed = tuple(_document(item, f"documents[{i}]", where) for i, item in enumerate(documents))
+    if task is not Task.STS and not any(document.relevance > 0 for document in parsed):
+        raise RecordError(
+            where, "no document has a relevance above 0", "Add a positive or remove the record", "no positive"
+        )
+    return Example(
+        query=_content(query, "query", where),
+        documents=parsed,
+        task=task,
+        instruction=instruction,
+        source=_string(record, "source", where) or "",
+        id=_string(record, "id", where),
+        where=where,
+    )
+
+
+def example_to_record(example: Example) -> dict[str, Any]:
+    """The canonical record of an example; `parse_record` gives the example back.
+
+    Raises:
+        MmembedError: for pictures and sounds in memory: JSON holds paths only.
+    """
+    record: dict[str, Any] = {"query": content_to_json(example.query)}
+    record["documents"] = [_document_to_json(document) for document in example.documents]
+    if example.instruction is not None:
+        record["instruction"] = example.instruction
+    if example.task is not Task.RETRIEVAL:
+        record["task"] = example.task.value
+    if example.source:
+        record["source"] = example.source
+    if example.id is not None:
+        record["id"] = example.id
+    return record
+
+
+def write_records(path: str | Path, examples: Iterable[Example]) -> int:
+    """Writes canonical JSON lines; returns how many."""
+    count = 0
+    with Path(path).open("w", encoding="utf-8") as file:
+        for example in examples:
+            file.write(json.dumps(example_to_record(example), ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+def content_to_json(content: Content) -> Any:
+    """A string, a mapping where its fixed order (media before text) is the content's order, else a list of mappings."""
+    items = [_part_to_json(part) for part in content]
+    if len(items) == 1:
+        return content[0].text if isinstance(content[0], Text) else items[0]
+    merged: dict[str, Any] = {}
+    pictures = [part.source for part in content if isinstance(part, Image)]
+    if len(pictures) > 1:
+        merged["images"] = pictures
+    for item in items:
+        merged.update({key: value for key, value in item.items() if key != "image" or len(pictures) == 1})
+    return merged if to_content(merged) == content else items
+
+
+def resolve_media(content: Any, folder: Path) -> Any:
+    """The JSON content with relative paths of pictures, frames and sounds put below `folder`."""
+    if isinstance(content, list):
+        return [resolve_media(item, folder) for item in content]
+    if not isinstance(content, Mapping):
+        return content
+    return {key: _below(value, folder) if key in _MEDIA_KEYS else value for key, value in content.items()}
+
+
+_MEDIA_KEYS = ("image", "images", "video", "audio")
+_SHAPE = '{"query": ..., "documents": [{"content": ..., "relevance": 1.0}, ...]}'
+
+
+def _below(value: Any, folder: Path) -> Any:
+    if isinstance(value, list):
+        return [_below(item, folder) for item in value]
+    if not isinstance(value, str) or "://" in value or value.startswith("data:"):
+        return value
+    return str(folder / value)
+
+
+def _document(item: Any, key: str, where: str) -> Document:
+    if not isinstance(item, Mapping):
+        raise RecordError(
+            where, f"{key} is a {type(item).__name__}", 'Write {"content": ..., "relevance": 1.0}', "not a document"
+        )
+    _known(item, DOCUMENT_KEYS, where, key)
+    if "content" not in item:
+        raise RecordError(where, f"{key} has no 'content'", 'Write {"content": ..., "relevance": 1.0}', "missing key")
+    if isinstance(item["content"], Mapping) and item["content"].get("instruction") is not None:
+        raise RecordError(
+            where, f"{key} carries an instruction", "Set document_instruction of the source instead", "two instructions"
+        )
+    relevance = _number(item.get("relevance", 1.0), f"{key}.relevance", where)
+    if relevance < 0:
+        raise RecordError(
+            where, f"{key}.relevance is {relevance}", "Use 0 for a negative, above 0 for a positive", "bad number"
+        )
+    score = None if item.get("score") is None else _number(item["score"], f"{key}.score", where)
+    return Document(_content(item["content"], key, where), relevance, score, _string(item, "id", where))
+
+
+def _content(value: Any, key: str, where: str) -> Content:
+    try:
+        content = to_content(value)
+    except MmembedError as error:
+        raise RecordError(where, f"{key}: {error}", "Correct or remove the record", "unreadable content") from None
+    for part in content:
+        if isinstance(part, Text) and not part.text.strip():
+            raise RecordError(where, f"{key} has an empty text", "Remove the key 'text', or the record", "empty text")
+    return content
+
+
+def _known(item: Mapping[str, Any], keys: tuple[str, ...], where: str, what: str) -> None:
+    for key in item:
+        if key not in keys:
+            raise RecordError(
+                where, f"{what} has an unknown key '{key}'", nearest(key, keys).capitalize(), "unknown key"
+            )
+
+
+def _task(value: Any, where: str) -> Task:
+    names = [task.value for task in Task]
+    if value is None:
+        return Task.RETRIEVAL
+    if value not in names:
+        raise RecordError(where, f"unknown task '{value}'", nearest(str(value), names).capitalize(), "unknown task")
+    return Task(value)
+
+
+def _string(item: Mapping[str, Any], key: str, where: str) -> str | None:
+    value = item.get(key)
+    if value is not None and not isinstance(value, str):
+        raise RecordError(
+            where, f"'{key}' is a {type(value).__name__}", "Give a string or remove the key", "not a string"
+        )
+    return value
+
+
+def _number(value: Any, key: str, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise RecordError(where, f"{key} is {value!r}", "Give a finite number", "bad number")
+    return float(value)
+
+
+def _document_to_json(document: Document) -> dict[str, Any]:
+    item: dict[str, Any] = {"content": content_to_json(document.content)}
+    if document.relevance != 1.0:
+        item["relevance"] = document.relevance
+    if document.score is not None:
+        item["score"] = document.score
+    if document.id is not None:
+        item["id"] = document.id
+    return item
+
+
+def _part_to_json(part: Part) -> dict[str, Any]:
+    if isinstance(part, Text):
+        return {"text": part.text}
+    if isinstance(part, Image):
+        return {"image": _path(part.source)}
+    if isinstance(part, Video):
+        frames = {"video": [_path(frame.source) for frame in part.frames]}
+        return frames if part.fps is None else {**frames, "fps": part.fps}
+    sound: dict[str, Any] = {"audio": _path(part.source)}
+    return sound if part.sampling_rate is None else {**sound, "sampling_rate": part.sampling_rate}
+
+
+def _path(source: Any) -> str:
+    if not isinstance(source, str):
+        raise MmembedError(
+            f"records: a {type(source).__name__} in memory cannot be written as JSON; save it and give its path"
+        )
+    return source
