@@ -1,8 +1,8 @@
 """Who is relevant to whom, and who counts, over the documents of all processes.
 
 Three kinds of other queries' documents are no negatives and are masked when asked: a known positive of the query (in
-the batch or not), the positive of another query with the same content, and the query's own content. Everything goes by
-content keys, so equal texts under different ids are found. Cost: P + 2 comparisons of (Q, C) integers.
+the batch or not), the positive of another query with the same content, and the query's own content. Documents are the
+same by content or by id, so equal texts under different ids are found. Cost: 2 P + 2 comparisons of (Q, C) integers.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Relations:
 
     owner: Tensor  # (C,)
     relevance: Tensor  # (C,)
-    document_keys: Tensor  # (C,)
+    document_keys: Tensor  # (C, 2)
     query_keys: Tensor  # (M,)
-    positive_keys: Tensor  # (M, P)
+    positive_keys: Tensor  # (M, P, 2)
     query_counts: list[int]
     document_counts: list[int]
     in_batch: bool
@@ -52,7 +52,7 @@ class Relations:
     def _gather_positives(keys: Tensor, query_counts: list[int]) -> Tensor:
         if len(query_counts) > 1:
             missing = max(gather_counts(keys.shape[1], keys.device)) - keys.shape[1]
-            keys = torch.cat([keys, keys[:, -1:].expand(-1, missing)], dim=1)  # (Q, P)
+            keys = torch.cat([keys, keys[:, -1:].expand(-1, missing, -1)], dim=1)  # (Q, P, 2)
         return gather_rows(keys, query_counts)
 
     def local(self, counts: list[int]) -> slice:
@@ -73,10 +73,11 @@ class Relations:
 
     def _duplicates(self, query_index: Tensor, documents: slice, own: Tensor) -> Tensor:
         """(Q, C) bool: content that the query already has as a positive, or as itself."""
-        keys, owner = self.document_keys[documents][None, :], self.owner[documents]  # (1, C), (C,)
+        keys, owner = self.document_keys[documents], self.owner[documents]  # (C, 2), (C,)
         query_keys = self.query_keys[query_index][:, None]  # (Q, 1)
-        duplicates = keys == query_keys  # (Q, C)
-        for positive_keys in self.positive_keys[query_index].T:  # (Q,) each; P is small
-            duplicates |= keys == positive_keys[:, None]
+        duplicates = keys[None, :, 0] == query_keys  # (Q, C)
+        for positive_keys in self.positive_keys[query_index].unbind(1):  # (Q, 2) each; P is small
+            for column in (0, 1):
+                duplicates |= keys[None, :, column] == positive_keys[:, None, column]
         answers = (self.relevance[documents] > 0)[None, :] & (self.query_keys[owner][None, :] == query_keys)
         return duplicates | (answers & ~own)

@@ -51,9 +51,9 @@ def make_batch(queries, per_query, chunk_tokens, chunk_rows=None, seed=0, first=
         owner=torch.arange(count).repeat_interleave(per_query),
         relevance=torch.tensor([1.0] + [0.0] * (per_query - 1)).repeat(count),
         score=torch.full((count * per_query,), float("nan")),
-        document_keys=keys.flatten(),
+        document_keys=keys.reshape(-1, 1).expand(-1, 2),
         query_keys=torch.arange(first, first + count),
-        positive_keys=keys[:, :1],
+        positive_keys=keys[:, :1, None].expand(-1, -1, 2),
         in_batch=in_batch,
     )
     chunks = plan_chunks(rows, chunk_tokens, chunk_rows)

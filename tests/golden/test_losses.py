@@ -27,9 +27,9 @@ def labels_of(queries, documents, group_size=1, in_batch=True):
         owner=position // group_size,
         relevance=(position % group_size == 0).double(),
         score=torch.full((documents,), float("nan")),
-        document_keys=position + 1000,
+        document_keys=torch.stack([position + 1000, position + 1000], dim=1),
         query_keys=torch.arange(queries),
-        positive_keys=(torch.arange(queries) * group_size + 1000)[:, None],
+        positive_keys=(torch.arange(queries) * group_size + 1000)[:, None, None].expand(-1, -1, 2),
         in_batch=in_batch,
     )
 

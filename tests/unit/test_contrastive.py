@@ -20,9 +20,11 @@ def make_labels(owner, relevance, keys=None, query_keys=None, in_batch=True, ext
         owner=torch.tensor(owner),
         relevance=torch.tensor(relevance, dtype=torch.float64),
         score=torch.full((count,), float("nan")),
-        document_keys=torch.tensor(keys),
+        document_keys=torch.tensor([[key, key + 5000] for key in keys]),
         query_keys=torch.tensor(query_keys if query_keys is not None else list(range(max(owner) + 1))),
-        positive_keys=torch.tensor([[key, extra[i] if extra else key] for i, key in sorted(first.items())]),
+        positive_keys=torch.tensor(
+            [[[key, key + 5000], [extra[i], -1] if extra else [key, -1]] for i, key in sorted(first.items())]
+        ),
         in_batch=in_batch,
     )
 
