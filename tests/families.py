@@ -34,7 +34,7 @@ FAMILIES = TEXT_FAMILIES + VISION_FAMILIES
 
 DECODER = {
     "hidden_size": 64,
-    "intermediate_size": 96,
+    "intermediate_size": 128,  # a multiple of the 4-bit block
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,

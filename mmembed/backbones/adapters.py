@@ -21,6 +21,9 @@ LORA_TYPES = ("lora", "dora", "rslora", "qlora")
 PROMPT_TYPES = ("prefix", "prompt")
 
 
+UNQUANTIZED = ["visual", "vision_tower", "vision_model", "multi_modal_projector", "connector"]  # small and sensitive
+
+
 def quantization_of(adapter: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Arguments of `transformers.BitsAndBytesConfig` that an adapter block asks for, None for an unquantized base."""
     if adapter is None or adapter["type"] != "qlora":
@@ -29,6 +32,7 @@ def quantization_of(adapter: Mapping[str, Any] | None) -> dict[str, Any] | None:
         "load_in_4bit": True,
         "bnb_4bit_quant_type": adapter["quant_type"],
         "bnb_4bit_use_double_quant": True,
+        "llm_int8_skip_modules": UNQUANTIZED,
         "bnb_4bit_compute_dtype": torch.bfloat16 if torch.cuda.is_available() else torch.float32,
     }
 

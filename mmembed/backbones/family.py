@@ -51,12 +51,16 @@ class Family:
     vision_modules: ClassVar[str] = r"visual|vision_tower|vision_model"
     projector_modules: ClassVar[str] = r"multi_modal_projector|connector"
     language_modules: ClassVar[str] = r"language_model|text_model"
-    always_bidirectional: ClassVar[bool] = False  # attention inside the prompt is never causal
 
     def __init__(self, config: Any, processor: Any) -> None:
         self.config, self.processor = config, processor
         self.multimodal: bool = "vision_config" in config.to_dict()
         self.tokenizer = processor.tokenizer if self.multimodal else processor
+
+    @property
+    def causal(self) -> bool:
+        """Whether no token sees a later one (image tokens among themselves aside)."""
+        return vars(self.config.get_text_config()).get("is_causal") is not False
 
     # What a prompt looks like -----------------------------------------------------------------------------------------
 

@@ -67,10 +67,10 @@ def load_backbone(
             f"model.name_or_path: cannot load '{name_or_path}' ({_first_line(error)}); give a folder with a "
             "config.json, a model name that can be reached, or 'mmembed-nano'"
         ) from error
-    extra = {"quantization_config": BitsAndBytesConfig(**quantization)} if quantization else {}
-    model = AutoModel.from_pretrained(
-        path, config=config, dtype=_dtype(dtype), attn_implementation=attn_implementation, **common, **extra
-    )
+    arguments: dict[str, Any] = {"dtype": _dtype(dtype), "attn_implementation": attn_implementation}
+    if quantization is not None:
+        arguments["quantization_config"] = BitsAndBytesConfig(**quantization)
+    model = AutoModel.from_pretrained(path, config=config, use_safetensors=True, **arguments, **common)  # no pickles
     set_attention(model, attention)
     processor = load_processor(processor_path or path, multimodal="vision_config" in config.to_dict(), **common)
     return Backbone(model, processor, family_of(model.config, processor), model.config)
@@ -79,7 +79,7 @@ def load_backbone(
 def set_attention(model: nn.Module, attention: str | None) -> None:
     """Makes the decoder's attention `causal` or `bidirectional` (None: as it is), in place; turns the cache off."""
     text_config = model.config.get_text_config()
-    text_config.use_cache = False
+    model.config.use_cache = text_config.use_cache = False
     if attention is None:
         return
     if attention not in ("causal", "bidirectional"):

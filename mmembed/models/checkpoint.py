@@ -53,9 +53,11 @@ def save_checkpoint(
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        _write(staging, model, preprocessor, training_config_hash, dict(state_dict or model.state_dict()))
+        _write(staging, model, preprocessor, training_config_hash, state_dict or _state(model))
         _move_into_place(staging, folder)
-    except (OSError, RuntimeError) as error:  # safetensors reports a full disk as a RuntimeError of its own
+    except CheckpointError:
+        raise
+    except Exception as error:  # safetensors and tokenizers report a full disk as exceptions of their own
         raise CheckpointError(
             f"{folder}: could not be written ({error}); the previous checkpoint is untouched. "
             "Free disk space or choose another folder"
@@ -158,7 +160,7 @@ def _write(
     model: EmbeddingModel,
     preprocessor: Preprocessor,
     config_hash: str | None,
-    state: dict[str, torch.Tensor],
+    state: Mapping[str, torch.Tensor],
 ) -> None:
     from safetensors.torch import save_file
 
@@ -171,7 +173,7 @@ def _write(
         model.backbone.save_pretrained(folder, state_dict=backbone_state)
     else:
         trained = _write_adapter(folder, model, backbone_state)
-    head = {name: tensor.contiguous().cpu() for name, tensor in state.items() if not name.startswith("backbone.")}
+    head = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items() if not name.startswith("backbone.")}
     if head:
         save_file(head, folder / POOLING)
     preprocessor.processor.save_pretrained(folder)
@@ -183,8 +185,14 @@ def _write(
         "trained": trained,
         "architecture": _architecture(model.family.config),
         "training_config_hash": config_hash,
+        "files": sorted([file.name for file in folder.iterdir() if file.is_file()] + [SETTINGS]),
     }
     (folder / SETTINGS).write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n")
+
+
+def _state(model: EmbeddingModel) -> dict[str, torch.Tensor]:
+    """The tensors that a checkpoint may need. `state_dict` of a 4-bit base would round its scales, so it is not asked."""
+    return model.state_dict() if model.settings.adapter_type == "none" else dict(model.named_parameters())
 
 
 def _write_adapter(folder: Path, model: EmbeddingModel, backbone_state: dict[str, torch.Tensor]) -> bool:
@@ -218,15 +226,21 @@ def _architecture(config: Any) -> dict[str, Any]:
 
 
 def _move_into_place(staging: Path, folder: Path) -> None:
-    for file in staging.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
+    for file in staging.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
     if not folder.exists():
         os.replace(staging, folder)
         return
+    previous = read_settings(folder)[1]["files"] if (folder / SETTINGS).exists() else []
     names = sorted((file.name for file in staging.iterdir()), key=lambda name: name == SETTINGS)
     for name in names:  # mmembed.json comes last
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
         os.replace(staging / name, folder / name)
+    for name in set(previous) - set(names):  # an adapter left behind would be loaded on top of full weights
+        (folder / name).unlink(missing_ok=True)
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -267,12 +281,18 @@ def _read_adapter(file: Path, model: EmbeddingModel) -> None:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     tensors = _read_tensors(file)
-    _check_fit(file, get_peft_model_state_dict(model.backbone), tensors)
+    expected = get_peft_model_state_dict(model.backbone, state_dict=dict(model.backbone.named_parameters()))
+    _check_fit(file, expected, tensors)
     set_peft_model_state_dict(model.backbone, tensors)
 
 
 def _read_head(file: Path, model: EmbeddingModel) -> None:
-    expected = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("backbone.")}
+    expected = {
+        f"{part}.{name}": tensor
+        for part, module in (("pooling", model.pooling), ("projection", model.projection))
+        if module is not None
+        for name, tensor in module.state_dict().items()
+    }
     if not expected:
         return
     tensors = _read_tensors(file)

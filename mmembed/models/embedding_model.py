@@ -74,8 +74,6 @@ class EmbeddingModel(nn.Module):
         super().__init__()
         self.backbone, self.pooling, self.projection, self.normalize = backbone, pooling, projection, normalize
         self.family, self.settings = family, settings
-        text_config = family.config.get_text_config()
-        self._causal = bool(vars(text_config).get("is_causal", True)) and not family.always_bidirectional
         self._virtual_tokens = settings.adapter_type in PROMPT_TYPES
 
     @property
@@ -117,7 +115,7 @@ class EmbeddingModel(nn.Module):
     def forward(self, inputs: ModelInputs) -> Embeddings:
         """Embeds a batch: -> vectors (B, E), or (B, T, E) and mask (B, T)."""
         tensors, pool_mask = _right_padded(inputs)
-        if inputs.padding is None or (self._causal and not inputs.has_images and not self._virtual_tokens):
+        if inputs.padding is None or (self.family.causal and not inputs.has_images and not self._virtual_tokens):
             tensors.pop("attention_mask")
         tensors = {
             name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()

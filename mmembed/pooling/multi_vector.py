@@ -1,0 +1,29 @@
+"""One vector a token, for late interaction (FILIP, arXiv 2111.07783; ColBERT, 2004.12832; ColPali, 2407.01449).
+
+The vectors are normalised one by one by the model and compared by the objective's `maxsim`; the pool mask goes with them, so
+padding and instruction tokens never match anything.
+"""
+
+import torch
+from torch import nn
+
+from mmembed.pooling import Pooling
+
+
+class MultiVector(Pooling):
+    """Keeps a vector for every token of the pool mask.
+
+    Args:
+        dim: size of a vector (128 in ColBERT and ColPali), through a linear map without bias; None keeps hidden_size.
+    """
+
+    name = "multi_vector"
+    multi_vector = True
+
+    def __init__(self, hidden_size: int, dim: int | None = 128) -> None:
+        super().__init__(hidden_size if dim is None else dim)
+        self.map = None if dim is None else nn.Linear(hidden_size, dim, bias=False)
+
+    def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        vectors = hidden.float() if self.map is None else self.map(hidden.to(self.map.weight.dtype)).float()
+        return vectors * mask.unsqueeze(-1)  # (B, T, E)
