@@ -1,0 +1,144 @@
+"""Shows an `Embedder` to mteb as one of its encoders.
+
+mteb hands over batches of columns (`text`, `image`) and says which side of a task they are. Here that becomes contents, a
+role and an instruction. Texts are collected before encoding, so that the embedder sorts all of them by length and packs
+its own batches; pictures are encoded a block at a time, because decoded pixels are what fills memory.
+
+    queries                          role query, with the task's instruction
+    documents                        role document, without one unless the task or the user gives one
+    sentence pairs, labelled texts   role query, with the task's instruction, on both sides (E5-Mistral, NV-Embed)
+"""
+
+import fnmatch
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+import yaml
+from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.models.abs_encoder import AbsEncoder
+from mteb.models.model_meta import ModelMeta
+from mteb.types import PromptType
+
+from mmembed.content import Content, Image, Role, Text
+from mmembed.errors import ConfigError, nearest
+
+PICTURES_AT_ONCE = 256  # decoded 320-pixel pictures: about 80 MB
+
+
+class Encodes(Protocol):
+    """What evaluation needs of a model: `mmembed.Embedder` has it, a baseline may."""
+
+    def encode(self, contents: Sequence[Any], *, role: Role, instruction: str | None) -> Any: ...
+
+    def similarity(self, a: Any, b: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """What is told to the model for each task: the task's own instruction unless the user's file says otherwise.
+
+    The file (YAML or JSON) maps a task name or a glob to a text for queries, to `{query: ..., document: ...}`, or to null
+    for none: the last matching line wins.
+    """
+
+    overrides: Mapping[str, str | None | Mapping[str, str | None]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path, task_names: Iterable[str]) -> "Instructions":
+        """Raises ConfigError: not a mapping, a key that matches no task, or a side that is no role."""
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path}: found a {type(content).__name__}; write one `task name: instruction` a line")
+        names = list(task_names)
+        for pattern, value in content.items():
+            if not any(fnmatch.fnmatchcase(name, str(pattern)) for name in names):
+                raise ConfigError(f"{path}: '{pattern}' matches no task of this run; {nearest(str(pattern), names)}")
+            for side in value if isinstance(value, dict) else ():
+                if side not in ("query", "document"):
+                    raise ConfigError(f"{path}: {pattern}.{side}: {nearest(str(side), ('query', 'document'))}")
+        return cls(content)
+
+    def find(self, task: TaskMetadata, prompt_type: PromptType | None) -> str | None:
+        """The instruction for one side of a task; `prompt_type` None is a symmetric task."""
+        side: Role = "document" if prompt_type == PromptType.document else "query"
+        wanted: Any = task.prompt
+        for pattern, value in self.overrides.items():
+            if fnmatch.fnmatchcase(task.name, pattern):
+                wanted = value
+        if isinstance(wanted, Mapping):
+            return wanted.get(side) or None
+        return wanted if wanted and side == "query" else None
+
+
+class MtebEncoder(AbsEncoder):
+    """An mteb encoder around anything that `Encodes`.
+
+    Args:
+        name: shown by mteb; without a slash it becomes `mmembed/<name>`.
+        modalities: what the model reads; mteb refuses tasks with others.
+    """
+
+    def __init__(
+        self, embedder: Encodes, name: str, *, modalities: Sequence[str], instructions: Instructions | None = None
+    ) -> None:
+        self.embedder = embedder
+        self.instructions = instructions or Instructions()
+        self.mteb_model_meta = ModelMeta.create_empty(
+            overwrites={
+                "name": name if "/" in name else f"mmembed/{name}",
+                "revision": "local",
+                "modalities": list(modalities),
+            }
+        )
+
+    def encode(
+        self,
+        inputs: Iterable[Mapping[str, Any]],
+        *,
+        task_metadata: TaskMetadata,
+        prompt_type: PromptType | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """(N, E) vectors as a numpy array, or a list of (T, E) arrays of a multi-vector model."""
+        role: Role = "document" if prompt_type == PromptType.document else "query"
+        instruction = self.instructions.find(task_metadata, prompt_type)
+        encoded = [self.embedder.encode(block, role=role, instruction=instruction) for block in _blocks(inputs)]
+        if isinstance(encoded[0], list):
+            return [vectors for block in encoded for vectors in block]
+        return np.concatenate([np.asarray(block, dtype=np.float32) for block in encoded])
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
+        """(N, M): cosine of single vectors, the embedder's own late interaction of multi-vectors."""
+        if isinstance(embeddings2, list):
+            return torch.as_tensor(self.embedder.similarity(list(embeddings1), embeddings2))
+        return super().similarity(embeddings1, embeddings2)
+
+
+def _blocks(inputs: Iterable[Mapping[str, Any]]) -> Iterator[list[Content]]:
+    """All contents in one block while they are texts; blocks of `PICTURES_AT_ONCE` once there are pictures."""
+    block: list[Content] = []
+    for batch in inputs:
+        block += _contents(batch)
+        if "image" in batch and len(block) >= PICTURES_AT_ONCE:
+            yield block
+            block = []
+    if block:
+        yield block
+
+
+def _contents(batch: Mapping[str, Any]) -> list[Content]:
+    texts, images = batch.get("text"), batch.get("image")
+    size = len(cast(Sequence[Any], texts if texts is not None else images))
+    contents: list[Content] = []
+    for row in range(size):
+        image = images[row] if images is not None else None
+        text = texts[row] if texts is not None else ""
+        parts: list[Image | Text] = [Image(image)] if image is not None else []
+        if text or not parts:
+            parts.append(Text(text or " "))
+        contents.append(tuple(parts))
+    return contents

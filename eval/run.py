@@ -1,0 +1,314 @@
+"""Evaluates models on a benchmark and puts them side by side.
+
+    python -m eval.run --model runs/demo/embedder bm25 minilm --benchmark local --tasks 'xquad/*' stsb-en --output r.json
+
+Offline. A model is a checkpoint folder, a hub name, `mmembed-nano` (the packaged backbone, zero-shot) or a baseline (`bm25`,
+`minilm`). Each task goes through mteb, so protocols and metrics are those of the public leaderboards. The results file
+is written after every task and says what made each number: model settings, a fingerprint of the data, versions. What a
+model cannot do (a picture for BM25) is `null` in the file and a dash in the table, not a zero.
+"""
+
+import argparse
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from eval.tasks.local import Row, available, select
+from mmembed.errors import ConfigError, MmembedError, nearest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+BASELINES = ("bm25", "minilm")
+PACKAGED = ("mmembed-nano",)
+VERSIONS = ("mmembed", "mteb", "torch", "transformers", "sentence-transformers", "bm25s", "numpy", "scikit-learn")
+RANKINGS = ("retrieval", "reranking")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to be evaluated: what mteb runs, and what the results file says of it."""
+
+    name: str
+    runner: Any
+    provenance: dict[str, Any]
+    supports: Callable[[Row], bool]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # of copying a table; encoding keeps its bar
+    warnings.filterwarnings("ignore", module="mteb")
+    try:
+        rows = available(options.data_root)
+        rows = select(rows, options.tasks) if options.tasks else rows
+        results = evaluate(options, rows)
+    except MmembedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("\n" + table(results))
+    if options.output:
+        print(f"\n{options.output}")
+    return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m eval.run", description="Evaluate models on a benchmark, offline.")
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        required=True,
+        metavar="MODEL",
+        help="checkpoint folder, hub name, mmembed-nano, bm25 or minilm; several are put side by side",
+    )
+    parser.add_argument("--benchmark", default="local", choices=["local"], help="which tasks (default: local)")
+    parser.add_argument(
+        "--tasks", nargs="+", metavar="NAME", help="names or globs, for example 'xquad/*' (default: all)"
+    )
+    parser.add_argument("--split", default="dev", help="part of the data that is evaluated (default: dev)")
+    parser.add_argument(
+        "--data-root",
+        type=Path,
+        default=REPOSITORY / "data",
+        help="folder of the data sets (default: the slice in the repository)",
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="results as JSON, written after every task")
+    parser.add_argument(
+        "--rankings", type=Path, metavar="DIR", help="write the ten best documents of every query to DIR/<model>.json"
+    )
+    parser.add_argument(
+        "--instruction-file",
+        type=Path,
+        metavar="FILE",
+        help="YAML or JSON: task name or glob -> instruction (or {query:, document:}, or null for none)",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="of the weights (default: bfloat16 where the device computes in it)",
+    )
+    parser.add_argument("--device", help="default: the first CUDA device, else the CPU")
+    parser.add_argument("--token-budget", type=int, default=8192, help="padded tokens a batch (default: 8192)")
+    parser.add_argument("--truncate-dim", type=int, help="keep the first dimensions (Matryoshka)")
+    return parser.parse_args(arguments)  # fmt: skip
+
+
+def evaluate(options: argparse.Namespace, rows: Sequence[Row]) -> dict[str, Any]:
+    """Runs every model on every task it can do; the results, also written to `options.output`."""
+    started = time.monotonic()
+    check_names(options.model)
+    tasks = {row.name: build(row, options) for row in rows}
+    models = [load(name, options, rows) for name in options.model]
+    results: dict[str, Any] = {
+        "benchmark": options.benchmark, "split": options.split, "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(), "machine": machine(), "models": {model.name: model.provenance for model in models},
+        "tasks": {},
+    }  # fmt: skip
+    rankings: dict[str, dict[str, Any]] = {model.name: {} for model in models}
+    for number, row in enumerate(rows, start=1):
+        print(f"[{number}/{len(rows)}] {row.name}", end="", flush=True)
+        task = tasks.pop(row.name)
+        task.load_data()
+        entry = {"group": row.group, "main_score": row.main_score, "data": row.folder,
+                 "fingerprint": task.metadata.revision, **sizes(task, row, options.split), "scores": {}}  # fmt: skip
+        for model in models:
+            entry["scores"][model.name] = score(model, task, row, options.split) if model.supports(row) else None
+            print(f"  {model.name} {cell(entry, model.name)}", end="", flush=True)
+            if entry["scores"][model.name] and row.kind in RANKINGS:
+                rankings[model.name][row.name] = task.rankings
+        print(flush=True)
+        task.unload_data()
+        results["tasks"][row.name] = entry
+        results["averages"] = averages(results)
+        results["seconds"] = round(time.monotonic() - started, 1)
+        if options.output:
+            write_json(options.output, results)
+    if options.rankings:
+        for model, ranking in rankings.items():
+            write_json(options.rankings / f"{file_name(model)}.json", ranking)
+    return results
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises ConfigError for a name that is no baseline, no packaged model, no folder and no hub name."""
+    for name in names:
+        if name not in (*BASELINES, *PACKAGED) and not Path(name).is_dir() and "/" not in name:
+            raise ConfigError(
+                f"--model {name}: neither a folder nor a known name; {nearest(name, (*BASELINES, *PACKAGED))}"
+            )
+
+
+def build(row: Row, options: argparse.Namespace) -> Any:
+    from eval.mteb_tasks import build_task
+
+    return build_task(row, options.data_root, options.split)
+
+
+def load(name: str, options: argparse.Namespace, rows: Sequence[Row]) -> Loaded:
+    """Loads a model or a baseline."""
+    from eval.baselines import BM25, MiniLM
+    from eval.mteb_adapter import Instructions, MtebEncoder
+
+    if name == "bm25":
+        bm25 = BM25()
+        return Loaded(name, bm25, {"kind": "baseline", **bm25.settings}, searches_text)
+    if name == "minilm":
+        dtype = options.dtype if options.dtype != "auto" else "float32"
+        minilm = MiniLM(dtype, options.device)
+        return Loaded(name, MtebEncoder(minilm, name, modalities=["text"]), {"kind": "baseline", **minilm.settings},
+                      reads_text)  # fmt: skip
+
+    from mmembed import Embedder
+
+    names = [row.name for row in rows]
+    instructions = Instructions.read(options.instruction_file, names) if options.instruction_file else Instructions()
+    embedder = Embedder.from_pretrained(name, device=options.device, dtype=options.dtype)
+    sees, multi_vector = embedder.preprocessor.family.multimodal, embedder.model.pooling.multi_vector
+    settings = {"token_budget": options.token_budget, "truncate_dim": options.truncate_dim}
+    runner = MtebEncoder(
+        Bound(functools.partial(embedder.encode, **settings), embedder.similarity),
+        file_name(name), modalities=["text", "image"] if sees else ["text"], instructions=instructions,
+    )  # fmt: skip
+    provenance = {
+        "kind": "mmembed", "path": name, "dtype": str(next(embedder.model.parameters()).dtype).removeprefix("torch."),
+        "device": str(embedder.device), "embedding_size": embedder.embedding_size, "multi_vector": multi_vector, **settings,
+        "parameters": sum(parameter.numel() for parameter in embedder.model.parameters()),
+        "fingerprint": model_fingerprint(Path(name)) if Path(name).is_dir() else None,
+        "instruction_overrides": dict(instructions.overrides),
+    }  # fmt: skip
+
+    def supports(row: Row) -> bool:
+        return (sees or not row.has_images) and (not multi_vector or row.kind in RANKINGS)
+
+    return Loaded(name, runner, provenance, supports)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """An embedder with its encoding options filled in."""
+
+    encode: Callable[..., Any]
+    similarity: Callable[[Any, Any], Any]
+
+
+def score(model: Loaded, task: Any, row: Row, split: str) -> dict[str, Any]:
+    """One model on one task: its main score, all scores that mteb gives, and the seconds it took."""
+    import mteb
+
+    started = time.monotonic()
+    outcome = mteb.evaluate(model.runner, task, cache=None, co2_tracker=False, show_progress_bar=False,
+                            encode_kwargs={"batch_size": 256, "show_progress_bar": False})  # fmt: skip
+    scores = outcome.task_results[0].scores[split][0]
+    numbers = {key: round(value, 5) for key, value in scores.items()
+               if isinstance(value, float) and not key.startswith("nauc")}  # fmt: skip
+    return {"main": numbers[row.main_score], "seconds": round(time.monotonic() - started, 2), **numbers}
+
+
+def sizes(task: Any, row: Row, split: str) -> dict[str, int]:
+    """How much a task holds: documents and queries, or rows."""
+    if row.kind in RANKINGS:
+        data = task.dataset["default"][split]
+        return {"documents": len(data["corpus"]), "queries": len(data["queries"])}
+    data = next(iter(task.dataset.values())) if row.kind == "bitext" else task.dataset
+    return {"rows": len(data[split])}
+
+
+def averages(results: dict[str, Any]) -> dict[str, dict[str, float | None]]:
+    """group -> model -> mean of the main scores; None where the model cannot do every task of the group."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for entry in results["tasks"].values():
+        groups.setdefault(entry["group"], []).append(entry["scores"])
+    means: dict[str, dict[str, float | None]] = {}
+    for group, rows in groups.items():
+        means[group] = {}
+        for model in results["models"]:
+            values = [scores[model]["main"] for scores in rows if scores[model] is not None]
+            means[group][model] = round(sum(values) / len(values), 5) if len(values) == len(rows) else None
+    return means
+
+
+def table(results: dict[str, Any]) -> str:
+    """Tasks by models, group after group, each group with its average."""
+    models = list(results["models"])
+    lines = [["task", "score", *models]]
+    for group, means in results["averages"].items():
+        entries = {name: entry for name, entry in results["tasks"].items() if entry["group"] == group}
+        for name, entry in entries.items():
+            lines.append([name, entry["main_score"], *(cell(entry, model) for model in models)])
+        if len(entries) > 1:
+            lines.append([f"average, {group}", "", *(number(means[model]) for model in models)])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    rendered = [
+        "  ".join(
+            text.ljust(width) if column < 2 else text.rjust(width)
+            for column, (text, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+    return "\n".join([rendered[0], "-" * len(rendered[0]), *rendered[1:]])  # fmt: skip
+
+
+def cell(entry: dict[str, Any], model: str) -> str:
+    scores = entry["scores"][model]
+    return number(None if scores is None else scores["main"])
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in VERSIONS}
+
+
+def machine() -> dict[str, Any]:
+    import torch
+
+    return {"platform": platform.platform(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None}  # fmt: skip
+
+
+def model_fingerprint(folder: Path) -> str:
+    """A digest of a checkpoint folder's files, 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def file_name(model: str) -> str:
+    """A model's name as a file name: `runs/demo/embedder` -> `runs-demo-embedder`."""
+    return model.strip("/.").replace("/", "-")
+
+
+def searches_text(row: Row) -> bool:
+    return row.kind in RANKINGS and not row.has_images
+
+
+def reads_text(row: Row) -> bool:
+    return not row.has_images
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes beside the destination, then moves: a kill never leaves half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.part")
+    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

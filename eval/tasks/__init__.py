@@ -1,0 +1,1 @@
+"""Benchmarks as declared data: one file a benchmark, one row a task."""
