@@ -1,8 +1,8 @@
 """Content, role and instruction -> tensors. The same object trains and serves, and is saved with the model.
 
 Two steps, so that lengths cost nothing extra: `tokenize` writes the prompts and encodes all texts in one call of the
-fast tokenizer (images enter by their size, read from the file header); `collate` pads some of those rows and opens their
-images now. Grouping rows into batches between the two steps is the caller's business.
+fast tokenizer (images enter by their size, read from the file header); `collate` pads some of those rows and opens
+their images now. Grouping rows into batches between the two steps is the caller's business.
 
 Exactness. The instruction's tokens are found by character offsets: a token that holds any character of the content
 stays in the pool mask. Truncation removes content text from its end; prefix, suffix and images stay whole. A length
@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import PIL.Image
 import torch
 
 from mmembed.backbones import Family, Layout
@@ -76,15 +77,19 @@ class ModelInputs:
         tensors: `input_ids` (B, T), `attention_mask` (B, T) and the family's media tensors.
         pool_mask: (B, T) bool, true on tokens that are neither padding nor instruction.
         padding: the side of the padding, or None where no row is padded.
+        num_tokens: tokens of the inputs, padding not counted.
+        filler: rows at the end that are no inputs: a dummy image that keeps the vision tower in the graph. The model
+            drops their vectors and adds them times 0.
     """
 
     tensors: dict[str, torch.Tensor]
     pool_mask: torch.Tensor
     padding: Literal["left", "right"] | None = None
-    num_tokens: int = field(default=0)
+    num_tokens: int = 0
+    filler: int = 0
 
     def __len__(self) -> int:
-        return len(self.pool_mask)
+        return len(self.pool_mask) - self.filler
 
     @property
     def has_images(self) -> bool:
@@ -93,7 +98,8 @@ class ModelInputs:
     def to(self, device: torch.device | str) -> ModelInputs:
         """A copy on `device`."""
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()}
-        return ModelInputs(moved, self.pool_mask.to(device, non_blocking=True), self.padding, self.num_tokens)
+        pool_mask = self.pool_mask.to(device, non_blocking=True)
+        return ModelInputs(moved, pool_mask, self.padding, self.num_tokens, self.filler)
 
 
 class Preprocessor:
@@ -104,6 +110,8 @@ class Preprocessor:
         family: the backbone's family.
         append_eos: end each input that is not a chat with the tokenizer's end token.
         media: opens images; a default store (no root, default limits) where none is given.
+        touch_vision: append a dummy image to batches without any. Needed where the vision tower is trained on several
+            processes: DDP and ZeRO crash when one rank has images and another none.
 
     Raises:
         ConfigError: the prompt alone exceeds a length limit, or a chat prompt meets a backbone without a template.
@@ -118,6 +126,7 @@ class Preprocessor:
         lengths: Lengths,
         media: MediaStore | None = None,
         append_eos: bool = False,
+        touch_vision: bool = False,
     ) -> None:
         if media is None:
             from mmembed.media import MediaStore
@@ -126,7 +135,7 @@ class Preprocessor:
         self.processor, self.family, self.prompt, self.limits = processor, family, prompt, lengths
         self.media = media
         self.tokenizer = family.tokenizer
-        self.append_eos = append_eos
+        self.append_eos, self.touch_vision = append_eos, touch_vision
         self._start, self._end = self._special_ids()
         self._chats = _ChatLayouts(processor, family)
 
@@ -150,6 +159,9 @@ class Preprocessor:
     def collate(self, rows: Sequence[Row], padding_side: str | None = None) -> ModelInputs:
         """Pads rows (right by default) and opens their images."""
         side = padding_side or "right"
+        filler = int(self.touch_vision and self.family.multimodal and not any(row.images for row in rows))
+        if filler:
+            rows = [*rows, *self.tokenize([Item((Image(PIL.Image.new("RGB", (64, 64), (200, 100, 50))),))])]
         longest = max(len(row) for row in rows)
         ids = np.full((len(rows), longest), self.tokenizer.pad_token_id, dtype=np.int64)  # (B, T)
         attended = np.zeros((len(rows), longest), dtype=bool)  # (B, T)
@@ -176,7 +188,8 @@ class Preprocessor:
         if pictures:
             tensors |= self.family.image_tensors(pictures)
         padding = None if tokens == len(rows) * longest else side
-        return ModelInputs(tensors, torch.from_numpy(pooled), padding, tokens)
+        real_tokens = tokens - (len(rows[-1]) if filler else 0)
+        return ModelInputs(tensors, torch.from_numpy(pooled), padding, real_tokens, filler)
 
     # Writing ----------------------------------------------------------------------------------------------------------
 

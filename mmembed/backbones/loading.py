@@ -7,7 +7,6 @@ Nothing is downloaded unless `name_or_path` is a hub name and the hub is reachab
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -21,7 +20,7 @@ from mmembed.errors import ConfigError, nearest
 
 NANO = "mmembed-nano"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-logger = logging.getLogger(__name__)
+_PLAIN_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")  # classes that are their tokenizer.json
 
 
 @dataclass
@@ -104,9 +103,13 @@ def resolve_backbone(name_or_path: str) -> str:
 
 def load_processor(path: str, multimodal: bool, **common: Any) -> Any:
     """The processor of a vision-language model, or the tokenizer of a text model. A fast tokenizer is required."""
-    from transformers import AutoProcessor, AutoTokenizer
+    from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-    processor = (AutoProcessor if multimodal else AutoTokenizer).from_pretrained(path, **common)
+    cls: Any = AutoProcessor if multimodal else AutoTokenizer
+    if not multimodal and get_tokenizer_config(path, **common).get("tokenizer_class") in _PLAIN_TOKENIZERS:
+        cls = PreTrainedTokenizerFast  # AutoTokenizer would choose by model type (Qwen2) and encode with other rules
+    processor = cls.from_pretrained(path, **common)
     tokenizer = processor.tokenizer if multimodal else processor
     if not tokenizer.is_fast:
         raise ConfigError(

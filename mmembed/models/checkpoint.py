@@ -22,6 +22,7 @@ import torch
 
 from mmembed.backbones import load_backbone, resolve_backbone
 from mmembed.backbones.adapters import PROMPT_TYPES, quantization_of
+from mmembed.content import Text
 from mmembed.errors import CheckpointError, ConfigError
 from mmembed.models.embedding_model import EmbedderSettings, EmbeddingModel, assemble, build_from_settings
 from mmembed.preprocess import Item, Preprocessor
@@ -92,6 +93,22 @@ def load_checkpoint(
     return model.to(device).eval() if device is not None else model.eval(), preprocessor
 
 
+def restore_weights(folder: str | Path, model: EmbeddingModel) -> None:
+    """Puts the trained weights of a checkpoint into a model of the same settings, in place: for resuming a run.
+
+    Raises:
+        CheckpointError: files are missing or broken, or the weights belong to another architecture.
+    """
+    folder = Path(folder)
+    if model.settings.adapter_type != "none":
+        _read_adapter(folder / ADAPTER, model)
+        _read_head(folder / POOLING, model)
+        return
+    saved, _ = load_checkpoint(folder)  # through the loader: a family may save its weights under other names
+    _check_fit(folder, model.state_dict(), saved.state_dict())
+    model.load_state_dict(saved.state_dict())
+
+
 def read_settings(path: str | Path) -> tuple[EmbedderSettings, dict[str, Any]]:
     """The settings of a checkpoint and the whole of `mmembed.json`."""
     file = Path(path) / SETTINGS
@@ -117,32 +134,38 @@ def verify_checkpoint(
     Raises:
         CheckpointError: the vectors differ by more than `tolerance`, or training changed nothing.
     """
-    items = [Item(to_content, role) for to_content in _probes() for role in ("query", "document")]
+    items = [Item((Text(text),), role) for text in _PROBES for role in ("query", "document")]
     was_training = model.training
-    reloaded, loaded_preprocessor = load_checkpoint(folder, device=model.device, media=preprocessor.media)
     ours = _vectors(model.eval(), preprocessor, items)
-    difference = (ours - _vectors(reloaded, loaded_preprocessor, items)).abs().max().item()
     model.train(was_training)
+    reloaded, loaded_preprocessor = load_checkpoint(folder, device=model.device, media=preprocessor.media)
+    difference = (ours - _vectors(reloaded, loaded_preprocessor, items)).abs().max().item()
     if difference > tolerance:
         raise CheckpointError(
             f"{folder}: reloaded vectors differ by {difference:.2g} from the model in memory; "
             "do not use this folder, save again"
         )
-    settings, described = read_settings(folder)
-    if settings.adapter_type not in ("none", *PROMPT_TYPES) and described["trained"]:
-        with reloaded.backbone.disable_adapter():
-            moved = (ours - _vectors(reloaded, loaded_preprocessor, items)).abs().max().item()
-        if moved == 0:
-            raise CheckpointError(
-                f"{folder}: the adapter does not change a single vector; it was saved empty or never trained"
-            )
+    if torch.equal(ours, _untrained_vectors(reloaded, loaded_preprocessor, items)):
+        raise CheckpointError(
+            f"{folder}: gives the vectors of the backbone before training; its weights were lost, or never trained"
+        )
     return difference
 
 
-def _probes() -> list[Any]:
-    from mmembed.content import Text
+_PROBES = ("a red bus", "What is the capital of France?", "Der Hund schläft. " * 8)
 
-    return [(Text(text),) for text in ("a red bus", "What is the capital of France?", "Der Hund schläft. " * 8)]
+
+def _untrained_vectors(model: EmbeddingModel, preprocessor: Preprocessor, items: list[Item]) -> torch.Tensor:
+    """Vectors with the backbone as it was before training, under the trained pooling."""
+    if model.settings.adapter_type in PROMPT_TYPES:  # peft's disable_adapter would ask for a generate method
+        model.backbone = model.backbone.base_model
+        return _vectors(model, preprocessor, items)
+    if model.settings.adapter_type != "none":
+        with model.backbone.disable_adapter():
+            return _vectors(model, preprocessor, items)
+    base, base_preprocessor = build_from_settings(model.settings, preprocessor.media)
+    base.pooling, base.projection = model.pooling, model.projection
+    return _vectors(base.to(model.device).eval(), base_preprocessor, items)
 
 
 @torch.inference_mode()
@@ -168,12 +191,13 @@ def _write(
     backbone_state = {
         name.removeprefix("backbone."): tensor for name, tensor in state.items() if name.startswith("backbone.")
     }
-    trained = False
     if settings.adapter_type == "none":
         model.backbone.save_pretrained(folder, state_dict=backbone_state)
     else:
-        trained = _write_adapter(folder, model, backbone_state)
-    head = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items() if not name.startswith("backbone.")}
+        _write_adapter(folder, model, backbone_state)
+    head = {
+        name: tensor.detach().contiguous().cpu() for name, tensor in state.items() if not name.startswith("backbone.")
+    }
     if head:
         save_file(head, folder / POOLING)
     preprocessor.processor.save_pretrained(folder)
@@ -182,7 +206,6 @@ def _write(
         "mmembed_version": version("mmembed"),
         "settings": asdict(settings),
         "embedding_size": model.embedding_size,
-        "trained": trained,
         "architecture": _architecture(model.family.config),
         "training_config_hash": config_hash,
         "files": sorted([file.name for file in folder.iterdir() if file.is_file()] + [SETTINGS]),
@@ -195,8 +218,7 @@ def _state(model: EmbeddingModel) -> dict[str, torch.Tensor]:
     return model.state_dict() if model.settings.adapter_type == "none" else dict(model.named_parameters())
 
 
-def _write_adapter(folder: Path, model: EmbeddingModel, backbone_state: dict[str, torch.Tensor]) -> bool:
-    """Writes the adapter; returns whether it differs from a fresh one (LoRA's B matrices start at zero)."""
+def _write_adapter(folder: Path, model: EmbeddingModel, backbone_state: dict[str, torch.Tensor]) -> None:
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -212,7 +234,6 @@ def _write_adapter(folder: Path, model: EmbeddingModel, backbone_state: dict[str
         )
     save_file(tensors, folder / ADAPTER)
     model.backbone.peft_config["default"].save_pretrained(folder)
-    return any(tensor.any() for name, tensor in tensors.items() if "lora_B" in name)
 
 
 def _architecture(config: Any) -> dict[str, Any]:

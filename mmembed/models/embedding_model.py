@@ -2,7 +2,8 @@
 
 What makes it exact and fast: left-padded batches are turned into right-padded ones first, so padding side cannot
 matter; and under causal attention a right-padded batch needs no attention mask at all (no real token sees the
-padding behind it), which lets the attention kernel skip the masked half of the work. Settings are plain data, saved as `mmembed.json`.
+padding behind it), which lets the attention kernel skip the masked half of the work. Settings are plain data, saved
+as `mmembed.json`.
 """
 
 from __future__ import annotations
@@ -126,6 +127,9 @@ class EmbeddingModel(nn.Module):
             vectors = self.projection(vectors)
         if self.normalize:
             vectors = F.normalize(vectors, dim=-1)
+        if inputs.filler:  # rows without content; times 0, so that every parameter takes part on every rank
+            vectors = vectors[: -inputs.filler] + 0.0 * vectors[-inputs.filler :].sum()
+            pool_mask = pool_mask[: -inputs.filler]
         return Embeddings(vectors.float(), pool_mask if self.pooling.multi_vector else None)
 
 
@@ -140,7 +144,7 @@ def settings_of(cfg: EmbedderConfig) -> EmbedderSettings:
         name_or_path=cfg.model.name_or_path,
         revision=cfg.model.revision,
         attention=cfg.model.attention,
-        dtype=cfg.model.dtype,
+        dtype="float32" if cfg.model.dtype == "auto" and cfg.adapter.type == "none" else cfg.model.dtype,
         attn_implementation=cfg.model.attn_implementation,
         trust_remote_code=cfg.model.trust_remote_code,
         adapter=cfg.adapter.model_dump(mode="json"),

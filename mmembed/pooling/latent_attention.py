@@ -1,11 +1,12 @@
-"""Latent attention (NV-Embed, arXiv 2405.17428): tokens attend to a trained array of latents, then the mean over tokens.
+"""Latent attention (NV-Embed, arXiv 2405.17428): tokens attend to a trained array of latents, then the mean of tokens.
 
 Two variants, because the paper's equation and the released model are different functions:
-`released` (the authors' modelling file): pre-norm cross-attention with several heads, each with its own wide projections,
-residual; pre-norm GEGLU feed-forward, residual; masked mean.
+`released` (the authors' modelling file): pre-norm cross-attention with several heads and wide projections, residual;
+pre-norm GEGLU feed-forward, residual; masked mean.
 `printed` (section 3.1, equations 1 and 2): O = softmax(Q K^T) V with K = V = latents, one head, neither scale nor
 projection; an MLP of two linear layers with GELU between; mean.
-Cost a token: `num_heads * dim_head * (2 * hidden + 2 * num_latents)` multiply-adds for the attention, plus the feed-forward.
+Cost a token: `num_heads * dim_head * (2 * hidden + 2 * num_latents)` multiply-adds for the attention, and as much as a
+decoder layer's feed-forward.
 """
 
 from typing import Literal

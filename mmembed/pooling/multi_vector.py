@@ -1,7 +1,7 @@
 """One vector a token, for late interaction (FILIP, arXiv 2111.07783; ColBERT, 2004.12832; ColPali, 2407.01449).
 
-The vectors are normalised one by one by the model and compared by the objective's `maxsim`; the pool mask goes with them, so
-padding and instruction tokens never match anything.
+The vectors are normalised one by one by the model and compared by the objective's `maxsim`; the pool mask goes with
+them, so padding and instruction tokens never match anything.
 """
 
 import torch

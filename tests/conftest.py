@@ -1,0 +1,24 @@
+"""Shared fixtures: tiny backbones, built once a session and process."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # `from families import ...` in every test folder
+
+
+@pytest.fixture(scope="session")
+def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """family_folder("qwen3_vl") -> folder of a tiny model of that family."""
+    from families import build_family
+
+    root, built = tmp_path_factory.mktemp("families"), {}
+
+    def folder(name: str) -> Path:
+        if name not in built:
+            built[name] = build_family(name, root)
+        return built[name]
+
+    return folder

@@ -1,0 +1,216 @@
+"""Every family, tiny: inputs equal transformers' own processors, mixed batches equal single inputs, attention is what it says.
+
+The yardstick is transformers itself: `processor(text, images)` and a plain forward pass of the model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, TEXT_FAMILIES, VISION_FAMILIES, picture
+from tokenizers import Tokenizer
+
+from mmembed.content import to_content
+from mmembed.errors import ConfigError, MmembedError
+from mmembed.models.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
+from mmembed.models.embedding_model import EmbedderSettings, EmbeddingModel, build_from_settings
+from mmembed.preprocess import Item, Preprocessor
+
+LORA = {"type": "lora", "r": 4, "alpha": 8, "dropout": 0.0, "target_modules": "auto"}
+TEXTS = ("a red bus in Prague", "The cat", "Photosynthesis turns sunlight, water and carbon dioxide into sugar.")
+
+
+def build(folder: Path, **settings: object) -> tuple[EmbeddingModel, Preprocessor]:
+    model, preprocessor = build_from_settings(EmbedderSettings(str(folder), **settings))
+    return model.eval(), preprocessor
+
+
+def contents(name: str) -> list[object]:
+    """Text; and for vision families image, image with text, several images of several shapes."""
+    if name in TEXT_FAMILIES:
+        return list(TEXTS)
+    return [
+        *TEXTS,
+        {"image": picture(1)},
+        {"image": picture(2, 40, 100), "text": "what is it"},
+        {"images": [picture(3), picture(4, 120, 56)], "text": "compare"},
+    ]
+
+
+def items(name: str) -> list[Item]:
+    return [
+        Item(to_content(content), "query" if at % 2 else "document", "Find it")
+        for at, content in enumerate(contents(name))
+    ]
+
+
+@torch.inference_mode()
+def vectors(
+    model: EmbeddingModel, preprocessor: Preprocessor, batch: list[Item], side: str | None = None
+) -> torch.Tensor:
+    return model(preprocessor(batch, side)).vectors
+
+
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_mixed_batch_equals_single_inputs(name, attention, family_folder) -> None:
+    model, preprocessor = build(family_folder(name), attention=attention, prompt="instruct")
+    batch = items(name)
+    together = vectors(model, preprocessor, batch)
+    alone = torch.cat([vectors(model, preprocessor, [item]) for item in batch])
+    assert torch.allclose(together, alone, atol=1e-5)
+    assert torch.allclose(together, vectors(model, preprocessor, batch, "left"), atol=1e-5)
+    distances = torch.cdist(alone, alone) + torch.eye(len(alone))
+    assert distances.min() > 1e-3, "different inputs must differ, or this test could not see a mix-up"
+
+
+@pytest.mark.parametrize("name", VISION_FAMILIES)
+def test_image_content_matters_and_keeps_its_row(name, family_folder) -> None:
+    model, preprocessor = build(family_folder(name))
+    first, second = (Item(to_content({"image": picture(seed)})) for seed in (5, 6))
+    there = vectors(model, preprocessor, [first, Item(to_content("text")), second])
+    back = vectors(model, preprocessor, [second, Item(to_content("text")), first])
+    assert (there[0] - there[2]).abs().max() > 1e-4
+    assert torch.allclose(there, back[[2, 1, 0]], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", VISION_FAMILIES)
+def test_inputs_equal_the_processor_of_transformers(name, family_folder) -> None:
+    """Chat prompts: same ids and same last hidden state as the processor's own template and call."""
+    style = "plain" if name == "paligemma" else "chat"
+    model, preprocessor = build(family_folder(name), prompt=style, pooling="last_token", normalize=False)
+    for content in contents(name):
+        parts = {"text": content} if isinstance(content, str) else content
+        images = [parts["image"]] if "image" in parts else parts.get("images", [])
+        if name == "paligemma" and not images:
+            continue  # its processor refuses text alone
+        expected = _processor_call(name, model, preprocessor, parts.get("text", ""), images)
+        ours = preprocessor([Item(to_content(content))])
+        assert ours.tensors["input_ids"].tolist() == expected["input_ids"].tolist()
+        with torch.inference_mode():
+            hidden = model.backbone(**expected).last_hidden_state[:, -1]
+        assert torch.allclose(vectors(model, preprocessor, [Item(to_content(content))]), hidden, atol=1e-5)
+
+
+def _processor_call(name: str, model: EmbeddingModel, preprocessor: Preprocessor, text: str, images: list) -> dict:
+    processor = preprocessor.processor
+    if name == "paligemma":
+        inputs = processor(text=["<image>" * len(images) + text], images=[images], return_tensors="pt")
+        return {key: value for key, value in inputs.items() if key != "labels"}
+    user = [{"type": "image"} for _ in images] + ([{"type": "text", "text": text}] if text else [])
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": user}], tokenize=False, add_generation_prompt=True
+    )
+    special = {"add_special_tokens": False}  # the template has written them
+    inputs = processor(text=[prompt], images=[images] if images else None, return_tensors="pt", text_kwargs=special)
+    return {key: value for key, value in inputs.items() if images or key in ("input_ids", "attention_mask")}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_lengths_are_counted_without_opening_images(name, family_folder) -> None:
+    _, preprocessor = build(family_folder(name), prompt="instruct")
+    batch = items(name)
+    counted = preprocessor.lengths(batch)
+    assert counted == [preprocessor([item]).tensors["input_ids"].shape[1] for item in batch]
+    assert preprocessor(batch).num_tokens == sum(counted)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_bidirectional_sees_the_last_token_and_causal_does_not(name, family_folder) -> None:
+    for attention, sees in (("bidirectional", True), ("causal", False)):
+        model, preprocessor = build(family_folder(name), attention=attention)
+        inputs = preprocessor([Item(to_content("a red bus drives through the town"))])
+        first = _first_state(model, inputs)
+        inputs.tensors["input_ids"][:, -1] += 1
+        assert ((first - _first_state(model, inputs)).abs().max() > 1e-6) == sees, attention
+
+
+@torch.inference_mode()
+def _first_state(model: EmbeddingModel, inputs) -> torch.Tensor:
+    return model.family.hidden_states(model.backbone, inputs.tensors)[:, 0]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_lora_reloads_merges_and_leaves_vision_alone(name, family_folder, tmp_path) -> None:
+    model, preprocessor = build(family_folder(name), adapter=LORA, prompt="instruct", attention="bidirectional")
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "lora_B" in parameter_name:
+                parameter.normal_(std=0.3)
+    towers = {model.parameter_towers()[key] for key, parameter in model.named_parameters() if parameter.requires_grad}
+    assert towers == {"language"}
+    adapted = vectors(model, preprocessor, items(name))
+    save_checkpoint(tmp_path / "saved", model, preprocessor)
+    assert verify_checkpoint(tmp_path / "saved", model, preprocessor) < 1e-6
+    reloaded, loaded_preprocessor = load_checkpoint(tmp_path / "saved")
+    assert torch.allclose(adapted, vectors(reloaded, loaded_preprocessor, items(name)), atol=1e-6)
+    reloaded.backbone = reloaded.backbone.merge_and_unload()
+    assert torch.allclose(adapted, vectors(reloaded, loaded_preprocessor, items(name)), atol=1e-4)
+    bare, bare_preprocessor = build(family_folder(name), prompt="instruct", attention="bidirectional")
+    assert (adapted - vectors(bare, bare_preprocessor, items(name))).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_tokenizer_is_the_one_that_was_saved(name, family_folder) -> None:
+    """AutoTokenizer may turn a folder into its own class of tokenizer, with other ids."""
+    _, preprocessor = build(family_folder(name))
+    saved = Tokenizer.from_file(str(family_folder(name) / "tokenizer.json"))
+    for text in (*TEXTS, "Ein schöner Tag!  Zwei   Räume\n\n1234567 naïve"):
+        assert preprocessor.tokenizer.backend_tokenizer.encode(text).ids == saved.encode(text).ids
+
+
+def test_dropping_the_mask_changes_nothing(family_folder) -> None:
+    for name in ("qwen3", "qwen3_vl", "gemma3_text"):
+        model, preprocessor = build(family_folder(name))
+        batch = items("qwen3")
+        inputs = preprocessor(batch)
+        with torch.inference_mode():
+            masked = model.backbone(**inputs.tensors).last_hidden_state
+            bare = model.backbone(input_ids=inputs.tensors["input_ids"]).last_hidden_state
+        attended = inputs.tensors["attention_mask"].bool()
+        assert torch.allclose(masked[attended], bare[attended], atol=1e-5), name
+
+
+def test_text_families_refuse_images(family_folder) -> None:
+    _, preprocessor = build(family_folder("qwen3"))
+    with pytest.raises(MmembedError, match="reads text only"):
+        preprocessor([Item(to_content({"image": picture()}))])
+
+
+def test_pixel_limits_act_or_raise(family_folder) -> None:
+    picture_item = [Item(to_content({"image": picture(0, 300, 300)}))]
+    limits = {"query_max_length": 64, "document_max_length": 64}
+    tokens = [
+        build(family_folder("qwen3_vl"), lengths={**limits, "max_pixels": pixels})[1].lengths(picture_item)[0]
+        for pixels in (64 * 64, 128 * 128)
+    ]
+    assert tokens == [2 + 4, 2 + 16]
+    with pytest.raises(ConfigError, match="max_pixels"):
+        build(family_folder("gemma3"), lengths={**limits, "max_pixels": 4096})
+
+
+def test_unknown_backbone_says_what_to_give() -> None:
+    with pytest.raises(ConfigError, match="neither|cannot load"):
+        build(Path("nowhere/at-all"))
+
+
+def test_media_tokens_in_user_text_are_harmless(family_folder) -> None:
+    model, preprocessor = build(family_folder("qwen3_vl"))
+    text = Item(to_content({"text": "write <|image_pad|> here", "image": picture(1)}))
+    assert vectors(model, preprocessor, [text]).isfinite().all()
+
+
+def test_filler_keeps_vision_in_the_graph_without_changing_vectors(family_folder) -> None:
+    model, preprocessor = build(family_folder("qwen3_vl"), freeze=())
+    batch = [Item(to_content(text)) for text in TEXTS]
+    expected = vectors(model, preprocessor, batch)
+    preprocessor.touch_vision = True
+    inputs = preprocessor(batch)
+    assert len(inputs) == len(batch)
+    produced = model(inputs).vectors
+    assert torch.allclose(expected, produced, atol=1e-6)
+    produced.sum().backward()
+    gradients = [p.grad for n, p in model.named_parameters() if model.parameter_towers()[n] == "vision"]
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
