@@ -1,8 +1,8 @@
 """Shows an `Embedder` to mteb as one of its encoders.
 
-mteb hands over batches of columns (`text`, `image`) and says which side of a task they are. Here that becomes contents, a
-role and an instruction. Texts are collected before encoding, so that the embedder sorts all of them by length and packs
-its own batches; pictures are encoded a block at a time, because decoded pixels are what fills memory.
+mteb hands over batches of columns (`text`, `image`) and says which side of a task they are. Here that becomes contents,
+a role and an instruction. Texts are collected before encoding, so that the embedder sorts all of them by length and
+packs its own batches; pictures are encoded a block at a time, because decoded pixels are what fills memory.
 
     queries                          role query, with the task's instruction
     documents                        role document, without one unless the task or the user gives one
@@ -41,11 +41,11 @@ class Encodes(Protocol):
 class Instructions:
     """What is told to the model for each task: the task's own instruction unless the user's file says otherwise.
 
-    The file (YAML or JSON) maps a task name or a glob to a text for queries, to `{query: ..., document: ...}`, or to null
-    for none: the last matching line wins.
+    The file (YAML or JSON) maps a task name or a glob to a text for queries, to `{query: ..., document: ...}`, or to
+    null for none: the last matching line wins.
     """
 
-    overrides: Mapping[str, str | None | Mapping[str, str | None]] = field(default_factory=dict)
+    overrides: Mapping[str, str | Mapping[str, str | None] | None] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path, task_names: Iterable[str]) -> "Instructions":

@@ -9,7 +9,7 @@ asks for a batch: memory is the size of the files, not of the pixels.
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def build_task(row: Row, root: Path, split: str) -> AbsTask:
     return task
 
 
-@lru_cache(maxsize=None)
+@cache
 def fingerprint(folder: Path) -> str:
     """A digest of a folder's data files (names and bytes), 16 hexadecimal digits."""
     digest = hashlib.sha256()

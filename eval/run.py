@@ -1,11 +1,11 @@
 """Evaluates models on a benchmark and puts them side by side.
 
-    python -m eval.run --model runs/demo/embedder bm25 minilm --benchmark local --tasks 'xquad/*' stsb-en --output r.json
+    python -m eval.run --model runs/demo/embedder bm25 minilm --tasks 'xquad/*' stsb-en --output results.json
 
-Offline. A model is a checkpoint folder, a hub name, `mmembed-nano` (the packaged backbone, zero-shot) or a baseline (`bm25`,
-`minilm`). Each task goes through mteb, so protocols and metrics are those of the public leaderboards. The results file
-is written after every task and says what made each number: model settings, a fingerprint of the data, versions. What a
-model cannot do (a picture for BM25) is `null` in the file and a dash in the table, not a zero.
+Offline. A model is a checkpoint folder, a hub name, `mmembed-nano` (the packaged backbone, zero-shot) or a baseline
+(`bm25`, `minilm`). Each task goes through mteb, so protocols and metrics are those of the public leaderboards. The
+results file is written after every task and says what made each number: model settings, a fingerprint of the data,
+versions. What a model cannot do (a picture for BM25) is `null` in the file and a dash in the table, not a zero.
 """
 
 import argparse
@@ -73,9 +73,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="checkpoint folder, hub name, mmembed-nano, bm25 or minilm; several are put side by side",
     )
     parser.add_argument("--benchmark", default="local", choices=["local"], help="which tasks (default: local)")
-    parser.add_argument(
-        "--tasks", nargs="+", metavar="NAME", help="names or globs, for example 'xquad/*' (default: all)"
-    )
+    parser.add_argument("--tasks", nargs="+", metavar="NAME", help="names or globs such as 'xquad/*' (default: all)")
     parser.add_argument("--split", default="dev", help="part of the data that is evaluated (default: dev)")
     parser.add_argument(
         "--data-root",
@@ -91,7 +89,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--instruction-file",
         type=Path,
         metavar="FILE",
-        help="YAML or JSON: task name or glob -> instruction (or {query:, document:}, or null for none)",
+        help="YAML or JSON: task or glob -> instruction (or {query:, document:}, or null for none)",
     )
     parser.add_argument(
         "--dtype",
@@ -112,7 +110,8 @@ def evaluate(options: argparse.Namespace, rows: Sequence[Row]) -> dict[str, Any]
     tasks = {row.name: build(row, options) for row in rows}
     models = [load(name, options, rows) for name in options.model]
     results: dict[str, Any] = {
-        "benchmark": options.benchmark, "split": options.split, "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "benchmark": options.benchmark, "split": options.split,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(), "machine": machine(), "models": {model.name: model.provenance for model in models},
         "tasks": {},
     }  # fmt: skip
@@ -183,7 +182,8 @@ def load(name: str, options: argparse.Namespace, rows: Sequence[Row]) -> Loaded:
     )  # fmt: skip
     provenance = {
         "kind": "mmembed", "path": name, "dtype": str(next(embedder.model.parameters()).dtype).removeprefix("torch."),
-        "device": str(embedder.device), "embedding_size": embedder.embedding_size, "multi_vector": multi_vector, **settings,
+        "device": str(embedder.device), "embedding_size": embedder.embedding_size,
+        "multi_vector": multi_vector, **settings,
         "parameters": sum(parameter.numel() for parameter in embedder.model.parameters()),
         "fingerprint": model_fingerprint(Path(name)) if Path(name).is_dir() else None,
         "instruction_overrides": dict(instructions.overrides),

@@ -1,0 +1,260 @@
+"""The local benchmark: mteb's numbers against our own metrics, BM25 against loops and known numbers, the command."""
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("mteb")
+
+import mteb
+
+from eval import run
+from eval.baselines import BM25, MiniLM, words
+from eval.mteb_adapter import Instructions, MtebEncoder
+from eval.mteb_tasks import build_task, read_jsonl
+from eval.tasks.local import LANGUAGES, ROWS, available, select
+from mmembed import metrics
+from mmembed.content import Image, Text
+from mmembed.errors import ConfigError
+
+DATA = Path(__file__).resolve().parents[2] / "data"
+
+
+class Trigrams:
+    """A real, if modest, encoder: hashed character trigrams of texts, thumbnails of pictures. Notes what it is told."""
+
+    def __init__(self):
+        self.calls = []
+
+    def encode(self, contents, *, role, instruction):
+        self.calls.append((role, instruction, contents))
+        vectors = np.full((len(contents), 548), 1e-3, dtype=np.float32)
+        for row, content in enumerate(contents):
+            for part in content:
+                if isinstance(part, Text):
+                    for start in range(len(part.text) - 2):
+                        vectors[row, sum(ord(c) * 31**i for i, c in enumerate(part.text[start : start + 3])) % 500] += 1
+                elif isinstance(part, Image):
+                    small = np.asarray(part.source.convert("RGB").resize((4, 4)), dtype=np.float32)
+                    vectors[row, 500:548] = small.ravel() / 128 - 1
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    def similarity(self, a, b):
+        return a @ b.T
+
+
+def row(name):
+    return select(ROWS, [name])[0]
+
+
+def evaluate(model, name):
+    """(mteb's scores, the task with its data) of one local task on the slice."""
+    task = build_task(row(name), DATA, "dev")
+    task.load_data()
+    outcome = mteb.evaluate(model, task, cache=None, co2_tracker=False, show_progress_bar=False,
+                            encode_kwargs={"batch_size": 64, "show_progress_bar": False})  # fmt: skip
+    return outcome.task_results[0].scores["dev"][0], task
+
+
+def encoder():
+    trigrams = Trigrams()
+    return trigrams, MtebEncoder(trigrams, "trigrams", modalities=["text", "image"])
+
+
+@pytest.mark.parametrize("name", ["xquad/de", "vega-charts", "recipes", "recipes/photo", "dbpedia-entity/judged"])
+def test_mteb_gives_the_numbers_of_our_metrics(name):
+    trigrams, model = encoder()
+    scores, task = evaluate(model, name)
+    data = task.dataset["default"]["dev"]
+    (query_role, _, queries), *blocks = trigrams.calls
+    assert query_role == "query" and {role for role, _, _ in blocks} == {"document"}
+    documents = [content for _, _, contents in blocks for content in contents]
+    similarity = (
+        trigrams.encode(queries, role="query", instruction=None)
+        @ trigrams.encode(documents, role="document", instruction=None).T
+    )  # (Q, N)
+    ids = list(data["corpus"]["id"])
+    order = np.argsort(ids)[::-1]  # trec_eval's order of ties
+    relevance = np.array([[data["relevant_docs"][query].get(key, 0) for key in ids] for query in data["queries"]["id"]])
+    valid = None
+    if data["top_ranked"]:
+        valid = np.array([[key in data["top_ranked"][query] for key in ids] for query in data["queries"]["id"]])[
+            :, order
+        ]
+    ranked, judged = metrics.rank_by_score(similarity[:, order], relevance[:, order], valid)
+    ours = metrics.retrieval_metrics(ranked, judged, ks=(1, 10, 100))
+    tolerance = 3e-3 if valid is not None else 2e-4  # entity names with equal trigrams tie but for rounding
+    for key in ("ndcg_at_10", "recall_at_10", "map_at_10", "mrr_at_10", "hit_rate_at_1", "recall_at_100"):
+        assert scores[key] == pytest.approx(ours[key], abs=tolerance), key
+    exponential = metrics.ndcg_at_k(ranked, judged, 10, gain="exponential").mean()
+    assert scores["ndcg_exp_at_10"] == pytest.approx(exponential, abs=tolerance)
+
+
+def test_sides_modalities_and_instructions_reach_the_model():
+    trigrams, model = encoder()
+    evaluate(model, "recipes")
+    (role, instruction, queries), (_, nothing, first), (_, _, rest) = trigrams.calls
+    documents = [*first, *rest]  # pictures come in blocks of 256
+    assert (role, instruction, nothing) == ("query", row("recipes").instruction, None)
+    assert all(len(content) == 1 and isinstance(content[0], Text) for content in queries)
+    kinds = Counter(tuple(type(part).__name__ for part in content) for content in documents)
+    assert kinds == {("Image", "Text"): 90, ("Text",): 184}  # the README of the set counts 90 pictures on 274 recipes
+
+    trigrams, model = encoder()
+    evaluate(model, "openstax-figures/image-to-text")
+    (_, _, pictures), (_, _, texts) = trigrams.calls
+    assert len(pictures) == 110 and all(isinstance(content[0], Image) for content in pictures)
+    captions = [query for query in read_jsonl(DATA / "openstax-figures/queries.jsonl") if query["kind"] == "caption"]
+    assert len(texts) == len(captions) and all(isinstance(content[0], Text) for content in texts)
+
+    trigrams, model = encoder()
+    evaluate(model, "stsb-en")
+    assert [role for role, _, _ in trigrams.calls] == ["query", "query"]
+
+
+def test_sentence_pairs_equal_our_spearman():
+    trigrams, model = encoder()
+    scores, task = evaluate(model, "stsb-en")
+    left, right = (trigrams.encode(contents, role="query", instruction=None) for _, _, contents in trigrams.calls[:2])
+    assert scores["cosine_spearman"] == pytest.approx(
+        metrics.spearman((left * right).sum(1), task.dataset["dev"]["score"]), abs=1e-4
+    )
+
+
+def test_classification_takes_the_whole_training_part():
+    from sklearn.linear_model import LogisticRegression
+
+    trigrams, model = encoder()
+    scores, task = evaluate(model, "clothing")
+    train, dev = (
+        trigrams.encode([(Image(picture),) for picture in task.dataset[split]["image"]], role="query", instruction=None)
+        for split in ("train", "dev")
+    )
+    probe = LogisticRegression(max_iter=100, random_state=42).fit(train, task.dataset["train"]["label"])
+    assert scores["accuracy"] == pytest.approx(probe.score(dev, task.dataset["dev"]["label"]), abs=0.01)
+    assert scores["accuracy"] > 0.15  # ten classes
+
+
+def test_clustering_and_bitext_run(tmp_path):
+    """sib200 is not in the slice: a few sentences in its layout."""
+    folder = tmp_path / "sib200"
+    folder.mkdir()
+    lines = [{"_id": f"{lang}-{i}", "lang": lang, "index": i, "label": ("a", "b")[i % 2], "text": f"{word} {i}"}
+             for lang in ("de", "en") for i, word in enumerate(["hund katze maus", "zug bus bahn"] * 10)]  # fmt: skip
+    for split in ("train", "dev"):
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    (folder / "labels.json").write_text('["a", "b"]')
+    options = run.parse(["--model", "bm25", "--data-root", str(tmp_path)])
+    for name, expected in (("sib200-clustering/de", 0.9), ("sib200-bitext/de-en", 0.9), ("sib200/de", 0.9)):
+        task = run.build(row(name), options)
+        task.load_data()
+        loaded = run.Loaded("trigrams", encoder()[1], {}, lambda _: True)
+        assert run.score(loaded, task, row(name), "dev")["main"] >= expected, name
+
+
+def test_bm25_equals_its_equation_written_as_loops():
+    """Lucene's BM25 (k1 1.2, b .75) on the German passages; and the numbers that the data came with."""
+    corpus = list(read_jsonl(DATA / "xquad/de/corpus.jsonl"))
+    queries = list(read_jsonl(DATA / "xquad/de/queries.jsonl"))[:20]
+    texts = [words(document["text"]) for document in corpus]
+    counts = [Counter(text) for text in texts]
+    mean = sum(map(len, texts)) / len(texts)
+    frequency = Counter(token for count in counts for token in count)
+    bm25 = BM25()
+    bm25.index({"id": [document["_id"] for document in corpus], "text": [document["text"] for document in corpus]})
+    found = bm25.search(
+        {"id": [query["_id"] for query in queries], "text": [query["text"] for query in queries]}, top_k=180
+    )
+    for query in queries:
+        for document, count, text in zip(corpus, counts, texts, strict=True):
+            expected = 0.0
+            for token in words(query["text"]):
+                if token in count:
+                    idf = math.log(1 + (len(corpus) - frequency[token] + 0.5) / (frequency[token] + 0.5))
+                    length = 1.2 * (1 - 0.75 + 0.75 * len(text) / mean)
+                    expected += idf * count[token] / (count[token] + length)
+            assert found[query["_id"]].get(document["_id"], 0.0) == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("squad-en", 0.841), ("xquad/de", 0.890), ("xquad/zh", 0.965), ("mbpp", 0.082), ("odex", 0.688),
+     ("noto-emoji/keywords-to-name", 0.713), ("recipes/intro-to-text", 0.479)],
+)  # fmt: skip
+def test_bm25_gives_the_numbers_that_came_with_the_data(name, expected):
+    assert evaluate(BM25(), name)[0]["ndcg_at_10"] == pytest.approx(expected, abs=0.01)
+
+
+def test_minilm_gives_the_numbers_that_came_with_the_data():
+    scores, _ = evaluate(MtebEncoder(MiniLM(), "minilm", modalities=["text"]), "noto-emoji/keywords-to-name")
+    assert scores["ndcg_at_10"] == pytest.approx(0.762, abs=0.01)
+
+
+def test_words_of_spaced_and_unspaced_scripts():
+    assert words("Der rote Bus, 2 Türen!") == ["der", "rote", "bus", "2", "türen"]
+    assert words("東京タワー tower 五") == ["東京", "京タ", "タワ", "ワー", "tower", "五"]
+
+
+def test_command_writes_results_with_provenance(tmp_path, capsys):
+    output, rankings = tmp_path / "results.json", tmp_path / "rankings"
+    assert (
+        run.main(["--model", "bm25", "--tasks", "mbpp", "vega*", "--output", str(output), "--rankings", str(rankings)])
+        == 0
+    )
+    results = json.loads(output.read_text())
+    mbpp = results["tasks"]["mbpp"]
+    assert mbpp["documents"] == 470 and mbpp["queries"] == 90 and len(mbpp["fingerprint"]) == 16
+    assert mbpp["scores"]["bm25"]["main"] == mbpp["scores"]["bm25"]["ndcg_at_10"]
+    assert results["tasks"]["vega-charts"]["scores"]["bm25"] is None  # it sees no pictures; that is no zero
+    assert results["averages"]["image retrieval"]["bm25"] is None
+    assert results["models"]["bm25"]["k1"] == 1.2 and results["versions"]["mteb"].startswith("2.")
+    kept = json.loads((rankings / "bm25.json").read_text())["mbpp"]
+    assert all(
+        len(ranking) <= 10 and ranking == sorted(ranking, key=lambda item: -item[1]) for ranking in kept.values()
+    )
+    printed = capsys.readouterr().out
+    assert "mbpp" in printed and f"{mbpp['scores']['bm25']['main']:.3f}" in printed
+
+
+def test_unknown_names_suggest_the_nearest(capsys, tmp_path):
+    for arguments, hint in (
+        (["--model", "bm52", "--tasks", "mbpp"], "did you mean 'bm25'?"),
+        (["--model", "bm25", "--tasks", "squad-enn"], "did you mean 'squad-en'?"),
+        (["--model", "bm25", "--tasks", "jaquad-ja"], "not under the data root"),
+        (["--model", "bm25", "--tasks", "mbpp", "--split", "test"], "dev, train"),
+        (["--model", "bm25", "--data-root", str(tmp_path)], "no folder of the local benchmark"),
+    ):
+        assert run.main(arguments) == 2
+        assert hint in capsys.readouterr().err
+
+
+def test_instructions_come_from_the_task_or_the_users_file(tmp_path):
+    file = tmp_path / "instructions.yaml"
+    file.write_text("'xquad/*': Find the passage\nmbpp: {query: Find code, document: Code}\nstsb-en: null\n")
+    names = [row.name for row in ROWS]
+    instructions = Instructions.read(file, names)
+    query, document = mteb.types.PromptType.query, mteb.types.PromptType.document
+
+    def find(name, side):
+        return instructions.find(build_task(row(name), DATA, "dev").metadata, side)
+
+    assert find("xquad/de", query) == "Find the passage" and find("xquad/de", document) is None
+    assert find("mbpp", query) == "Find code" and find("mbpp", document) == "Code"
+    assert find("stsb-en", None) is None
+    assert find("odex", query) == row("odex").instruction and find("odex", document) is None
+    file.write_text("sqaud-en: x\n")
+    with pytest.raises(ConfigError, match="squad-en"):
+        Instructions.read(file, names)
+
+
+def test_every_row_of_the_slice_builds():
+    rows = available(DATA)
+    assert len(rows) > 15 and len({row.name for row in ROWS}) == len(ROWS)
+    assert all(set(row.languages) <= set(LANGUAGES) for row in ROWS)
+    for one in rows:
+        if not one.where.get("lang") or (DATA / one.folder).name == "xquad":
+            assert build_task(one, DATA, "dev").metadata.main_score == one.main_score
