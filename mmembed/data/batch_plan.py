@@ -30,7 +30,7 @@ class BatchPlan(torch.utils.data.Sampler[list[tuple[int, int]]]):
 
     Args:
         sizes: rows of each source.
-        weights: share of batches of each source (see `mixing_weights`); default: in proportion to size.
+        weights: share of batches of each source (see `mixing_weights`); default: each source once, whole batches of it.
         batch_size: rows a rank and step.
         seed: of all orders.
         world_size, rank: processes that train together, and which one this is.
@@ -61,7 +61,7 @@ class BatchPlan(torch.utils.data.Sampler[list[tuple[int, int]]]):
         self.keys = (None,) * len(self.sizes) if keys is None else tuple(keys)
         self._check(names or [f"source {i}" for i in range(len(self.sizes))])
         self._passes = [size // self.global_batch_size for size in self.sizes]  # batches of one pass
-        shares = self.sizes if weights is None else tuple(weights)
+        shares = self._passes if weights is None else tuple(weights)
         if len(shares) != len(self.sizes) or min(shares) <= 0:
             raise ConfigError(
                 f"batch plan: weights {list(shares)} for {len(self.sizes)} sources; give each one above 0"

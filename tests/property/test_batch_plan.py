@@ -1,0 +1,159 @@
+"""The batch plan: for any sources, sizes, ranks and epochs the promises of its docstring hold."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmembed.data.batch_plan import BatchPlan
+from mmembed.data.mixing import mixing_weights
+from mmembed.errors import ConfigError
+
+
+@st.composite
+def plans(draw):
+    batch_size, world_size = draw(st.integers(1, 6)), draw(st.integers(1, 4))
+    least = batch_size * world_size
+    sizes = draw(st.lists(st.integers(least, least * 7), min_size=1, max_size=4))
+    seed, epoch = draw(st.integers(0, 2**40)), draw(st.integers(0, 3))
+    return {"sizes": sizes, "batch_size": batch_size, "seed": seed, "world_size": world_size}, epoch
+
+
+def batches(arguments, epoch, **more):
+    """[step][rank] -> rows."""
+    ranks = []
+    for rank in range(arguments["world_size"]):
+        plan = BatchPlan(**arguments, **more, rank=rank)
+        plan.set_epoch(epoch)
+        ranks.append(list(plan))
+        assert len(ranks[-1]) == len(plan)
+    assert len({len(steps) for steps in ranks}) == 1
+    return list(zip(*ranks, strict=True))
+
+
+@given(plans())
+def test_one_source_a_step_and_disjoint_full_slices(case):
+    arguments, epoch = case
+    for step in batches(arguments, epoch):
+        rows = [row for rank in step for row in rank]
+        assert len({source for source, _ in rows}) == 1
+        assert len(set(rows)) == len(rows)
+        assert all(len(rank) == arguments["batch_size"] for rank in step)
+        assert all(0 <= row < arguments["sizes"][source] for source, row in rows)
+
+
+@given(plans())
+def test_an_epoch_without_weights_is_one_pass_over_every_source(case):
+    arguments, epoch = case
+    seen = Counter(row for step in batches(arguments, epoch) for rank in step for row in rank)
+    whole = arguments["batch_size"] * arguments["world_size"]
+    for source, size in enumerate(arguments["sizes"]):
+        drawn = [count for (owner, _), count in seen.items() if owner == source]
+        assert set(drawn) == {1}
+        assert len(drawn) == size // whole * whole
+
+
+@given(plans(), st.lists(st.floats(0.1, 10), min_size=4, max_size=4))
+def test_weights_hold_and_a_source_goes_on_where_it_stopped(case, weights):
+    arguments, _ = case
+    sizes = arguments["sizes"]
+    whole = arguments["batch_size"] * arguments["world_size"]
+    counts = BatchPlan(**arguments, weights=weights[: len(sizes)]).batches_per_source
+    total, shares = sum(size // whole for size in sizes), np.array(weights[: len(sizes)])
+    for count, exact in zip(counts, total * shares / shares.sum(), strict=True):
+        assert count == 1 or abs(count - exact) < 1
+    drawn: list[Counter] = [Counter() for _ in sizes]
+    for epoch in range(4):
+        for step in batches(arguments, epoch, weights=weights[: len(sizes)]):
+            for rank in step:
+                for source, row in rank:
+                    drawn[source][row] += 1
+    for count, size, rows in zip(counts, sizes, drawn, strict=True):
+        passes = 4 * count / (size // whole)
+        assert sum(rows.values()) == 4 * count * whole
+        assert max(rows.values()) <= int(np.ceil(passes))  # no row comes again before the pass is over
+
+
+@given(plans())
+def test_the_plan_is_a_pure_function(case):
+    arguments, epoch = case
+    first = batches(arguments, epoch)
+    assert first == batches(arguments, epoch)
+    plan = BatchPlan(**arguments)
+    list(plan)  # an epoch drawn before does not matter
+    plan.set_epoch(epoch)
+    assert list(plan) == list(plan) == [step[0] for step in first]
+
+
+def test_seed_and_epoch_matter():
+    def rows(seed, epoch):
+        return batches({"sizes": [200], "batch_size": 10, "seed": seed, "world_size": 1}, epoch)
+
+    assert rows(0, 0) != rows(1, 0) != rows(1, 1)
+
+
+@given(st.integers(2, 30), st.integers(2, 8), st.integers(0, 1000))
+@settings(max_examples=50)
+def test_rows_of_a_group_do_not_meet_where_that_is_possible(n_batches, batch_size, seed):
+    generator = np.random.default_rng(seed)
+    rows = n_batches * batch_size + int(generator.integers(batch_size))
+    positives = np.concatenate([np.repeat(i, int(generator.integers(1, n_batches + 1))) for i in range(rows)])[:rows]
+    keys = np.stack([np.arange(rows), positives], axis=1)[generator.permutation(rows)]
+    plan = BatchPlan([rows], batch_size=batch_size, seed=seed, keys=[keys])
+    seen = Counter(row for batch in plan for _, row in batch)
+    assert set(seen.values()) == {1}
+    assert len(seen) == n_batches * batch_size
+    for batch in plan:
+        values = keys[[row for _, row in batch], 1]
+        assert len(set(values.tolist())) == batch_size
+
+
+def test_rows_linked_through_a_query_and_a_positive_are_one_group():
+    keys = np.array([[1, 10], [1, 20], [2, 20], [3, 30], [4, 40], [5, 50]])
+    for seed in range(30):
+        for batch in BatchPlan([6], batch_size=2, seed=seed, keys=[keys]):
+            assert len({0, 1, 2} & {row for _, row in batch}) <= 1
+
+
+def test_what_must_repeat_is_spread_evenly():
+    keys = np.stack([np.arange(100), np.arange(100) % 4], axis=1)
+    for batch in BatchPlan([100], batch_size=20, keys=[keys]):
+        assert sorted(Counter(row % 4 for _, row in batch).values()) == [5, 5, 5, 5]
+
+
+def test_more_ranks_than_data_says_the_numbers():
+    with pytest.raises(ConfigError, match=r"'tiny' has 10 rows, one batch takes 12 \(4 processes x 3\)"):
+        BatchPlan([100, 10], batch_size=3, world_size=4, names=["big", "tiny"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"sizes": []}, "no source"),
+        ({"sizes": [50], "rank": 1}, "rank 1 of 1"),
+        ({"sizes": [50], "weights": [0.0]}, "above 0"),
+        ({"sizes": [50], "weights": [1.0, 2.0]}, "1 sources"),
+        ({"sizes": [50], "keys": [np.zeros((3, 2))]}, "50 rows and 3 keys"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, named):
+    with pytest.raises(ConfigError, match=named):
+        BatchPlan(**arguments)
+
+
+@given(st.lists(st.integers(1, 10**7), min_size=1, max_size=6), st.floats(0, 1))
+def test_mixing_follows_the_power_of_the_size(sizes, alpha):
+    weights = mixing_weights(sizes, [None] * len(sizes), alpha)
+    assert sum(weights) == pytest.approx(1)
+    for size, weight in zip(sizes, weights, strict=True):
+        assert weight / weights[0] == pytest.approx((size / sizes[0]) ** alpha)
+
+
+def test_an_explicit_weight_is_in_average_sources():
+    assert mixing_weights([100, 100], [None, 3.0], 0.5) == pytest.approx([0.25, 0.75])
+    with pytest.raises(ConfigError, match="above 0"):
+        mixing_weights([100], [0.0])
+    with pytest.raises(ConfigError, match="empty"):
+        mixing_weights([100, 0], [None, None])

@@ -1,0 +1,232 @@
+"""RecordDataset: read once, mapped after, strict or counting; the shipped slice reads whole."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from mmembed.config import DataConfig, SourceConfig
+from mmembed.content import Image, Task, Text
+from mmembed.data.dataset import MixedDataset, RecordDataset, media_store
+from mmembed.errors import ConfigError, RecordError
+from mmembed.media import MediaStore
+
+SLICE = Path(__file__).parents[2] / "data"
+
+
+def write(path, *rows):
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+    )
+
+
+def record(query="q", **changes):
+    return {"query": query, "documents": [{"content": "d"}], **changes}
+
+
+def build(tmp_path, source=None, media=None, **arguments):
+    source = source or SourceConfig(path="r.jsonl")
+    return RecordDataset(source, media, cache_dir=tmp_path / "cache", root=tmp_path, **arguments)
+
+
+def test_examples_carry_the_sources_settings(tmp_path):
+    write(tmp_path / "r.jsonl", record(), record(instruction="own", id="7"))
+    source = SourceConfig(path="r.jsonl", name="mine", instruction="find", task=Task.RERANKING)
+    data = build(tmp_path, source)
+    assert len(data) == 2
+    assert data[0].query == (Text("q"),)
+    assert [example.instruction for example in data] == ["find", "own"]
+    assert {example.task for example in data} == data.tasks == {Task.RERANKING}
+    assert data[-1].id == "7"
+    assert data[0].source == "mine"
+    assert data[0].where == f"{tmp_path / 'r.jsonl'}:1"
+    with pytest.raises(IndexError):
+        data[2]
+
+
+def test_raise_names_the_line_and_skip_counts_the_reasons(tmp_path):
+    (tmp_path / "t.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    bad = [
+        "{",
+        record(""),
+        record(task="x"),
+        record({"image": "no.png"}),
+        record({"image": "../../etc/passwd"}),
+        record({"image": "https://x.org/a.png"}),
+        record({"image": "t.png"}),
+        record({"video": ["no.png"]}),
+    ]
+    write(tmp_path / "r.jsonl", record(), *bad, record())
+    media = MediaStore(tmp_path)
+    with pytest.raises(RecordError, match=r"r\.jsonl:2: not valid JSON"):
+        build(tmp_path, media=media)
+    data = build(tmp_path, media=media, on_bad_record="skip")
+    assert len(data) == 2
+    assert data.skipped == {
+        "not JSON": 1,
+        "empty text": 1,
+        "unknown task": 1,
+        "picture missing": 2,
+        "picture outside the media folders": 1,
+        "picture URL": 1,
+        "picture unreadable": 1,
+    }
+    again = build(tmp_path, media=media, on_bad_record="skip")  # from the cache
+    assert again.skipped == data.skipped
+    write(tmp_path / "r.jsonl", *bad)
+    with pytest.raises(ConfigError, match="no usable record"):
+        build(tmp_path, media=media, on_bad_record="skip")
+
+
+def test_the_cache_follows_the_file_and_the_settings(tmp_path):
+    path = tmp_path / "r.jsonl"
+    write(path, record("one"))
+    assert build(tmp_path)[0].query == (Text("one"),)
+    (entry,) = (tmp_path / "cache" / "records").glob("*/records.arrow")
+    stamp = entry.stat().st_mtime_ns
+    build(tmp_path)
+    assert entry.stat().st_mtime_ns == stamp
+    write(path, record("two"))
+    os.utime(path, ns=(1, 1))
+    assert build(tmp_path)[0].query == (Text("two"),)
+    assert build(tmp_path, SourceConfig(path="r.jsonl", instruction="i"))[0].instruction == "i"
+
+
+def test_relative_media_start_at_the_media_root_else_at_the_record_file(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "pictures").mkdir()
+    for folder in ("set", "pictures"):
+        PIL.Image.new("RGB", (3 if folder == "set" else 5, 2)).save(tmp_path / folder / "a.png")
+    write(tmp_path / "set" / "r.jsonl", record({"image": "a.png"}), record([{"text": "x"}, {"image": "a.png"}]))
+    source = SourceConfig(path="set/r.jsonl")
+    for media_root, width in ((None, 3), (tmp_path / "pictures", 5)):
+        media = media_store(DataConfig(root=str(tmp_path), media_root=media_root and str(media_root), train=(source,)))
+        for example in build(tmp_path, source, media):
+            image = next(part for part in example.query if isinstance(part, Image))
+            assert media.size(image) == (width, 2)
+
+
+def test_fields_say_what_the_data_carries(tmp_path):
+    document = {"content": "d", "relevance": 2, "score": 0.5}
+    rows = [record({"image": "a.png"}, instruction="i", documents=[document, {"content": "n", "relevance": 0}])]
+    write(tmp_path / "r.jsonl", record())
+    assert build(tmp_path).fields == set()
+    write(tmp_path / "r.jsonl", *rows)
+    assert build(tmp_path).fields == {"image", "instruction", "score", "relevance", "negatives"}
+
+
+def test_keys_are_equal_exactly_where_queries_or_positives_are(tmp_path):
+    by_id = [{"content": "other words", "id": "x"}]
+    write(
+        tmp_path / "r.jsonl",
+        record("a", documents=[{"content": "n", "relevance": 0}, {"content": "p"}]),
+        record("a", documents=[{"content": "p"}]),
+        record("b", documents=by_id),
+        record("c", documents=[{"content": "p", "id": "x"}]),
+    )
+    queries, positives = build(tmp_path).keys().T
+    assert (queries[0] == queries[1]) and len(set(queries.tolist())) == 3
+    assert positives[0] == positives[1] != positives[2] == positives[3]
+
+
+def test_max_examples_is_a_fixed_sample_of_the_whole_file(tmp_path):
+    write(tmp_path / "r.jsonl", *[record(str(i)) for i in range(1000)])
+    source = SourceConfig(path="r.jsonl", max_examples=50)
+    data = build(tmp_path, source)
+    chosen = [int(example.query[0].text) for example in data]
+    assert len(data) == len(set(chosen)) == 50
+    assert chosen == sorted(chosen) == [int(example.query[0].text) for example in build(tmp_path, source)]
+    assert min(chosen) < 200 and max(chosen) > 800
+    assert data.keys().shape == (50, 2)
+
+
+def test_datasets_travel_to_workers_and_mix(tmp_path):
+    write(tmp_path / "r.jsonl", record("a"), record("b"))
+    data = build(tmp_path)
+    mixed = pickle.loads(pickle.dumps(MixedDataset([data, data])))
+    assert len(mixed) == 4
+    assert mixed[1, 0] == data[0]
+
+
+def test_what_is_not_there_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"'no\.jsonl': there is no"):
+        build(tmp_path, SourceConfig(path="no.jsonl"))
+    write(tmp_path / "r.jsonl", record())
+    with pytest.raises(ConfigError, match="did you mean 'jsonl'"):
+        build(tmp_path, SourceConfig(path="r.jsonl", format="json"))
+
+
+SLICE_SOURCES = [
+    SourceConfig(path="squad-en", format="beir"),
+    SourceConfig(path="dbpedia-entity", format="beir", options={"split": "dev"}),
+    SourceConfig(path="story-pages", format="beir", options={"lang": ["en"]}),
+    SourceConfig(path="recipes", format="beir"),
+    SourceConfig(path="stsb-en", format="pairs"),
+    SourceConfig(path="banking77", format="labelled", options={"negatives": 2}),
+    SourceConfig(path="clothing", format="labelled"),
+]
+
+
+@pytest.mark.parametrize("source", SLICE_SOURCES, ids=lambda source: source.path)
+def test_the_shipped_slice_reads_without_a_bad_record(tmp_path, source):
+    media = media_store(DataConfig(root=str(SLICE), train=(source,)))
+    data = RecordDataset(source, media, cache_dir=tmp_path, root=SLICE)
+    assert data.skipped == {}
+    for row in np.linspace(0, len(data) - 1, 5).astype(int).tolist():
+        for part in (*data[row].query, *data[row].documents[0].content):
+            if isinstance(part, Image):
+                assert media.open(part).size == media.size(part)
+
+
+def test_the_shipped_slice_is_small_and_every_set_names_its_licence():
+    files = [path for path in SLICE.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 25_000_000
+    for folder in {path.parent for path in files if path.suffix == ".parquet" or path.name == "train.jsonl"}:
+        assert "## Licence" in (folder / "README.md").read_text(encoding="utf-8")
+    for qrels in SLICE.rglob("*.tsv"):
+        known = [
+            {json.loads(line)["_id"] for line in (qrels.parents[1] / name).open(encoding="utf-8")}
+            for name in ("queries.jsonl", "corpus.jsonl")
+        ]
+        for line in qrels.read_text(encoding="utf-8").splitlines()[1:]:
+            query, document, _ = line.split("\t")
+            assert query in known[0] and document in known[1]
+
+
+MEASURE = """
+import re, sys, time
+from pathlib import Path
+from mmembed.config import SourceConfig
+from mmembed.data.dataset import RecordDataset
+import datasets.arrow_writer
+def held(key):  # MB; anonymous memory: mapped file pages are the system's to take back
+    return int(re.search(rf"{key}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+before_peak, before = held("VmHWM"), held("RssAnon")
+start = time.perf_counter()
+data = RecordDataset(SourceConfig(path=sys.argv[1]), cache_dir=sys.argv[2])
+seconds, peak = time.perf_counter() - start, held("VmHWM")
+assert all(data[i].id == str(i) for i in range(0, len(data), 37))
+print(len(data), peak - before_peak, held("RssAnon") - before, seconds)
+"""
+
+
+@pytest.mark.slow
+def test_a_large_file_is_built_and_read_in_bounded_memory(tmp_path):
+    path, rows = tmp_path / "large.jsonl", 300_000
+    document = "some words that make a passage of a usual length " * 10
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(rows):
+            file.write(json.dumps(record(f"query {i}", documents=[{"content": f"{i} {document}"}], id=str(i))) + "\n")
+    assert path.stat().st_size > 150_000_000
+    command = [sys.executable, "-c", MEASURE, str(path), str(tmp_path / "cache")]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    count, building_mb, held_mb, _ = (float(value) for value in output.split())
+    assert count == rows
+    assert building_mb < 60
+    assert held_mb < 40

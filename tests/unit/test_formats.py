@@ -1,0 +1,245 @@
+"""Formats and records: each layout gives the same strict examples, and bad records are named with file and line."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mmembed.content import Audio, Document, Example, Image, Task, Text, Video
+from mmembed.data.format_base import FORMATS
+from mmembed.data.records import example_to_record, parse_record, write_records
+from mmembed.errors import ConfigError, MmembedError, RecordError
+
+
+def write(path, *rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+    )
+    return path
+
+
+def read(layout, path, **options):
+    """Examples, and the errors that came between them."""
+    examples, errors = [], []
+    for record in FORMATS.build({"type": layout, **options}).read(path):
+        try:
+            if isinstance(record, RecordError):
+                raise record
+            examples.append(parse_record(record, record["where"]))
+        except RecordError as error:
+            errors.append(error)
+    return examples, errors
+
+
+def good(**changes):
+    return {"query": "q", "documents": [{"content": "d"}], **changes}
+
+
+FULL = Example(
+    query=(Text("before"), Image("a.png"), Text("after")),
+    documents=(
+        Document((Image("b.png"), Image("t.parquet#7"), Text("x")), 2.0, 0.25, "d1"),
+        Document((Video((Image("1.png"), Image("2.png")), 1.5),), 0.0),
+        Document((Audio("s.wav", 16000), Text("said")), 0.0, -3.0),
+    ),
+    task=Task.RERANKING,
+    instruction="find it",
+    source="mine",
+    id="7",
+    where="f:1",
+)
+
+
+def test_a_record_is_written_and_read_without_loss(tmp_path):
+    assert parse_record(json.loads(json.dumps(example_to_record(FULL))), "f:1") == FULL
+    path = tmp_path / "r.jsonl"
+    plain = Example((Text("q"),), (Document((Text("d"),)),), where=f"{path}:1")
+    assert write_records(path, [plain]) == 1
+    assert json.loads(path.read_text()) == {"query": "q", "documents": [{"content": "d"}]}
+    assert read("jsonl", path) == ([plain], [])
+
+
+def test_pictures_in_memory_are_not_written():
+    with pytest.raises(MmembedError, match="save it and give its path"):
+        example_to_record(Example((Image(b"..."),), (Document((Text("d"),)),)))
+
+
+@pytest.mark.parametrize(
+    ("record", "named"),
+    [
+        ({"documents": []}, "no 'query'"),
+        ({"query": "q"}, "no 'documents'"),
+        (good(documents=[]), "at least one entry"),
+        (good(documents="d"), "not a list"),
+        (good(documents=["d"]), r"documents\[0\] is a str"),
+        (good(documents=[{"text": "d"}]), "unknown key 'text'.*Did you mean 'content'|unknown key 'text'"),
+        (good(documents=[{}]), "no 'content'"),
+        (good(qurey="q"), "unknown key 'qurey'. Did you mean 'query'"),
+        (good(documents=[{"content": "d", "relevence": 1}]), "Did you mean 'relevance'"),
+        (good(documents=[{"content": {"txt": "d"}}]), "did you mean 'text'"),
+        (good(query=""), "query has an empty text"),
+        (good(query={"image": "a.png", "text": " \n"}), "query has an empty text"),
+        (good(documents=[{"content": ""}]), r"documents\[0\] has an empty text"),
+        (good(documents=[{"content": "d", "relevance": -1}]), "relevance is -1"),
+        (good(documents=[{"content": "d", "relevance": True}]), "relevance is True"),
+        (good(documents=[{"content": "d", "score": float("nan")}]), "score is nan"),
+        (good(documents=[{"content": "d", "relevance": 0}]), "no document has a relevance above 0"),
+        (good(task="retreival"), "Did you mean 'retrieval'"),
+        (good(instruction=3), "'instruction' is a int"),
+        (good(instruction="a", query={"text": "q", "instruction": "b"}), "two instructions"),
+        (good(documents=[{"content": {"text": "d", "instruction": "b"}}]), "document_instruction"),
+    ],
+)
+def test_bad_records_name_place_and_remedy(record, named):
+    with pytest.raises(RecordError, match=named) as caught:
+        parse_record(record, "data.jsonl:12")
+    assert str(caught.value).startswith("data.jsonl:12: ")
+
+
+def test_an_instruction_inside_the_query_is_the_records():
+    assert parse_record(good(query={"text": "q", "instruction": "i"}), "f:1").instruction == "i"
+
+
+def test_jsonl_goes_on_after_a_bad_line(tmp_path):
+    path = write(tmp_path / "r.jsonl", good(), "{broken", "[1]", "", good(extra=1), good())
+    examples, errors = read("jsonl", path)
+    assert [example.where for example in examples] == [f"{path}:1", f"{path}:6"]
+    assert [(error.where, error.kind) for error in errors] == [
+        (f"{path}:2", "not JSON"),
+        (f"{path}:3", "not JSON"),
+        (f"{path}:5", "unknown key"),
+    ]
+
+
+@pytest.fixture
+def beir(tmp_path):
+    folder = tmp_path / "set"
+    write(
+        folder / "corpus.jsonl",
+        {"_id": "d1", "title": "T", "text": "one"},
+        {"_id": "d2", "title": "", "text": "two"},
+        {"_id": "d3", "text": "", "image": "p1"},
+        {"_id": "d4", "text": "four", "image": "p2"},
+    )
+    write(
+        folder / "queries.jsonl",
+        {"_id": "q1", "text": "first", "lang": "en", "kind": "a"},
+        {"_id": "q2", "text": "zwei", "lang": "de", "kind": "a"},
+        {"_id": "q3", "text": "", "image": "p2", "lang": "en", "kind": "b"},
+        {"_id": "q4", "text": "unjudged", "lang": "en", "kind": "b"},
+    )
+    rows = ["query-id\tcorpus-id\tscore", "q1\td1\t2", "q1\td2\t0", "q2\td3\t1", "q3\td4\t1"]
+    write(folder / "qrels" / "train.tsv", *rows)
+    return folder
+
+
+def test_beir_grades_and_pictures(beir):
+    examples, errors = read("beir", beir)
+    assert errors == []
+    table = (beir / "images.parquet").resolve()
+    assert [example.id for example in examples] == ["q1", "q2", "q3"]
+    assert examples[0].documents == (
+        Document((Text("T one"),), 2.0, None, "d1"),
+        Document((Text("two"),), 0.0, None, "d2"),
+    )
+    assert examples[1].documents[0].content == (Image(f"{table}#p1"),)
+    assert examples[2].query == (Image(f"{table}#p2"),)
+    assert examples[2].documents[0].content == (Text("four"),)  # the query's own picture would give it away
+    assert examples[1].where == f"{beir / 'queries.jsonl'}:2"
+
+
+def test_beir_options_act(beir):
+    assert [example.id for example in read("beir", beir, lang="en")[0]] == ["q1", "q3"]
+    assert [example.id for example in read("beir", beir, lang=["en", "de"], kind=["a"])[0]] == ["q1", "q2"]
+    assert len(read("beir", beir, negatives_from_zero_scores=False)[0][0].documents) == 1
+    with pytest.raises(ConfigError, match=r"lang \['fr'\]"):
+        read("beir", beir, lang="fr")
+    with pytest.raises(ConfigError, match=r"did you mean 'train.tsv'"):
+        read("beir", beir, split="trian")
+    with pytest.raises(ConfigError, match="unknown option 'langs'; did you mean 'lang'"):
+        read("beir", beir, langs="fr")
+
+
+def test_beir_names_the_line_of_a_bad_judgement(beir):
+    write(beir / "qrels" / "train.tsv", "query-id\tcorpus-id\tscore", "q1\td9\t1", "q2\td1\thigh", "q3\td4\t1")
+    examples, errors = read("beir", beir)
+    assert [example.id for example in examples] == ["q3"]
+    assert [error.where for error in errors] == [f"{beir / 'qrels' / 'train.tsv'}:{line}" for line in (2, 3)]
+
+
+def test_parquet_takes_pictures_by_reference(tmp_path):
+    table = pa.table(
+        {
+            "question": ["a", "b", None],
+            "page": pa.array(
+                [{"bytes": b"1", "path": None}, {"bytes": b"2", "path": None}, {"bytes": b"3", "path": None}]
+            ),
+            "wrong": ["x", None, "z"],
+            "strength": [0.5, 1.5, None],
+            "key": [1, 2, 3],
+        }
+    )
+    path = tmp_path / "t.parquet"
+    pq.write_table(table, path, row_group_size=2)
+    options = {
+        "query_column": "question",
+        "document_column": None,
+        "document_image_column": "page",
+        "negative_columns": ["wrong"],
+        "score_column": "strength",
+        "id_column": "key",
+    }
+    examples, errors = read("parquet", path, **options)
+    assert [example.documents[0].content for example in examples] == [(Image(f"{path}#page[{i}]"),) for i in (0, 1)]
+    assert [len(example.documents) for example in examples] == [2, 1]
+    assert [example.documents[0].score for example in examples] == [0.5, 1.5]
+    assert [example.id for example in examples] == ["1", "2"]
+    assert [(error.where, error.kind) for error in errors] == [(f"{path}:3", "empty text")]
+    assert [e.id for e in read("parquet", tmp_path, **options)[0]] == ["1", "2"]
+    with pytest.raises(ConfigError, match="did you mean 'question'"):
+        read("parquet", path, **{**options, "query_column": "qestion"})
+
+
+def test_labelled_by_example_and_by_label(tmp_path):
+    rows = [{"_id": f"r{i}", "text": f"text {i}", "label": f"class_{i % 3}"} for i in range(12)]
+    path = write(tmp_path / "train.jsonl", *rows, {"_id": "r12", "text": "alone", "label": "class_x"})
+    label_of = {row["text"]: row["label"] for row in rows} | {"alone": "class_x"}
+    examples, errors = read("labelled", tmp_path, negatives=2)
+    assert [error.kind for error in errors] == ["lonely class"]
+    for example in examples:
+        (query,), positive = example.query, example.documents[0]
+        assert example.task is Task.CLASSIFICATION
+        assert positive.id == label_of[query.text] == label_of[positive.content[0].text]
+        assert positive.content != example.query
+        negatives = {document.id for document in example.documents[1:]}
+        assert len(negatives) == 2
+        assert positive.id not in negatives
+        assert all(label_of[document.content[0].text] == document.id for document in example.documents)
+    assert examples == read("labelled", path, negatives=2)[0]
+    assert examples != read("labelled", path, negatives=2, seed=1)[0]
+    by_label, errors = read("labelled", path, positive="label", negatives=1)
+    assert errors == []
+    assert by_label[0].documents[0].content == (Text("class 0"),)
+    named = read("labelled", path, positive="label", label_texts={f"class_{i}": f"number {i}" for i in range(3)})
+    assert named[0][1].documents[0].content == (Text("number 1"),)
+    assert [error.kind for error in named[1]] == ["missing key"]
+    for options, match in [({"negatives": 4}, "4 classes"), ({"positive": "lable"}, "did you mean 'label'")]:
+        with pytest.raises(ConfigError, match=match):
+            read("labelled", path, **options)
+
+
+def test_pairs_are_scaled(tmp_path):
+    row = {"_id": "p", "sentence1": "a", "sentence2": "b"}
+    write(tmp_path / "dev.jsonl", {**row, "score": 0}, {**row, "score": 2.5}, {**row, "score": 6}, {**row, "scor": 1})
+    examples, errors = read("pairs", tmp_path, split="dev")
+    assert [(e.task, e.documents[0].relevance) for e in examples] == [(Task.STS, 0.0), (Task.STS, 0.5)]
+    assert [error.kind for error in errors] == ["bad number", "missing key"]
+    assert "Did you mean 'score'" in str(errors[1]) or "did you mean" in str(errors[1]).lower()
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS.classes()))
+def test_every_format_names_a_missing_source(name, tmp_path):
+    with pytest.raises(ConfigError, match="no such file|no .parquet file"):
+        read(name, tmp_path / "nowhere" / "x.parquet")
