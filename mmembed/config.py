@@ -48,6 +48,7 @@ class ModelConfig(_Block):
 
 LORA_TYPES = ("lora", "dora", "rslora", "qlora")
 PROMPT_TYPES = ("prefix", "prompt")
+_OPTIMIZER_KEYS = {"lion": ("adam_epsilon",), "adafactor": ("adam_beta1", "adam_beta2", "adam_epsilon")}  # unread by it
 _ADAPTER_KEYS = {  # which types each key acts on; given with another type it is refused instead of ignored
     "r": LORA_TYPES,
     "alpha": LORA_TYPES,
@@ -98,18 +99,24 @@ class LengthsConfig(_Block):
 
 
 class SourceConfig(_Block):
-    """One data source. `path` is relative to `data.root`; `options` go to the format's constructor."""
+    """One data source. `path` is relative to `data.root`; `options` go to the format's constructor; `name` is the path
+    unless given."""
 
     path: str
     format: str = "jsonl"
     options: dict[str, Any] = Field(default_factory=dict)
-    name: str | None = None
+    name: str = ""
     weight: float | None = Field(default=None, gt=0)
     instruction: str | None = None
     document_instruction: str | None = None
     in_batch_negatives: bool = True
     task: Task | None = None
     max_examples: Positive | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, values: Any) -> Any:
+        return {"name": values.get("path", ""), **values} if isinstance(values, dict) else values
 
 
 class DataConfig(_Block):
@@ -136,6 +143,11 @@ class DataConfig(_Block):
                 f"positives_per_query {self.positives_per_query} is above train_group_size "
                 f"{self.train_group_size}; a group holds positives and negatives"
             )
+        for sources in (self.train, self.dev):
+            names = [source.name for source in sources]
+            for name in names:
+                if names.count(name) > 1:
+                    raise ConfigError(f"two sources are called '{name}'; give one a name of its own")
         return self
 
 
@@ -178,6 +190,8 @@ class TrainingConfig(_Block):
                 raise ConfigError(f"unknown key '{key}'; {nearest(key, known)}")
         if self.optimizer is not None and "optim" in (self.model_extra or {}):
             raise ConfigError("'optimizer' and 'optim' are both given; keep one")
+        for key in sorted(set(self.model_extra or {}) & set(_OPTIMIZER_KEYS.get(self.optimizer or "adamw", ()))):
+            raise ConfigError(f"'{key}' has no effect with optimizer '{self.optimizer}'; remove it")
         if "early_stopping_threshold" in self.model_fields_set and self.early_stopping_patience is None:
             raise ConfigError("'early_stopping_threshold' has no effect without 'early_stopping_patience'")
         if self.grad_cache is True and self.chunk_rows is None and "token_budget" not in self.model_fields_set:
@@ -319,6 +333,10 @@ UNUSABLE_ARGUMENTS = {
     "ddp_static_graph": "gradients are reduced once a step",
     "debug": "use torch's own tools",
     "local_rank": "the launcher sets it",
+    "accelerator_config": "batches are planned for each process before they are loaded",
+    "bf16_full_eval": "dev evaluation runs in the precision of training",
+    "fp16_full_eval": "dev evaluation runs in the precision of training",
+    "torch_empty_cache_steps": "memory is bounded by training.token_budget",
     "push_to_hub": "nothing is uploaded from training; export the folder first",
 }
 

@@ -31,6 +31,10 @@ class Objective(nn.Module):
     def reads(self) -> frozenset[str]:
         return frozenset()
 
+    def similarity_of(self, queries: Embeddings, documents: Embeddings) -> Tensor:
+        """Q queries, C documents -> (Q, C) similarities as the objective compares them, without temperature."""
+        raise NotImplementedError
+
     def gather(self, queries: Embeddings, documents: Embeddings, labels: BatchLabels) -> Any:
         """Q local queries, D local documents -> what `compare` needs, from all processes."""
         raise NotImplementedError

@@ -76,6 +76,10 @@ class Contrastive(Objective):
     def reads(self) -> frozenset[str]:
         return self.loss.reads
 
+    def similarity_of(self, queries: Embeddings, documents: Embeddings) -> Tensor:
+        similarity = self.similarity or get_similarity("cosine" if queries.mask is None else "maxsim")
+        return similarity(queries, documents)  # (Q, C)
+
     def gather(self, queries: Embeddings, documents: Embeddings, labels: BatchLabels) -> Gathered:
         """Q local queries, D local documents -> rows and columns. Collectives run in the same order everywhere."""
         across = self.cross_device_negatives and labels.in_batch
@@ -107,8 +111,7 @@ class Contrastive(Objective):
         return loss, metrics
 
     def _direction(self, gathered: Gathered) -> tuple[Tensor, dict[str, Tensor]]:
-        similarity = self.similarity or get_similarity("cosine" if gathered.queries.mask is None else "maxsim")
-        similarities = similarity(gathered.queries, gathered.candidates)  # (Q, C)
+        similarities = self.similarity_of(gathered.queries, gathered.candidates)  # (Q, C)
         relevance, valid = gathered.relevance.to(similarities.dtype), gathered.valid
         if self.false_negative_margin is not None:
             valid = valid & ~self._false_negatives(similarities.detach(), relevance, valid)

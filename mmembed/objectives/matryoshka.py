@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmembed.embeddings import Embeddings
 from mmembed.errors import ConfigError, nearest
 from mmembed.objectives import Objective
 
@@ -54,6 +55,9 @@ class Matryoshka(Objective):
     @property
     def reads(self) -> frozenset[str]:
         return self.objective.reads
+
+    def similarity_of(self, queries: Embeddings, documents: Embeddings) -> Tensor:
+        return self.objective.similarity_of(queries, documents)
 
     def gather(self, *args: Any) -> Any:
         return self.objective.gather(*args)

@@ -129,15 +129,7 @@ def _first_kept(batch: Batch, keep_tokens: int | None) -> int:
 def _assemble(batch: Batch, parts: list[Embeddings]) -> Embeddings:
     """Embeddings of the chunks -> of all distinct inputs, in their order, sequences padded to the longest."""
     order = torch.cat([chunk.index for chunk in batch.chunks]).argsort().to(parts[0].vectors.device)
-    if parts[0].mask is None:
-        return Embeddings(torch.cat([part.vectors for part in parts])[order])
-    longest = max(part.vectors.shape[1] for part in parts)
-    vectors, masks = [], []
-    for part in parts:
-        missing = longest - part.vectors.shape[1]
-        vectors.append(nn.functional.pad(part.vectors, (0, 0, 0, missing)))
-        masks.append(nn.functional.pad(part.mask, (0, missing)))
-    return Embeddings(torch.cat(vectors)[order], torch.cat(masks)[order])
+    return Embeddings.concatenate(parts).rows(order)
 
 
 def _gradient(leaf: Tensor) -> Tensor:

@@ -1,0 +1,50 @@
+"""A config's `training` block -> transformers.TrainingArguments: the user's keys, and defaults that suit embedders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import TrainingArguments, set_seed
+
+from mmembed.config import EmbedderConfig
+from mmembed.content import Task
+from mmembed.errors import ConfigError
+from mmembed.training.optimizers import OPTIM_NAMES
+
+__all__ = ["set_seed", "training_arguments"]
+DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 32,
+    "report_to": "none",  # trackers are asked for by name: tensorboard, wandb
+    "logging_steps": 10,
+    "logging_first_step": True,
+    "save_total_limit": 3,
+    "warmup_steps": 0.05,  # below 1 it is a share of all steps
+}
+
+
+def training_arguments(config: EmbedderConfig) -> TrainingArguments:
+    """Builds the arguments. Raises ConfigError where transformers refuses a value."""
+    chosen = {**DEFAULTS, **config.training.arguments}
+    if config.training.optimizer != "lion" and "optim" not in chosen:
+        chosen["optim"] = OPTIM_NAMES[config.training.optimizer or "adamw"]
+    if not torch.cuda.is_available():
+        chosen.setdefault("use_cpu", not torch.backends.mps.is_available())
+        chosen.setdefault("dataloader_pin_memory", False)
+    if chosen.get("load_best_model_at_end") or config.training.early_stopping_patience is not None:
+        chosen.setdefault("metric_for_best_model", default_metric(config))
+        chosen.setdefault("greater_is_better", True)
+    if chosen.get("fp16") and chosen.get("use_cpu"):
+        raise ConfigError("training.fp16: half precision on a CPU loses gradients; use training.bf16")
+    if chosen.get("deepspeed"):
+        raise ConfigError("training.deepspeed: sharded training is not in this version; train with DDP (torchrun)")
+    try:
+        return TrainingArguments(remove_unused_columns=False, label_names=[], **chosen)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"training: {error}") from error
+
+
+def default_metric(config: EmbedderConfig) -> str:
+    """What `best` means when not said: Spearman where all dev sources are STS, else nDCG@10."""
+    only_sts = all(source.task == Task.STS or source.format == "pairs" for source in config.data.dev)
+    return "eval_spearman" if only_sts else "eval_ndcg_at_10"

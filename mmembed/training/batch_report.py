@@ -1,0 +1,144 @@
+"""What a run is about to do, said before step 1: sources, negatives, tokens, memory, fields that would go unused.
+
+Most failed trainings were visible in their first batch: hard negatives that never arrive, accumulation taken for a
+larger contrastive batch, in-batch negatives on for classification. Costs one batch of preprocessing, no model run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from mmembed.config import EmbedderConfig
+from mmembed.content import Task, Text
+from mmembed.data.batch_plan import BatchPlan
+from mmembed.data.collate import Batch
+from mmembed.data.dataset import RecordDataset
+from mmembed.errors import ConfigError
+from mmembed.objectives import Objective
+from mmembed.preprocess import Preprocessor
+
+LABELLED_TASKS = (Task.CLASSIFICATION, Task.CLUSTERING, Task.STS)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Lines to print and warnings to log."""
+
+    lines: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "\n".join([*self.lines, *(f"warning: {warning}" for warning in self.warnings)])
+
+
+def check_fields(
+    datasets: Sequence[RecordDataset], config: EmbedderConfig, objective: Objective, preprocessor: Preprocessor
+) -> None:
+    """Raises ConfigError when the data carries a field that this run would not use, unless `ignore_fields` names it."""
+    for dataset in datasets:
+        for field, reason in _unused(config, objective, preprocessor).items():
+            if field in dataset.fields and field not in config.data.ignore_fields:
+                raise ConfigError(
+                    f"data source '{dataset.name}' carries '{field}', which {reason}. To train without it set "
+                    f"data.ignore_fields: [{field}]"
+                )
+
+
+def batch_report(
+    config: EmbedderConfig,
+    datasets: Sequence[RecordDataset],
+    plan: BatchPlan,
+    first: Batch,
+    model: nn.Module,
+    accumulation: int,
+) -> Report:
+    """Describes the run.
+
+    Args:
+        first: this process's first batch.
+        accumulation: gradient accumulation steps, which enlarge no contrastive batch.
+    """
+    lines = ["sources:"]
+    warnings = []
+    sources = {source.name: source for source in config.data.train}
+    for dataset, batches in zip(datasets, plan.batches_per_source, strict=True):
+        source = sources[dataset.name]
+        tasks = ", ".join(sorted(task.value for task in dataset.tasks))
+        negatives = "on" if source.in_batch_negatives else "off"
+        lines.append(
+            f"  {dataset.name}: {len(dataset):,} records ({tasks}), {batches:,} of {len(plan):,} batches an epoch, "
+            f"in-batch negatives {negatives}"
+        )
+        if dataset.skipped:
+            lines.append(f"    skipped {sum(dataset.skipped.values()):,} bad records: {dict(dataset.skipped)}")
+        if source.in_batch_negatives and dataset.tasks & set(LABELLED_TASKS):
+            warnings.append(
+                f"data source '{dataset.name}' ({tasks}) has in-batch negatives on: texts of one class are false "
+                "negatives of each other; set in_batch_negatives: false (NV-Embed, section 3)"
+            )
+    lines += _batch_lines(config, plan, first, accumulation)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    lines.append(f"parameters: {trained:,} trained of {total:,}")
+    lines.append("memory: " + _memory(model, trained))
+    return Report(tuple(lines), tuple(warnings))
+
+
+def keep_tokens(config: EmbedderConfig) -> int | None:
+    """Padded tokens whose graphs may stay alive between the passes; None is all."""
+    if config.training.grad_cache == "auto":
+        return config.training.token_budget
+    return 0 if config.training.grad_cache else None
+
+
+def _batch_lines(config: EmbedderConfig, plan: BatchPlan, first: Batch, accumulation: int) -> list[str]:
+    labels = first.labels
+    own = int((labels.relevance <= 0).sum()) / first.n_queries
+    others = (first.n_documents - first.n_documents / first.n_queries) if labels.in_batch else 0.0
+    remote = (plan.world_size - 1) * first.n_documents if labels.in_batch else 0.0
+    inputs = sum(len(chunk.rows) for chunk in first.chunks)
+    visual = sum(bool(row.images) for chunk in first.chunks for row in chunk.rows)
+    kept = keep_tokens(config)
+    again = max(0, first.padded_tokens - kept) if kept is not None else 0
+    lines = [
+        f"batch: {plan.batch_size} queries x {plan.world_size} processes of one source",
+        f"first batch ('{labels.source}'): {own:.1f} hard negatives a query, {others:.0f} in-batch negatives of this "
+        f"process and {remote:.0f} of others",
+        f"  {inputs:,} distinct inputs ({visual:,} with pictures), {first.tokens:,} tokens, "
+        f"{first.padded_tokens / first.tokens - 1:.0%} padding, {len(first.chunks)} chunks, "
+        f"{again / first.padded_tokens:.0%} encoded twice",
+    ]
+    if accumulation > 1:
+        lines.append(f"  {accumulation} accumulated batches a step: they average gradients, negatives do not add up")
+    return lines
+
+
+def _memory(model: nn.Module, trained: int) -> str:
+    """Weights, gradients and two moments; activations follow training.token_budget."""
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    gradients = sum(
+        parameter.numel() * parameter.element_size() for parameter in model.parameters() if parameter.requires_grad
+    )
+    return (
+        f"weights {weights / 2**20:,.0f} MB, gradients {gradients / 2**20:,.0f} MB, AdamW state "
+        f"{8 * trained / 2**20:,.0f} MB, and the activations of training.token_budget tokens"
+    )
+
+
+def _unused(config: EmbedderConfig, objective: Objective, preprocessor: Preprocessor) -> dict[str, str]:
+    """Field -> why this run does not use it."""
+    unused = {"audio": "no offered backbone hears"}
+    for field in ("score", "relevance"):
+        if field not in objective.reads:
+            unused[field] = "the objective's loss does not read"
+    if config.data.train_group_size == config.data.positives_per_query:
+        unused["negatives"] = "data.train_group_size leaves no room for"
+    probe = (Text("content"),)
+    if preprocessor.prompt.render(probe, "query", "instruction") == preprocessor.prompt.render(probe, "query", None):
+        unused["instruction"] = "the prompt style does not write"
+    if not preprocessor.family.multimodal:
+        unused |= {"image": "this text backbone cannot read", "video": "this text backbone cannot read"}
+    return unused

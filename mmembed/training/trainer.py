@@ -1,0 +1,350 @@
+"""The trainer: transformers.Trainer with another step, other batches and self-describing checkpoints.
+
+Kept of the base class: the loop, TrainingArguments, callbacks, schedules, trackers, clipping, resume. Replaced:
+- batches come from a BatchPlan, already this process's share (accelerate must not shard them again);
+- the step is `contrastive_step`, gradients are reduced once after it;
+- each tower has its learning rate; dev evaluation ranks; a checkpoint is `mmembed.json` + safetensors.
+
+Resuming is exact: batches are a pure function of seed, epoch and position, random states are restored.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import seed_worker
+
+from mmembed.config import EmbedderConfig
+from mmembed.data.batch_plan import BatchPlan
+from mmembed.data.collate import Batch, Chunk, Collator
+from mmembed.data.dataset import MixedDataset, RecordDataset
+from mmembed.data.mixing import mixing_weights
+from mmembed.embeddings import Embeddings
+from mmembed.errors import CheckpointError
+from mmembed.models.checkpoint import restore_weights, save_checkpoint
+from mmembed.models.embedding_model import EmbeddingModel
+from mmembed.objectives import Objective
+from mmembed.preprocess import ModelInputs, Preprocessor
+from mmembed.training.batch_report import Report, batch_report, check_fields, keep_tokens
+from mmembed.training.evaluation import build_dev_set, evaluate
+from mmembed.training.gradcache import contrastive_step, reduce_gradients
+from mmembed.training.optimizers import Lion, parameter_groups
+
+logger = logging.getLogger(__name__)
+OBJECTIVE = "objective.safetensors"
+CHUNKS_A_BUDGET = 8  # chunks are finer than the budget: less padding, and the part that is encoded twice is smaller
+
+
+class Trained(nn.Module):
+    """The embedding model and the objective's parameters as one module: one optimizer, one clipping, one zero_grad."""
+
+    def __init__(self, model: EmbeddingModel, objective: Objective) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    def forward(self, inputs: ModelInputs) -> Embeddings:
+        return self.model(inputs)
+
+    def towers(self) -> dict[str, str]:
+        """Parameter name -> tower."""
+        towers = {f"model.{name}": tower for name, tower in self.model.parameter_towers().items()}
+        return towers | {f"objective.{name}": "objective" for name, _ in self.objective.named_parameters()}
+
+
+class PlannedLoader(DataLoader[Batch]):
+    """A DataLoader whose batches follow the plan's epoch."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+
+class EmbedderTrainer(Trainer):
+    """Trains an embedding model.
+
+    Args:
+        config: the run.
+        args: of `training_arguments(config)`.
+        model, preprocessor: of `build_embedding_model(config)`.
+        objective: of `build_objective(config.objective)`.
+        train, dev: a dataset for each source of config.data, in that order.
+
+    Raises:
+        ConfigError: the data carries fields that would go unused, or a source is smaller than one global batch.
+    """
+
+    def __init__(
+        self,
+        config: EmbedderConfig,
+        args: TrainingArguments,
+        model: EmbeddingModel,
+        preprocessor: Preprocessor,
+        objective: Objective,
+        train: Sequence[RecordDataset],
+        dev: Sequence[RecordDataset] = (),
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        check_fields(train, config, objective, preprocessor)
+        self.run_config, self.preprocessor, self.train_sources = config, preprocessor, tuple(train)
+        self.dev_sets = [build_dev_set(data, source) for data, source in zip(dev, config.data.dev, strict=True)]
+        self.keep_tokens = keep_tokens(config)
+        self._sums: dict[str, Tensor] = {}
+        self._counts = {"steps": 0, "pairs": 0, "tokens": 0}
+        self._since = time.perf_counter()
+        early = config.training.early_stopping_patience
+        if early is not None:
+            stopping = EarlyStoppingCallback(early, config.training.early_stopping_threshold)
+            callbacks = [*callbacks, stopping]
+        if config.model.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        super().__init__(
+            model=Trained(model, objective),
+            args=args,
+            train_dataset=MixedDataset(train),
+            eval_dataset=self.dev_sets or None,
+            callbacks=list(callbacks),
+        )
+        seed = args.seed if args.data_seed is None else args.data_seed
+        self.plan = BatchPlan(
+            [len(source) for source in train],
+            mixing_weights(
+                [len(source) for source in train],
+                [source.weight for source in config.data.train],
+                config.data.mixing_alpha,
+            ),
+            batch_size=args.per_device_train_batch_size,
+            seed=seed,
+            world_size=args.world_size,
+            rank=args.process_index,
+            keys=[source.keys() for source in train],
+            names=[source.name for source in train],
+        )
+        self.data_collator = Collator(
+            preprocessor,
+            {source.name: source for source in config.data.train},
+            chunk_tokens=chunk_tokens(config),
+            chunk_rows=config.training.chunk_rows,
+            train_group_size=config.data.train_group_size,
+            positives_per_query=config.data.positives_per_query,
+            seed=seed,
+        )
+
+    def report(self) -> Report:
+        """The batch report of the first batch."""
+        first = self.data_collator([self.train_dataset[index] for index in next(iter(self.plan))])
+        accumulation = self.args.gradient_accumulation_steps
+        return batch_report(self.run_config, self.train_sources, self.plan, first, self.model, accumulation)
+
+    # The step ---------------------------------------------------------------------------------------------------------
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
+        """One batch: gradients are added to the parameters, and averaged over processes if a step follows."""
+        model.train()
+        accumulation = self.current_gradient_accumulation_steps
+        scaler = self.accelerator.scaler
+        with self._without_reduction(model):
+            loss, metrics = contrastive_step(
+                functools.partial(self._encode, model),
+                self.model.objective,
+                inputs,
+                self.keep_tokens,
+                scale=(1.0 if scaler is None else scaler.get_scale()) / accumulation,
+            )
+        if self.accelerator.sync_gradients:
+            reduce_gradients(model.parameters())
+        self._count(inputs, metrics)
+        return loss / accumulation
+
+    def _encode(self, model: nn.Module, chunk: Chunk) -> Embeddings:
+        return model(chunk.inputs(self.preprocessor).to(self.args.device))
+
+    def _without_reduction(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """DDP must not reduce: processes may run another number of chunks, over other parameters."""
+        return self.accelerator.no_sync(model) if self.args.world_size > 1 else nullcontext()
+
+    # Data -------------------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> PlannedLoader:
+        """This process's batches; its own generator keeps the global random state out of it."""
+        args = self.args
+        return PlannedLoader(
+            self.train_dataset,
+            batch_sampler=self.plan,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            in_order=args.dataloader_in_order,
+            worker_init_fn=functools.partial(
+                seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
+            ),
+            generator=torch.Generator().manual_seed(args.seed),
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: Any
+    ) -> tuple[list[Batch], None]:
+        """The next batches; losses are means over queries, so there is no item count."""
+        batches = []
+        for _ in range(num_batches):
+            batch = next(epoch_iterator, None)
+            if batch is None:
+                break
+            batches.append(batch)
+        return batches, None
+
+    def _track_num_input_tokens(self, inputs: Batch) -> None:
+        if self.args.include_num_input_tokens_seen != "no":
+            tokens = torch.tensor(inputs.tokens, device=self.args.device)
+            self.state.num_input_tokens_seen += int(self.accelerator.gather(tokens).sum())
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """Not estimated: what a token costs differs by family, and throughput is logged instead."""
+        return 0
+
+    # Optimizer --------------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """By name, with a learning rate a tower; normalisations, biases and the objective are not decayed."""
+        if self.optimizer is None:
+            module, training = self.model if model is None else model, self.run_config.training
+            towers = self.model.towers()
+            unknown = set(training.learning_rates) - set(towers.values())
+            if unknown:
+                logger.warning("training.learning_rates: this model has no %s", ", ".join(sorted(unknown)))
+            groups = parameter_groups(
+                module.named_parameters(),
+                lambda name: towers[name.removeprefix("module.")],
+                {name for name in self.get_decay_parameter_names(module) if not name.startswith("objective.")},
+                self.args.learning_rate,
+                dict(training.learning_rates),
+                self.args.weight_decay,
+            )
+            self.optimizer = self._optimizer(module, groups)
+        return self.optimizer
+
+    def _optimizer(self, module: nn.Module, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        if self.run_config.training.optimizer == "lion":
+            given = self.run_config.training.arguments
+            betas = (given.get("adam_beta1", 0.9), given.get("adam_beta2", 0.99))
+            return Lion(groups, lr=self.args.learning_rate, betas=betas)
+        cls, arguments = self.get_optimizer_cls_and_kwargs(self.args, module)
+        optimizer = cls(groups, **arguments)
+        if arguments.get("optim_bits") == 8:
+            self._keep_embeddings_in_32_bits(module)
+        return optimizer
+
+    @staticmethod
+    def _keep_embeddings_in_32_bits(module: nn.Module) -> None:
+        """Rows of rare tokens have moments too small for 8 bits (Dettmers et al., arXiv 2110.02861, section 2.3)."""
+        from bitsandbytes.optim import GlobalOptimManager
+
+        for part in module.modules():
+            if isinstance(part, nn.Embedding):
+                GlobalOptimManager.get_instance().register_module_override(part, "weight", {"optim_bits": 32})
+
+    # Logs -------------------------------------------------------------------------------------------------------------
+
+    def _count(self, batch: Batch, metrics: dict[str, Tensor]) -> None:
+        for name, value in metrics.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach()
+        self._counts["steps"] += 1
+        self._counts["pairs"] += batch.n_queries * self.args.world_size
+        self._counts["tokens"] += batch.tokens * self.args.world_size
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the objective's metrics (means since the last log, of this process) and the throughput."""
+        if "loss" in logs and self._counts["steps"]:
+            seconds = time.perf_counter() - self._since
+            logs |= {name: float(value) / self._counts["steps"] for name, value in self._sums.items()}
+            logs |= {f"{unit}_per_second": round(self._counts[unit] / seconds, 1) for unit in ("pairs", "tokens")}
+            self._sums, self._counts = {}, dict.fromkeys(self._counts, 0)
+            self._since = time.perf_counter()
+        super().log(logs, start_time)
+
+    # Evaluation -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Ranks and correlates the dev sources: `eval_ndcg_at_10`, `eval_{source}_ndcg_at_10`, `eval_spearman`, ..."""
+        started = time.perf_counter()
+        model = self.accelerator.unwrap_model(self.model)
+        was_training = model.training
+        model.eval()
+        similarity = self.model.objective.similarity_of
+        encode = functools.partial(self._encode, model)
+        budget = chunk_tokens(self.run_config)
+        found = evaluate(self.dev_sets, encode, similarity, self.preprocessor, budget)
+        model.train(was_training)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        metrics[f"{metric_key_prefix}_seconds"] = round(time.perf_counter() - started, 2)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._since += time.perf_counter() - started  # throughput is of training alone
+        return metrics
+
+    # Checkpoints ------------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Writes a self-describing embedder, and the objective's learned parameters beside it."""
+        from safetensors.torch import save_file
+
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        save_checkpoint(folder, self.model.model, self.preprocessor, self.run_config.hash())
+        parameters = {name: value.cpu() for name, value in self.model.objective.state_dict().items()}
+        if parameters:
+            save_file(parameters, folder / OBJECTIVE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._restore(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        logger.info("loading the best checkpoint %s (%s)", self.state.best_model_checkpoint, self.state.best_metric)
+        self._restore(Path(self.state.best_model_checkpoint))
+
+    def _restore(self, folder: Path) -> None:
+        from safetensors.torch import load_file
+
+        restore_weights(folder, self.model.model)
+        if self.model.objective.state_dict():
+            self.model.objective.load_state_dict(load_file(folder / OBJECTIVE))
+
+
+def chunk_tokens(config: EmbedderConfig) -> int:
+    """Padded tokens a chunk: the budget itself where chunks are sized by rows or all recomputed, else a part of it."""
+    training = config.training
+    if training.chunk_rows is not None or training.grad_cache is True:
+        return training.token_budget
+    longest = max(config.lengths.query_max_length, config.lengths.document_max_length)
+    return max(training.token_budget // CHUNKS_A_BUDGET, min(longest, training.token_budget))
+
+
+def last_checkpoint(output_dir: str | Path) -> Path:
+    """The last complete checkpoint of a run: one whose trainer state, written last, is there.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    complete = [path.parent for path in Path(output_dir).glob("checkpoint-*/trainer_state.json")]
+    if not complete:
+        raise CheckpointError(f"{output_dir}: holds no complete checkpoint to resume from; start without resuming")
+    return max(complete, key=lambda path: int(path.name.rsplit("-", 1)[1]))

@@ -1,0 +1,108 @@
+"""Fine-tunes a decoder or vision-language decoder into an embedder.
+
+    python -m recipes.train_embedder --config recipes/configs/embedder/demo.yaml training.learning_rate=1e-4
+    accelerate launch recipes/train_embedder.py --config recipes/configs/embedder/qwen3_vl_2b_lora.yaml
+
+Reads top to bottom: config, data, model, objective, report, training, saving, verifying. What comes out in
+`training.output_dir` loads with `Embedder.from_pretrained`. `training.resume_from_checkpoint=true` goes on from the
+last complete checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__" and __package__ is None:  # run as a file: its folder is on the path, the repository is not
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mmembed.config import EmbedderConfig, load_config
+from mmembed.errors import ConfigError, MmembedError
+
+logger = logging.getLogger("train_embedder")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a YAML file, for example recipes/configs/embedder/demo.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="win over the file: training.max_steps=10")
+    options = parser.parse_args(arguments)
+    try:
+        train(load_config(options.config, options.overrides))
+    except MmembedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def train(config: EmbedderConfig) -> dict[str, float]:
+    """Trains, saves and verifies; returns the last dev metrics."""
+    # 1. Processes and seeds -------------------------------------------------------------------------------------------
+    from mmembed.training.arguments import set_seed, training_arguments
+
+    args = training_arguments(config)
+    main_process = args.process_index == 0
+    logging.basicConfig(level=logging.INFO if main_process else logging.WARNING, format="%(message)s")
+    check_world(args.world_size)
+    set_seed(args.seed)
+
+    # 2. Data ----------------------------------------------------------------------------------------------------------
+    from mmembed.data.dataset import RecordDataset, media_store
+
+    if not config.data.train:
+        raise ConfigError("data.train: there is no source; add one, for example {path: squad-en, format: beir}")
+    media = media_store(config.data)
+    with args.main_process_first(desc="reading the data"):
+        train_data, dev_data = (
+            [RecordDataset(source, media, config.data.on_bad_record, root=config.data.root) for source in sources]
+            for sources in (config.data.train, config.data.dev)
+        )
+
+    # 3. Model, objective, trainer -------------------------------------------------------------------------------------
+    from mmembed.models.checkpoint import verify_checkpoint
+    from mmembed.models.embedding_model import build_embedding_model
+    from mmembed.objectives import build_objective
+    from mmembed.training.trainer import EmbedderTrainer, last_checkpoint
+
+    build_objective(config.objective)  # names and options are checked before weights are loaded
+    model, preprocessor = build_embedding_model(config, media)
+    objective = build_objective(config.objective, model.embedding_size)
+    trainer = EmbedderTrainer(config, args, model, preprocessor, objective, train_data, dev_data)
+    if main_process:
+        print(trainer.report(), flush=True)
+
+    # 4. Train ---------------------------------------------------------------------------------------------------------
+    resume = args.resume_from_checkpoint
+    if resume is not None:
+        resume = str(last_checkpoint(args.output_dir)) if str(resume).lower() == "true" else resume
+    trainer.train(resume_from_checkpoint=resume)
+
+    # 5. Save, verify, evaluate ----------------------------------------------------------------------------------------
+    trainer.save_model()
+    trainer.save_state()
+    metrics = trainer.evaluate(metric_key_prefix="final") if dev_data else {}
+    if main_process:
+        difference = verify_checkpoint(args.output_dir, model, preprocessor)
+        Path(args.output_dir, "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        logger.info("saved %s; reloaded vectors differ by at most %.1g", args.output_dir, difference)
+    return metrics
+
+
+def check_world(size: int) -> None:
+    """Says how many processes train together; refuses several that do not know of each other."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != size:
+        raise ConfigError(
+            f"{started} processes were started but each would train alone; on a CPU set ACCELERATE_USE_CPU=true"
+        )
+    logger.info("processes: %d", size)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
