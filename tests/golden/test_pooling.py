@@ -1,0 +1,70 @@
+"""Latent attention against numbers from outside: the released block's golden value, the printed equation by plain loops."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import torch
+
+from mmembed.pooling import POOLINGS
+
+(RELEASED,) = json.loads((Path(__file__).parent / "pooling.json").read_text())["nv-embed"]
+
+
+def released_block():
+    inputs = {key: torch.tensor(value, dtype=torch.float64) for key, value in RELEASED["inputs"].items()}
+    block = {"type": "latent_attention", "num_latents": 3, "num_heads": 2, "dim_head": 4, "feed_forward_multiplier": 2}
+    pooling = POOLINGS.build(block, hidden_size=4).double()
+    with torch.no_grad():
+        pooling.latents.copy_(inputs["latents"])
+        pooling.to_query.weight.copy_(inputs["Wq"])
+        pooling.to_key_value.weight.copy_(torch.cat([inputs["Wk"], inputs["Wv"]]))
+        pooling.to_output.weight.copy_(inputs["Wo"])
+        pooling.feed_forward_in.weight.copy_(inputs["W1"])
+        pooling.feed_forward_in.bias.copy_(inputs["b1"])
+        pooling.feed_forward_out.weight.copy_(inputs["W2"])
+        pooling.feed_forward_out.bias.copy_(inputs["b2"])
+    return pooling, inputs
+
+
+def test_released_block_gives_the_golden_vector() -> None:
+    pooling, inputs = released_block()
+    pooled = pooling(inputs["hidden"], inputs["pool_mask"].bool())
+    assert torch.allclose(pooled.double(), torch.tensor(RELEASED["expected"]["pooled"]).double(), atol=1e-6)
+    embedding = torch.nn.functional.normalize(pooled, dim=-1)
+    assert torch.allclose(embedding.double(), torch.tensor(RELEASED["expected"]["embedding"]).double(), atol=1e-6)
+
+
+def test_printed_equation_by_plain_loops() -> None:
+    """O = softmax(Q K^T) V with K = V = latents; linear, exact GELU, linear; mean over the mask."""
+    torch.manual_seed(0)
+    block = {"type": "latent_attention", "num_latents": 3, "feed_forward_multiplier": 2, "variant": "printed"}
+    pooling = POOLINGS.build(block, hidden_size=4).double()
+    hidden, mask = torch.randn(1, 3, 4, dtype=torch.float64), torch.tensor([[False, True, True]])
+    first, _, second = pooling.mlp
+    total = [0.0] * 4
+    for token in hidden[0, 1:].tolist():
+        scores = [sum(a * b for a, b in zip(token, latent, strict=True)) for latent in pooling.latents.tolist()]
+        weights = [math.exp(score) / sum(map(math.exp, scores)) for score in scores]
+        mixed = [
+            sum(w * latent[i] for w, latent in zip(weights, pooling.latents.tolist(), strict=True)) for i in range(4)
+        ]
+        inner = [
+            sum(w * x for w, x in zip(row, mixed, strict=True)) + bias
+            for row, bias in zip(first.weight.tolist(), first.bias.tolist(), strict=True)
+        ]
+        inner = [0.5 * x * (1 + math.erf(x / math.sqrt(2))) for x in inner]
+        for index, (row, bias) in enumerate(zip(second.weight.tolist(), second.bias.tolist(), strict=True)):
+            total[index] += (sum(w * x for w, x in zip(row, inner, strict=True)) + bias) / 2
+    assert torch.allclose(pooling(hidden, mask).double(), torch.tensor([total], dtype=torch.float64), atol=1e-6)
+
+
+def test_the_two_variants_differ_and_both_learn() -> None:
+    for variant in ("released", "printed"):
+        pooling = POOLINGS.build(
+            {"type": "latent_attention", "num_latents": 5, "num_heads": 2, "variant": variant}, hidden_size=8
+        )
+        pooling(torch.randn(2, 4, 8), torch.ones(2, 4, dtype=torch.bool)).sum().backward()
+        assert all(parameter.grad is not None for parameter in pooling.parameters())
