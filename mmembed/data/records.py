@@ -4,7 +4,7 @@
 
 A content is a string, a mapping of `text`, `image`, `images`, `video` (+ `fps`), `audio` (+ `sampling_rate`), or a list
 of those when the order of the parts matters. What cannot be right is an error with file, line and remedy; a key that is
-not known is an error as well, because a misspelt `relevence` would silently make a negative a positive.
+not known is an error as well, because a misspelt `relevancy` would silently make a negative a positive.
 """
 
 from __future__ import annotations
@@ -143,9 +143,9 @@ def _document(item: Any, key: str, where: str) -> Document:
         raise RecordError(
             where, f"{key} is a {type(item).__name__}", 'Write {"content": ..., "relevance": 1.0}', "not a document"
         )
-    _known(item, DOCUMENT_KEYS, where, key)
     if "content" not in item:
         raise RecordError(where, f"{key} has no 'content'", 'Write {"content": ..., "relevance": 1.0}', "missing key")
+    _known(item, DOCUMENT_KEYS, where, key)
     if isinstance(item["content"], Mapping) and item["content"].get("instruction") is not None:
         raise RecordError(
             where, f"{key} carries an instruction", "Set document_instruction of the source instead", "two instructions"
