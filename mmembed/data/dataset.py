@@ -62,7 +62,8 @@ class RecordDataset(torch.utils.data.Dataset[Example]):
         source: path, format, options, and what overrides the records (instruction, task, name, max_examples).
         media: opens pictures to check them; None leaves them unchecked. Relative paths in records start from its root,
             else from the folder of the record file.
-        on_bad_record: `raise` at the first bad record, or `skip` it, count it in `skipped` and log it.
+        on_bad_record: `raise` at the first bad record, or `skip` it, count it in `skipped` and log it. To skip, all
+            pictures are decoded once while reading, so that none fails hours later.
         cache_dir: where the Arrow file lies; default `mmembed.media.default_cache_dir()`.
         root: what `source.path` is relative to.
 
@@ -241,7 +242,7 @@ class _Builder:
         if self.media is None or reference in self.checked:
             return
         try:
-            self.media.check(image)
+            self.media.check(image, decode=self.on_bad_record == "skip")
         except MediaError as error:
             remedy = "To go on without such records set data.on_bad_record: skip"
             raise RecordError(where, str(error), remedy, f"picture {error.kind}") from None

@@ -1,5 +1,6 @@
 """RecordDataset: read once, mapped after, strict or counting; the shipped slice reads whole."""
 
+import io
 import json
 import os
 import pickle
@@ -52,6 +53,11 @@ def test_examples_carry_the_sources_settings(tmp_path):
 
 def test_raise_names_the_line_and_skip_counts_the_reasons(tmp_path):
     (tmp_path / "t.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    buffer = io.BytesIO()
+    PIL.Image.effect_noise((50, 50), 90).save(buffer, "PNG")
+    damaged = bytearray(buffer.getvalue())
+    damaged[200:300] = bytes(100)  # header and end are as they should be
+    (tmp_path / "damaged.png").write_bytes(damaged)
     bad = [
         "{",
         record(""),
@@ -61,6 +67,7 @@ def test_raise_names_the_line_and_skip_counts_the_reasons(tmp_path):
         record({"image": "https://x.org/a.png"}),
         record({"image": "t.png"}),
         record({"video": ["no.png"]}),
+        record({"image": "damaged.png"}),
     ]
     write(tmp_path / "r.jsonl", record(), *bad, record())
     media = MediaStore(tmp_path)
@@ -76,6 +83,7 @@ def test_raise_names_the_line_and_skip_counts_the_reasons(tmp_path):
         "picture outside the media folders": 1,
         "picture URL": 1,
         "picture unreadable": 1,
+        "picture truncated or damaged": 1,
     }
     again = build(tmp_path, media=media, on_bad_record="skip")  # from the cache
     assert again.skipped == data.skipped
