@@ -1,0 +1,79 @@
+"""A tiny vision-language backbone and a little data, shared by the recipe tests."""
+
+import json
+import random
+
+import pytest
+from families import picture
+
+WORDS = ("red", "blue", "bus", "train", "river", "bread", "engine", "letter", "forest", "tower", "bridge", "dog", "cup")
+
+
+@pytest.fixture(scope="session")
+def backbone(family_folder):
+    """Folder of a tiny Qwen3-VL."""
+    return family_folder("qwen3_vl")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Folder with `text.jsonl` (a hard negative each), `pictures.jsonl`, `dev.jsonl`, `sts.jsonl`."""
+    folder = tmp_path_factory.mktemp("data")
+    generator = random.Random(0)
+
+    def sentence():
+        return " ".join(generator.choices(WORDS, k=generator.randint(2, 14)))
+
+    def text_record(index):
+        return {
+            "query": f"{sentence()} {index}",
+            "documents": [
+                {"content": f"{sentence()} {index} d"},
+                {"content": f"{sentence()} {index} n", "relevance": 0},
+            ],
+        }
+
+    def picture_record(index):
+        picture(index, 60 + 7 * index, 60).save(folder / f"{index}.png")
+        return {"query": f"{sentence()} {index}", "documents": [{"content": {"image": f"{index}.png"}}]}
+
+    files = {
+        "text": [text_record(index) for index in range(40)],
+        "pictures": [picture_record(index) for index in range(10)],
+        "dev": [text_record(index) for index in range(100, 108)],
+        "sts": [
+            {"query": sentence(), "documents": [{"content": sentence(), "relevance": index / 8}], "task": "sts"}
+            for index in range(8)
+        ],
+    }
+    for name, records in files.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(record) for record in records) + "\n")
+    return folder
+
+
+@pytest.fixture
+def config_file(tmp_path, backbone, data):
+    """A small run: four steps of 8 queries."""
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"""
+model: {{name_or_path: {backbone}, dtype: float32}}
+adapter: {{type: lora, r: 4, alpha: 8, dropout: 0.1}}
+data:
+  root: {data}
+  train_group_size: 2
+  train: [{{path: text.jsonl}}, {{path: pictures.jsonl}}]
+  dev: [{{path: dev.jsonl, name: dev}}]
+objective: {{type: contrastive, temperature: {{value: 0.1, learn: true}}}}
+training:
+  output_dir: {tmp_path / "out"}
+  per_device_train_batch_size: 8
+  max_steps: 4
+  learning_rate: 1e-2
+  logging_steps: 1
+  save_strategy: "no"
+  token_budget: 256
+  disable_tqdm: true
+"""
+    )
+    return path

@@ -1,0 +1,214 @@
+"""The training command on a tiny real vision-language model: what it writes, changes, repeats and refuses."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmembed.config import load_config
+from recipes.train_embedder import main
+
+ROOT = Path(__file__).parents[2]
+LEARNED = "objective.temperature={value: 0.1, learn: true}"
+
+
+def run(config_file, *overrides):
+    assert main(["--config", str(config_file), *overrides]) == 0
+
+
+def losses(folder):
+    """The logged loss of each step."""
+    history = json.loads((Path(folder) / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def trained(folder):
+    tensors = load_file(Path(folder) / "adapter_model.safetensors")
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+
+
+def test_main_job(config_file, tmp_path, capsys):
+    from mmembed.content import to_content
+    from mmembed.models.checkpoint import load_checkpoint
+    from mmembed.preprocess import Item
+
+    run(config_file, "training.eval_strategy=steps", "training.eval_steps=2")
+    out = tmp_path / "out"
+    report = capsys.readouterr().out
+    assert "text.jsonl: 40 records" in report
+    assert (
+        "1.0 hard negatives a query, 14 in-batch negatives" in report
+        or "0.0 hard negatives a query, 7 in-batch" in report
+    )
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    step = next(entry for entry in history if "loss" in entry)
+    assert {"accuracy", "temperature", "negatives", "pairs_per_second", "tokens_per_second", "grad_norm"} <= step.keys()
+    evaluated = [entry for entry in history if "eval_ndcg_at_10" in entry]
+    assert [entry["step"] for entry in evaluated] == [2, 4]
+    final = json.loads((out / "metrics.json").read_text())
+    assert final["final_dev_ndcg_at_10"] == final["final_ndcg_at_10"] == evaluated[-1]["eval_ndcg_at_10"]
+    assert load_file(out / "objective.safetensors")["temperature.log_scale"].item() != pytest.approx(np.log(10))
+    model, preprocessor = load_checkpoint(out)
+    vectors = model(preprocessor([Item(to_content("a red bus"), "query")])).vectors
+    assert vectors.norm().item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["adapter={type: lora, r: 4, alpha: 8, dropout: 0.0}"],
+        ["adapter={type: none}", "training.learning_rate=1e-3", "training.learning_rates={projector: 1e-2}"],
+        ["adapter={type: dora, r: 4, alpha: 8}", "pooling={type: latent_attention, num_latents: 4}", "projection=16"],
+        ["training.optimizer=lion", "training.learning_rate=1e-3", "training.adam_beta1=0.95"],
+        ["training.optimizer=adafactor"],
+        ["training.optimizer=adamw_8bit"],
+        ["training.bf16=true", "model.gradient_checkpointing=true"],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_every_trained_parameter_changes_and_no_frozen_one(config_file, overrides):
+    from mmembed.data.dataset import RecordDataset, media_store
+    from mmembed.models.embedding_model import build_embedding_model
+    from mmembed.objectives import build_objective
+    from mmembed.training.arguments import set_seed, training_arguments
+    from mmembed.training.trainer import EmbedderTrainer
+
+    config = load_config(config_file, [*overrides, "data.dev=[]"])
+    media = media_store(config.data)
+    set_seed(0)
+    model, preprocessor = build_embedding_model(config, media)
+    objective = build_objective(config.objective, model.embedding_size)
+    train = [RecordDataset(source, media, root=config.data.root) for source in config.data.train]
+    trainer = EmbedderTrainer(config, training_arguments(config), model, preprocessor, objective, train)
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    vision = [name for name, tower in trainer.model.towers().items() if tower == "vision"]
+    assert vision
+    changed = {name: not torch.equal(before[name], value) for name, value in trainer.model.named_parameters()}
+    for name, parameter in trainer.model.named_parameters():
+        assert changed[name] == parameter.requires_grad, name
+    assert not any(changed[name] for name in vision)
+    if config.training.learning_rates:
+        assert {group["tower"]: group["initial_lr"] for group in trainer.optimizer.param_groups}["projector"] == 1e-2
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["training.grad_cache=false"], ["training.token_budget=60"], ["training.grad_cache=true", "gc_chunk_size=3"]],
+    ids=" ".join,
+)
+def test_one_trajectory_for_any_chunking(config_file, tmp_path, overrides):
+    exact = ["adapter.dropout=0.0", "data.dev=[]"]
+    run(config_file, *exact, f"training.output_dir={tmp_path / 'a'}")
+    run(config_file, *exact, *overrides, f"training.output_dir={tmp_path / 'b'}")
+    assert losses(tmp_path / "b") == pytest.approx(losses(tmp_path / "a"), rel=1e-4)
+
+
+def test_accumulation_averages_gradients(config_file, tmp_path):
+    """Two accumulated batches a step: half the steps an epoch, the mean of both losses."""
+    exact = ["adapter.dropout=0.0", "data.dev=[]", "training.learning_rate=1e-6"]
+    run(config_file, *exact, f"training.output_dir={tmp_path / 'a'}")
+    run(config_file, *exact, "training.gradient_accumulation_steps=2", f"training.output_dir={tmp_path / 'b'}")
+    single, double = losses(tmp_path / "a"), losses(tmp_path / "b")
+    assert double[:2] == pytest.approx([(single[0] + single[1]) / 2, (single[2] + single[3]) / 2], rel=1e-4)
+
+
+def test_resume_after_a_kill_is_the_uninterrupted_run(config_file, tmp_path):
+    """Dropout, two sources, learned temperature, an epoch border at step 6: bit for bit."""
+    steps = ["training.max_steps=8", "training.save_strategy=steps", "training.save_steps=3", "data.dev=[]"]
+    run(config_file, *steps, f"training.output_dir={tmp_path / 'whole'}")
+    killed = tmp_path / "killed"
+    command = [sys.executable, "-m", "recipes.train_embedder", "--config", str(config_file), *steps]
+    process = subprocess.Popen(
+        [*command, f"training.output_dir={killed}"], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    deadline = time.time() + 120
+    while not (killed / "checkpoint-3" / "trainer_state.json").exists() and time.time() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for later in ("checkpoint-6", "checkpoint-8"):  # as if the kill had come in time on any machine
+        shutil.rmtree(killed / later, ignore_errors=True)
+    (killed / "checkpoint-5").mkdir()  # a checkpoint that the kill cut short is passed over
+    run(config_file, *steps, f"training.output_dir={killed}", "training.resume_from_checkpoint=true")
+    assert torch.equal(trained(killed), trained(tmp_path / "whole"))
+    assert losses(killed) == losses(tmp_path / "whole")
+
+
+@pytest.mark.distributed
+def test_two_processes_follow_the_trajectory_of_one(config_file, tmp_path):
+    exact = ["adapter.dropout=0.0"]
+    run(config_file, *exact, f"training.output_dir={tmp_path / 'one'}")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "recipes.train_embedder"]
+    overrides = [*exact, "training.per_device_train_batch_size=4", f"training.output_dir={tmp_path / 'two'}"]
+    done = subprocess.run(
+        [*command, "--config", str(config_file), *overrides],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "processes: 2" in done.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
+    assert metrics[0]["final_dev_ndcg_at_10"] == pytest.approx(metrics[1]["final_dev_ndcg_at_10"], abs=1e-6)
+
+
+def test_best_checkpoint_and_early_stopping(config_file, tmp_path):
+    """A learning rate that destroys the model: evaluation gets worse, training stops, the best is what is saved."""
+    run(
+        config_file,
+        "training.max_steps=12",
+        "training.learning_rate=5.0",
+        "training.lr_scheduler_type=constant",
+        "training.eval_strategy=steps",
+        "training.eval_steps=1",
+        "training.save_strategy=steps",
+        "training.save_steps=1",
+        "training.load_best_model_at_end=true",
+        "training.early_stopping_patience=2",
+    )
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    values = [entry["eval_ndcg_at_10"] for entry in state["log_history"] if "eval_ndcg_at_10" in entry]
+    assert len(values) < 12
+    assert state["best_metric"] == max(values)
+    final = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert final["final_ndcg_at_10"] == pytest.approx(max(values), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "messages"),
+    [
+        (["training.lerning_rate=1"], ["training", "learning_rate"]),
+        (["modle.dtype=float32"], ["modle", "model"]),
+        (["objective.symetric=true"], ["symetric", "symmetric"]),
+        (["pooling=maen"], ["maen", "mean"]),
+        (["data.train=[{path: text.jsonl, formt: jsonl}]"], ["data.train.0.formt", "format"]),
+        (["adapter={type: prefix}", "model.attention=bidirectional"], ["prefix", "bidirectional"]),
+        (["objective.similarity=maxsim"], ["multi_vector"]),
+        (["objective.matryoshka={dims: [4096]}"], ["4096", "64"]),
+        (["training.per_device_train_batch_size=41"], ["text.jsonl", "40 rows", "41"]),
+        (["data.train_group_size=1"], ["negatives", "ignore_fields"]),
+        (["data.train=[{path: missing.jsonl}]"], ["missing.jsonl"]),
+        (["data.train=[]"], ["data.train"]),
+        (["data.train=[{path: sts.jsonl}]"], ["relevance"]),
+        (["training.warmup_steps=many"], ["training"]),
+        (["training.use_cache=true"], ["use_cache"]),
+        (["training.resume_from_checkpoint=true"], ["no complete checkpoint"]),
+    ],
+    ids=lambda value: value[0],
+)
+def test_bad_input_is_refused_with_key_and_remedy(config_file, capsys, overrides, messages):
+    assert main(["--config", str(config_file), *overrides]) == 2
+    error = capsys.readouterr().err
+    for message in messages:
+        assert message in error
