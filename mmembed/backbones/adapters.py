@@ -56,9 +56,24 @@ def apply_adapter(backbone: Backbone, adapter: Mapping[str, Any], freeze: Collec
     if kind == "none":
         freeze_towers(backbone, freeze)
         return backbone.model
+    if kind == "qlora":
+        _stay_differentiable(backbone.model)
     from peft import get_peft_model
 
     return get_peft_model(backbone.model, _peft_config(backbone, adapter, freeze))
+
+
+def _stay_differentiable(model: nn.Module) -> None:
+    """Keeps bitsandbytes from repacking 4-bit weights for its CPU inference kernel.
+
+    It would do so at the first forward pass in evaluation mode, for good: later training steps would run through a
+    kernel without a gradient (silently wrong below the last layer), and saving would round the scales.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def freeze_towers(backbone: Backbone, freeze: Collection[str]) -> None:

@@ -55,21 +55,24 @@ def load_backbone(
     Raises:
         ConfigError: the name is neither a folder nor a reachable model, or a value is unknown.
     """
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModel, BitsAndBytesConfig
 
     path = resolve_backbone(name_or_path)
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
-    try:
-        config = AutoConfig.from_pretrained(path, **common)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model.name_or_path: cannot load '{name_or_path}' ({_first_line(error)}); give a folder with a "
-            "config.json, a model name that can be reached, or 'mmembed-nano'"
-        ) from error
     arguments: dict[str, Any] = {"dtype": _dtype(dtype), "attn_implementation": attn_implementation}
     if quantization is not None:
         arguments["quantization_config"] = BitsAndBytesConfig(**quantization)
-    model = AutoModel.from_pretrained(path, config=config, use_safetensors=True, **arguments, **common)  # no pickles
+    try:
+        config = AutoConfig.from_pretrained(path, **common)
+        model = AutoModel.from_pretrained(
+            path, config=config, use_safetensors=True, **arguments, **common
+        )  # no pickles
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(
+            f"model.name_or_path: cannot load '{name_or_path}' ({str(error).strip().splitlines()[0]}); give a folder "
+            "with config.json and safetensors weights, a model name that can be reached, or 'mmembed-nano'"
+        ) from error
     set_attention(model, attention)
     processor = load_processor(processor_path or path, multimodal="vision_config" in config.to_dict(), **common)
     return Backbone(model, processor, family_of(model.config, processor), model.config)
@@ -127,7 +130,3 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     if dtype not in DTYPES:
         raise ConfigError(f"model.dtype: '{dtype}' is unknown; {nearest(dtype, [*DTYPES, 'auto'])}")
     return DTYPES[dtype]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -54,7 +54,7 @@ def save_checkpoint(
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-        _write(staging, model, preprocessor, training_config_hash, state_dict or _state(model))
+        _write(staging, model, preprocessor, training_config_hash, state_dict or model.state_dict())
         _move_into_place(staging, folder)
     except CheckpointError:
         raise
@@ -213,11 +213,6 @@ def _write(
     (folder / SETTINGS).write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n")
 
 
-def _state(model: EmbeddingModel) -> dict[str, torch.Tensor]:
-    """The tensors that a checkpoint may need. `state_dict` of a 4-bit base would round its scales, so it is not asked."""
-    return model.state_dict() if model.settings.adapter_type == "none" else dict(model.named_parameters())
-
-
 def _write_adapter(folder: Path, model: EmbeddingModel, backbone_state: dict[str, torch.Tensor]) -> None:
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -302,8 +297,7 @@ def _read_adapter(file: Path, model: EmbeddingModel) -> None:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     tensors = _read_tensors(file)
-    expected = get_peft_model_state_dict(model.backbone, state_dict=dict(model.backbone.named_parameters()))
-    _check_fit(file, expected, tensors)
+    _check_fit(file, get_peft_model_state_dict(model.backbone), tensors)
     set_peft_model_state_dict(model.backbone, tensors)
 
 

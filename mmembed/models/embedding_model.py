@@ -49,6 +49,9 @@ class EmbedderSettings:
     prompt: str | dict[str, Any] = "plain"
     lengths: dict[str, int | None] = field(default_factory=lambda: asdict(Lengths()))
 
+    def __post_init__(self) -> None:
+        self.freeze = tuple(self.freeze)  # JSON has lists
+
     @property
     def adapter_type(self) -> str:
         return "none" if self.adapter is None else self.adapter["type"]

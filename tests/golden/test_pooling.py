@@ -1,4 +1,4 @@
-"""Latent attention against numbers from outside: the released block's golden value, the printed equation by plain loops."""
+"""Latent attention against numbers from outside: the released block's golden value, the printed equation by loops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Padding never matters, the instruction mask is exact, truncation keeps the prompt: for any text hypothesis thinks of."""
+"""Padding never matters, the instruction mask is exact, truncation keeps the prompt: for any text there is."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def bytes_of(token: str) -> int:
 @settings(max_examples=150, deadline=None)
 @given(instruction=WORDS, text=WORDS, trim=st.booleans(), bos=st.booleans())
 def test_instruction_mask_equals_the_slow_definition(instruction: str, text: str, trim: bool, bos: bool) -> None:
-    """A token is in the pool when one of its bytes lies behind the prompt's prefix. Counted in bytes, without offsets."""
+    """A token is in the pool when one of its bytes lies behind the prompt's prefix: counted in bytes, no offsets."""
     preprocessor = make_preprocessor(trim_offsets=trim, bos=bos and not trim)
     inputs = preprocessor([Item((Text(text),), "query", instruction)])
     tokens = preprocessor.tokenizer.convert_ids_to_tokens(inputs.tensors["input_ids"][0])

@@ -1,4 +1,4 @@
-"""Every family, tiny: inputs equal transformers' own processors, mixed batches equal single inputs, attention is what it says.
+"""Every family, tiny: inputs equal transformers' own, mixed batches equal single inputs, attention does what it says.
 
 The yardstick is transformers itself: `processor(text, images)` and a plain forward pass of the model.
 """

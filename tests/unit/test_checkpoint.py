@@ -1,0 +1,220 @@
+"""Checkpoints: nothing is lost, nothing foreign is loaded, nothing is unpickled."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_families import build, items, vectors
+
+from mmembed.errors import CheckpointError
+from mmembed.models.checkpoint import load_checkpoint, read_settings, save_checkpoint, verify_checkpoint
+
+LORA = {"type": "lora", "r": 4, "alpha": 8, "dropout": 0.0, "target_modules": "auto"}
+
+
+def trained(folder: Path, **settings: object):
+    torch.manual_seed(0)
+    model, preprocessor = build(folder, **{"adapter": LORA, **settings})
+    move(model)
+    return model, preprocessor
+
+
+def move(model) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"pooling": "last_token", "prompt": "chat", "attention": "bidirectional"},
+        {"pooling": {"type": "latent_attention", "num_latents": 7, "variant": "printed"}, "projection": 24},
+        {"pooling": {"type": "multi_vector", "dim": 12}, "normalize": True, "adapter": None},
+        {"pooling": "weighted_mean", "normalize": False, "prompt": {"type": "plain", "query_prefix": "query: "}},
+        {"lengths": {"query_max_length": 9, "document_max_length": 30, "max_pixels": 128 * 128}, "adapter": None},
+    ],
+)
+def test_a_folder_describes_itself(settings, family_folder, tmp_path) -> None:
+    model, preprocessor = trained(family_folder("qwen3_vl"), **settings)
+    save_checkpoint(tmp_path / "saved", model, preprocessor, training_config_hash="abc")
+    reloaded, loaded_preprocessor = load_checkpoint(tmp_path / "saved")
+    assert reloaded.settings == model.settings
+    assert not reloaded.training
+    assert torch.equal(
+        vectors(model, preprocessor, items("qwen3_vl")), vectors(reloaded, loaded_preprocessor, items("qwen3_vl"))
+    )
+    assert reloaded.embedding_size == model.embedding_size
+    described = json.loads((tmp_path / "saved" / "mmembed.json").read_text())
+    assert described["training_config_hash"] == "abc"
+    assert described["embedding_size"] == model.embedding_size
+
+
+def test_bare_backbone_loads_with_defaults(family_folder) -> None:
+    model, preprocessor = load_checkpoint(family_folder("qwen3"))
+    assert model.settings.pooling == "mean"
+    assert preprocessor.prompt.name == "plain"
+    assert vectors(model, preprocessor, items("qwen3")).shape == (3, 64)
+
+
+FULL_DISK = """
+import resource, signal, sys
+sys.path[:0] = {path!r}
+import torch
+from pathlib import Path
+from test_families import build
+from mmembed.errors import CheckpointError
+from mmembed.models.checkpoint import load_checkpoint, save_checkpoint
+model, preprocessor = load_checkpoint(Path({folder!r}))
+with torch.no_grad():
+    for parameter in model.parameters():
+        parameter.add_(1.0)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+for limit in (200_000, 100):  # first the weights do not fit, then not even mmembed.json
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        save_checkpoint(Path({folder!r}), model, preprocessor)
+    except CheckpointError as error:
+        print("refused:", error)
+"""
+
+
+def test_previous_checkpoint_survives_a_full_disk(family_folder, tmp_path) -> None:
+    """The operating system refuses to write past a number of bytes a file."""
+    model, preprocessor = trained(family_folder("qwen3"), adapter=None)
+    save_checkpoint(tmp_path / "saved", model, preprocessor)
+    before = contents(tmp_path / "saved")
+    here = Path(__file__).parent
+    script = FULL_DISK.format(path=[str(here.parent), str(here)], folder=str(tmp_path / "saved"))
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=here.parents[1], check=False)
+    assert done.stdout.count("refused:") == done.stdout.count("previous checkpoint is untouched") == 2, done.stderr
+    assert contents(tmp_path / "saved") == before
+    assert [file.name for file in tmp_path.iterdir()] == ["saved"]
+    assert torch.equal(
+        vectors(model, preprocessor, items("qwen3")), vectors(*load_checkpoint(tmp_path / "saved"), items("qwen3"))
+    )
+
+
+def test_saving_over_another_kind_leaves_no_stale_weights(family_folder, tmp_path) -> None:
+    """An adapter left in a folder of full weights would be loaded on top of them; other people's files stay."""
+    adapted, preprocessor = trained(family_folder("qwen3"))
+    save_checkpoint(tmp_path / "saved", adapted, preprocessor)
+    (tmp_path / "saved" / "notes.txt").write_text("mine")
+    (tmp_path / "saved" / "checkpoint-5").mkdir()
+    full, preprocessor = trained(family_folder("qwen3"), adapter=None)
+    save_checkpoint(tmp_path / "saved", full, preprocessor)
+    names = {file.name for file in (tmp_path / "saved").iterdir()}
+    assert {"notes.txt", "checkpoint-5", "model.safetensors"} <= names
+    assert not {"adapter_model.safetensors", "adapter_config.json"} & names
+    assert verify_checkpoint(tmp_path / "saved", full, preprocessor) == 0
+
+
+def test_another_architecture_is_refused(family_folder, tmp_path) -> None:
+    model, preprocessor = trained(family_folder("qwen3"))
+    save_checkpoint(tmp_path / "saved", model, preprocessor)
+    _edit_settings(tmp_path / "saved", name_or_path=str(family_folder("llama")))
+    with pytest.raises(CheckpointError, match="was trained on .*qwen3.*is now .*llama"):
+        load_checkpoint(tmp_path / "saved")
+    _edit_settings(tmp_path / "saved", name_or_path=str(tmp_path / "gone"))
+    with pytest.raises(CheckpointError, match="backbone cannot be loaded"):
+        load_checkpoint(tmp_path / "saved")
+
+
+def test_weights_that_do_not_fit_are_refused(family_folder, tmp_path) -> None:
+    model, preprocessor = trained(family_folder("qwen3"), projection=8)
+    save_checkpoint(tmp_path / "saved", model, preprocessor)
+    for file, change in (("adapter_model.safetensors", "names differ"), ("pooling.safetensors", "the model has")):
+        tensors = load_file(tmp_path / "saved" / file)
+        name, tensor = next(iter(tensors.items()))
+        broken = (
+            {key: value for key, value in tensors.items() if key != name}
+            if change == "names differ"
+            else {name: tensor[:-1]}
+        )
+        save_file(broken, tmp_path / "saved" / file)
+        with pytest.raises(CheckpointError, match=change):
+            load_checkpoint(tmp_path / "saved")
+        save_file(tensors, tmp_path / "saved" / file)
+    load_checkpoint(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "pooling.safetensors", "mmembed.json"])
+def test_broken_or_missing_files_are_named(file: str, family_folder, tmp_path) -> None:
+    model, preprocessor = trained(family_folder("qwen3"), projection=8)
+    save_checkpoint(tmp_path / "saved", model, preprocessor)
+    path = tmp_path / "saved" / file
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match=file):
+        load_checkpoint(tmp_path / "saved")
+    path.unlink()
+    with pytest.raises(CheckpointError):
+        load_checkpoint(tmp_path / "saved")
+
+
+class _Trap:
+    def __reduce__(self):
+        return (Path.touch, (Path("unpickled"),))
+
+
+def test_nothing_is_unpickled(family_folder, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, preprocessor = trained(family_folder("qwen3"), adapter=None)
+    save_checkpoint("saved", model, preprocessor)
+    (tmp_path / "saved" / "model.safetensors").unlink()
+    (tmp_path / "saved" / "pytorch_model.bin").write_bytes(pickle.dumps(_Trap()))
+    with pytest.raises(CheckpointError):
+        load_checkpoint("saved")
+    assert not (tmp_path / "unpickled").exists()
+
+
+def test_empty_adapter_tensors_are_refused(family_folder, tmp_path) -> None:
+    """What ZeRO-3 leaves behind when parameters are saved without being gathered."""
+    model, preprocessor = trained(family_folder("qwen3"))
+    state = {name: tensor.new_empty(0) if "lora_A" in name else tensor for name, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match="is empty"):
+        save_checkpoint(tmp_path / "saved", model, preprocessor, state_dict=state)
+    assert not list(tmp_path.iterdir())
+
+
+def test_verification_notices_untrained_and_changed_weights(family_folder, tmp_path) -> None:
+    for settings in ({"adapter": LORA}, {"adapter": None}):
+        model, preprocessor = build(family_folder("qwen3"), **settings)
+        save_checkpoint(tmp_path / "saved", model, preprocessor)
+        with pytest.raises(CheckpointError, match="before training"):
+            verify_checkpoint(tmp_path / "saved", model, preprocessor)
+        move(model)
+        with pytest.raises(CheckpointError, match="differ by"):
+            verify_checkpoint(tmp_path / "saved", model, preprocessor)
+
+
+def test_newer_formats_are_refused(family_folder, tmp_path) -> None:
+    model, preprocessor = trained(family_folder("qwen3"))
+    save_checkpoint(tmp_path / "saved", model, preprocessor)
+    described = json.loads((tmp_path / "saved" / "mmembed.json").read_text())
+    (tmp_path / "saved" / "mmembed.json").write_text(json.dumps({**described, "format": 99}))
+    with pytest.raises(CheckpointError, match="upgrade mmembed"):
+        read_settings(tmp_path / "saved")
+
+
+def test_folder_without_anything_is_refused(tmp_path) -> None:
+    with pytest.raises(CheckpointError, match=r"mmembed\.json"):
+        load_checkpoint(tmp_path)
+
+
+def _edit_settings(folder: Path, **changes: object) -> None:
+    described = json.loads((folder / "mmembed.json").read_text())
+    described["settings"].update(changes)
+    (folder / "mmembed.json").write_text(json.dumps(described))
