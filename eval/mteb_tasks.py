@@ -7,8 +7,7 @@ asks for a batch: memory is the size of the files, not of the pixels.
 """
 
 import hashlib
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from mteb.abstasks import AbsTaskSTS as AbsTaskSentencePairs
 from mteb.abstasks.task_metadata import TaskMetadata
 
 import mmembed.backbones  # noqa: F401 - lets torchvision import on a CPU before mteb.evaluate pulls it in
+from eval.files import read_json, read_jsonl
 from eval.tasks.local import LANGUAGES, Row
 from mmembed import metrics
 from mmembed.errors import ConfigError, RecordError
@@ -99,7 +99,7 @@ class Retrieval(_Local, AbsTaskRetrieval):
     """Queries against the whole corpus of the folder."""
 
     k_values = (1, 5, 10, 100)
-    rankings: dict[str, list[tuple[str, float]]]  # query -> its best documents, best first, of the latest run
+    rankings: dict[str, dict[str, Any]]  # query -> text, top [(document, score)], relevant, rank; of the latest run
 
     @classmethod
     def split_file(cls, row: Row, split: str) -> str:
@@ -143,10 +143,16 @@ class Retrieval(_Local, AbsTaskRetrieval):
 
     def task_specific_scores(self, scores: Any, qrels: Any, results: Any, **kwargs: Any) -> dict[str, float]:
         ranked, judged = metrics.rank_run(results, qrels)
-        self.rankings = {
-            query: sorted(documents.items(), key=lambda item: (item[1], item[0]), reverse=True)[:TOP_KEPT]
-            for query, documents in results.items()
-        }
+        queries = self.dataset["default"][self.split]["queries"]
+        texts = dict(
+            zip(queries["id"], queries["text"] if "text" in queries.column_names else queries["id"], strict=True)
+        )
+        self.rankings = {}
+        for (query, documents), row in zip(results.items(), ranked, strict=True):
+            best = sorted(documents.items(), key=lambda item: (item[1], item[0]), reverse=True)[:TOP_KEPT]
+            relevant = [key for key, relevance in qrels[query].items() if relevance > 0]
+            rank = int(row.argmax()) + 1 if (row > 0).any() else None
+            self.rankings[query] = {"text": texts[query], "top": best, "relevant": relevant, "rank": rank}
         return {"ndcg_exp_at_10": float(metrics.ndcg_at_k(ranked, judged, 10, gain="exponential").mean())}
 
     def _pictures(self) -> dict[str, dict[str, Any]]:
@@ -277,19 +283,9 @@ _KINDS: dict[str, type[Any]] = {
 }
 
 
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file. Raises RecordError naming the line that is none."""
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise RecordError(f"{path}:{number}", f"no JSON ({error})", "Write one object a line.") from error
-
-
 def labels(folder: Path) -> list[str]:
     """The label names of a classification folder, in the order of labels.json."""
-    return list(json.loads((folder / "labels.json").read_text(encoding="utf-8")))
+    return list(read_json(folder / "labels.json"))
 
 
 def matches(record: Mapping[str, Any], where: Mapping[str, str]) -> bool:

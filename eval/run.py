@@ -12,7 +12,6 @@ import argparse
 import functools
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import sys
@@ -24,6 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from eval.files import write_json
 from eval.tasks.local import Row, available, select
 from mmembed.errors import ConfigError, MmembedError, nearest
 
@@ -136,7 +136,7 @@ def evaluate(options: argparse.Namespace, rows: Sequence[Row]) -> dict[str, Any]
             write_json(options.output, results)
     if options.rankings:
         for model, ranking in rankings.items():
-            write_json(options.rankings / f"{file_name(model)}.json", ranking)
+            write_json(options.rankings / f"{file_name(model)}.json", ranking, indent=None)
     return results
 
 
@@ -164,13 +164,15 @@ def load(name: str, options: argparse.Namespace, rows: Sequence[Row]) -> Loaded:
         bm25 = BM25()
         return Loaded(name, bm25, {"kind": "baseline", **bm25.settings}, searches_text)
     if name == "minilm":
-        dtype = options.dtype if options.dtype != "auto" else "float32"
-        minilm = MiniLM(dtype, options.device)
+        minilm = MiniLM(options.dtype, options.device)
         return Loaded(name, MtebEncoder(minilm, name, modalities=["text"]), {"kind": "baseline", **minilm.settings},
                       reads_text)  # fmt: skip
 
+    from transformers.utils import logging as transformers_logging
+
     from mmembed import Embedder
 
+    transformers_logging.disable_progress_bar()
     names = [row.name for row in rows]
     instructions = Instructions.read(options.instruction_file, names) if options.instruction_file else Instructions()
     embedder = Embedder.from_pretrained(name, device=options.device, dtype=options.dtype)
@@ -300,14 +302,6 @@ def searches_text(row: Row) -> bool:
 
 def reads_text(row: Row) -> bool:
     return not row.has_images
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes beside the destination, then moves: a kill never leaves half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 if __name__ == "__main__":

@@ -72,9 +72,10 @@ class Row:
         """The average that the task belongs to: `text retrieval`, `image retrieval`, `sts`, ..."""
         if self.document_text is not None:
             return "retrieval of descriptions"
+        elsewhere = "" if "en" in self.languages else ", other languages"
         if self.kind in ("retrieval", "reranking"):
-            return f"{'image' if self.has_images else 'text'} {self.kind}"
-        return f"image {self.kind}" if self.has_images else self.kind
+            return f"{'image' if self.has_images else 'text'} {self.kind}{elsewhere}"
+        return f"{'image ' if self.has_images else ''}{self.kind}{elsewhere}"
 
 
 QUESTION = "Given a question, retrieve passages that answer it"

@@ -14,8 +14,9 @@ import mteb
 
 from eval import run
 from eval.baselines import BM25, MiniLM, words
+from eval.files import read_jsonl
 from eval.mteb_adapter import Instructions, MtebEncoder
-from eval.mteb_tasks import build_task, read_jsonl
+from eval.mteb_tasks import build_task
 from eval.tasks.local import LANGUAGES, ROWS, available, select
 from mmembed import metrics
 from mmembed.content import Image, Text
@@ -223,9 +224,11 @@ def test_command_writes_results_with_provenance(tmp_path, capsys):
     assert results["averages"]["image retrieval"]["bm25"] is None
     assert results["models"]["bm25"]["k1"] == 1.2 and results["versions"]["mteb"].startswith("2.")
     kept = json.loads((rankings / "bm25.json").read_text())["mbpp"]
-    assert all(
-        len(ranking) <= 10 and ranking == sorted(ranking, key=lambda item: -item[1]) for ranking in kept.values()
-    )
+    for query in kept.values():
+        found, scores = zip(*query["top"], strict=True)
+        assert len(scores) <= 10 and list(scores) == sorted(scores, reverse=True) and query["text"]
+        first = next((place for place, key in enumerate(found, start=1) if key in query["relevant"]), None)
+        assert first == query["rank"] or (first is None and (query["rank"] or 11) > 10)
     printed = capsys.readouterr().out
     assert "mbpp" in printed and f"{mbpp['scores']['bm25']['main']:.3f}" in printed
 
