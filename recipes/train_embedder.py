@@ -65,13 +65,12 @@ def train(config: EmbedderConfig) -> dict[str, float]:
         )
 
     # 3. Model, objective, trainer -------------------------------------------------------------------------------------
-    from mmembed.models.checkpoint import verify_checkpoint
-    from mmembed.models.embedding_model import build_embedding_model
+    from mmembed.models.checkpoint import build_for_training, verify_checkpoint
     from mmembed.objectives import build_objective
     from mmembed.training.trainer import EmbedderTrainer, last_checkpoint
 
     build_objective(config.objective)  # names and options are checked before weights are loaded
-    model, preprocessor = build_embedding_model(config, media)
+    model, preprocessor = build_for_training(config, media)
     objective = build_objective(config.objective, model.embedding_size)
     trainer = EmbedderTrainer(config, args, model, preprocessor, objective, train_data, dev_data)
     if main_process:

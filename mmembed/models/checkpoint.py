@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,10 +24,18 @@ from mmembed.backbones import load_backbone, resolve_backbone
 from mmembed.backbones.adapters import PROMPT_TYPES, quantization_of
 from mmembed.content import Text
 from mmembed.errors import CheckpointError, ConfigError
-from mmembed.models.embedding_model import EmbedderSettings, EmbeddingModel, assemble, build_from_settings
+from mmembed.models.embedding_model import (
+    EmbedderSettings,
+    EmbeddingModel,
+    assemble,
+    build_embedding_model,
+    build_from_settings,
+    settings_of,
+)
 from mmembed.preprocess import Item, Preprocessor
 
 if TYPE_CHECKING:
+    from mmembed.config import EmbedderConfig
     from mmembed.media import MediaStore
 
 SETTINGS, ADAPTER, POOLING = "mmembed.json", "adapter_model.safetensors", "pooling.safetensors"
@@ -91,6 +99,35 @@ def load_checkpoint(
     else:
         model, preprocessor = _load_described(path, str(folder), dtype, media)
     return model.to(device).eval() if device is not None else model.eval(), preprocessor
+
+
+def build_for_training(cfg: EmbedderConfig, media: MediaStore | None = None) -> tuple[EmbeddingModel, Preprocessor]:
+    """Builds model and preprocessor of a config. Where `model.name_or_path` is a saved embedder, training goes on from
+    its weights (a second stage, as NV-Embed has one): the adapter block must be the one it was saved with.
+
+    Raises:
+        ConfigError: an unknown name or option, or another adapter than the saved one.
+        CheckpointError: the saved weights do not fit.
+    """
+    folder = Path(resolve_backbone(cfg.model.name_or_path))
+    if not (folder / SETTINGS).exists():
+        return build_embedding_model(cfg, media)
+    saved, _ = read_settings(folder)
+    settings = settings_of(cfg)
+    if saved.adapter_type == "none":
+        model, preprocessor = build_from_settings(settings, media)  # the folder holds the backbone itself
+        if (folder / POOLING).exists():
+            _read_head(folder / POOLING, model)
+        return model, preprocessor
+    if settings.adapter_type != saved.adapter_type:
+        raise ConfigError(
+            f"adapter.type '{settings.adapter_type}': '{cfg.model.name_or_path}' was saved with "
+            f"'{saved.adapter_type}'; go on with that adapter, or export a merged model first"
+        )
+    settings = replace(settings, name_or_path=saved.name_or_path, revision=saved.revision)
+    model, preprocessor = build_from_settings(settings, media)
+    restore_weights(folder, model)
+    return model, preprocessor
 
 
 def restore_weights(folder: str | Path, model: EmbeddingModel) -> None:
