@@ -123,6 +123,9 @@ def _lora_targets(backbone: Backbone, target_modules: Any, freeze: Collection[st
     if not linear:
         raise ConfigError(f"model.freeze: {sorted(freeze)} leaves no linear layer to adapt; free a tower")
     leaves = {name.rsplit(".", 1)[-1] for name in linear}
+    leaves = {leaf for leaf in leaves if not leaf.isdigit()} | {  # "0" would match decoder layer 0 too
+        name for name in linear if name.rsplit(".", 1)[-1].isdigit()
+    }
     if not isinstance(target_modules, str):
         for target in target_modules:
             if not any(name == target or name.endswith("." + target) for name in linear):

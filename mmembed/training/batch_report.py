@@ -20,7 +20,7 @@ from mmembed.errors import ConfigError
 from mmembed.objectives import Objective
 from mmembed.preprocess import Preprocessor
 
-LABELLED_TASKS = (Task.CLASSIFICATION, Task.CLUSTERING, Task.STS)
+LABELLED_TASKS = (Task.CLASSIFICATION, Task.CLUSTERING)
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,15 @@ class Report:
 def check_fields(
     datasets: Sequence[RecordDataset], config: EmbedderConfig, objective: Objective, preprocessor: Preprocessor
 ) -> None:
-    """Raises ConfigError when the data carries a field that this run would not use, unless `ignore_fields` names it."""
+    """Raises ConfigError when the data carries a field that this run would not use, unless `ignore_fields` names it,
+    and when a source has nothing to compare its positives with.
+    """
     for dataset in datasets:
+        if not dataset.source.in_batch_negatives and "negatives" not in dataset.fields:
+            raise ConfigError(
+                f"data source '{dataset.name}' has in-batch negatives off and no document of relevance 0: its loss is "
+                "always 0. Add negatives, or set in_batch_negatives: true"
+            )
         for field, reason in _unused(config, objective, preprocessor).items():
             if field in dataset.fields and field not in config.data.ignore_fields:
                 raise ConfigError(
@@ -63,9 +70,8 @@ def batch_report(
     """
     lines = ["sources:"]
     warnings = []
-    sources = {source.name: source for source in config.data.train}
     for dataset, batches in zip(datasets, plan.batches_per_source, strict=True):
-        source = sources[dataset.name]
+        source = dataset.source
         tasks = ", ".join(sorted(task.value for task in dataset.tasks))
         negatives = "on" if source.in_batch_negatives else "off"
         lines.append(

@@ -15,6 +15,8 @@ class Pairs(Format):
         split: which file of the folder.
         first, second, score: names of the columns.
         low, high: the scale of the scores; `low` becomes relevance 0 and `high` 1.
+        at_least: leave out pairs that score less; contrastive training needs it, since a pair of middling similarity is
+            neither positive nor negative (NV-Embed keeps 4 and above of 5, section 4.1.2).
     """
 
     name: ClassVar[str] = "pairs"
@@ -27,10 +29,12 @@ class Pairs(Format):
         score: str = "score",
         low: float = 0.0,
         high: float = 5.0,
+        at_least: float | None = None,
     ) -> None:
         if low >= high:
             raise ConfigError(f"formats.pairs: low {low} is not below high {high}")
         self.split, self.first, self.second, self.score, self.low, self.high = split, first, second, score, low, high
+        self.at_least = low if at_least is None else at_least
 
     def files(self, path: Path) -> list[Path]:
         return [path / f"{self.split}.jsonl" if path.is_dir() else path]
@@ -38,7 +42,12 @@ class Pairs(Format):
     def read(self, path: Path) -> Iterator[RawRecord | RecordError]:
         for where, row in read_json_lines(self.files(path)[0]):
             try:
-                yield row if isinstance(row, RecordError) else self._record(row, where)
+                if isinstance(row, RecordError):
+                    yield row
+                    continue
+                record = self._record(row, where)
+                if row[self.score] >= self.at_least:
+                    yield record
             except RecordError as error:
                 yield error
 

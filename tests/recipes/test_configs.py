@@ -1,0 +1,72 @@
+"""Every shipped YAML is a run: it loads, its data exists, its parts are built, its model too (tiny, same family)."""
+
+from pathlib import Path
+
+import pytest
+
+from mmembed.config import load_config
+from mmembed.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
+FAMILIES = {  # the first part of a name that is in a model's name -> the tiny family that stands for it
+    "Qwen3-VL": "qwen3_vl",
+    "mmembed-nano": "qwen3_vl",
+    "Qwen2.5-VL": "qwen2_5_vl",
+    "Qwen2-VL": "qwen2_vl",
+    "Qwen3": "qwen3",
+    "Mistral": "mistral",
+    "gemma-3": "gemma3",
+    "nv_embed_stage1": "mistral",
+}
+
+
+def test_there_are_configs():
+    assert len(FILES) >= 8
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_config_opens_with_its_launch_command(file):
+    first = file.read_text().splitlines()[0]
+    assert first.startswith("# ")
+    assert str(file.relative_to(ROOT)) in first
+    assert "recipes/train_embedder.py" in first or "recipes.train_embedder" in first
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_config_is_built(file, family_folder):
+    from mmembed.data.dataset import locate
+    from mmembed.models.embedding_model import build_embedding_model
+    from mmembed.objectives import build_objective
+    from mmembed.training.arguments import training_arguments
+
+    config = load_config(file)
+    for source in (*config.data.train, *config.data.dev):
+        assert locate(source, ROOT / config.data.root).exists()
+    training_arguments(config)
+    family = next(tiny for part, tiny in FAMILIES.items() if part in config.model.name_or_path)
+    overrides = [f"model.name_or_path={family_folder(family)}"]
+    if isinstance(config.objective, dict) and "matryoshka" in config.objective:
+        overrides.append("objective.matryoshka.dims=[64, 32]")  # the tiny model has 64 dimensions
+    if config.pooling != "mean" and isinstance(config.pooling, dict) and "dim_head" in config.pooling:
+        overrides.append("pooling.dim_head=16")
+    tiny = load_config(file, overrides)
+    model, preprocessor = build_embedding_model(tiny)
+    build_objective(tiny.objective, model.embedding_size)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert preprocessor.prompt
+
+
+def test_a_key_that_does_nothing_is_an_error(tmp_path):
+    """Walks the schema: a key that is not in it is refused in every block, with the nearest."""
+    from pydantic import BaseModel
+
+    from mmembed.config import EmbedderConfig, _field_model, build_config
+
+    blocks = [name for name, field in EmbedderConfig.model_fields.items() if isinstance(field.default, BaseModel)]
+    assert {"model", "adapter", "lengths", "data", "training"} <= set(blocks)
+    for block in blocks:
+        for key in _field_model(EmbedderConfig, block).model_fields:
+            with pytest.raises(ConfigError, match=f"did you mean '{key}'"):
+                build_config({block: {key + "x": 1}})
