@@ -18,6 +18,9 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import mmembed.backbones  # noqa: F401  declares the operators that torchvision misses
+from mmembed.content import to_content
+from mmembed.models.embedding_model import EmbedderSettings, EmbeddingModel, build_from_settings
+from mmembed.preprocess import Item, Preprocessor
 
 TEXT_FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "gemma3_text")
 VISION_FAMILIES = (
@@ -107,6 +110,9 @@ MARKS = {
     ),
     "pali": ("<pad>", "<eos>", "<bos>", "<unk>", "<image>"),
 }
+
+
+TEXTS = ("a red bus in Prague", "The cat", "Photosynthesis turns sunlight, water and carbon dioxide into sugar.")
 
 
 def picture(seed: int = 0, width: int = 90, height: int = 60) -> Image.Image:
@@ -385,3 +391,34 @@ _BUILDERS: dict[str, Callable[[str], tuple[Any, Any]]] = {
     "gemma3": _gemma3,
     "paligemma": _paligemma,
 }
+
+
+def build(folder: Path, **settings: object) -> tuple[EmbeddingModel, Preprocessor]:
+    model, preprocessor = build_from_settings(EmbedderSettings(str(folder), **settings))
+    return model.eval(), preprocessor
+
+
+def contents(name: str) -> list[object]:
+    """Text; and for vision families image, image with text, several images of several shapes."""
+    if name in TEXT_FAMILIES:
+        return list(TEXTS)
+    return [
+        *TEXTS,
+        {"image": picture(1)},
+        {"image": picture(2, 40, 100), "text": "what is it"},
+        {"images": [picture(3), picture(4, 120, 56)], "text": "compare"},
+    ]
+
+
+def items(name: str) -> list[Item]:
+    return [
+        Item(to_content(content), "query" if at % 2 else "document", "Find it")
+        for at, content in enumerate(contents(name))
+    ]
+
+
+@torch.inference_mode()
+def vectors(
+    model: EmbeddingModel, preprocessor: Preprocessor, batch: list[Item], side: str | None = None
+) -> torch.Tensor:
+    return model(preprocessor(batch, side)).vectors

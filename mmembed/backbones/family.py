@@ -60,7 +60,8 @@ class Family:
     @property
     def causal(self) -> bool:
         """Whether no token sees a later one (image tokens among themselves aside)."""
-        return vars(self.config.get_text_config()).get("is_causal") is not False
+        text_config = vars(self.config.get_text_config())
+        return text_config.get("is_causal") is not False and text_config.get("use_bidirectional_attention") is not True
 
     # What a prompt looks like -----------------------------------------------------------------------------------------
 

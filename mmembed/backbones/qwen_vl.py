@@ -20,6 +20,10 @@ class QwenVL(Family):
     vision_modules = r"visual(?!\.(deepstack_)?merger)"
     projector_modules = r"visual\.(deepstack_)?merger(_list)?"
 
+    def image_markup(self, width: int, height: int, images_in_row: int) -> str:
+        images = self.processor.image_processor
+        return self.image_token * (images.get_number_of_image_patches(height, width) // images.merge_size**2)
+
     def frame_markup(self, markup: str) -> str:
         return f"<|vision_start|>{markup}<|vision_end|>"
 

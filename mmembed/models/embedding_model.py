@@ -128,12 +128,13 @@ class EmbeddingModel(nn.Module):
         vectors = self.pooling(hidden, pool_mask)  # (B, H) or (B, T, H)
         if self.projection is not None:
             vectors = self.projection(vectors)
+        vectors = vectors.float()
         if self.normalize:
             vectors = F.normalize(vectors, dim=-1)
         if inputs.filler:  # rows without content; times 0, so that every parameter takes part on every rank
             vectors = vectors[: -inputs.filler] + 0.0 * vectors[-inputs.filler :].sum()
             pool_mask = pool_mask[: -inputs.filler]
-        return Embeddings(vectors.float(), pool_mask if self.pooling.multi_vector else None)
+        return Embeddings(vectors, pool_mask if self.pooling.multi_vector else None)
 
 
 def build_embedding_model(cfg: EmbedderConfig, media: MediaStore | None = None) -> tuple[EmbeddingModel, Preprocessor]:

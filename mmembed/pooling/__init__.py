@@ -37,5 +37,6 @@ POOLINGS: Registry[Pooling] = Registry("mmembed.pooling", Pooling)
 def masked_mean(hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Weighted mean over tokens in float32: hidden (B, T, H), weights (B, T) -> (B, H)."""
     weights = weights.float()
-    total = torch.bmm(weights.unsqueeze(1), hidden.float()).squeeze(1)  # (B, H)
+    with torch.autocast(hidden.device.type, enabled=False):  # autocast would sum in bfloat16
+        total = torch.bmm(weights.unsqueeze(1), hidden.float()).squeeze(1)  # (B, H)
     return total / weights.sum(1, keepdim=True)

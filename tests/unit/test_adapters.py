@@ -7,8 +7,7 @@ import re
 
 import pytest
 import torch
-from families import picture
-from test_families import build, items, vectors
+from families import build, items, picture, vectors
 
 from mmembed.content import to_content
 from mmembed.errors import ConfigError

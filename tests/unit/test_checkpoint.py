@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import build, items, vectors
 from safetensors.torch import load_file, save_file
-from test_families import build, items, vectors
 
 from mmembed.errors import CheckpointError
 from mmembed.models.checkpoint import load_checkpoint, read_settings, save_checkpoint, verify_checkpoint
@@ -74,7 +74,6 @@ import resource, signal, sys
 sys.path[:0] = {path!r}
 import torch
 from pathlib import Path
-from test_families import build
 from mmembed.errors import CheckpointError
 from mmembed.models.checkpoint import load_checkpoint, save_checkpoint
 model, preprocessor = load_checkpoint(Path({folder!r}))
@@ -97,7 +96,7 @@ def test_previous_checkpoint_survives_a_full_disk(family_folder, tmp_path) -> No
     save_checkpoint(tmp_path / "saved", model, preprocessor)
     before = contents(tmp_path / "saved")
     here = Path(__file__).parent
-    script = FULL_DISK.format(path=[str(here.parent), str(here)], folder=str(tmp_path / "saved"))
+    script = FULL_DISK.format(path=[str(here.parent)], folder=str(tmp_path / "saved"))
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, cwd=here.parents[1], check=False)
     assert done.stdout.count("refused:") == done.stdout.count("previous checkpoint is untouched") == 2, done.stderr

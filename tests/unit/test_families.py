@@ -5,52 +5,19 @@ The yardstick is transformers itself: `processor(text, images)` and a plain forw
 
 from __future__ import annotations
 
+import json
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, TEXT_FAMILIES, VISION_FAMILIES, picture
+from families import FAMILIES, TEXTS, VISION_FAMILIES, build, build_family, contents, items, picture, vectors
 from tokenizers import Tokenizer
 
 from mmembed.content import to_content
 from mmembed.errors import ConfigError, MmembedError
-from mmembed.models.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
-from mmembed.models.embedding_model import EmbedderSettings, EmbeddingModel, build_from_settings
+from mmembed.models.embedding_model import EmbeddingModel
 from mmembed.preprocess import Item, Preprocessor
-
-LORA = {"type": "lora", "r": 4, "alpha": 8, "dropout": 0.0, "target_modules": "auto"}
-TEXTS = ("a red bus in Prague", "The cat", "Photosynthesis turns sunlight, water and carbon dioxide into sugar.")
-
-
-def build(folder: Path, **settings: object) -> tuple[EmbeddingModel, Preprocessor]:
-    model, preprocessor = build_from_settings(EmbedderSettings(str(folder), **settings))
-    return model.eval(), preprocessor
-
-
-def contents(name: str) -> list[object]:
-    """Text; and for vision families image, image with text, several images of several shapes."""
-    if name in TEXT_FAMILIES:
-        return list(TEXTS)
-    return [
-        *TEXTS,
-        {"image": picture(1)},
-        {"image": picture(2, 40, 100), "text": "what is it"},
-        {"images": [picture(3), picture(4, 120, 56)], "text": "compare"},
-    ]
-
-
-def items(name: str) -> list[Item]:
-    return [
-        Item(to_content(content), "query" if at % 2 else "document", "Find it")
-        for at, content in enumerate(contents(name))
-    ]
-
-
-@torch.inference_mode()
-def vectors(
-    model: EmbeddingModel, preprocessor: Preprocessor, batch: list[Item], side: str | None = None
-) -> torch.Tensor:
-    return model(preprocessor(batch, side)).vectors
 
 
 @pytest.mark.parametrize("attention", ["causal", "bidirectional"])
@@ -133,26 +100,6 @@ def _first_state(model: EmbeddingModel, inputs) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_lora_reloads_merges_and_leaves_vision_alone(name, family_folder, tmp_path) -> None:
-    model, preprocessor = build(family_folder(name), adapter=LORA, prompt="instruct", attention="bidirectional")
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if "lora_B" in parameter_name:
-                parameter.normal_(std=0.3)
-    towers = {model.parameter_towers()[key] for key, parameter in model.named_parameters() if parameter.requires_grad}
-    assert towers == {"language"}
-    adapted = vectors(model, preprocessor, items(name))
-    save_checkpoint(tmp_path / "saved", model, preprocessor)
-    assert verify_checkpoint(tmp_path / "saved", model, preprocessor) < 1e-6
-    reloaded, loaded_preprocessor = load_checkpoint(tmp_path / "saved")
-    assert torch.allclose(adapted, vectors(reloaded, loaded_preprocessor, items(name)), atol=1e-6)
-    reloaded.backbone = reloaded.backbone.merge_and_unload()
-    assert torch.allclose(adapted, vectors(reloaded, loaded_preprocessor, items(name)), atol=1e-4)
-    bare, bare_preprocessor = build(family_folder(name), prompt="instruct", attention="bidirectional")
-    assert (adapted - vectors(bare, bare_preprocessor, items(name))).abs().max() > 1e-2
-
-
-@pytest.mark.parametrize("name", FAMILIES)
 def test_tokenizer_is_the_one_that_was_saved(name, family_folder) -> None:
     """AutoTokenizer may turn a folder into its own class of tokenizer, with other ids."""
     _, preprocessor = build(family_folder(name))
@@ -171,6 +118,35 @@ def test_dropping_the_mask_changes_nothing(family_folder) -> None:
             bare = model.backbone(input_ids=inputs.tensors["input_ids"]).last_hidden_state
         attended = inputs.tensors["attention_mask"].bool()
         assert torch.allclose(masked[attended], bare[attended], atol=1e-5), name
+
+
+def test_a_backbone_made_bidirectional_by_its_own_config_keeps_its_mask(tmp_path) -> None:
+    """EmbeddingGemma: its config says it, not ours; padding must not be seen."""
+    folder = build_family("gemma3_text", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "use_bidirectional_attention": True}))
+    model, preprocessor = build(folder)
+    assert not model.family.causal
+    alone = torch.cat([vectors(model, preprocessor, [item]) for item in items("qwen3")])
+    assert torch.allclose(alone, vectors(model, preprocessor, items("qwen3")), atol=1e-5)
+
+
+def test_pooling_sums_in_float32_under_autocast(family_folder) -> None:
+    model, preprocessor = build(family_folder("qwen3"), normalize=False)
+    inputs = preprocessor(items("qwen3"))
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        produced = model(inputs).vectors
+        hidden = model.family.hidden_states(model.backbone, {"input_ids": inputs.tensors["input_ids"]})
+    assert produced.dtype == torch.float32
+    for row, mask, vector in zip(hidden.double(), inputs.pool_mask, produced.double(), strict=True):
+        assert torch.allclose(row[mask].mean(0), vector, atol=1e-6)
+
+
+def test_preprocessor_travels_to_worker_processes(family_folder) -> None:
+    _, preprocessor = build(family_folder("qwen3_vl"), prompt="chat")
+    copy = pickle.loads(pickle.dumps(preprocessor))
+    ours, theirs = preprocessor(items("qwen3_vl")), copy(items("qwen3_vl"))
+    assert all(torch.equal(ours.tensors[name], theirs.tensors[name]) for name in ours.tensors)
 
 
 def test_text_families_refuse_images(family_folder) -> None:
