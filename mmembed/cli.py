@@ -1,0 +1,446 @@
+"""The command `mmembed`: encode, search, verify, inspect.
+
+Everything heavy is imported by the command that needs it, after the arguments were read, so that `mmembed --help` and a
+misspelt flag answer at once. Results go to stdout, progress and errors to stderr; an error ends with exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from mmembed.errors import MmembedError, nearest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mmembed.inference.embedder import Embedder
+    from mmembed.inference.sources import Entry
+
+NANO = "mmembed-nano"
+PRECISIONS = ("float32", "float16", "int8", "binary")  # repeated from mmembed.inference.quantize, which loads numpy
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    parser, commands = build_parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        _refuse(unknown, commands[arguments.command])
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        run: Callable[[argparse.Namespace], int] = arguments.run
+        return run(arguments)
+    except MmembedError as error:
+        print(f"mmembed {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `mmembed search ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with the nearest command named."""
+
+    def error(self, message: str) -> NoReturn:
+        if "invalid choice" in message and "choose from" in message:
+            wrong = message.split("invalid choice: ")[1].split("'")[1]
+            known = [name.strip(" ')") for name in message.split("choose from ")[1].split(",")]
+            message = f"{message.split(': invalid')[0]}: there is no '{wrong}'; {nearest(wrong, known)}"
+        super().error(message)
+
+
+def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser, and the parser of each command."""
+    from mmembed import __version__
+
+    parser = _Parser(
+        prog="mmembed", description="Embeds texts and images with a decoder LLM, and searches them.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"mmembed {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    commands = {}
+    for add in (_add_encode, _add_search, _add_verify, _add_inspect):
+        command = add(subparsers)
+        commands[command.prog.split()[-1]] = command
+    return parser, commands
+
+
+def _refuse(unknown: Sequence[str], command: argparse.ArgumentParser) -> NoReturn:
+    """Ends with the nearest known flag named."""
+    flags = [flag for action in command._actions for flag in action.option_strings if flag.startswith("--")]
+    first = unknown[0].split("=")[0]
+    hint = nearest(first, flags) if first.startswith("-") else "see --help for the arguments"
+    command.error(f"unknown argument '{first}'; {hint}")
+
+
+# encode -------------------------------------------------------------------------------------------------------------
+
+
+def _add_encode(subparsers: Any) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = subparsers.add_parser(
+        "encode",
+        help="encode a folder of images or a JSONL file to .npy",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=textwrap.dedent("""\
+            Encodes a folder of images, or JSON lines, into a folder of vectors.npy, items.jsonl and encoding.json.
+
+            A line is {"text": ..., "image": ..., "id": ...}, a line of a BEIR folder, or a canonical training record.
+
+              mmembed encode photos/ --output photos.enc
+              mmembed encode corpus.jsonl --model runs/demo/embedder --output corpus.enc --precision int8"""),
+    )
+    command.add_argument("source", type=Path, help="folder of images, or .jsonl file")
+    command.add_argument("--output", type=Path, required=True, help="folder to write")
+    command.add_argument("--overwrite", action="store_true", help="replace an encoded folder")
+    _add_model(command, NANO)
+    _add_encoding(command)
+    command.set_defaults(run=_encode)
+    return command
+
+
+def _encode(arguments: argparse.Namespace) -> int:
+    from mmembed.inference.encoding import Encoding, write_collection
+    from mmembed.inference.sources import count_entries, read_entries
+
+    field = _field(arguments.role)
+    entries = read_entries(arguments.source, field)
+    embedder = _load(arguments, arguments.model)
+    encoding = Encoding(
+        _portable(arguments.model),
+        arguments.truncate_dim or embedder.embedding_size,
+        arguments.role,
+        arguments.instruction,
+        arguments.precision,
+        arguments.truncate_dim,
+    )
+    with _progress("encode", count_entries(arguments.source, field)) as advance:
+        done = write_collection(
+            arguments.output,
+            embedder,
+            entries,
+            encoding,
+            on_bad=arguments.on_bad_record,
+            overwrite=arguments.overwrite,
+            report=_report,
+            progress=advance,
+            token_budget=arguments.token_budget,
+        )
+    skipped = f", {done.skipped} skipped" if done.skipped else ""
+    print(f"{arguments.output}: {done.count} vectors of {done.size} dimensions, {done.precision}{skipped}")
+    return 0
+
+
+# search -------------------------------------------------------------------------------------------------------------
+
+
+def _add_search(subparsers: Any) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = subparsers.add_parser(
+        "search",
+        help="find what is most similar to a text or an image",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=textwrap.dedent("""\
+            Searches an encoded folder exactly, or encodes a folder of images or a JSONL file first.
+
+              mmembed search photos.enc "a red bus"
+              mmembed search photos/ --image bus.jpg --top-k 5 --json"""),
+    )
+    command.add_argument(
+        "target", type=Path, help="folder written by `mmembed encode`, folder of images, or .jsonl file"
+    )
+    command.add_argument("text", nargs="?", help="query text")
+    command.add_argument("--image", help="query image, alone or together with the text")
+    command.add_argument("--queries", type=Path, help=".jsonl file of many queries")
+    command.add_argument("--top-k", type=int, default=10, help="how many hits a query (default 10)")
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    _add_model(command, None)
+    command.add_argument("--instruction", help="instruction of the query")
+    command.add_argument(
+        "--on-bad-record",
+        choices=("raise", "skip"),
+        default="raise",
+        help="what to do with an entry that cannot be encoded (default raise)",
+    )
+    command.set_defaults(run=_search)
+    return command
+
+
+def _search(arguments: argparse.Namespace) -> int:
+    from mmembed.inference.encoding import ENCODING, encode_entries, open_collection, read_items, usable
+    from mmembed.inference.search import top_k
+    from mmembed.inference.sources import read_entries
+
+    queries = _queries(arguments)
+    encoded = (arguments.target / ENCODING).is_file()
+    found: dict[int, dict[str, Any]] | None = None
+    truncate_dim = None
+    if encoded:
+        encoding, vectors = open_collection(arguments.target)
+        truncate_dim = encoding.truncate_dim
+        embedder = _load(arguments, arguments.model or encoding.model)
+        size: int | None = encoding.size
+    else:
+        entries = list(usable(read_entries(arguments.target), arguments.on_bad_record, _report))
+        embedder = _load(arguments, arguments.model or NANO)
+        kept, vectors = encode_entries(embedder, entries, arguments.on_bad_record, _report)
+        found, size = {row: {"id": entry.id, **entry.summary()} for row, entry in enumerate(kept)}, None
+    # The query's own media lie anywhere, the collection's below its folder.
+    embedder = _load_media(embedder, arguments.queries.parent if arguments.queries else None)
+    _, asked = encode_entries(
+        embedder,
+        queries,
+        "raise",
+        _report,
+        role="query",
+        instruction=arguments.instruction,
+        truncate_dim=truncate_dim,
+        show_progress=False,
+    )
+    hits = top_k(asked, vectors, arguments.top_k, dim=size)
+    if found is None:
+        found = read_items(arguments.target, set(hits.indices.ravel().tolist()))
+    results = [
+        {
+            "query": query.summary(),
+            "hits": [
+                {"rank": rank, "score": round(float(score), 6), **found[int(row)]}
+                for rank, (score, row) in enumerate(zip(scores, rows, strict=True), start=1)
+            ],
+        }
+        for query, scores, rows in zip(queries, hits.scores, hits.indices, strict=True)
+    ]
+    if arguments.json:
+        print(json.dumps({"results": results}, ensure_ascii=False))
+    else:
+        _print_results(results)
+    return 0
+
+
+def _queries(arguments: argparse.Namespace) -> list[Entry]:
+    from mmembed.inference.encoding import usable
+    from mmembed.inference.sources import Entry, read_entries
+
+    alone = arguments.text is not None or arguments.image is not None
+    if alone == (arguments.queries is not None):
+        raise MmembedError("query: give a text, --image, both, or --queries FILE alone")
+    if arguments.queries is not None:
+        return list(usable(read_entries(arguments.queries, "query"), "raise", _report))
+    parts = {"image": arguments.image, "text": arguments.text}
+    content = {key: value for key, value in parts.items() if value is not None}
+    return [Entry("query", content, "query")]
+
+
+def _print_results(results: list[dict[str, Any]]) -> None:
+    width = shutil.get_terminal_size((120, 24)).columns
+    for number, result in enumerate(results):
+        print(("\n" if number else "") + f"query: {_line(result['query'], width - 7)}")
+        print(f"{'rank':>4}  {'score':>7}  {'id':<28}  content")
+        for hit in result["hits"]:
+            name = textwrap.shorten(hit["id"], 28, placeholder="…") if " " in hit["id"] else hit["id"][:28]
+            print(f"{hit['rank']:>4}  {hit['score']:>7.4f}  {name:<28}  {_line(hit, max(20, width - 45))}")
+
+
+def _line(content: dict[str, Any], width: int) -> str:
+    """Text and image of an item on one line."""
+    pieces = [f"[{one}]" for one in [content.get("image"), *content.get("images", [])] if one]
+    pieces += [" ".join(content["text"].split())] if content.get("text") else []
+    line = " ".join(pieces)
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+# verify -------------------------------------------------------------------------------------------------------------
+
+
+def _add_verify(subparsers: Any) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = subparsers.add_parser(
+        "verify",
+        help="reload a checkpoint, write it once more, and compare the vectors",
+        allow_abbrev=False,
+        description="Loads a checkpoint, saves it to a temporary folder, loads that, and compares the vectors of fixed "
+        "texts; also checks that they differ from those of the backbone before training.",
+    )
+    command.add_argument("checkpoint", type=Path, help="folder of a saved embedder")
+    command.add_argument("--tolerance", type=float, default=1e-3, help="largest allowed difference (default 1e-3)")
+    command.set_defaults(run=_verify)
+    return command
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    import tempfile
+
+    from mmembed.models.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
+
+    model, preprocessor = load_checkpoint(arguments.checkpoint)
+    difference = verify_checkpoint(arguments.checkpoint, model, preprocessor, arguments.tolerance)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        save_checkpoint(copy, model, preprocessor)
+        again = verify_checkpoint(copy, model, preprocessor, arguments.tolerance)
+    print(
+        f"{arguments.checkpoint}: ok; largest difference {difference:.2g} after reloading, {again:.2g} after saving "
+        f"and reloading; vectors of {model.embedding_size} dimensions, {str(model.dtype).removeprefix('torch.')}"
+    )
+    return 0
+
+
+# inspect ------------------------------------------------------------------------------------------------------------
+
+
+def _add_inspect(subparsers: Any) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = subparsers.add_parser(
+        "inspect",
+        help="show what a checkpoint says of itself",
+        allow_abbrev=False,
+        description="Shows mmembed.json and the sizes of the weight files, without loading the model.",
+    )
+    command.add_argument("checkpoint", help="folder of a saved embedder, or mmembed-nano")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.set_defaults(run=_inspect)
+    return command
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    folder = Path(__file__).parent / "nano" if arguments.checkpoint == NANO else Path(arguments.checkpoint)
+    described = folder / "mmembed.json"
+    if not described.is_file():
+        bare = (folder / "config.json").is_file()
+        found = (
+            "a bare backbone, it has no mmembed.json; Embedder.from_pretrained loads it with mean pooling"
+            if bare
+            else ("there is no mmembed.json; give a folder that Embedder.save or training has written")
+        )
+        raise MmembedError(f"{arguments.checkpoint}: {found}")
+    try:
+        settings = json.loads(described.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MmembedError(f"{described}: not valid JSON ({error}); restore it from another copy") from error
+    weights = {file.name: _tensors(file) for file in sorted(folder.glob("*.safetensors"))}
+    if arguments.json:
+        print(json.dumps({"mmembed.json": settings, "weights": weights}, ensure_ascii=False))
+        return 0
+    for key, value in _flat(settings):
+        print(f"{key:<34}  {value}")
+    for name, weight in weights.items():
+        size = f"{weight['parameters']:,} parameters in {weight['tensors']} tensors, {weight['bytes']:,} bytes"
+        print(f"{name:<34}  {size}, {', '.join(weight['dtypes'])}")
+    return 0
+
+
+def _tensors(file: Path) -> dict[str, Any]:
+    """What the header of a safetensors file says: an 8-byte length, then JSON."""
+    try:
+        with file.open("rb") as content:
+            header = json.loads(content.read(int.from_bytes(content.read(8), "little")))
+    except (ValueError, OverflowError, MemoryError) as error:
+        raise MmembedError(f"{file}: not a safetensors file ({error}); restore it from another copy") from error
+    tensors = [value for name, value in header.items() if name != "__metadata__"]
+    parameters = 0
+    for tensor in tensors:
+        count = 1
+        for size in tensor["shape"]:
+            count *= size
+        parameters += count
+    return {
+        "tensors": len(tensors),
+        "parameters": parameters,
+        "dtypes": sorted({tensor["dtype"] for tensor in tensors}),
+        "bytes": file.stat().st_size,
+    }
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, inner in value.items():
+        if isinstance(inner, dict) and inner:
+            yield from _flat(inner, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", inner if isinstance(inner, str) else json.dumps(inner, ensure_ascii=False)
+
+
+# Shared -------------------------------------------------------------------------------------------------------------
+
+
+def _add_model(command: argparse.ArgumentParser, default: str | None) -> None:
+    command.add_argument(
+        "--model",
+        default=default,
+        help=f"checkpoint folder or backbone (default {default or 'the one the folder was encoded with'})",
+    )
+    command.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
+    command.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default auto)")
+    command.add_argument(
+        "--media-root",
+        type=Path,
+        help="folder that relative image paths start from and must stay in (default: the folder of the source)",
+    )
+
+
+def _add_encoding(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--role",
+        choices=("document", "query"),
+        default="document",
+        help="document (default) or query; also which side of a training record is taken",
+    )
+    command.add_argument("--instruction", help="instruction of every entry without its own")
+    command.add_argument("--truncate-dim", type=int, help="keep the first dimensions (Matryoshka)")
+    command.add_argument("--precision", choices=PRECISIONS, default="float32")
+    command.add_argument("--token-budget", type=int, help="padded tokens in a batch (default by device)")
+    command.add_argument(
+        "--on-bad-record",
+        choices=("raise", "skip"),
+        default="raise",
+        help="what to do with an entry that cannot be encoded (default raise)",
+    )
+
+
+def _field(role: str) -> Any:
+    return "query" if role == "query" else "documents"
+
+
+def _load(arguments: argparse.Namespace, model: str) -> Embedder:
+    """The embedder, its media confined to the folder of what is encoded."""
+    from mmembed.inference.embedder import Embedder
+    from mmembed.inference.sources import media_root
+    from mmembed.media import MediaStore
+
+    root = arguments.media_root or media_root(vars(arguments).get("source") or arguments.target)
+    return Embedder.from_pretrained(model, device=arguments.device, dtype=arguments.dtype, media=MediaStore(root))
+
+
+def _load_media(embedder: Embedder, root: Path | None) -> Embedder:
+    from mmembed.media import MediaStore
+
+    embedder.preprocessor.media = MediaStore(root)
+    return embedder
+
+
+def _portable(model: str) -> str:
+    """A folder as an absolute path, so that search finds it from anywhere; a name as it is."""
+    return str(Path(model).resolve()) if Path(model).is_dir() else model
+
+
+def _report(error: MmembedError) -> None:
+    print(f"skipped: {error}", file=sys.stderr)
+
+
+@contextmanager
+def _progress(name: str, total: int | None) -> Iterator[Callable[[int], Any]]:
+    """A bar on stderr with rate and time left, in a terminal."""
+    from tqdm.auto import tqdm
+
+    with tqdm(desc=name, total=total, unit=" entries", disable=None, file=sys.stderr) as bar:
+        yield bar.update

@@ -1,0 +1,337 @@
+"""Contents in, vectors out: the public way to use a trained model.
+
+What makes it fast, in the order of what it gains on a CPU:
+
+1. kernels that suit the processor (`mmembed.inference.cpu`);
+2. batches are cut from the contents sorted by length, under a budget of padded tokens that fits the processor's cache;
+3. texts go through the model without an attention mask where it allows that (right padding under causal attention);
+4. all texts of a window are tokenized in one call, and threads open and resize images while the model computes;
+5. results go straight into one preallocated array, in the precision and dimension that were asked for.
+
+Memory: one window of token ids (`WINDOW` contents), a few batches in flight, and the result; images are opened a batch
+at a time. Order is restored: row i of the result belongs to content i.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from mmembed.content import ContentLike, Role, Text, to_content
+from mmembed.errors import MmembedError, nearest
+from mmembed.inference.cpu import accelerate
+from mmembed.inference.quantize import (
+    DTYPES,
+    Precision,
+    check_precision,
+    decode,
+    quantize,
+    stored_width,
+    truncate,
+    unit_rows,
+)
+from mmembed.models.checkpoint import load_checkpoint, save_checkpoint
+from mmembed.preprocess import Item, ModelInputs, Preprocessor, Row
+
+if TYPE_CHECKING:
+    from mmembed.media import MediaStore
+    from mmembed.models.embedding_model import EmbeddingModel
+
+Vectors = Any  # (N, W) numpy array or tensor; a list of (T, W) for multi-vector models
+TOKEN_BUDGETS = {"cpu": 2048}  # padded tokens in a batch: what stays in the processor's cache (see docs/inference.md)
+TOKEN_BUDGET = 16384  # on accelerators
+WINDOW = 16384  # contents tokenized together: bounds the memory for token ids, loses nothing measurable in padding
+THREADS = 2  # batches prepared ahead of the model
+
+
+class Embedder:
+    """A trained embedding model with the preprocessing it was trained with.
+
+    Args:
+        model: is put into evaluation mode.
+        preprocessor: the one the model was trained with.
+    """
+
+    def __init__(self, model: EmbeddingModel, preprocessor: Preprocessor) -> None:
+        self.model, self.preprocessor = model.eval(), preprocessor
+        accelerate(model.backbone)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_name: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
+        media: MediaStore | None = None,
+    ) -> Embedder:
+        """Loads a checkpoint folder, a bare backbone (folder or hub name), or the packaged "mmembed-nano".
+
+        Args:
+            device: default the first CUDA device, else the CPU.
+            dtype: of the weights. "auto" is bfloat16 where the device computes in it, else float32; see
+                `docs/inference.md` for what that changes.
+            media: opens images; give a `MediaStore(root)` to resolve and confine relative paths.
+
+        Raises:
+            CheckpointError, ConfigError: nothing loadable there.
+        """
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model, preprocessor = load_checkpoint(path_or_name, dtype=resolve_dtype(dtype, device), device=device)
+        if media is not None:
+            preprocessor.media = media
+        return cls(model, preprocessor)
+
+    @property
+    def embedding_size(self) -> int:
+        """Dimensions of a vector before truncation."""
+        return self.model.embedding_size
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def save(self, folder: str | Path) -> None:
+        """Writes a self-describing checkpoint. Raises CheckpointError; a previous one there survives a failure."""
+        save_checkpoint(folder, self.model, self.preprocessor)
+
+    def encode(
+        self,
+        contents: Sequence[ContentLike],
+        *,
+        role: Role = "document",
+        instruction: str | Sequence[str | None] | None = None,
+        token_budget: int | None = None,
+        truncate_dim: int | None = None,
+        output: Literal["numpy", "torch"] = "numpy",
+        precision: Precision = "float32",
+        show_progress: bool | None = None,
+    ) -> Vectors:
+        """Vectors of any contents, in their order.
+
+        Args:
+            contents: strings, PIL images, mappings with `text`, `image`, `images`, `video`, or lists of those;
+                modalities may be mixed. A mapping may bring its own `instruction`.
+            role: "query" or "document": the prompt style decides what it means.
+            instruction: one for all contents, or one a content; a content that brings its own keeps it.
+            token_budget: padded tokens in a batch, visual tokens included; a longer content is a batch of its own.
+                None: 2048 on a CPU, 16384 on an accelerator.
+            truncate_dim: keep the first dimensions (Matryoshka), normalised again where the model normalises.
+            output: "numpy" or "torch" (on the CPU).
+            precision: "float32", "float16", "int8" or "binary"; see `mmembed.inference.quantize`.
+            show_progress: None shows a bar in a terminal.
+
+        Returns:
+            (N, E) array, E = `truncate_dim` or `embedding_size` (an eighth of it for binary). Of a multi-vector model a
+            list of N arrays (T, E), one vector a pooled token. Vectors have unit length where the model normalises.
+
+        Raises:
+            MmembedError: an option is unknown, or a content cannot be embedded; the message begins with its index.
+        """
+        if isinstance(contents, str | bytes | Mapping):
+            raise MmembedError(f"contents: a single {type(contents).__name__}; give a list, encode([content])")
+        for name, value, known in (("role", role, ("query", "document")), ("output", output, ("numpy", "torch"))):
+            if value not in known:
+                raise MmembedError(f"{name}: there is no '{value}'; {nearest(value, known)}")
+        if not (instruction is None or isinstance(instruction, str)) and len(instruction) != len(contents):
+            raise MmembedError(
+                f"instruction: {len(instruction)} instructions for {len(contents)} contents; give one each"
+            )
+        if token_budget is None:
+            token_budget = TOKEN_BUDGETS.get(self.device.type, TOKEN_BUDGET)
+        if token_budget < 1:
+            raise MmembedError(f"token_budget: {token_budget}; give at least 1, typically 2048 to 32768")
+        store = _Store(
+            len(contents),
+            self.embedding_size,
+            truncate_dim,
+            check_precision(precision),
+            self.model.normalize,
+            self.model.pooling.multi_vector,
+        )
+        bar = tqdm(
+            total=len(contents),
+            desc="encode",
+            unit=" contents",
+            delay=1.0,
+            disable=None if show_progress is None else not show_progress,
+        )
+        with bar, torch.inference_mode():
+            for positions, inputs in self._batches(contents, role, instruction, token_budget):
+                vectors, mask = self.model(inputs.to(self.device))  # (B, E), or (B, T, E) with (B, T)
+                store.put(positions, vectors.cpu(), None if mask is None else mask.cpu())
+                bar.update(len(positions))
+        return store.result(output)
+
+    def check(self, content: ContentLike, *, role: Role = "document") -> None:
+        """Raises MmembedError when a content could not be encoded: reads and opens it, but runs no model."""
+        self.preprocessor.collate(self.preprocessor.tokenize([_item(content, role, None)]))
+
+    def similarity(self, a: Vectors, b: Vectors) -> np.ndarray:
+        """Cosine similarities (A, B) float32 of encoded contents, in any precision.
+
+        For multi-vector contents: MaxSim, the sum over the vectors of `a` of the best cosine in `b` (ColBERT).
+        """
+        if self.model.pooling.multi_vector:
+            left, right = [_unit(one) for one in a], [_unit(one) for one in b]
+            return np.array([[(x @ y.T).max(axis=1).sum() for y in right] for x in left], dtype=np.float32)
+        return _unit(a) @ _unit(b).T
+
+    # Batches --------------------------------------------------------------------------------------------------------
+
+    def _batches(
+        self,
+        contents: Sequence[ContentLike],
+        role: Role,
+        instruction: str | Sequence[str | None] | None,
+        token_budget: int,
+    ) -> Iterator[tuple[list[int], ModelInputs]]:
+        """(positions in `contents`, inputs) of each batch, prepared by threads while the caller computes."""
+        with ThreadPoolExecutor(THREADS, thread_name_prefix="mmembed-encode") as pool:
+            flying: deque[tuple[list[int], Future[ModelInputs]]] = deque()
+            try:
+                for positions, rows in self._plan(contents, role, instruction, token_budget):
+                    flying.append((positions, pool.submit(self._collate, positions, rows)))
+                    if len(flying) > THREADS:
+                        done, future = flying.popleft()
+                        yield done, future.result()
+                while flying:
+                    done, future = flying.popleft()
+                    yield done, future.result()
+            finally:
+                for _, future in flying:
+                    future.cancel()
+
+    def _plan(
+        self,
+        contents: Sequence[ContentLike],
+        role: Role,
+        instruction: str | Sequence[str | None] | None,
+        token_budget: int,
+    ) -> Iterator[tuple[list[int], list[Row]]]:
+        """The rows of each batch, window after window; longest first, so that memory trouble shows at once."""
+        for start in range(0, len(contents), WINDOW):
+            items = []
+            for index in range(start, min(start + WINDOW, len(contents))):
+                common = instruction if instruction is None or isinstance(instruction, str) else instruction[index]
+                with _naming(index):
+                    items.append(_item(contents[index], role, common))
+            rows = self._tokenize(items, start)
+            for batch in cut_batches(rows, token_budget):
+                yield [start + index for index in batch], [rows[index] for index in batch]
+
+    def _tokenize(self, items: Sequence[Item], start: int) -> list[Row]:
+        try:
+            return self.preprocessor.tokenize(items)
+        except MmembedError:
+            for index, item in enumerate(items):
+                with _naming(start + index):
+                    self.preprocessor.tokenize([item])
+            raise
+
+    def _collate(self, positions: Sequence[int], rows: Sequence[Row]) -> ModelInputs:
+        try:
+            return self.preprocessor.collate(rows)
+        except MmembedError:
+            for position, row in zip(positions, rows, strict=True):
+                with _naming(position):
+                    self.preprocessor.collate([row])
+            raise
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """ "auto" -> bfloat16 where `device` has instructions for it, else float32; names and dtypes as they are."""
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+        capabilities = torch.cpu.get_capabilities()
+        fast = device.type == "cpu" and (capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+        return torch.bfloat16 if fast else torch.float32
+    if dtype not in names:
+        raise MmembedError(f"dtype: there is no '{dtype}'; {nearest(dtype, [*names, 'auto'])}")
+    return names[dtype]
+
+
+def cut_batches(rows: Sequence[Row], token_budget: int) -> list[list[int]]:
+    """Positions of `rows` in batches of at most `token_budget` padded tokens (at least one row each), longest first.
+
+    Rows with images stay apart from texts: a batch of texts then needs neither media tensors nor 3-D positions.
+    """
+    order = sorted(range(len(rows)), key=lambda index: (not rows[index].images, -len(rows[index])))
+    batches: list[list[int]] = []
+    for index in order:
+        first = rows[batches[-1][0]] if batches else None
+        if (
+            first is None
+            or bool(first.images) != bool(rows[index].images)
+            or (len(batches[-1]) + 1) * len(first) > token_budget
+        ):
+            batches.append([])
+        batches[-1].append(index)
+    return batches
+
+
+class _Store:
+    """Receives batches of vectors in any order, converts them, and holds the result in its final form."""
+
+    def __init__(
+        self, count: int, size: int, truncate_dim: int | None, precision: Precision, normalize: bool, multi_vector: bool
+    ) -> None:
+        if truncate_dim is not None and not 1 <= truncate_dim <= size:
+            raise MmembedError(f"truncate_dim: {truncate_dim} dimensions of vectors that have {size}; give 1 to {size}")
+        self.dim, self.precision, self.normalize = truncate_dim or size, precision, normalize
+        self.lists: list[np.ndarray] | None = [np.empty(0)] * count if multi_vector else None
+        width = stored_width(self.dim, precision)
+        self.array = np.empty((0 if multi_vector else count, width), dtype=DTYPES[precision])  # (N, W)
+
+    def put(self, positions: Sequence[int], vectors: Tensor, mask: Tensor | None) -> None:
+        stored = quantize(truncate(vectors.numpy(), self.dim, self.normalize), self.precision)  # (B, W) or (B, T, W)
+        if self.lists is None:
+            self.array[positions] = stored
+            return
+        assert mask is not None, "a multi-vector model gives a mask"
+        for position, row, kept in zip(positions, stored, mask.numpy(), strict=True):
+            self.lists[position] = row[kept]  # (T, W)
+
+    def result(self, output: str) -> Vectors:
+        if self.lists is not None:
+            return self.lists if output == "numpy" else [torch.from_numpy(one) for one in self.lists]
+        return self.array if output == "numpy" else torch.from_numpy(self.array)
+
+
+class _naming:
+    """Puts the index of the content before the message of an error that passes through."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, MmembedError):
+            error.args = (f"contents[{self.index}]: {error}",)
+
+
+def _item(value: ContentLike, role: Role, instruction: str | None) -> Item:
+    content = to_content(value)
+    if all(isinstance(part, Text) and not part.text for part in content):
+        raise MmembedError("an empty text has nothing to embed; drop it, or give it a text or an image")
+    own = value.get("instruction") if isinstance(value, Mapping) else None
+    return Item(content, role, instruction if own is None else own)
+
+
+def _unit(vectors: Vectors) -> np.ndarray:
+    """Encoded vectors of any precision -> (N, E) float32 rows of unit length."""
+    return unit_rows(decode(vectors.numpy() if isinstance(vectors, Tensor) else np.asarray(vectors)))

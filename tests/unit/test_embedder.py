@@ -1,0 +1,271 @@
+"""Embedder: what goes in comes out in its place, whatever the batches, options and kernels."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import mmembed.inference.embedder as module
+from mmembed import Embedder
+from mmembed.errors import MmembedError
+from mmembed.inference.cpu import OneDnnLinear, accelerate, attend
+from mmembed.inference.embedder import cut_batches
+from mmembed.inference.quantize import decode, quantize
+from mmembed.models.embedding_model import EmbedderSettings, build_from_settings
+from mmembed.preprocess import Row
+
+INSTRUCTION = "Find the picture"
+
+
+def picture(seed: int, size: tuple[int, int] = (90, 60)) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def build(folder: Path, **settings: object) -> Embedder:
+    return Embedder(*build_from_settings(EmbedderSettings(str(folder), dtype="float32", **settings)))
+
+
+@pytest.fixture(scope="module")
+def embedder(family_folder) -> Embedder:
+    return build(family_folder("qwen3_vl"))
+
+
+@pytest.fixture(scope="module")
+def contents() -> list:
+    return [
+        "a red bus",
+        {"image": picture(0)},
+        "a much longer text about nothing in particular " * 6,
+        {"image": picture(1, (120, 64)), "text": "what is this?"},
+        picture(2),
+        "b",
+        {"images": [picture(3), picture(4)], "text": "which of the two?"},
+        ["text first", {"image": picture(5)}],
+        {"video": [picture(6), picture(7)]},
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(embedder, contents) -> np.ndarray:
+    return np.concatenate([embedder.encode([content]) for content in contents])
+
+
+@pytest.mark.parametrize("token_budget", [1, 64, None])
+def test_order_is_restored_for_any_batches(embedder, contents, alone, token_budget):
+    together = embedder.encode(contents, token_budget=token_budget)
+    np.testing.assert_allclose(together, alone, atol=2e-6)
+    order = np.random.default_rng(0).permutation(len(contents))
+    shuffled = embedder.encode([contents[index] for index in order], token_budget=token_budget)
+    np.testing.assert_allclose(shuffled, alone[order], atol=2e-6)
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
+
+
+def test_windows_join(embedder, contents, alone, monkeypatch):
+    monkeypatch.setattr(module, "WINDOW", 2)
+    np.testing.assert_allclose(embedder.encode(contents), alone, atol=2e-6)
+
+
+def test_different_contents_differ(alone):
+    similarities = alone @ alone.T - 2 * np.eye(len(alone))
+    assert similarities.max() < 0.9999
+
+
+def test_torch_output(embedder, contents, alone):
+    vectors = embedder.encode(contents[:3], output="torch")
+    assert isinstance(vectors, torch.Tensor) and vectors.device.type == "cpu"
+    np.testing.assert_allclose(vectors.numpy(), alone[:3], atol=2e-6)
+
+
+@pytest.mark.parametrize(("precision", "dtype", "width"), [("float32", np.float32, 40), ("binary", np.uint8, 5)])
+def test_no_contents(embedder, precision, dtype, width):
+    vectors = embedder.encode([], truncate_dim=40, precision=precision)
+    assert vectors.shape == (0, width) and vectors.dtype == dtype
+
+
+def test_truncation_is_normalised_again(embedder, contents, alone):
+    vectors = embedder.encode(contents, truncate_dim=16)
+    expected = alone[:, :16] / np.sqrt((alone[:, :16] ** 2).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(vectors, expected, atol=1e-5)
+
+
+def test_truncation_keeps_lengths_of_a_model_that_does_not_normalise(family_folder):
+    raw = build(family_folder("qwen3_vl"), normalize=False)
+    np.testing.assert_array_equal(raw.encode(["a bus"], truncate_dim=8), raw.encode(["a bus"])[:, :8])
+
+
+def test_precisions_against_plain_loops(embedder, contents):
+    vectors = embedder.encode(contents)
+    np.testing.assert_array_equal(embedder.encode(contents, precision="float16"), vectors.astype(np.float16))
+    int8 = embedder.encode(contents, precision="int8")
+    binary = embedder.encode(contents, precision="binary")
+    for row, (vector, whole, bits) in enumerate(zip(vectors, int8, binary, strict=True)):
+        peak = max(abs(value) for value in vector)
+        assert whole.dtype == np.int8 and list(whole) == [int(np.rint(127 * value / peak)) for value in vector], row
+        packed = [sum(2 ** (7 - bit) for bit in range(8) if vector[8 * byte + bit] > 0) for byte in range(len(bits))]
+        assert bits.dtype == np.uint8 and list(bits) == packed, row
+
+
+@given(st.lists(st.floats(-1, 1, width=32), min_size=2, max_size=40).filter(lambda v: sum(x * x for x in v) > 1e-3))
+def test_quantised_rows_keep_their_direction(values):
+    vector = np.array([values], dtype=np.float32)
+    unit = vector / np.linalg.norm(vector)
+    whole = decode(quantize(vector, "int8"))
+    assert (whole * unit).sum() > 0.999
+    signs = decode(quantize(vector, "binary"), dim=len(values))
+    np.testing.assert_array_equal(signs[0] > 0, vector[0] > 0)
+    assert abs(np.linalg.norm(signs) - 1) < 1e-5
+
+
+def test_roles_and_instructions(family_folder):
+    embedder = build(family_folder("qwen3_vl"), prompt="instruct")
+    texts = ["a bus", "a train"]
+    bare = embedder.encode(texts)
+    np.testing.assert_allclose(embedder.encode(texts, role="query"), bare, atol=1e-6)
+    asked = embedder.encode(texts, role="query", instruction=INSTRUCTION)
+    assert np.abs(asked - bare).max() > 1e-3
+    own = [{"text": text, "instruction": INSTRUCTION} for text in texts]
+    np.testing.assert_allclose(embedder.encode(own, role="query", instruction="ignored"), asked, atol=1e-6)
+    one_each = embedder.encode(texts, role="query", instruction=[None, INSTRUCTION])
+    np.testing.assert_allclose(one_each, np.stack([bare[0], asked[1]]), atol=1e-6)
+    with pytest.raises(MmembedError, match="1 instructions for 2 contents"):
+        embedder.encode(texts, instruction=["only one"])
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("", "an empty text"),
+        (3, "cannot read a int"),
+        ({"text": "x", "imgae": "y.png"}, "did you mean 'image'"),
+        ({"image": "there-is-none.png"}, "no such file"),
+        ([], "an empty list"),
+    ],
+)
+def test_a_bad_content_is_named_by_its_index(embedder, bad, message):
+    with pytest.raises(MmembedError, match=rf"contents\[2\]: .*{message}"):
+        embedder.encode(["a", {"image": picture(0)}, bad, "d"])
+
+
+def test_a_picture_damaged_behind_its_header_is_named(embedder, tmp_path):
+    whole = tmp_path / "whole.png"
+    picture(0, (200, 200)).save(whole)
+    damaged = tmp_path / "damaged.png"
+    damaged.write_bytes(whole.read_bytes()[:20000])
+    with pytest.raises(MmembedError, match=r"contents\[1\]: .*damaged.png"):
+        embedder.encode([{"image": str(whole)}, {"image": str(damaged)}, {"image": str(whole)}])
+    with pytest.raises(MmembedError, match="damaged.png"):
+        embedder.check({"image": str(damaged)})
+    embedder.check({"image": str(whole)})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"role": "qurey"}, "did you mean 'query'"),
+        ({"output": "nunpy"}, "did you mean 'numpy'"),
+        ({"precision": "int9"}, "did you mean 'int8'"),
+        ({"truncate_dim": 65}, "65 dimensions of vectors that have 64"),
+        ({"truncate_dim": 0}, "truncate_dim: 0"),
+        ({"token_budget": 0}, "token_budget: 0"),
+    ],
+)
+def test_bad_options(embedder, options, message):
+    with pytest.raises(MmembedError, match=message):
+        embedder.encode(["a"], **options)
+
+
+def test_a_bare_string_is_refused(embedder):
+    with pytest.raises(MmembedError, match=r"encode\(\[content\]\)"):
+        embedder.encode("not a list")
+
+
+def test_similarity_is_the_cosine_in_every_precision(embedder, contents, alone):
+    exact = alone @ alone.T
+    np.testing.assert_allclose(embedder.similarity(alone, torch.from_numpy(alone)), exact, atol=1e-5)
+    for precision, tolerance in (("float16", 2e-3), ("int8", 1e-2)):
+        stored = embedder.encode(contents, precision=precision)
+        np.testing.assert_allclose(embedder.similarity(stored, stored), exact, atol=tolerance)
+
+
+def test_multi_vector_models(family_folder):
+    embedder = build(family_folder("qwen3_vl"), pooling="multi_vector")
+    texts = ["a red bus", "one two three four five six"]
+    vectors = embedder.encode(texts)
+    assert {one.shape[1] for one in vectors} == {embedder.embedding_size} and len(vectors[0]) < len(vectors[1])
+    expected = np.array([[sum(max(float(x @ y) for y in b) for x in a) for b in vectors] for a in vectors])
+    np.testing.assert_allclose(embedder.similarity(vectors, vectors), expected, rtol=1e-4)
+    halved = embedder.encode(texts, truncate_dim=32, output="torch")
+    assert [tuple(one.shape) for one in halved] == [(len(vectors[0]), 32), (len(vectors[1]), 32)]
+
+
+def test_saved_and_loaded_gives_the_same_vectors(embedder, contents, alone, tmp_path):
+    embedder.save(tmp_path / "saved")
+    loaded = Embedder.from_pretrained(tmp_path / "saved", dtype="float32", device="cpu")
+    assert loaded.embedding_size == embedder.embedding_size == alone.shape[1]
+    np.testing.assert_allclose(loaded.encode(contents), alone, atol=2e-6)
+    assert "mmembed_cpu" not in (tmp_path / "saved" / "config.json").read_text()  # another machine has other kernels
+
+
+@given(st.lists(st.tuples(st.integers(1, 60), st.booleans()), max_size=40), st.integers(1, 200))
+def test_batches_hold_every_row_once_within_the_budget(shapes, budget):
+    rows = [Row([0] * length, images=(None,) if image else ()) for length, image in shapes]
+    batches = cut_batches(rows, budget)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(rows)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(len(rows[index]) for index in batch) <= budget
+        assert len({bool(rows[index].images) for index in batch}) == 1
+
+
+# Kernels ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1, 7, 64, 150])
+@pytest.mark.parametrize("causal", [True, False])
+def test_blocked_attention_is_attention(length, causal):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, length, 6, 16, generator=generator).transpose(1, 2).bfloat16()  # (B, H, T, D)
+    key, value = (torch.randn(2, 3, length, 16, generator=generator).bfloat16() for _ in range(2))
+    holder = torch.nn.Module()
+    holder.is_causal, holder.num_key_value_groups = causal, 2
+    with torch.inference_mode():
+        ours, _ = attend(holder, query, key, value, None)  # (B, T, H, D)
+    scores = query.double() @ key.double().repeat_interleave(2, dim=1).transpose(-1, -2) / 4
+    if causal:
+        scores.masked_fill_(torch.ones(length, length).triu(1).bool(), -torch.inf)
+    expected = (scores.softmax(-1) @ value.double().repeat_interleave(2, dim=1)).transpose(1, 2)
+    torch.testing.assert_close(ours.double(), expected, atol=0.03, rtol=0.03)
+
+
+def test_onednn_products_and_gradients_are_those_of_linear():
+    torch.manual_seed(0)
+    stock = torch.nn.Linear(24, 10)
+    ours = OneDnnLinear(24, 10)
+    ours.load_state_dict(stock.state_dict())
+    x = torch.randn(3, 5, 24)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(x), stock(x))
+        torch.testing.assert_close(ours(x[:0]), stock(x[:0]))
+        torch.testing.assert_close(ours(x.bfloat16().float()), stock(x.bfloat16().float()))
+    for layer in (stock, ours):
+        layer(x).square().sum().backward()
+    torch.testing.assert_close(ours.weight.grad, stock.weight.grad)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "mistral", "qwen2_vl", "smolvlm"])
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+def test_accelerated_models_give_the_stock_vectors(family_folder, family, attention):
+    settings = EmbedderSettings(str(family_folder(family)), attention=attention, dtype="bfloat16")
+    model, preprocessor = build_from_settings(settings)
+    items = [module.Item((module.Text(text),)) for text in ("a red bus", "two words", "many more words " * 30)]
+    batches = [preprocessor(items), preprocessor(items[:1])]  # with padding, and without
+    with torch.inference_mode():
+        stock = [model.eval()(batch).vectors for batch in batches]
+        accelerate(model.backbone)
+        ours = [model(batch).vectors for batch in batches]
+    for one, other in zip(stock, ours, strict=True):
+        assert torch.nn.functional.cosine_similarity(one, other).min() > 0.999
