@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,9 @@ def main() -> None:
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--steps", type=int, default=5, help="counted steps a run (default 5)")
     options.add_argument("--precisions", nargs="+", choices=OUR_BUDGET, default=list(OUR_BUDGET))
-    options.add_argument("--worker", nargs=3, metavar=("SIDE", "PRECISION", "SETTING"), help="used by the benchmark itself")
+    options.add_argument(
+        "--worker", nargs=3, metavar=("SIDE", "PRECISION", "SETTING"), help="used by the benchmark itself"
+    )
     arguments = options.parse_args()
     threads = set_up(arguments.threads)
     if arguments.worker:
@@ -197,7 +200,7 @@ class _InOrder:
     def __init__(self, rows: int) -> None:
         self.rows = rows
 
-    def __iter__(self):  # noqa: ANN204
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for start in range(0, self.rows, BATCH):
             yield [(0, row) for row in range(start, start + BATCH)]
 

@@ -62,6 +62,8 @@ class Registry(Generic[T]):
         for key in arguments:
             if key not in accepted:
                 known = set(accepted) - set(extra)
-                raise ConfigError(f"{self.package.rsplit('.', 1)[-1]}.{vars(cls)['name']}: unknown option '{key}'; "
-                                  f"{nearest(key, known) if known else 'it takes no options'}")
+                raise ConfigError(
+                    f"{self.package.rsplit('.', 1)[-1]}.{vars(cls)['name']}: unknown option '{key}'; "
+                    f"{nearest(key, known) if known else 'it takes no options'}"
+                )
         return cls(**arguments, **{key: value for key, value in extra.items() if key in accepted})
