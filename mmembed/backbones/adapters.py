@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
+from mmembed.backbones.family import Family
 from mmembed.backbones.loading import Backbone
 from mmembed.errors import ConfigError, nearest
 
@@ -50,7 +52,7 @@ def apply_adapter(backbone: Backbone, adapter: Mapping[str, Any], freeze: Collec
         The model to train: the backbone itself for `none`, a PeftModel otherwise.
 
     Raises:
-        ConfigError: an unknown type or layer, or prompt tuning of a vision-language backbone.
+        ConfigError: an unknown type or layer, or prefix tuning of a backbone that cannot have it.
     """
     kind = adapter["type"]
     if kind == "none":
@@ -83,6 +85,35 @@ def freeze_towers(backbone: Backbone, freeze: Collection[str]) -> None:
         parameter.requires_grad_(parameter.is_floating_point() and not any(re.search(p, name) for p in patterns))
 
 
+def run(family: Family, model: nn.Module, tensors: dict[str, torch.Tensor], adapter_type: str) -> torch.Tensor:
+    """Last hidden states (B, T, H) of a right-padded batch, through whatever `apply_adapter` returned."""
+    if adapter_type == "prefix":
+        positions = family.position_ids(model.get_base_model(), tensors)
+        tensors = tensors if positions is None else {**tensors, "position_ids": positions}
+    if adapter_type == "prompt":
+        return _run_behind_prompt(family, model, tensors)
+    return model(**tensors, return_dict=True).last_hidden_state
+
+
+def _run_behind_prompt(family: Family, model: nn.Module, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """As peft's own forward, but image positions and token types survive the V virtual tokens in front."""
+    base = model.get_base_model()
+    positions = family.position_ids(base, tensors)
+    tensors = {name: tensor for name, tensor in tensors.items() if name != "mm_token_type_ids"}
+    embedded = base.get_input_embeddings()(tensors.pop("input_ids"))  # (B, T, H)
+    batch, length = embedded.shape[:2]
+    prompt = model.get_prompt(batch).to(embedded.dtype)  # (B, V, H)
+    virtual = prompt.shape[1]
+    for name, value in (("attention_mask", 1), ("token_type_ids", 0)):
+        if name in tensors:
+            tensors[name] = F.pad(tensors[name], (virtual, 0), value=value)  # (B, V + T)
+    if positions is not None:
+        front = torch.arange(virtual, device=positions.device).expand(*positions.shape[:-1], virtual)
+        tensors["position_ids"] = torch.cat([front, positions + virtual], dim=-1)  # (3, B, V + T)
+    embedded = torch.cat([prompt, embedded], dim=1)
+    return base(inputs_embeds=embedded, **tensors, return_dict=True).last_hidden_state[:, -length:]
+
+
 def _peft_config(backbone: Backbone, adapter: Mapping[str, Any], freeze: Collection[str]) -> Any:
     from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig
 
@@ -101,10 +132,10 @@ def _peft_config(backbone: Backbone, adapter: Mapping[str, Any], freeze: Collect
         )
     if kind not in PROMPT_TYPES:
         raise ConfigError(f"adapter.type: there is no '{kind}'; {nearest(kind, (*LORA_TYPES, *PROMPT_TYPES, 'none'))}")
-    if backbone.family.multimodal:
+    if kind == "prefix" and not backbone.family.prefix_tuning:
         raise ConfigError(
-            f"adapter.type '{kind}': virtual tokens would shift the image positions of "
-            f"'{backbone.config.model_type}'; use lora, or a text backbone"
+            f"adapter.type 'prefix': '{backbone.config.model_type}' lets tokens attend by type, which cached keys do "
+            "not have; use 'prompt' or 'lora'"
         )
     cls = PrefixTuningConfig if kind == "prefix" else PromptTuningConfig
     return cls(task_type="FEATURE_EXTRACTION", num_virtual_tokens=adapter["num_virtual_tokens"])

@@ -50,6 +50,7 @@ class Family:
     model_types: ClassVar[tuple[str, ...]] = ()
     vision_modules: ClassVar[str] = r"visual|vision_tower|vision_model"
     projector_modules: ClassVar[str] = r"multi_modal_projector|connector"
+    prefix_tuning: ClassVar[bool] = True  # False where attention follows token types, which a cache does not know
     language_modules: ClassVar[str] = r"language_model|text_model"
 
     def __init__(self, config: Any, processor: Any) -> None:
@@ -126,9 +127,9 @@ class Family:
         """Tensors that follow from the token ids (B, T), for example token types."""
         return {}
 
-    def hidden_states(self, model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Runs the backbone: -> (B, T, H), T longer by the virtual tokens under prompt tuning."""
-        return model(**tensors, return_dict=True).last_hidden_state
+    def position_ids(self, model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """Positions that the model would compute from the token ids, where they are not simply 0, 1, 2, ..."""
+        return None
 
     def set_pixel_limits(self, min_pixels: int | None, max_pixels: int | None) -> None:
         """Bounds the area of an image before it is cut into patches, in pixels.

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 class Gemma3(Family):
     name = "gemma3"
     model_types = ("gemma3",)
+    prefix_tuning = False
 
     @property
     def reserved(self) -> tuple[str, ...]:

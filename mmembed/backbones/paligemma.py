@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 class PaliGemma(Family):
     name = "paligemma"
     model_types = ("paligemma",)
+    prefix_tuning = False
 
     @property
     def causal(self) -> bool:

@@ -32,6 +32,12 @@ class QwenVL(Family):
             return {}
         return {"mm_token_type_ids": (input_ids == self.config.image_token_id).int()}  # (B, T)
 
+    def position_ids(self, model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        if "mm_token_type_ids" not in tensors:
+            return None
+        names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
+        return model.get_rope_index(**{name: tensors[name] for name in names if name in tensors})[0]  # (3, B, T)
+
     def set_pixel_limits(self, min_pixels: int | None, max_pixels: int | None) -> None:
         size = dict(self.processor.image_processor.size)
         if min_pixels is not None:

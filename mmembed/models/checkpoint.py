@@ -195,8 +195,9 @@ _PROBES = ("a red bus", "What is the capital of France?", "Der Hund schläft. " 
 def _untrained_vectors(model: EmbeddingModel, preprocessor: Preprocessor, items: list[Item]) -> torch.Tensor:
     """Vectors with the backbone as it was before training, under the trained pooling."""
     if model.settings.adapter_type in PROMPT_TYPES:  # peft's disable_adapter would ask for a generate method
-        model.backbone = model.backbone.base_model
-        return _vectors(model, preprocessor, items)
+        base, settings = model.backbone.get_base_model(), replace(model.settings, adapter=None)
+        bare = EmbeddingModel(base, model.family, model.pooling, model.projection, model.normalize, settings)
+        return _vectors(bare, preprocessor, items)
     if model.settings.adapter_type != "none":
         with model.backbone.disable_adapter():
             return _vectors(model, preprocessor, items)

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mmembed.backbones import Backbone, Family, load_backbone
-from mmembed.backbones.adapters import PROMPT_TYPES, apply_adapter, quantization_of
+from mmembed.backbones.adapters import PROMPT_TYPES, apply_adapter, quantization_of, run
 from mmembed.embeddings import Embeddings
 from mmembed.pooling import POOLINGS, Pooling
 from mmembed.preprocess import Lengths, ModelInputs, Preprocessor
@@ -124,7 +124,7 @@ class EmbeddingModel(nn.Module):
         tensors = {
             name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()
         }
-        hidden = self.family.hidden_states(self.backbone, tensors)[:, -pool_mask.shape[1] :]  # (B, T, H)
+        hidden = run(self.family, self.backbone, tensors, self.settings.adapter_type)  # (B, T, H)
         vectors = self.pooling(hidden, pool_mask)  # (B, H) or (B, T, H)
         if self.projection is not None:
             vectors = self.projection(vectors)
