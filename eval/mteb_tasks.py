@@ -71,6 +71,10 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+class EmptyTask(ConfigError):
+    """The folder is there, but holds nothing for this task (a slice may lack a language)."""
+
+
 class _Local:
     """What every local task knows about itself."""
 
@@ -92,7 +96,16 @@ class _Local:
             self.data_loaded = True
 
     def rows(self, split: str) -> list[dict[str, Any]]:
-        return [record for record in read_jsonl(self.folder / f"{split}.jsonl") if matches(record, self.row.where)]
+        return self.some([row for row in read_jsonl(self.folder / f"{split}.jsonl") if matches(row, self.row.where)])
+
+    def some(self, found: Any) -> Any:
+        """What was found, if anything. Raises EmptyTask."""
+        if not found:
+            wanted = ", ".join(f"{key} {value}" for key, value in self.row.where.items()) or "anything to judge"
+            raise EmptyTask(
+                f"{self.row.name}: {self.folder} has no {self.split} rows with {wanted}; use a fuller data root"
+            )
+        return found
 
 
 class Retrieval(_Local, AbsTaskRetrieval):
@@ -115,7 +128,7 @@ class Retrieval(_Local, AbsTaskRetrieval):
         documents = {document["_id"]: document for document in read_jsonl(self.folder / "corpus.jsonl")}
         queries = {query["_id"]: query for query in read_jsonl(self.folder / "queries.jsonl")
                    if matches(query, row.where)}  # fmt: skip
-        judged = {query: judgements for query, judgements in self._qrels().items() if query in queries}
+        judged = self.some({query: judgements for query, judgements in self._qrels().items() if query in queries})
         texts = {key: {"_id": key, "text": query.get(row.query_column, ""), "image": query.get("image")}
                  for key, query in queries.items()}  # fmt: skip
         if row.document_text is not None:
@@ -267,7 +280,7 @@ class Bitext(_Local, AbsTaskBitextMining):
         source, target = self.row.languages
         sentences = {code: {record["index"]: record["text"] for record in rows if record["lang"] == code}
                      for code in (source, target)}  # fmt: skip
-        shared = sorted(set(sentences[source]) & set(sentences[target]))
+        shared = self.some(sorted(set(sentences[source]) & set(sentences[target])))
         columns = {"sentence1": [sentences[source][index] for index in shared],
                    "sentence2": [sentences[target][index] for index in shared]}  # fmt: skip
         return {f"{source}-{target}": datasets.DatasetDict({self.split: datasets.Dataset.from_dict(columns)})}

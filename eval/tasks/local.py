@@ -69,13 +69,14 @@ class Row:
 
     @property
     def group(self) -> str:
-        """The average that the task belongs to: `text retrieval`, `image retrieval`, `sts`, ..."""
+        """The average that the task belongs to: `text retrieval`, `image retrieval`, ..."""
         if self.document_text is not None:
             return "retrieval of descriptions"
         elsewhere = "" if "en" in self.languages else ", other languages"
         if self.kind in ("retrieval", "reranking"):
             return f"{'image' if self.has_images else 'text'} {self.kind}{elsewhere}"
-        return f"{'image ' if self.has_images else ''}{self.kind}{elsewhere}"
+        named = {"sts": "sentence similarity", "bitext": "translation retrieval"}.get(self.kind, self.kind)
+        return f"{'image ' if self.has_images else ''}{named}{elsewhere}"
 
 
 QUESTION = "Given a question, retrieve passages that answer it"

@@ -1,0 +1,140 @@
+"""The main job on a laptop: measure the packaged nano model, fine-tune it, measure again, look at the difference.
+
+    make demo                       # or: python recipes/demo.py --output runs/demo
+
+It strings the project's own commands together, each in a process of its own, exactly as a user would type them:
+
+    python -m eval.run               mmembed-nano (zero-shot) beside BM25 and MiniLM, dev parts of real data
+    python -m recipes.train_embedder LoRA on the training parts
+    python -m eval.run               the trained model, same tasks
+    python -m eval.report            report.html and report.json
+
+An interrupted demo goes on after the last finished step when it is started again; a finished one starts anew. While it
+runs, the memory of all its processes together is sampled four times a second (shared pages count for each of them).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CONFIG = REPOSITORY / "recipes/configs/embedder/demo.yaml"
+TASKS = (
+    "squad-en", "openstax-glossary", "mbpp", "odex", "xquad/de",
+    "openstax-figures", "noto-emoji/en", "story-pages/en", "tech-figures", "vega-charts", "stsb-en",
+)  # fmt: skip
+BASELINES = ("bm25", "minilm")
+SAMPLE_SECONDS = 0.25
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    output: Path = options.output
+    output.mkdir(parents=True, exist_ok=True)
+    record = output / "steps.json"
+    done = json.loads(record.read_text()) if record.exists() else {}
+    if done:
+        print(f"Going on with an interrupted demo ({', '.join(done)} done); delete {output} to start afresh.")
+    commands = steps(options)
+    for number, (name, (what, command)) in enumerate(commands.items(), start=1):
+        if done.get(name, {}).get("command") == command:
+            continue
+        print(f"\n[{number}/{len(commands)}] {what}\n$ {shlex.join(['python', *command])}", flush=True)
+        code, measured = run_measured([sys.executable, *command])
+        if code != 0:
+            print(f"\nThe step '{name}' failed (exit status {code}); start the demo again to go on from it.")
+            return code
+        done[name] = {"command": command, **measured}
+        record.write_text(json.dumps(done, indent=1))
+        print(f"    {measured['seconds']:.0f} s, {measured['peak_rss_mb']:.0f} MB", flush=True)
+
+    print(f"\n[{len(commands) + 1}/{len(commands) + 1}] Writing the report", flush=True)
+    code = subprocess.run([sys.executable, "-m", "eval.report", "--run", str(output), "--data-root", options.data_root],
+                          cwd=REPOSITORY).returncode  # fmt: skip
+    if code == 0:
+        record.unlink()
+    return code
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the run (default: runs/demo)")
+    parser.add_argument("--config", default=str(CONFIG), help="training configuration (default: the demo's)")
+    parser.add_argument("--data-root", default=str(REPOSITORY / "data"), help="data sets (default: the repository's)")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="what is measured, of the local benchmark")
+    parser.add_argument("--model", default="mmembed-nano", help="what is fine-tuned (default: mmembed-nano)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the training configuration")
+    options = parser.parse_intermixed_args(arguments)
+    options.output = options.output.absolute()
+    return options
+
+
+def steps(options: argparse.Namespace) -> dict[str, tuple[str, list[str]]]:
+    """name -> (what it does, arguments of python)."""
+    output, trained = options.output, options.output / "embedder"
+
+    def evaluation(name: str, models: Sequence[str]) -> list[str]:
+        return ["-m", "eval.run", "--model", *models, "--data-root", options.data_root, "--tasks", *options.tasks,
+                "--output", str(output / f"{name}.json"), "--rankings", str(output / name)]  # fmt: skip
+
+    training = ["-m", "recipes.train_embedder", "--config", options.config, f"model.name_or_path={options.model}",
+                f"data.root={options.data_root}", f"training.output_dir={trained}", *options.overrides]  # fmt: skip
+    return {
+        "before": ("Measuring the model as it is, beside BM25 and MiniLM",
+                   evaluation("before", (options.model, *BASELINES))),
+        "training": ("Fine-tuning it on texts and pictures", training),
+        "after": ("Measuring the fine-tuned model", evaluation("after", (str(trained),))),
+    }  # fmt: skip
+
+
+def run_measured(command: list[str]) -> tuple[int, dict[str, Any]]:
+    """(exit status, seconds and peak memory of the command and all it starts, with this process)."""
+    environment = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "true"} | os.environ
+    started = time.monotonic()
+    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment)
+    finished, peak = threading.Event(), [0.0]
+
+    def sample() -> None:
+        while not finished.wait(SAMPLE_SECONDS):
+            peak[0] = max(peak[0], resident_megabytes())
+
+    watcher = threading.Thread(target=sample, daemon=True)
+    watcher.start()
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        raise
+    finally:
+        finished.set()
+        watcher.join()
+    return code, {"seconds": round(time.monotonic() - started, 1), "peak_rss_mb": round(peak[0], 1)}
+
+
+def resident_megabytes() -> float:
+    """Resident memory of this process and everything below it."""
+    total = 0
+    this = psutil.Process()
+    for process in (this, *this.children(recursive=True)):
+        try:
+            total += process.memory_info().rss
+        except psutil.NoSuchProcess:  # it ended between listing and reading
+            continue
+    return total / 2**20
+
+
+if __name__ == "__main__":
+    sys.exit(main())
