@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from mmembed.media import MediaStore
 
 Range = tuple[int, int]
+Side = Literal["left", "right"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,7 @@ class ModelInputs:
 
     tensors: dict[str, torch.Tensor]
     pool_mask: torch.Tensor
-    padding: Literal["left", "right"] | None = None
+    padding: Side | None = None
     num_tokens: int = 0
     filler: int = 0
 
@@ -143,7 +144,7 @@ class Preprocessor:
         """Tokens an item, visual tokens included; images are not decoded. For batches, keep the rows of `tokenize`."""
         return [len(row) for row in self.tokenize(items)]
 
-    def __call__(self, items: Sequence[Item], padding_side: str | None = None) -> ModelInputs:
+    def __call__(self, items: Sequence[Item], padding_side: Side | None = None) -> ModelInputs:
         return self.collate(self.tokenize(items), padding_side)
 
     def tokenize(self, items: Sequence[Item]) -> list[Row]:
@@ -156,9 +157,9 @@ class Preprocessor:
             for item, encoding, (layout, images, sizes, chat) in zip(items, encodings, written, strict=True)
         ]
 
-    def collate(self, rows: Sequence[Row], padding_side: str | None = None) -> ModelInputs:
+    def collate(self, rows: Sequence[Row], padding_side: Side | None = None) -> ModelInputs:
         """Pads rows (right by default) and opens their images."""
-        side = padding_side or "right"
+        side: Side = padding_side or "right"
         filler = int(self.touch_vision and self.family.multimodal and not any(row.images for row in rows))
         if filler:
             rows = [*rows, *self.tokenize([Item((Image(PIL.Image.new("RGB", (64, 64), (200, 100, 50))),))])]
@@ -273,7 +274,8 @@ class Preprocessor:
 
     def _truncate(self, encoding: Encoding, layout: Layout, excess: int, limit: int) -> list[int]:
         """Drops content text from its end until the text tokens fit; media and prompt stay."""
-        ids, media = encoding.ids, set()
+        ids = encoding.ids
+        media: set[int] = set()
         for span in layout.media:
             media.update(range(*_token_range(encoding, span, len(ids))))
         excess -= len(media)

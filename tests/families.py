@@ -73,7 +73,7 @@ SENTENCES = (
     "Photosynthesis turns sunlight, water and carbon dioxide into sugar.",
     "Der Hund schläft im Garten, und die Katze auch.",
     "Summarize the given text in one word: user system assistant",
-    "Ein schöner Tag! 12345 67890 (see table 3) - naïve café",
+    "Der schöne Tag! 12345 67890 (see table 3) - naïve café",
 )
 MARKS = {
     "qwen": (

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,7 +37,7 @@ def load_backbone(
     name_or_path: str,
     *,
     revision: str | None = None,
-    attention: Literal["causal", "bidirectional"] | None = None,
+    attention: str | None = None,
     dtype: str | torch.dtype = "auto",
     attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,
@@ -47,7 +47,7 @@ def load_backbone(
     """Loads model, processor and family.
 
     Args:
-        attention: None keeps the backbone's own.
+        attention: `causal` or `bidirectional`; None keeps the backbone's own.
         dtype: `auto` keeps the dtype of the saved weights.
         quantization: arguments of `transformers.BitsAndBytesConfig`, for QLoRA.
         processor_path: where the processor lies, if not beside the model.

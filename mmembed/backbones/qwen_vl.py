@@ -9,9 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mmembed.backbones.family import Family
+from mmembed.errors import MediaError
 
 if TYPE_CHECKING:
     import torch
+
+_WIDEST = 200  # the image processor's own limit
 
 
 class QwenVL(Family):
@@ -21,6 +24,12 @@ class QwenVL(Family):
     projector_modules = r"visual\.(deepstack_)?merger(_list)?"
 
     def image_markup(self, width: int, height: int, images_in_row: int) -> str:
+        if max(width, height) > _WIDEST * min(width, height):
+            raise MediaError(
+                f"image: {width} x {height} pixels is too narrow for '{self.config.model_type}' (at most {_WIDEST}:1); "
+                "crop it, pad it, or skip the record",
+                kind="too narrow",
+            )
         images = self.processor.image_processor
         return self.image_token * (images.get_number_of_image_patches(height, width) // images.merge_size**2)
 

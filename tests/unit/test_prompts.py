@@ -135,6 +135,6 @@ def test_chat_style_without_a_template_is_refused(family_folder) -> None:
 
 def test_misspelt_style_and_option_name_the_nearest(family_folder) -> None:
     with pytest.raises(ConfigError, match="did you mean 'instruct'"):
-        PROMPTS.build("instuct")
+        PROMPTS.build("instruc")
     with pytest.raises(ConfigError, match="did you mean 'mask_instruction'"):
         PROMPTS.build({"type": "instruct", "mask_instructions": True})
