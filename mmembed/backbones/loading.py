@@ -121,6 +121,10 @@ def load_processor(path: str, multimodal: bool, **common: Any) -> Any:
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise ConfigError(
+            f"model.name_or_path: the tokenizer of '{path}' has no padding and no end token; set pad_token"
+        )
     return processor
 
 

@@ -86,6 +86,7 @@ class Embedder:
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model, preprocessor = load_checkpoint(path_or_name, dtype=resolve_dtype(dtype, device), device=device)
+        model.merge_adapter()  # LoRA as two extra matrix products a layer would cost a third of the speed
         if media is not None:
             preprocessor.media = media
         return cls(model, preprocessor)

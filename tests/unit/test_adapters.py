@@ -52,6 +52,21 @@ def test_trains_saves_and_reloads(kind: str, family: str, family_folder, tmp_pat
     assert torch.allclose(after, vectors(*load_checkpoint(tmp_path / "saved"), batch), atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora", "rslora", "qlora", "prefix"])
+def test_merging_changes_speed_not_vectors_and_not_the_file(kind: str, family_folder, tmp_path) -> None:
+    torch.manual_seed(0)
+    model, preprocessor = build(family_folder("qwen3"), adapter={**BLOCK, "type": kind})
+    train_a_step(model, preprocessor, items("qwen3"))
+    apart = vectors(model, preprocessor, items("qwen3"))
+    model.merge_adapter()
+    assert torch.allclose(apart, vectors(model, preprocessor, items("qwen3")), atol=1e-5)
+    if kind in ("lora", "dora", "rslora"):
+        assert all(module.merged for name, module in model.named_modules() if name.endswith("q_proj"))
+    save_checkpoint(tmp_path / "saved", model, preprocessor)
+    assert torch.allclose(apart, vectors(*load_checkpoint(tmp_path / "saved"), items("qwen3")), atol=1e-6)
+    assert verify_checkpoint(tmp_path / "saved", model, preprocessor) < 1e-5
+
+
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
 @pytest.mark.parametrize(
     "family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision", "smolvlm", "idefics3", "gemma3", "paligemma"]
