@@ -168,7 +168,7 @@ def number(value: float | None) -> str:
 
 
 def minutes(seconds: float) -> str:
-    return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
 
 
 # Pictures -------------------------------------------------------------------------------------------------------------
