@@ -54,7 +54,7 @@ def precision_at_k(ranked: ArrayLike, k: int) -> Floats:
 
 def hit_at_k(ranked: ArrayLike, k: int) -> Floats:
     """(Q,) 1 where a relevant document stands among the first k. At k = 1: is the first answer right."""
-    return _relevant(ranked)[:, :k].any(1).astype(np.float64)
+    return np.asarray(_relevant(ranked)[:, :k].any(1), dtype=np.float64)
 
 
 def reciprocal_rank_at_k(ranked: ArrayLike, k: int) -> Floats:
