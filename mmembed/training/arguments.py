@@ -26,6 +26,9 @@ DEFAULTS: dict[str, Any] = {
 def training_arguments(config: EmbedderConfig) -> TrainingArguments:
     """Builds the arguments. Raises ConfigError where transformers refuses a value."""
     chosen = {**DEFAULTS, **config.training.arguments}
+    for key, value in chosen.items():
+        if value is False and key.endswith("_strategy"):
+            chosen[key] = "no"  # an unquoted `no` is a boolean in YAML
     if config.training.optimizer != "lion" and "optim" not in chosen:
         chosen["optim"] = OPTIM_NAMES[config.training.optimizer or "adamw"]
     if not torch.cuda.is_available():
