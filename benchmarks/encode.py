@@ -9,7 +9,7 @@ bfloat16) before anything is timed.
     peer   SentenceTransformer.encode with the fastest of the batch sizes 16, 32, 64, 128. Texts go to it without the
            chat template, as to us; pictures need its template, so for pictures both use the template
     limit  the backbone's forward alone: inputs tokenized and resized beforehand, sorted by length, right-padded batches
-           of 8192 tokens, no attention mask on texts (exact under causal attention), no pooling
+           of 8192 tokens, no attention mask (exact under causal attention), no pooling
 
 `texts_bf16_default` compares our bfloat16 with the peer at its defaults: its own choice of dtype, batch size 32.
 """
@@ -104,7 +104,8 @@ def _ours(modality: str, dtype: str) -> Any:
     from mmembed import Embedder
     from mmembed.models.embedding_model import EmbedderSettings, build_from_settings
 
-    prompt = "plain" if modality == "text" else {"type": "chat", "mask_instruction": False}
+    chat = {"type": "chat", "mask_instruction": False, "add_generation_prompt": False}
+    prompt = "plain" if modality == "text" else chat
     return Embedder(*build_from_settings(EmbedderSettings("mmembed-nano", pooling="mean", prompt=prompt, dtype=dtype)))
 
 
@@ -141,8 +142,7 @@ def _bare(embedder: Any, contents: Sequence[Any]) -> Callable[[int], Any]:
     ]
     backbone = embedder.model.backbone
     for inputs in batches:
-        if not inputs.has_images or inputs.padding is None:
-            inputs.tensors.pop("attention_mask")
+        inputs.tensors.pop("attention_mask")
         for name, tensor in inputs.tensors.items():
             inputs.tensors[name] = tensor.to(backbone.dtype) if tensor.is_floating_point() else tensor
 

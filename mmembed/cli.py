@@ -413,10 +413,13 @@ def _field(role: str) -> Any:
 
 def _load(arguments: argparse.Namespace, model: str) -> Embedder:
     """The embedder, its media confined to the folder of what is encoded."""
+    from transformers.utils.logging import disable_progress_bar
+
     from mmembed.inference.embedder import Embedder
     from mmembed.inference.sources import media_root
     from mmembed.media import MediaStore
 
+    disable_progress_bar()  # a bar a file of weights says nothing
     root = arguments.media_root or media_root(vars(arguments).get("source") or arguments.target)
     return Embedder.from_pretrained(model, device=arguments.device, dtype=arguments.dtype, media=MediaStore(root))
 

@@ -12,7 +12,7 @@ from PIL import Image
 import mmembed.inference.embedder as module
 from mmembed import Embedder
 from mmembed.errors import MmembedError
-from mmembed.inference.cpu import OneDnnLinear, accelerate, attend
+from mmembed.inference.cpu import OneDnnLinear, PatchConv3d, accelerate, attend
 from mmembed.inference.embedder import cut_batches
 from mmembed.inference.quantize import decode, quantize
 from mmembed.models.embedding_model import EmbedderSettings, build_from_settings
@@ -254,6 +254,18 @@ def test_onednn_products_and_gradients_are_those_of_linear():
     for layer in (stock, ours):
         layer(x).square().sum().backward()
     torch.testing.assert_close(ours.weight.grad, stock.weight.grad)
+
+
+def test_patches_as_products_are_the_convolution():
+    torch.manual_seed(0)
+    stock = torch.nn.Conv3d(3, 8, kernel_size=(2, 4, 4), stride=(2, 4, 4))
+    ours = PatchConv3d(3, 8, kernel_size=(2, 4, 4), stride=(2, 4, 4))
+    ours.load_state_dict(stock.state_dict())
+    patches, larger = torch.randn(5, 3, 2, 4, 4), torch.randn(5, 3, 4, 8, 4)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(patches), stock(patches))
+        torch.testing.assert_close(ours(larger), stock(larger))
+        torch.testing.assert_close(ours.bfloat16()(patches.bfloat16()), stock.bfloat16()(patches.bfloat16()))
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "mistral", "qwen2_vl", "smolvlm"])
