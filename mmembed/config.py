@@ -84,7 +84,7 @@ class AdapterConfig(_Block):
 
 
 class LengthsConfig(_Block):
-    """Truncation in tokens (visual tokens counted) and the pixel range pictures are resized into."""
+    """Limits of the text tokens (prompt included; images are never cut) and of the area of a picture, in pixels."""
 
     query_max_length: Positive = 512
     document_max_length: Positive = 512

@@ -86,7 +86,7 @@ class Embedder:
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model, preprocessor = load_checkpoint(path_or_name, dtype=resolve_dtype(dtype, device), device=device)
-        model.merge_adapter()  # LoRA as two extra matrix products a layer would cost a third of the speed
+        model.merge_adapter()  # apart, LoRA takes 1.4 times as long in float32, 2.1 times in bfloat16 (nano)
         if media is not None:
             preprocessor.media = media
         return cls(model, preprocessor)
