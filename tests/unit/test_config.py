@@ -1,0 +1,117 @@
+"""The config: names users know, overrides, and what is refused before anything heavy is loaded."""
+
+import subprocess
+import sys
+
+import pytest
+
+from mmembed.config import build_config, load_config
+from mmembed.errors import ConfigError
+
+
+def test_importing_and_loading_needs_neither_torch_nor_transformers(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("training: {learning_rate: 1e-4}\n")
+    code = (
+        "import sys; from mmembed.config import load_config; "
+        f"assert load_config({str(path)!r}).training.arguments['learning_rate'] == 1e-4; "
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("known", "ours"),
+    [
+        ({"model_name_or_path": "x"}, {"model": {"name_or_path": "x"}}),
+        ({"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0}, {"adapter": {"r": 4, "alpha": 8, "dropout": 0.0}}),
+        ({"lora_target_modules": ["q_proj"]}, {"adapter": {"target_modules": ["q_proj"]}}),
+        ({"temperature": 0.02}, {"objective": {"type": "contrastive", "temperature": 0.02}}),
+        (
+            {"temperature": 0.02, "objective": "contrastive"},
+            {"objective": {"type": "contrastive", "temperature": 0.02}},
+        ),
+        (
+            {"negatives_cross_device": False, "mrl_dims": [64]},
+            {"objective": {"type": "contrastive", "cross_device_negatives": False, "matryoshka": {"dims": [64]}}},
+        ),
+        ({"train_group_size": 4}, {"data": {"train_group_size": 4}}),
+        (
+            {"query_max_len": 32, "passage_max_len": 64},
+            {"lengths": {"query_max_length": 32, "document_max_length": 64}},
+        ),
+        ({"max_pixels": 50176}, {"lengths": {"max_pixels": 50176}}),
+        ({"query_prefix": "query: "}, {"prompt": {"type": "plain", "query_prefix": "query: "}}),
+        ({"grad_cache": True, "gc_chunk_size": 8}, {"training": {"grad_cache": True, "chunk_rows": 8}}),
+        ({"learning_rate": 1e-5, "bf16": True}, {"training": {"learning_rate": 1e-5, "bf16": True}}),
+        ({"training": {"gradient_checkpointing": True}}, {"model": {"gradient_checkpointing": True}}),
+        ({"same_dataset_within_batch": True}, {}),
+    ],
+    ids=str,
+)
+def test_names_of_other_toolkits(known, ours):
+    assert build_config(known) == build_config(ours)
+
+
+def test_overrides_win_and_reach_into_lists():
+    tree = {"lora_r": 8, "training": {"learning_rate": 1e-3}, "data": {"train": [{"path": "a"}, {"path": "b"}]}}
+    overrides = ["lora_r=4", "learning_rate=2e-5", "data.train.1.weight=2", "objective.temperature=0.1"]
+    config = build_config(tree, overrides)
+    assert config.adapter.r == 4
+    assert config.training.arguments["learning_rate"] == 2e-5
+    assert [source.weight for source in config.data.train] == [None, 2]
+    assert config.objective == {"type": "contrastive", "temperature": 0.1}
+    assert tree["data"]["train"][1] == {"path": "b"}  # the caller's tree is not touched
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"adaptor": {}}, "did you mean 'adapter'"),
+        ({"adapter": {"rank": 4}}, "unknown key 'adapter.rank'"),
+        ({"adapter": {"r": "four"}}, "adapter.r: found 'four'"),
+        ({"adapter": {"type": "none", "r": 4}}, "'r' has no effect with type 'none'"),
+        ({"adapter": {"type": "loara"}}, "'lora'"),
+        ({"lora_r": 4, "adapter": {"r": 8}}, "given twice"),
+        ({"model": "qwen"}, "model: found 'qwen'"),
+        ({"pooling": {"num_latents": 4}}, "no 'type'"),
+        ({"same_dataset_within_batch": False}, "one source"),
+        ({"lengths": {"min_pixels": 9, "max_pixels": 4}}, "swap"),
+        ({"data": {"train_group_size": 2, "positives_per_query": 3}}, "above train_group_size"),
+        ({"data": {"train": [{"path": "a"}, {"path": "a"}]}}, "two sources are called 'a'"),
+        ({"training": {"optimizer": "lion", "optim": "adamw_torch"}}, "keep one"),
+        ({"training": {"optimizer": "adafactor", "adam_beta1": 0.8}}, "no effect with optimizer 'adafactor'"),
+        ({"training": {"early_stopping_threshold": 0.1}}, "without 'early_stopping_patience'"),
+        ({"training": {"early_stopping_patience": 2}}, "no data.dev"),
+        ({"training": {"eval_strategy": "steps"}}, "no data.dev"),
+        ({"training": {"grad_cache": True}}, "token_budget"),
+        ({"training": {"fsdp": "full_shard"}}, "deepspeed"),
+        ({"adapter": {"type": "prefix"}, "model": {"attention": "bidirectional"}}, "causal"),
+        ({"adapter": {"type": "prompt"}, "model": {"gradient_checkpointing": True}}, "cache"),
+        ({"adapter": {"type": "qlora"}, "model": {"dtype": "float32"}}, "bfloat16"),
+        ({"model": {"freeze": ["language"]}}, "language"),
+        ({"model": {"freeze": ["audio"]}}, "model.freeze"),
+        ({"pooling": "multi_vector", "objective": {"type": "contrastive", "similarity": "cosine"}}, "maxsim"),
+        ({"pooling": "mean", "objective": {"type": "contrastive", "similarity": "maxsim"}}, "multi_vector"),
+        ({"projection": 64, "mrl_dims": [128]}, "above projection 64"),
+        ({"objective": {"type": "contrastive", "similarity": "dot"}, "mrl_dims": [8]}, "unit vector"),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_is_refused(tree, message):
+    with pytest.raises(ConfigError, match=message):
+        build_config(tree)
+
+
+def test_a_key_given_twice_in_the_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("normalize: true\nnormalize: false\n")
+    with pytest.raises(ConfigError, match="'normalize' is given twice"):
+        load_config(path)
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(tmp_path / "other.yaml")
+
+
+def test_hash_follows_the_content():
+    assert build_config({"lora_r": 4}).hash() == build_config({"adapter": {"r": 4}}).hash()
+    assert build_config({"lora_r": 4}).hash() != build_config({"lora_r": 8}).hash()
