@@ -117,6 +117,8 @@ class EmbedderTrainer(Trainer):
             eval_dataset=self.dev_sets or None,
             callbacks=list(callbacks),
         )
+        # Under DeepSpeed a rank with images and a rank without would wait for each other for ever.
+        preprocessor.touch_vision = self.is_deepspeed_enabled and args.world_size > 1
         seed = args.seed if args.data_seed is None else args.data_seed
         self.plan = BatchPlan(
             [len(source) for source in train],
