@@ -55,6 +55,7 @@ def apply_adapter(backbone: Backbone, adapter: Mapping[str, Any], freeze: Collec
         ConfigError: an unknown type or layer, or prefix tuning of a backbone that cannot have it.
     """
     kind = adapter["type"]
+    _check_towers(backbone, freeze)
     if kind == "none":
         freeze_towers(backbone, freeze)
         return backbone.model
@@ -76,6 +77,17 @@ def _stay_differentiable(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def _check_towers(backbone: Backbone, freeze: Collection[str]) -> None:
+    """Refuses to freeze nothing: a vision-language model whose vision tower has a name that no family knows."""
+    names = [name for name, _ in backbone.model.named_parameters()]
+    for tower, pattern in backbone.family.towers().items():
+        if tower in freeze and not any(re.search(pattern, name) for name in names):
+            raise ConfigError(
+                f"model.freeze: '{tower}' matches no parameter of '{backbone.config.model_type}'; add a file for this "
+                "family in mmembed/backbones that names its towers, or remove it"
+            )
 
 
 def freeze_towers(backbone: Backbone, freeze: Collection[str]) -> None:
