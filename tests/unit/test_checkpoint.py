@@ -13,7 +13,7 @@ import torch
 from families import build, items, vectors
 from safetensors.torch import load_file, save_file
 
-from mmembed.errors import CheckpointError
+from mmembed.errors import CheckpointError, ConfigError
 from mmembed.models.checkpoint import load_checkpoint, read_settings, save_checkpoint, verify_checkpoint
 
 LORA = {"type": "lora", "r": 4, "alpha": 8, "dropout": 0.0, "target_modules": "auto"}
@@ -74,7 +74,7 @@ import resource, signal, sys
 sys.path[:0] = {path!r}
 import torch
 from pathlib import Path
-from mmembed.errors import CheckpointError
+from mmembed.errors import CheckpointError, ConfigError
 from mmembed.models.checkpoint import load_checkpoint, save_checkpoint
 model, preprocessor = load_checkpoint(Path({folder!r}))
 with torch.no_grad():
@@ -177,6 +177,17 @@ def test_nothing_is_unpickled(family_folder, tmp_path, monkeypatch) -> None:
     with pytest.raises(CheckpointError):
         load_checkpoint("saved")
     assert not (tmp_path / "unpickled").exists()
+
+
+def test_remote_code_is_not_run_unless_asked_for(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "foreign").mkdir()
+    configuration = {"model_type": "foreign", "auto_map": {"AutoConfig": "code.Foreign", "AutoModel": "code.Foreign"}}
+    (tmp_path / "foreign" / "config.json").write_text(json.dumps(configuration))
+    (tmp_path / "foreign" / "code.py").write_text("open('executed', 'w')\nclass Foreign: ...\n")
+    with pytest.raises(ConfigError, match="cannot load"):
+        load_checkpoint("foreign")
+    assert not (tmp_path / "executed").exists()
 
 
 def test_empty_adapter_tensors_are_refused(family_folder, tmp_path) -> None:
