@@ -7,6 +7,9 @@ packs its own batches; pictures are encoded a block at a time, because decoded p
     queries                          role query, with the task's instruction
     documents                        role document, without one unless the task or the user gives one
     sentence pairs, labelled texts   role query, with the task's instruction, on both sides (E5-Mistral, NV-Embed)
+
+A model that was trained without instructions must not meet them here: under causal attention a prefix changes every
+vector behind it. `Instructions.use_tasks` says whether the tasks' own are given.
 """
 
 import fnmatch
@@ -39,16 +42,17 @@ class Encodes(Protocol):
 
 @dataclass(frozen=True)
 class Instructions:
-    """What is told to the model for each task: the task's own instruction unless the user's file says otherwise.
+    """What a model is told for each task: the task's own instruction, if wanted, unless the user's file has another.
 
     The file (YAML or JSON) maps a task name or a glob to a text for queries, to `{query: ..., document: ...}`, or to
     null for none: the last matching line wins.
     """
 
     overrides: Mapping[str, str | Mapping[str, str | None] | None] = field(default_factory=dict)
+    use_tasks: bool = True
 
     @classmethod
-    def read(cls, path: Path, task_names: Iterable[str]) -> "Instructions":
+    def read(cls, path: Path, task_names: Iterable[str], use_tasks: bool = True) -> "Instructions":
         """Raises ConfigError: not a mapping, a key that matches no task, or a side that is no role."""
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
@@ -60,12 +64,12 @@ class Instructions:
             for side in value if isinstance(value, dict) else ():
                 if side not in ("query", "document"):
                     raise ConfigError(f"{path}: {pattern}.{side}: {nearest(str(side), ('query', 'document'))}")
-        return cls(content)
+        return cls(content, use_tasks)
 
     def find(self, task: TaskMetadata, prompt_type: PromptType | None) -> str | None:
         """The instruction for one side of a task; `prompt_type` None is a symmetric task."""
         side: Role = "document" if prompt_type == PromptType.document else "query"
-        wanted: Any = task.prompt
+        wanted: Any = task.prompt if self.use_tasks else None
         for pattern, value in self.overrides.items():
             if fnmatch.fnmatchcase(task.name, pattern):
                 wanted = value

@@ -87,6 +87,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--rankings", type=Path, metavar="DIR", help="write the ten best documents of every query to DIR/<model>.json"
     )
     parser.add_argument(
+        "--instructions",
+        default="auto",
+        choices=["auto", "always", "never"],
+        help="whether the model is told each task's instruction (default: if its prompt style is not 'plain')",
+    )
+    parser.add_argument(
         "--instruction-file",
         type=Path,
         metavar="FILE",
@@ -183,8 +189,12 @@ def load(name: str, options: argparse.Namespace, rows: Sequence[Row]) -> Loaded:
 
     transformers_logging.disable_progress_bar()
     names = [row.name for row in rows]
-    instructions = Instructions.read(options.instruction_file, names) if options.instruction_file else Instructions()
     embedder = Embedder.from_pretrained(name, device=options.device, dtype=options.dtype)
+    prompt = vars(type(embedder.preprocessor.prompt))["name"]
+    told = options.instructions == "always" or (options.instructions == "auto" and prompt != "plain")
+    instructions = Instructions(use_tasks=told)
+    if options.instruction_file:
+        instructions = Instructions.read(options.instruction_file, names, told)
     sees, multi_vector = embedder.preprocessor.family.multimodal, embedder.model.pooling.multi_vector
     settings = {"token_budget": options.token_budget, "truncate_dim": options.truncate_dim}
     runner = MtebEncoder(
@@ -197,6 +207,8 @@ def load(name: str, options: argparse.Namespace, rows: Sequence[Row]) -> Loaded:
         "multi_vector": multi_vector, **settings,
         "parameters": sum(parameter.numel() for parameter in embedder.model.parameters()),
         "fingerprint": model_fingerprint(Path(name)) if Path(name).is_dir() else None,
+        "prompt": prompt,
+        "task_instructions": told,
         "instruction_overrides": dict(instructions.overrides),
     }  # fmt: skip
 

@@ -259,6 +259,8 @@ def test_instructions_come_from_the_task_or_the_users_file(tmp_path):
     assert find("mbpp", query) == "Find code" and find("mbpp", document) == "Code"
     assert find("stsb-en", None) is None
     assert find("odex", query) == row("odex").instruction and find("odex", document) is None
+    instructions = Instructions.read(file, names, use_tasks=False)
+    assert find("odex", query) is None and find("mbpp", query) == "Find code"
     file.write_text("sqaud-en: x\n")
     with pytest.raises(ConfigError, match="squad-en"):
         Instructions.read(file, names)
@@ -271,3 +273,27 @@ def test_every_row_of_the_slice_builds():
     for one in rows:
         if not one.where.get("lang") or (DATA / one.folder).name == "xquad":
             assert build_task(one, DATA, "dev").metadata.main_score == one.main_score
+
+
+def test_multi_vector_models_rank_by_late_interaction_and_are_spared_the_rest(family_folder, tmp_path):
+    from families import build
+
+    from mmembed.inference.embedder import Embedder
+
+    folder = tmp_path / "multi"
+    Embedder(*build(family_folder("qwen3_vl"), pooling="multi_vector")).save(folder)
+    output = tmp_path / "results.json"
+    assert run.main(["--model", str(folder), "--tasks", "vega-charts", "stsb-en", "--output", str(output)]) == 0
+    results = json.loads(output.read_text())
+    scores = {name: entry["scores"][str(folder)] for name, entry in results["tasks"].items()}
+    assert scores["stsb-en"] is None and results["models"][str(folder)]["multi_vector"]
+    task = build_task(row("vega-charts"), DATA, "dev")
+    task.load_data()
+    data, embedder = task.dataset["default"]["dev"], Embedder.from_pretrained(folder)
+    queries = embedder.encode(data["queries"]["text"], role="query")
+    documents = embedder.encode(list(data["corpus"]["image"]))
+    relevance = [
+        [data["relevant_docs"][query].get(key, 0) for key in data["corpus"]["id"]] for query in data["queries"]["id"]
+    ]
+    ranked, judged = metrics.rank_by_score(embedder.similarity(queries, documents), relevance)
+    assert scores["vega-charts"]["ndcg_at_10"] == pytest.approx(metrics.ndcg_at_k(ranked, judged, 10).mean(), abs=1e-3)
