@@ -7,7 +7,7 @@ their images now. Grouping rows into batches between the two steps is the caller
 Exactness. The instruction's tokens are found by character offsets: a token that holds any character of the content
 stays in the pool mask. Truncation removes content text from its end; prefix, suffix and images stay whole. A length
 limit counts text tokens (with instruction and suffix); visual tokens are bounded by `max_pixels`.
-Cost: about 20 us a short text on one core; offsets are only computed where a prompt has an instruction or a suffix.
+Cost: about 25 us a short text on one core; offsets are only computed where a prompt has an instruction or a suffix.
 """
 
 from __future__ import annotations
@@ -91,10 +91,6 @@ class ModelInputs:
 
     def __len__(self) -> int:
         return len(self.pool_mask) - self.filler
-
-    @property
-    def has_images(self) -> bool:
-        return "pixel_values" in self.tensors
 
     def to(self, device: torch.device | str) -> ModelInputs:
         """A copy on `device`."""
@@ -322,8 +318,8 @@ class Preprocessor:
 class _ChatLayouts:
     """Writes prompts through the backbone's chat template, rendering each shape of conversation once.
 
-    The template is rendered with sentinels in place of the texts; afterwards a prompt is string concatenation, about
-    50 times faster than a template run per item, and the place of every piece is known.
+    The template is rendered with sentinels in place of the texts; afterwards a prompt is string concatenation (5 us, a
+    run of a short template takes 30), and the place of every piece is known.
     """
 
     PREFIX, SUFFIX, TEXT = "\ue000p\ue001", "\ue000s\ue001", "\ue000{}\ue001"
