@@ -45,10 +45,9 @@ class Image:
 
 @dataclass(frozen=True, slots=True)
 class Video:
-    """Frames in order. `fps` is the rate at which they were sampled, in frames per second."""
+    """Frames in order; how densely they were sampled is the caller's choice."""
 
     frames: tuple[Image, ...]
-    fps: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,7 @@ class Audio:
 Part = Text | Image | Video | Audio
 Content = tuple[Part, ...]
 ContentLike = Any  # str, PIL image, one part, a sequence of parts, or {"text", "image", "images", "video", "audio"}
-CONTENT_KEYS = ("text", "image", "images", "video", "fps", "audio", "sampling_rate", "instruction")
+CONTENT_KEYS = ("text", "image", "images", "video", "audio", "sampling_rate", "instruction")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +93,7 @@ class Example:
 def to_content(value: ContentLike) -> Content:
     """Reads what users naturally write as content.
 
-    A str is one text. A mapping may hold `text`, `image` (or `images`, a list), `video` (a list of frames, with `fps`)
+    A str is one text. A mapping may hold `text`, `image` (or `images`, a list), `video` (a list of frames)
     and `audio` (with `sampling_rate`); media come before the text, as chat models are trained. A sequence is a
     sequence of parts in the given order. `instruction` in a mapping is left to the caller.
 
@@ -125,13 +124,12 @@ def _from_mapping(value: Mapping[str, Any]) -> Content:
         if key not in CONTENT_KEYS:
             raise MmembedError(f"content: unknown key '{key}'; {nearest(key, CONTENT_KEYS)}")
     given = {key: item for key, item in value.items() if item is not None}
-    for key, owner in (("fps", "video"), ("sampling_rate", "audio")):
-        if key in given and owner not in given:
-            raise MmembedError(f"content: '{key}' describes '{owner}', which is not there; remove it")
+    if "sampling_rate" in given and "audio" not in given:
+        raise MmembedError("content: 'sampling_rate' describes 'audio', which is not there; remove it")
     parts: list[Part] = [_to_image(given["image"])] if "image" in given else []
     parts += _to_images("images", given["images"]) if "images" in given else []
     if "video" in given:
-        parts.append(Video(_to_images("video", given["video"]), _positive("fps", given.get("fps"))))
+        parts.append(Video(_to_images("video", given["video"])))
     if "audio" in given:
         parts.append(_to_audio(given["audio"], given.get("sampling_rate")))
     if "text" in given:

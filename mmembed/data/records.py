@@ -2,7 +2,7 @@
 
     {"query": "a red bus", "documents": [{"content": {"image": "bus.jpg"}}, {"content": "a train", "relevance": 0}]}
 
-A content is a string, a mapping of `text`, `image`, `images`, `video` (+ `fps`), `audio` (+ `sampling_rate`), or a list
+A content is a string, a mapping of `text`, `image`, `images`, `video`, `audio` (+ `sampling_rate`), or a list
 of those when the order of the parts matters. What cannot be right is an error with file, line and remedy; a key that is
 not known is an error as well, because a misspelt `relevancy` would silently make a negative a positive.
 """
@@ -219,8 +219,7 @@ def _part_to_json(part: Part) -> dict[str, Any]:
     if isinstance(part, Image):
         return {"image": _path(part.source)}
     if isinstance(part, Video):
-        frames = {"video": [_path(frame.source) for frame in part.frames]}
-        return frames if part.fps is None else {**frames, "fps": part.fps}
+        return {"video": [_path(frame.source) for frame in part.frames]}
     sound: dict[str, Any] = {"audio": _path(part.source)}
     return sound if part.sampling_rate is None else {**sound, "sampling_rate": part.sampling_rate}
 

@@ -158,7 +158,7 @@ def test_text_families_refuse_images(family_folder) -> None:
 def test_video_is_its_frames_and_audio_is_refused(family_folder) -> None:
     model, preprocessor = build(family_folder("qwen3_vl"))
     frames = [picture(seed) for seed in range(3)]
-    video, images = Item(to_content({"video": frames, "fps": 1})), Item(to_content({"images": frames}))
+    video, images = Item(to_content({"video": frames})), Item(to_content({"images": frames}))
     assert torch.equal(vectors(model, preprocessor, [video]), vectors(model, preprocessor, [images]))
     with pytest.raises(MmembedError, match="does not hear"):
         preprocessor([Item(to_content({"audio": "sound.wav"}))])
