@@ -39,8 +39,10 @@ def training_arguments(config: EmbedderConfig) -> TrainingArguments:
         chosen.setdefault("greater_is_better", True)
     if chosen.get("fp16") and chosen.get("use_cpu"):
         raise ConfigError("training.fp16: half precision on a CPU loses gradients; use training.bf16")
-    if chosen.get("deepspeed"):
-        raise ConfigError("training.deepspeed: sharded training is not in this version; train with DDP (torchrun)")
+    if chosen.get("deepspeed") and chosen.get("load_best_model_at_end"):
+        raise ConfigError(
+            "training.load_best_model_at_end: not with DeepSpeed; take the best checkpoint folder instead"
+        )
     try:
         return TrainingArguments(remove_unused_columns=False, label_names=[], **chosen)
     except (ValueError, TypeError) as error:

@@ -26,6 +26,7 @@ from mmembed.objectives.gather import world
 
 BUCKET = 32 * 2**20  # gradient values reduced at once: large enough for bandwidth, small enough to be no memory
 Encode = Callable[[Chunk], Embeddings]
+Backward = Callable[[list[Tensor], list[Tensor], bool], None]
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ def contrastive_step(
     batch: Batch,
     keep_tokens: int | None,
     scale: float = 1.0,
-    backward: Callable[[Tensor, Tensor], None] | None = None,
+    backward: Backward | None = None,
+    rounds: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Adds the gradient of `scale * objective(batch)` to the parameters of the model and of the objective.
 
@@ -59,35 +61,54 @@ def contrastive_step(
         encode: a chunk -> its embeddings; draws randomness from torch's default generators only.
         keep_tokens: padded tokens whose graphs are kept between the passes; None keeps all, 0 none.
         scale: of the gradient (1 / accumulation steps, times a loss scale); not of the returned loss.
-        backward: (vectors, gradient) -> None, sends a gradient back through a chunk; torch.autograd.backward if None.
+        backward: (outputs, their gradients, last) -> None, sends gradients back; `last` is true once, at the end.
+            torch.autograd.backward if None.
+        rounds: run so many forwards a pass and backwards, repeating a chunk without effect: for engines whose forward
+            and backward are collectives (ZeRO-2, ZeRO-3), where processes must not run different numbers. Nothing is
+            kept then.
 
     Returns:
         The detached local loss and the objective's metrics.
     """
-    backward = backward or torch.autograd.backward
-    first_kept = _first_kept(batch, keep_tokens)
-    states, outputs = [], []
+    backward = backward or _plain_backward
+    first_kept = len(batch.chunks) if rounds is not None else _first_kept(batch, keep_tokens)
+    idle = max(0, (rounds or 0) - len(batch.chunks))
+    states: list[RandomState] = []
+    outputs: list[Embeddings] = []
     for number, chunk in enumerate(batch.chunks):  # always in this order: dropout does not depend on what is kept
         if number < first_kept:
             states.append(RandomState.capture())
         with torch.set_grad_enabled(number >= first_kept):
             outputs.append(encode(chunk))
+    with torch.no_grad():
+        for _ in range(idle):
+            encode(batch.chunks[-1])
+
     leaves = [output.vectors.detach().requires_grad_() for output in outputs]
     vectors = _assemble(batch, [Embeddings(leaf, out.mask) for leaf, out in zip(leaves, outputs, strict=True)])
     place = batch.place.to(leaves[0].device)
     queries, documents = vectors.rows(place[: batch.n_queries]), vectors.rows(place[batch.n_queries :])
     loss, metrics = objective(queries, documents, batch.labels.to(place.device))
-    (loss * scale).backward()
+    learned = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    found = torch.autograd.grad(loss * scale, [*leaves, *learned])
+    gradients, of_learned = list(found[: len(leaves)]), list(found[len(leaves) :])
 
-    after = RandomState.capture() if states else None
-    for number in range(first_kept, len(outputs)):  # kept graphs go first: their memory is free for the others
-        backward(outputs[number].vectors, _gradient(leaves[number]))
-        outputs[number] = Embeddings(leaves[number].detach())
-    for number, state in enumerate(states):
-        state.restore()
-        backward(encode(batch.chunks[number]).vectors, _gradient(leaves[number]))
-    if after is not None:
-        after.restore()
+    after = RandomState.capture()
+    order = [*range(first_kept, len(outputs)), *range(first_kept)]  # kept graphs first: then their memory is free
+    for position, number in enumerate(order + [-1] * idle):
+        last = position == len(order) + idle - 1
+        if number < 0:
+            output = encode(batch.chunks[-1]).vectors
+            gradient = torch.zeros_like(output)
+        else:
+            gradient = gradients[number]
+            if number < first_kept:
+                states[number].restore()
+                output = encode(batch.chunks[number]).vectors
+            else:
+                output, outputs[number] = outputs[number].vectors, Embeddings(leaves[number].detach())
+        backward([output, *learned] if last else [output], [gradient, *of_learned] if last else [gradient], last)
+    after.restore()
     return loss.detach(), metrics
 
 
@@ -132,10 +153,9 @@ def _assemble(batch: Batch, parts: list[Embeddings]) -> Embeddings:
     return Embeddings.concatenate(parts).rows(order)
 
 
-def _gradient(leaf: Tensor) -> Tensor:
-    if leaf.grad is None:
-        raise RuntimeError("the objective left a chunk's vectors without a gradient")
-    return leaf.grad
+def _plain_backward(outputs: list[Tensor], gradients: list[Tensor], last: bool) -> None:
+    pairs = [(output, grad) for output, grad in zip(outputs, gradients, strict=True) if output.requires_grad]
+    torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
 
 
 def _buckets(gradients: list[Tensor]) -> Iterable[list[Tensor]]:

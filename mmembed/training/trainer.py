@@ -34,6 +34,7 @@ from mmembed.errors import CheckpointError
 from mmembed.models.checkpoint import restore_weights, save_checkpoint
 from mmembed.models.embedding_model import EmbeddingModel
 from mmembed.objectives import Objective
+from mmembed.objectives.gather import gather_counts
 from mmembed.preprocess import ModelInputs, Preprocessor
 from mmembed.training.batch_report import Report, batch_report, check_fields, keep_tokens
 from mmembed.training.evaluation import build_dev_set, evaluate
@@ -164,8 +165,10 @@ class EmbedderTrainer(Trainer):
                 inputs,
                 self.keep_tokens,
                 scale=(1.0 if scaler is None else scaler.get_scale()) / accumulation,
+                backward=self._engine_backward if self.is_deepspeed_enabled else None,
+                rounds=max(gather_counts(len(inputs.chunks), self.args.device)) if self.is_deepspeed_enabled else None,
             )
-        if self.accelerator.sync_gradients:
+        if self.accelerator.sync_gradients and not self.is_deepspeed_enabled:
             reduce_gradients(model.parameters())
         self._count(inputs, metrics)
         return loss / accumulation
@@ -173,9 +176,16 @@ class EmbedderTrainer(Trainer):
     def _encode(self, model: nn.Module, chunk: Chunk) -> Embeddings:
         return model(chunk.inputs(self.preprocessor).to(self.args.device))
 
+    def _engine_backward(self, outputs: list[Tensor], gradients: list[Tensor], last: bool) -> None:
+        """Through DeepSpeed: it reduces (and steps) after the last chunk of the last accumulated batch."""
+        surrogate = sum((output * gradient).sum() for output, gradient in zip(outputs, gradients, strict=True))
+        boundary = last and self.accelerator.sync_gradients
+        self.accelerator.deepspeed_engine_wrapped.backward(surrogate, sync_gradients=boundary, scale_wrt_gas=False)
+
     def _without_reduction(self, model: nn.Module) -> AbstractContextManager[Any]:
         """DDP must not reduce: processes may run another number of chunks, over other parameters."""
-        return self.accelerator.no_sync(model) if self.args.world_size > 1 else nullcontext()
+        reduces = self.args.world_size > 1 and not self.is_deepspeed_enabled
+        return self.accelerator.no_sync(model) if reduces else nullcontext()
 
     # Data -------------------------------------------------------------------------------------------------------------
 
@@ -311,8 +321,13 @@ class EmbedderTrainer(Trainer):
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
-        save_checkpoint(folder, self.model.model, self.preprocessor, self.run_config.hash())
-        parameters = {name: value.cpu() for name, value in self.model.objective.state_dict().items()}
+        state = dict(state_dict or self.model.state_dict())
+        of_model = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
+        save_checkpoint(folder, self.model.model, self.preprocessor, self.run_config.hash(), of_model)
+        prefix = "objective."
+        parameters = {
+            name.removeprefix(prefix): value.cpu() for name, value in state.items() if name.startswith(prefix)
+        }
         if parameters:
             save_file(parameters, folder / OBJECTIVE)
 
