@@ -18,6 +18,7 @@ from mmembed.embeddings import Embeddings
 from mmembed.errors import ConfigError, nearest
 
 Similarity = Callable[[Embeddings, Embeddings], Tensor]
+PRODUCTS = 2**24  # dot products of late interaction alive at once: 64 MB in float32
 
 
 def cosine(a: Embeddings, b: Embeddings) -> Tensor:
@@ -29,13 +30,22 @@ def dot(a: Embeddings, b: Embeddings) -> Tensor:
 
 
 def maxsim(a: Embeddings, b: Embeddings) -> Tensor:
-    """The A*B*T*S products are made 16 rows of A at a time, and again in the backward instead of being kept."""
+    """The A*B*T*S products are made in blocks of both sides, and again in the backward instead of being kept."""
     mask_a, mask_b = _mask(a), _mask(b)  # (A, T), (B, S)
-    blocks = [
-        checkpoint(_maxsim_block, a.vectors[part], b.vectors, mask_a[part], mask_b, use_reentrant=False)
-        for part in (slice(start, start + 16) for start in range(0, len(a.vectors), 16))
-    ]
-    return torch.cat(blocks)
+    rows_a, rows_b = _block_rows(len(mask_a), mask_a.shape[1] * mask_b.shape[1])
+    right = list(zip(b.vectors.split(rows_b), mask_b.split(rows_b), strict=True))
+    return torch.cat(
+        [
+            torch.cat(
+                [
+                    checkpoint(_maxsim_block, x, y, keep_x, keep_y, use_reentrant=False, preserve_rng_state=False)
+                    for y, keep_y in right
+                ],
+                dim=1,
+            )
+            for x, keep_x in zip(a.vectors.split(rows_a), mask_a.split(rows_a), strict=True)
+        ]
+    )
 
 
 def maxsim_mean(a: Embeddings, b: Embeddings) -> Tensor:
@@ -50,6 +60,12 @@ def get_similarity(name: str) -> Similarity:
     if name not in SIMILARITIES:
         raise ConfigError(f"objective.similarity: there is no '{name}'; {nearest(name, SIMILARITIES)}")
     return SIMILARITIES[name]
+
+
+def _block_rows(count: int, products_a_pair: int) -> tuple[int, int]:
+    """Rows of each side of a block: at most 16 of the left, and as many of the right as PRODUCTS allow."""
+    rows = max(1, min(count, 16, PRODUCTS // products_a_pair))
+    return rows, max(1, PRODUCTS // (rows * products_a_pair))
 
 
 def _maxsim_block(a: Tensor, b: Tensor, mask_a: Tensor, mask_b: Tensor) -> Tensor:
