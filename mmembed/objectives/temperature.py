@@ -36,4 +36,6 @@ class Temperature(nn.Module):
         """What similarities are multiplied by."""
         if self.log_scale is None:
             return 1 / self.value
-        return self.log_scale.clamp(max=math.log(1 / SMALLEST)).exp()
+        with torch.no_grad():  # the parameter itself, as CLIP does after each step: beyond a clamp it had no gradient
+            self.log_scale.clamp_(max=math.log(1 / SMALLEST))
+        return self.log_scale.exp()
