@@ -1,7 +1,9 @@
 """Contrastive objective: each local query against the candidates of all processes.
 
 Scores are similarity / temperature; labels become an explicit relevance matrix; `symmetric` averages in the other
-direction (each positive document against all queries), as CLIP does. Cost: (Q, C) floats, a few times.
+direction (each positive document against all queries), as CLIP does. Where queries have different numbers of positives,
+a process's reverse loss weighs as many as it has, so that the mean over processes is the mean over all positives.
+Cost: (Q, C) floats, a few times.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from mmembed.embeddings import Embeddings
 from mmembed.errors import ConfigError
 from mmembed.losses import LOSSES, Scores
 from mmembed.objectives import Objective
-from mmembed.objectives.gather import gather_embeddings
+from mmembed.objectives.gather import gather_counts, gather_embeddings
 from mmembed.objectives.relations import Relations
 from mmembed.objectives.similarity import get_similarity
 from mmembed.objectives.temperature import Temperature
@@ -33,6 +35,7 @@ class Gathered:
     relevance: Tensor  # (Q, C)
     valid: Tensor  # (Q, C)
     reverse: Gathered | None = None  # rows are local positive documents, columns are the queries of all processes
+    weight: float = 1.0  # of the mean over rows: this process's share of the rows of all, times their number
 
 
 class Contrastive(Objective):
@@ -42,7 +45,8 @@ class Contrastive(Objective):
         loss: name or block of a loss.
         temperature: a number (default 0.05, sentence-transformers' scale 20), or `{value, learn}`.
         similarity: cosine, dot, maxsim, maxsim_mean; default cosine for one vector an input, maxsim for several.
-        symmetric: average the loss with its reverse direction.
+        symmetric: average the loss with its reverse direction. Sources with in-batch negatives off have one direction
+            only: there a document meets no query but its own.
         cross_device_negatives: candidates of all processes, or of this one.
         mask_duplicates: other queries' documents that equal an own positive, or answer the same query, do not count.
         false_negative_margin: negatives whose similarity is above the best positive's + margin do not count (0.1 in
@@ -87,13 +91,17 @@ class Contrastive(Objective):
         local_queries = relations.local(relations.query_counts)
         candidates = gather_embeddings(documents, relations.document_counts)
         forward = Gathered(queries, candidates, *relations.matrix(local_queries, slice(None), self.mask_duplicates))
-        if not self.symmetric:
+        if not self.symmetric or not labels.in_batch:
             return forward
         all_queries = gather_embeddings(queries, relations.query_counts)
         local_documents = relations.local(relations.document_counts)
         relevance, valid = relations.matrix(slice(None), local_documents, self.mask_duplicates)  # (M, D) each
         positive = (labels.relevance > 0).nonzero().squeeze(1)  # (P,)
-        reverse = Gathered(documents.rows(positive), all_queries, relevance.T[positive], valid.T[positive])
+        counts = gather_counts(len(positive), positive.device)
+        weight = len(positive) * len(counts) / sum(counts)
+        reverse = Gathered(
+            documents.rows(positive), all_queries, relevance.T[positive], valid.T[positive], None, weight
+        )
         return replace(forward, reverse=reverse)
 
     def truncate(self, gathered: Gathered, size: int) -> Gathered:
@@ -116,7 +124,7 @@ class Contrastive(Objective):
         if self.false_negative_margin is not None:
             valid = valid & ~self._false_negatives(similarities.detach(), relevance, valid)
         scores = Scores(similarities * self.temperature.scale(), relevance, valid)
-        return self.loss(scores).mean(), self._metrics(similarities.detach(), scores)
+        return self.loss(scores).mean() * gathered.weight, self._metrics(similarities.detach(), scores)
 
     def _false_negatives(self, similarities: Tensor, relevance: Tensor, valid: Tensor) -> Tensor:
         positive = valid & (relevance > 0)  # (Q, C)

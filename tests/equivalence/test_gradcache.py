@@ -100,7 +100,7 @@ def test_golden_gradient():
 
 @pytest.mark.distributed
 def test_two_processes_equal_one():
-    """Uneven chunks, a parameter that only one process uses, learned temperature, symmetric, late interaction."""
+    """Uneven chunks and positives, a parameter that one process alone uses, learned temperature, symmetric, maxsim."""
     root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(root)}
@@ -114,7 +114,7 @@ def test_two_processes_equal_one():
     )
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(next(line for line in run.stdout.splitlines() if line.startswith("{")))
-    assert len(found) == 5
+    assert len(found) == 6
     for name, (loss, gradient) in found.items():
         assert loss < TOLERANCE, name
         assert gradient < TOLERANCE, name

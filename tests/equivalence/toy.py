@@ -34,8 +34,13 @@ class ToyEncoder(nn.Module):
         return Embeddings((hidden * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True))
 
 
-def make_batch(queries, per_query, chunk_tokens, chunk_rows=None, seed=0, first=0, count=None, in_batch=True):
-    """A batch of `count` queries from `first` on, out of `queries`: the slice that one process would get."""
+def make_batch(
+    queries, per_query, chunk_tokens, chunk_rows=None, seed=0, first=0, count=None, in_batch=True, ragged=False
+):
+    """A batch of `count` queries from `first` on, out of `queries`: the slice that one process would get.
+
+    One positive a query; `ragged`: all documents of query 0 are positive.
+    """
     generator = random.Random(seed)
     count = queries - first if count is None else count
 
@@ -47,9 +52,12 @@ def make_batch(queries, per_query, chunk_tokens, chunk_rows=None, seed=0, first=
     chosen = range(first, first + count)
     rows = [query_rows[i] for i in chosen] + [document for i in chosen for document in document_rows[i]]
     keys = torch.arange(1000, 1000 + queries * per_query).view(queries, per_query)[first : first + count]
+    relevance = torch.tensor([1.0] + [0.0] * (per_query - 1)).repeat(count)
+    if ragged and first == 0:
+        relevance[:per_query] = 1.0
     labels = BatchLabels(
         owner=torch.arange(count).repeat_interleave(per_query),
-        relevance=torch.tensor([1.0] + [0.0] * (per_query - 1)).repeat(count),
+        relevance=relevance,
         score=torch.full((count * per_query,), float("nan")),
         document_keys=keys.reshape(-1, 1).expand(-1, 2),
         query_keys=torch.arange(first, first + count),

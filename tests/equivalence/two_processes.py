@@ -10,11 +10,12 @@ from mmembed.training.gradcache import contrastive_step, reduce_gradients
 from tests.equivalence.toy import ToyEncoder, gradients, make_batch, relative
 
 CASES = {
-    "learned temperature": ({"temperature": {"value": 0.1, "learn": True}}, False, True),
-    "symmetric": ({"temperature": 0.1, "symmetric": True}, False, True),
-    "late interaction": ({"temperature": 1.0}, True, True),
-    "own group only": ({"temperature": 0.1}, False, False),
-    "matryoshka": ({"temperature": 0.1, "matryoshka": {"dims": [8, 4]}}, False, True),
+    "learned temperature": ({"temperature": {"value": 0.1, "learn": True}}, False, {}),
+    "symmetric": ({"temperature": 0.1, "symmetric": True}, False, {}),
+    "symmetric, several positives": ({"temperature": 0.1, "symmetric": True}, False, {"ragged": True}),
+    "late interaction": ({"temperature": 1.0}, True, {}),
+    "own group only": ({"temperature": 0.1}, False, {"in_batch": False}),
+    "matryoshka": ({"temperature": 0.1, "matryoshka": {"dims": [8, 4]}}, False, {}),
 }
 
 
@@ -23,10 +24,10 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     report = {}
-    for name, (options, multi_vector, in_batch) in CASES.items():
+    for name, (options, multi_vector, labels) in CASES.items():
         encoder, objective = ToyEncoder(multi_vector=multi_vector), build_objective({"type": "contrastive", **options})
         # 3 queries each, in chunks of different sizes: the processes run a different number of forwards
-        batch = make_batch(6, 3, 20 + 30 * rank, first=3 * rank, count=3, in_batch=in_batch)
+        batch = make_batch(6, 3, 20 + 30 * rank, first=3 * rank, count=3, **labels)
         loss, _ = contrastive_step(encoder, objective, batch, keep_tokens=30)
         if rank == 0:  # used by one process alone
             encoder.unused.weight.sum().backward()
@@ -42,10 +43,10 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def single_process(options, multi_vector, in_batch):
+def single_process(options, multi_vector, labels):
     """Loss and gradient of the whole batch in one process."""
     encoder, objective = ToyEncoder(multi_vector=multi_vector), build_objective({"type": "contrastive", **options})
-    loss, _ = contrastive_step(encoder, objective, make_batch(6, 3, 10**6, in_batch=in_batch), None)
+    loss, _ = contrastive_step(encoder, objective, make_batch(6, 3, 10**6, **labels), None)
     (encoder.unused.weight.sum() / 2).backward()
     return loss.item(), gradients(encoder, objective)
 

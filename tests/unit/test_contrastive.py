@@ -128,6 +128,30 @@ def test_symmetric_is_the_mean_of_both_directions():
     assert both.item() == pytest.approx((there.item() + back.item()) / 2)
 
 
+def test_symmetric_leaves_out_the_direction_that_has_no_rivals():
+    """Without in-batch negatives a document meets its own query alone: averaging in that 0 would halve the gradient."""
+    queries, documents = embed(3), embed(6, seed=1)
+    labels = make_labels(OWNER, RELEVANCE, in_batch=False)
+    one_way, _ = build_objective({"type": "contrastive", "temperature": 0.3})(queries, documents, labels)
+    both, _ = build_objective({"type": "contrastive", "temperature": 0.3, "symmetric": True})(
+        queries, documents, labels
+    )
+    assert both.item() == pytest.approx(one_way.item())
+
+
+def test_a_learned_temperature_leaves_its_floor_again():
+    """Where a step pushed it below, the next loss uses the floor and its gradient still moves the parameter."""
+    objective = build_objective({"type": "contrastive", "temperature": {"value": 0.05, "learn": True}})
+    with torch.no_grad():
+        objective.temperature.log_scale.fill_(20.0)
+    queries = embed(3)
+    wrong = Embeddings(-queries.vectors)  # far too sure of what is wrong: the temperature has to rise
+    loss, _ = objective(queries, wrong, make_labels([0, 1, 2], [1, 1, 1]))
+    loss.backward()
+    torch.optim.SGD(objective.parameters(), lr=1e-3).step()
+    assert 0 < objective.temperature.log_scale.item() < math.log(100)
+
+
 def test_learned_temperature_has_a_gradient_and_a_floor():
     objective = build_objective({"type": "contrastive", "temperature": {"value": 0.05, "learn": True}})
     loss, metrics = objective(embed(3), embed(3, seed=1), make_labels([0, 1, 2], [1, 1, 1]))
