@@ -49,6 +49,10 @@ class ModelConfig(_Block):
 LORA_TYPES = ("lora", "dora", "rslora", "qlora")
 PROMPT_TYPES = ("prefix", "prompt")
 _OPTIMIZER_KEYS = {"lion": ("adam_epsilon",), "adafactor": ("adam_beta1", "adam_beta2", "adam_epsilon")}  # unread by it
+_WITHOUT_ARGUMENTS = {  # ours, and those of transformers.TrainingArguments.optim that leave optim_args unread
+    *("adamw", "adamw_8bit", "lion", "adafactor", "adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit"),
+    *("paged_adamw_32bit", "paged_adamw_8bit", "lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit"),
+}
 _ADAPTER_KEYS = {  # which types each key acts on; given with another type it is refused instead of ignored
     "r": LORA_TYPES,
     "alpha": LORA_TYPES,
@@ -180,6 +184,10 @@ class TrainingConfig(_Block):
         """What goes to transformers.TrainingArguments, `output_dir` included."""
         return {"output_dir": self.output_dir, **(self.model_extra or {})}
 
+    @property
+    def _optim(self) -> str:
+        return str((self.model_extra or {}).get("optim", self.optimizer or "adamw"))
+
     @model_validator(mode="after")
     def _names(self) -> TrainingConfig:
         for key in self.model_extra or {}:
@@ -190,6 +198,11 @@ class TrainingConfig(_Block):
                 raise ConfigError(f"unknown key '{key}'; {nearest(key, known)}")
         if self.optimizer is not None and "optim" in (self.model_extra or {}):
             raise ConfigError("'optimizer' and 'optim' are both given; keep one")
+        if "optim_args" in (self.model_extra or {}) and self._optim in _WITHOUT_ARGUMENTS:
+            raise ConfigError(
+                f"'optim_args' has no effect with optimizer '{self._optim}'; remove it, or name with 'optim' an "
+                "optimizer of transformers that reads it"
+            )
         for key in sorted(set(self.model_extra or {}) & set(_OPTIMIZER_KEYS.get(self.optimizer or "adamw", ()))):
             raise ConfigError(f"'{key}' has no effect with optimizer '{self.optimizer}'; remove it")
         if "early_stopping_threshold" in self.model_fields_set and self.early_stopping_patience is None:
@@ -337,7 +350,18 @@ UNUSABLE_ARGUMENTS = {
     "bf16_full_eval": "dev evaluation runs in the precision of training",
     "fp16_full_eval": "dev evaluation runs in the precision of training",
     "torch_empty_cache_steps": "memory is bounded by training.token_budget",
-    "push_to_hub": "nothing is uploaded from training; export the folder first",
+    **dict.fromkeys(
+        (
+            "push_to_hub",
+            "hub_model_id",
+            "hub_strategy",
+            "hub_token",
+            "hub_private_repo",
+            "hub_always_push",
+            "hub_revision",
+        ),
+        "nothing is uploaded from training; upload the finished folder yourself",
+    ),
 }
 
 _ALIASES: dict[str, tuple[str, ...]] = {  # names that users' hands know -> ours
@@ -445,8 +469,6 @@ def _clashes(config: EmbedderConfig) -> list[str]:
             "adapter.type 'qlora' + model.dtype 'float32': quantised weights compute in half precision; use "
             "bfloat16 or auto"
         )
-    if adapter == "qlora" and re.search(r"zero_?3|stage.{1,4}3", str(arguments.get("deepspeed"))):
-        clashes.append("adapter.type 'qlora' + DeepSpeed ZeRO-3: 4-bit weights cannot be sharded; use ZeRO-2")
     if config.model.dtype == "float16" and adapter == "none" and not arguments.get("fp16"):
         clashes.append(
             "model.dtype 'float16' + adapter.type 'none': half-precision weights lose small updates; use float32 "
@@ -471,8 +493,14 @@ def _clashes(config: EmbedderConfig) -> list[str]:
         )
     if config.training.early_stopping_patience is not None and not config.data.dev:
         clashes.append("training.early_stopping_patience: there is no data.dev to watch")
-    if arguments.get("eval_strategy", "no") not in ("no", False) and not config.data.dev:
+    evaluates = arguments.get("eval_strategy", "no") not in ("no", False, None)
+    if evaluates and not config.data.dev:
         clashes.append("training.eval_strategy: there is no data.dev to evaluate on")
+    if config.training.early_stopping_patience is not None and not evaluates:
+        clashes.append(
+            "training.early_stopping_patience: nothing is evaluated while training; set training.eval_strategy to "
+            "steps or epoch"
+        )
     return clashes
 
 
