@@ -44,9 +44,12 @@ def training_arguments(config: EmbedderConfig) -> TrainingArguments:
             "training.load_best_model_at_end: not with DeepSpeed; take the best checkpoint folder instead"
         )
     try:
-        return TrainingArguments(remove_unused_columns=False, label_names=[], **chosen)
+        args = TrainingArguments(remove_unused_columns=False, label_names=[], **chosen)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"training: {error}") from error
+    if args.deepspeed_plugin is not None and args.deepspeed_plugin.hf_ds_config.is_zero3():
+        raise ConfigError("training.deepspeed: ZeRO-3 is not supported; use recipes/deepspeed/zero2.json")
+    return args
 
 
 def default_metric(config: EmbedderConfig) -> str:

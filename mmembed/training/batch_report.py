@@ -60,6 +60,7 @@ def batch_report(
     plan: BatchPlan,
     first: Batch,
     model: nn.Module,
+    preprocessor: Preprocessor,
     accumulation: int,
 ) -> Report:
     """Describes the run.
@@ -85,7 +86,7 @@ def batch_report(
                 f"data source '{dataset.name}' ({tasks}) has in-batch negatives on: texts of one class are false "
                 "negatives of each other; set in_batch_negatives: false (NV-Embed, section 3)"
             )
-    lines += _batch_lines(config, plan, first, accumulation)
+    lines += _batch_lines(config, plan, first, preprocessor, accumulation)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
     lines.append(f"parameters: {trained:,} trained of {total:,}")
@@ -100,20 +101,25 @@ def keep_tokens(config: EmbedderConfig) -> int | None:
     return 0 if config.training.grad_cache else None
 
 
-def _batch_lines(config: EmbedderConfig, plan: BatchPlan, first: Batch, accumulation: int) -> list[str]:
+def _batch_lines(
+    config: EmbedderConfig, plan: BatchPlan, first: Batch, preprocessor: Preprocessor, accumulation: int
+) -> list[str]:
     labels = first.labels
     own = int((labels.relevance <= 0).sum()) / first.n_queries
     others = (first.n_documents - first.n_documents / first.n_queries) if labels.in_batch else 0.0
     remote = (plan.world_size - 1) * first.n_documents if labels.in_batch else 0.0
     inputs = sum(len(chunk.rows) for chunk in first.chunks)
-    visual = sum(bool(row.images) for chunk in first.chunks for row in chunk.rows)
+    pictured = [row for chunk in first.chunks for row in chunk.rows if row.images]
+    family = preprocessor.family
+    image_token = family.tokenizer.convert_tokens_to_ids(family.image_token) if family.multimodal else None
+    visual = sum(list(row.ids).count(image_token) for row in pictured)
     kept = keep_tokens(config)
     again = max(0, first.padded_tokens - kept) if kept is not None else 0
     lines = [
         f"batch: {plan.batch_size} queries x {plan.world_size} processes of one source",
         f"first batch ('{labels.source}'): {own:.1f} hard negatives a query, {others:.0f} in-batch negatives of this "
         f"process and {remote:.0f} of others",
-        f"  {inputs:,} distinct inputs ({visual:,} with pictures), {first.tokens:,} tokens, "
+        f"  {inputs:,} distinct inputs ({len(pictured):,} with pictures), {first.tokens:,} tokens ({visual:,} visual), "
         f"{first.padded_tokens / first.tokens - 1:.0%} padding, {len(first.chunks)} chunks, "
         f"{again / first.padded_tokens:.0%} encoded twice",
     ]

@@ -149,7 +149,9 @@ class EmbedderTrainer(Trainer):
         """The batch report of the first batch."""
         first = self.data_collator([self.train_dataset[index] for index in next(iter(self.plan))])
         accumulation = self.args.gradient_accumulation_steps
-        return batch_report(self.run_config, self.train_sources, self.plan, first, self.model, accumulation)
+        return batch_report(
+            self.run_config, self.train_sources, self.plan, first, self.model, self.preprocessor, accumulation
+        )
 
     # The step ---------------------------------------------------------------------------------------------------------
 

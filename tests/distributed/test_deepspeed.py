@@ -1,4 +1,4 @@
-"""Two processes under DeepSpeed follow the trajectory of one process without it, at every ZeRO stage."""
+"""Two processes under DeepSpeed follow the trajectory of one process without it, at ZeRO stages 1 and 2."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def losses(folder):
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 2])
 def test_zero_stage(config_file, tmp_path, stage):  # noqa: F811
     exact = ["adapter.dropout=0.0", "data.dev=[]"]
     assert main(["--config", str(config_file), *exact, f"training.output_dir={tmp_path / 'one'}"]) == 0
