@@ -275,6 +275,7 @@ def _add_verify(subparsers: Any) -> argparse.ArgumentParser:
     )
     command.add_argument("checkpoint", type=Path, help="folder of a saved embedder")
     command.add_argument("--tolerance", type=float, default=1e-3, help="largest allowed difference (default 1e-3)")
+    _add_trust(command)
     command.set_defaults(run=_verify)
     return command
 
@@ -284,7 +285,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     from mmembed.models.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
 
-    model, preprocessor = load_checkpoint(arguments.checkpoint)
+    model, preprocessor = load_checkpoint(arguments.checkpoint, trust_remote_code=arguments.trust_remote_code)
     difference = verify_checkpoint(arguments.checkpoint, model, preprocessor, arguments.tolerance)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
@@ -381,10 +382,19 @@ def _add_model(command: argparse.ArgumentParser, default: str | None) -> None:
     )
     command.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
     command.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default auto)")
+    _add_trust(command)
     command.add_argument(
         "--media-root",
         type=Path,
         help="folder that relative image paths start from and must stay in (default: the folder of the source)",
+    )
+
+
+def _add_trust(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the python code that the backbone brings with it; read it first",
     )
 
 
@@ -421,7 +431,13 @@ def _load(arguments: argparse.Namespace, model: str) -> Embedder:
 
     disable_progress_bar()  # a bar a file of weights says nothing
     root = arguments.media_root or media_root(vars(arguments).get("source") or arguments.target)
-    return Embedder.from_pretrained(model, device=arguments.device, dtype=arguments.dtype, media=MediaStore(root))
+    return Embedder.from_pretrained(
+        model,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        media=MediaStore(root),
+        trust_remote_code=arguments.trust_remote_code,
+    )
 
 
 def _load_media(embedder: Embedder, root: Path | None) -> Embedder:

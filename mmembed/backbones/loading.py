@@ -68,13 +68,22 @@ def load_backbone(
         model = AutoModel.from_pretrained(
             path, config=config, use_safetensors=True, **arguments, **common
         )  # no pickles
+        multimodal = "vision_config" in config.to_dict()
+        processor = load_processor(processor_path or path, multimodal=multimodal, **common)
+    except ConfigError:
+        raise
     except (OSError, ValueError, SafetensorError) as error:
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"model.name_or_path: '{name_or_path}' brings python code of its own, which is not run unless asked "
+                "for; read that code, then give trust_remote_code (model.trust_remote_code: true in a config, "
+                "--trust-remote-code on the command line)"
+            ) from error
         raise ConfigError(
             f"model.name_or_path: cannot load '{name_or_path}' ({str(error).strip().splitlines()[0]}); give a folder "
             "with config.json and safetensors weights, a model name that can be reached, or 'mmembed-nano'"
         ) from error
     set_attention(model, attention)
-    processor = load_processor(processor_path or path, multimodal="vision_config" in config.to_dict(), **common)
     return Backbone(model, processor, family_of(model.config, processor), model.config)
 
 

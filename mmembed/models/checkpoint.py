@@ -80,11 +80,13 @@ def load_checkpoint(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     media: MediaStore | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[EmbeddingModel, Preprocessor]:
     """Loads an embedder in evaluation mode. A folder or name without `mmembed.json` is a bare backbone: mean pooling.
 
     Args:
         dtype: overrides the saved dtype of the backbone.
+        trust_remote_code: run the code that the backbone brings; nothing in the folder can ask for it.
 
     Raises:
         CheckpointError: files are missing or broken, or the weights belong to another architecture.
@@ -95,9 +97,10 @@ def load_checkpoint(
             raise CheckpointError(
                 f"{folder}: neither mmembed.json nor config.json is there; give a saved embedder or a backbone"
             )
-        model, preprocessor = build_from_settings(EmbedderSettings(str(folder), adapter=None), media, dtype)
+        bare = EmbedderSettings(str(folder), adapter=None, trust_remote_code=trust_remote_code)
+        model, preprocessor = build_from_settings(bare, media, dtype)
     else:
-        model, preprocessor = _load_described(path, str(folder), dtype, media)
+        model, preprocessor = _load_described(path, str(folder), dtype, media, trust_remote_code)
     return model.to(device).eval() if device is not None else model.eval(), preprocessor
 
 
@@ -141,7 +144,10 @@ def restore_weights(folder: str | Path, model: EmbeddingModel) -> None:
         _read_adapter(folder / ADAPTER, model)
         _read_head(folder / POOLING, model)
         return
-    saved, _ = load_checkpoint(folder)  # through the loader: a family may save its weights under other names
+    trusted = model.settings.trust_remote_code
+    saved, _ = load_checkpoint(
+        folder, trust_remote_code=trusted
+    )  # through the loader: a family may save its weights under other names
     _check_fit(folder, model.state_dict(), saved.state_dict())
     model.load_state_dict(saved.state_dict())
 
@@ -153,8 +159,9 @@ def read_settings(path: str | Path) -> tuple[EmbedderSettings, dict[str, Any]]:
         described = json.loads(file.read_text())
         if described["format"] > FORMAT:
             raise CheckpointError(f"{file}: format {described['format']} is newer than this mmembed; upgrade mmembed")
-        return EmbedderSettings(**described["settings"]), described
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        settings = {key: value for key, value in described["settings"].items() if key != "trust_remote_code"}
+        return EmbedderSettings(**settings), described
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{file}: not a settings file of mmembed ({error}); restore it from another copy"
         ) from error
@@ -175,7 +182,9 @@ def verify_checkpoint(
     was_training = model.training
     ours = _vectors(model.eval(), preprocessor, items)
     model.train(was_training)
-    reloaded, loaded_preprocessor = load_checkpoint(folder, device=model.device, media=preprocessor.media)
+    reloaded, loaded_preprocessor = load_checkpoint(
+        folder, device=model.device, media=preprocessor.media, trust_remote_code=model.settings.trust_remote_code
+    )
     difference = (ours - _vectors(reloaded, loaded_preprocessor, items)).abs().max().item()
     if difference > tolerance:
         raise CheckpointError(
@@ -242,7 +251,7 @@ def _write(
     described = {
         "format": FORMAT,
         "mmembed_version": version("mmembed"),
-        "settings": asdict(settings),
+        "settings": {key: value for key, value in asdict(settings).items() if key != "trust_remote_code"},
         "embedding_size": model.embedding_size,
         "architecture": _architecture(model.family.config),
         "training_config_hash": config_hash,
@@ -301,9 +310,10 @@ def _move_into_place(staging: Path, folder: Path) -> None:
 
 
 def _load_described(
-    path: Path, shown: str, dtype: str | torch.dtype | None, media: MediaStore | None
+    path: Path, shown: str, dtype: str | torch.dtype | None, media: MediaStore | None, trust_remote_code: bool
 ) -> tuple[EmbeddingModel, Preprocessor]:
     settings, described = read_settings(path)
+    settings.trust_remote_code = trust_remote_code
     whole = settings.adapter_type == "none"  # the folder holds the backbone itself
     try:
         backbone = load_backbone(
@@ -312,7 +322,7 @@ def _load_described(
             attention=settings.attention,
             dtype=settings.dtype if dtype is None else dtype,
             attn_implementation=settings.attn_implementation,
-            trust_remote_code=settings.trust_remote_code,
+            trust_remote_code=trust_remote_code,
             quantization=quantization_of(settings.adapter),
             processor_path=str(path),
         )

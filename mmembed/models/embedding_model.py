@@ -33,6 +33,7 @@ class EmbedderSettings:
     """Everything that defines an embedder beside its weights, as plain JSON data.
 
     `attention: None` keeps the backbone's own. Blocks are as in the config; `adapter` None is no adapter.
+    `trust_remote_code` is the user's word in this process: it is neither written to a checkpoint nor read from one.
     """
 
     name_or_path: str

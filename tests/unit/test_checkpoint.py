@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import build, items, vectors
+from families import build, build_family, items, vectors
 from safetensors.torch import load_file, save_file
 
 from mmembed.errors import CheckpointError, ConfigError
@@ -185,9 +185,56 @@ def test_remote_code_is_not_run_unless_asked_for(tmp_path, monkeypatch) -> None:
     configuration = {"model_type": "foreign", "auto_map": {"AutoConfig": "code.Foreign", "AutoModel": "code.Foreign"}}
     (tmp_path / "foreign" / "config.json").write_text(json.dumps(configuration))
     (tmp_path / "foreign" / "code.py").write_text("open('executed', 'w')\nclass Foreign: ...\n")
-    with pytest.raises(ConfigError, match="cannot load"):
+    with pytest.raises(ConfigError, match="code of its own"):
         load_checkpoint("foreign")
     assert not (tmp_path / "executed").exists()
+
+
+CODE = """
+import torch
+from transformers import PretrainedConfig, Qwen3Config, Qwen3Model
+
+open('executed', 'a').write('x')
+
+
+class Config(Qwen3Config):
+    model_type = "foreign"
+
+
+class Model(Qwen3Model):
+    config_class = Config
+"""
+
+
+def _bring_code(folder: Path) -> None:
+    """Makes a backbone folder one that needs its own code."""
+    config = json.loads((folder / "config.json").read_text())
+    classes = {"AutoConfig": "modeling_foreign.Config", "AutoModel": "modeling_foreign.Model"}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "foreign", "auto_map": classes}))
+    (folder / "modeling_foreign.py").write_text(CODE)
+
+
+@pytest.mark.parametrize("adapter", [LORA, None])
+def test_a_checkpoint_cannot_ask_for_remote_code(adapter, tmp_path, monkeypatch) -> None:
+    """Not even with the flag in its own mmembed.json; the user's word is needed, and is not written down."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.chdir(tmp_path)
+    base = build_family("qwen3", tmp_path)
+    model, preprocessor = trained(base, adapter=adapter)
+    save_checkpoint("saved", model, preprocessor)
+    _bring_code(base if adapter else tmp_path / "saved")
+    _edit_settings(tmp_path / "saved", trust_remote_code=True)
+    described = json.loads((tmp_path / "saved" / "mmembed.json").read_text())
+    (tmp_path / "saved" / "mmembed.json").write_text(
+        json.dumps({**described, "architecture": {**described["architecture"], "model_type": "foreign"}})
+    )
+    with pytest.raises(CheckpointError, match="code of its own.*trust_remote_code"):
+        load_checkpoint("saved")
+    assert not (tmp_path / "executed").exists()
+    model, preprocessor = load_checkpoint("saved", trust_remote_code=True)
+    assert (tmp_path / "executed").exists()
+    save_checkpoint("again", model, preprocessor)
+    assert "trust_remote_code" not in json.loads((tmp_path / "again" / "mmembed.json").read_text())["settings"]
 
 
 def test_empty_adapter_tensors_are_refused(family_folder, tmp_path) -> None:
