@@ -8,8 +8,8 @@ bfloat16) before anything is timed.
     ours   Embedder.encode with its defaults, from strings or decoded pictures to a numpy array
     peer   SentenceTransformer.encode with the fastest of the batch sizes 16, 32, 64, 128. Texts go to it without the
            chat template, as to us; pictures need its template, so for pictures both use the template
-    limit  the backbone's forward alone: inputs tokenized and resized beforehand, sorted by length, right-padded batches
-           of 8192 tokens, no attention mask (exact under causal attention), no pooling
+    limit  the backbone's forward alone, with the kernels that we use: inputs tokenized and resized beforehand, sorted
+           by length, right-padded batches of 8192 tokens, no attention mask (exact under causal attention), no pooling
 
 `texts_bf16_default` compares our bfloat16 with the peer at its defaults: its own choice of dtype, batch size 32.
 """
@@ -133,13 +133,11 @@ def _bare(embedder: Any, contents: Sequence[Any]) -> Callable[[int], Any]:
     import torch
 
     from mmembed.content import to_content
-    from mmembed.inference.embedder import cut_batches
+    from mmembed.data.collate import plan_chunks
     from mmembed.preprocess import Item
 
     rows = embedder.preprocessor.tokenize([Item(to_content(content)) for content in contents])
-    batches = [
-        embedder.preprocessor.collate([rows[index] for index in batch]) for batch in cut_batches(rows, LIMIT_BUDGET)
-    ]
+    batches = [chunk.inputs(embedder.preprocessor) for chunk in plan_chunks(rows, LIMIT_BUDGET)]
     backbone = embedder.model.backbone
     for inputs in batches:
         inputs.tensors.pop("attention_mask")

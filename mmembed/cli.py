@@ -52,9 +52,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse with the nearest command named."""
+    """argparse with the nearest command and flag named."""
+
+    given: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self.given = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
+        if "are required" in message:  # a misspelt flag is the likelier reason
+            known = self._option_string_actions
+            wrong = [flag.split("=")[0] for flag in self.given if flag.startswith("--")]
+            unknown = [flag for flag in wrong if flag not in known]
+            message = f"unknown argument '{unknown[0]}'; {nearest(unknown[0], known)}" if unknown else message
         if "invalid choice" in message and "choose from" in message:
             wrong = message.split("invalid choice: ")[1].split("'")[1]
             known = [name.strip(" ')") for name in message.split("choose from ")[1].split(",")]
@@ -180,7 +191,7 @@ def _add_search(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def _search(arguments: argparse.Namespace) -> int:
-    from mmembed.inference.encoding import ENCODING, encode_entries, open_collection, read_items, usable
+    from mmembed.inference.encoding import ENCODING, check_model, encode_entries, open_collection, read_items, usable
     from mmembed.inference.search import top_k
     from mmembed.inference.sources import read_entries
 
@@ -192,6 +203,7 @@ def _search(arguments: argparse.Namespace) -> int:
         encoding, vectors = open_collection(arguments.target)
         truncate_dim = encoding.truncate_dim
         embedder = _load(arguments, arguments.model or encoding.model)
+        check_model(embedder, encoding, arguments.target)
         size: int | None = encoding.size
     else:
         entries = list(usable(read_entries(arguments.target), arguments.on_bad_record, _report))

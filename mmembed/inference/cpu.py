@@ -15,6 +15,7 @@ bfloat16 rounding.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -39,13 +40,19 @@ def accelerate(model: nn.Module) -> None:
     if not torch.backends.mkldnn.is_available():
         return
     better = {nn.Conv3d: PatchConv3d}
-    if "AMD" in torch.cpu.get_capabilities()["cpu_name"]:
+    cpu = cpu_capabilities()
+    if "AMD" in cpu.get("cpu_name", ""):
         better[nn.Linear] = OneDnnLinear
     for module in model.modules():
         if type(module) in better:  # changing the class keeps the parameters, and every reference to the module
             module.__class__ = better[type(module)]
-    if torch.cpu.get_capabilities().get("avx512_bf16"):
+    if cpu.get("avx512_bf16") and not cpu.get("amx_bf16"):  # with AMX the stock kernel has matrix units of its own
         _use_attention(model)
+
+
+def cpu_capabilities() -> Mapping[str, Any]:
+    """What this processor can do, as torch sees it; empty where torch is too old to say."""
+    return torch.cpu.get_capabilities() if "get_capabilities" in vars(torch.cpu) else {}
 
 
 class OneDnnLinear(nn.Linear):

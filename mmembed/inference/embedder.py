@@ -25,11 +25,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mmembed.backbones.loading import DTYPES
 from mmembed.content import ContentLike, Role, Text, to_content
+from mmembed.data.collate import plan_chunks
 from mmembed.errors import MmembedError, nearest
-from mmembed.inference.cpu import accelerate
+from mmembed.inference.cpu import accelerate, cpu_capabilities
 from mmembed.inference.quantize import (
-    DTYPES,
+    STORED_DTYPES,
     Precision,
     check_precision,
     decode,
@@ -180,15 +182,20 @@ class Embedder:
         """Raises MmembedError when a content could not be encoded: reads and opens it, but runs no model."""
         self.preprocessor.collate(self.preprocessor.tokenize([_item(content, role, None)]))
 
-    def similarity(self, a: Vectors, b: Vectors) -> np.ndarray:
+    def similarity(self, a: Vectors, b: Vectors, *, truncate_dim: int | None = None) -> np.ndarray:
         """Cosine similarities (A, B) float32 of encoded contents, in any precision.
 
         For multi-vector contents: MaxSim, the sum over the vectors of `a` of the best cosine in `b` (ColBERT).
+
+        Args:
+            truncate_dim: as given to `encode`; only binary vectors need it, which do not show their dimensions.
         """
+        dim = truncate_dim or self.embedding_size
         if self.model.pooling.multi_vector:
-            left, right = [_unit(one) for one in a], [_unit(one) for one in b]
+            left, right = [_unit(one, dim) for one in a], [_unit(one, dim) for one in b]
             return np.array([[(x @ y.T).max(axis=1).sum() for y in right] for x in left], dtype=np.float32)
-        return _unit(a) @ _unit(b).T
+        similarities: np.ndarray = _unit(a, dim) @ _unit(b, dim).T
+        return similarities
 
     # Batches --------------------------------------------------------------------------------------------------------
 
@@ -230,8 +237,8 @@ class Embedder:
                 with _naming(index):
                     items.append(_item(contents[index], role, common))
             rows = self._tokenize(items, start)
-            for batch in cut_batches(rows, token_budget):
-                yield [start + index for index in batch], [rows[index] for index in batch]
+            for chunk in plan_chunks(rows, token_budget):
+                yield [start + index for index in chunk.index.tolist()], chunk.rows
 
     def _tokenize(self, items: Sequence[Item], start: int) -> list[Row]:
         try:
@@ -254,37 +261,17 @@ class Embedder:
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     """ "auto" -> bfloat16 where `device` has instructions for it, else float32; names and dtypes as they are."""
-    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-        capabilities = torch.cpu.get_capabilities()
-        fast = device.type == "cpu" and (capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+        cpu = cpu_capabilities()
+        fast = device.type == "cpu" and (cpu.get("amx_bf16") or cpu.get("avx512_bf16"))
         return torch.bfloat16 if fast else torch.float32
-    if dtype not in names:
-        raise MmembedError(f"dtype: there is no '{dtype}'; {nearest(dtype, [*names, 'auto'])}")
-    return names[dtype]
-
-
-def cut_batches(rows: Sequence[Row], token_budget: int) -> list[list[int]]:
-    """Positions of `rows` in batches of at most `token_budget` padded tokens (at least one row each), longest first.
-
-    Rows with images stay apart from texts: a batch of texts then needs neither media tensors nor 3-D positions.
-    """
-    order = sorted(range(len(rows)), key=lambda index: (not rows[index].images, -len(rows[index])))
-    batches: list[list[int]] = []
-    for index in order:
-        first = rows[batches[-1][0]] if batches else None
-        if (
-            first is None
-            or bool(first.images) != bool(rows[index].images)
-            or (len(batches[-1]) + 1) * len(first) > token_budget
-        ):
-            batches.append([])
-        batches[-1].append(index)
-    return batches
+    if dtype not in DTYPES:
+        raise MmembedError(f"dtype: there is no '{dtype}'; {nearest(dtype, [*DTYPES, 'auto'])}")
+    return DTYPES[dtype]
 
 
 class _Store:
@@ -298,7 +285,7 @@ class _Store:
         self.dim, self.precision, self.normalize = truncate_dim or size, precision, normalize
         self.lists: list[np.ndarray] | None = [np.empty(0)] * count if multi_vector else None
         width = stored_width(self.dim, precision)
-        self.array = np.empty((0 if multi_vector else count, width), dtype=DTYPES[precision])  # (N, W)
+        self.array = np.empty((0 if multi_vector else count, width), dtype=STORED_DTYPES[precision])  # (N, W)
 
     def put(self, positions: Sequence[int], vectors: Tensor, mask: Tensor | None) -> None:
         stored = quantize(truncate(vectors.numpy(), self.dim, self.normalize), self.precision)  # (B, W) or (B, T, W)
@@ -337,6 +324,12 @@ def _item(value: ContentLike, role: Role, instruction: str | None) -> Item:
     return Item(content, role, instruction if own is None else own)
 
 
-def _unit(vectors: Vectors) -> np.ndarray:
-    """Encoded vectors of any precision -> (N, E) float32 rows of unit length."""
-    return unit_rows(decode(vectors.numpy() if isinstance(vectors, Tensor) else np.asarray(vectors)))
+def _unit(vectors: Vectors, dim: int) -> np.ndarray:
+    """Encoded vectors of any precision -> (N, E) float32 rows of unit length. `dim`: of binary vectors."""
+    stored = vectors.numpy() if isinstance(vectors, Tensor) else np.asarray(vectors)
+    if stored.dtype == np.uint8 and stored.shape[-1] != stored_width(dim, "binary"):
+        raise MmembedError(
+            f"similarity: binary vectors of {stored.shape[-1]} bytes do not have {dim} dimensions; "
+            "give the truncate_dim that they were encoded with"
+        )
+    return unit_rows(decode(stored, dim))

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -23,17 +23,23 @@ import numpy as np
 from mmembed.content import Role
 from mmembed.errors import MmembedError, RecordError
 from mmembed.inference.embedder import Embedder
-from mmembed.inference.quantize import DTYPES, Precision, stored_width
+from mmembed.inference.quantize import STORED_DTYPES, Precision, stored_width
 from mmembed.inference.search import open_vectors
 from mmembed.inference.sources import Entry
 
 VECTORS, ITEMS, ENCODING = "vectors.npy", "items.jsonl", "encoding.json"
+SAME_MODEL = 0.999  # least cosine of the probe's vectors
 WINDOW = 1024  # entries encoded together: one step of the progress bar
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How a collection was encoded. `size` are the dimensions of a vector before packing to bits."""
+    """How a collection was encoded.
+
+    Attributes:
+        size: dimensions of a vector before packing to bits.
+        probe: the vector of a fixed text, by which a model that has changed since is recognised.
+    """
 
     model: str
     size: int
@@ -43,6 +49,7 @@ class Encoding:
     truncate_dim: int | None = None
     count: int = 0
     skipped: int = 0
+    probe: tuple[float, ...] = ()
 
 
 def read_encoding(folder: str | Path) -> Encoding:
@@ -64,6 +71,41 @@ def read_items(folder: str | Path, rows: Iterable[int]) -> dict[int, dict[str, A
 def open_collection(folder: str | Path) -> tuple[Encoding, np.ndarray]:
     """The settings and the memory-mapped vectors (N, W) of an encoded folder."""
     return read_encoding(folder), open_vectors(Path(folder) / VECTORS)
+
+
+def check_model(embedder: Embedder, encoding: Encoding, folder: str | Path) -> None:
+    """Raises MmembedError unless the embedder gives the vectors that the collection was encoded with.
+
+    A fixed text is encoded as the collection was, and its cosine to the stored vector judged: the same weights agree to
+    0.9999 in any dtype and on any machine, weights that were trained on do not.
+    """
+    stored, now = np.array(encoding.probe), _probe(embedder, encoding)
+    if stored.shape != now.shape or stored @ now < SAME_MODEL * np.linalg.norm(stored) * np.linalg.norm(now):
+        raise MmembedError(
+            f"{folder}: was encoded by another model than '{encoding.model}' is now (retrained, or another "
+            "--model); encode it again with `mmembed encode --overwrite`"
+        )
+
+
+def _probe(embedder: Embedder, encoding: Encoding) -> np.ndarray:
+    """(P,) float32: the vector, or the first token's vector, of a fixed text in the role of the collection."""
+    vector = embedder.encode(
+        ["Ein roter Bus, 42 trains and 紅色."],
+        role=encoding.role,
+        show_progress=False,
+        instruction=encoding.instruction,
+        truncate_dim=encoding.truncate_dim,
+    )[0]
+    return np.asarray(vector if vector.ndim == 1 else vector[0])
+
+
+def _replace(folder: Path, new: Path) -> None:
+    """Puts `new` in the place of `folder`; the old one is deleted only when the new one stands there."""
+    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def usable(
@@ -146,7 +188,7 @@ def write_collection(
 
     try:
         with (staging / VECTORS).open("wb") as vectors, (staging / ITEMS).open("w", encoding="utf-8") as items:
-            width, dtype = stored_width(encoding.size, encoding.precision), np.dtype(DTYPES[encoding.precision])
+            width, dtype = stored_width(encoding.size, encoding.precision), np.dtype(STORED_DTYPES[encoding.precision])
             _write_header(vectors, 0, width, dtype)
             count = 0
             for window in _windows(usable(entries, on_bad, skip)):
@@ -172,11 +214,10 @@ def write_collection(
                 raise MmembedError(f"{folder}: nothing to encode ({len(skipped)} entries skipped)")
             vectors.seek(0)
             _write_header(vectors, count, width, dtype)
-        done = Encoding(**{**asdict(encoding), "count": count, "skipped": len(skipped)})
+        probe = tuple(round(value, 5) for value in _probe(embedder, encoding).tolist())
+        done = replace(encoding, count=count, skipped=len(skipped), probe=probe)
         (staging / ENCODING).write_text(json.dumps(asdict(done), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(staging, folder)
+        _replace(folder, staging)
         return done
     finally:
         shutil.rmtree(staging, ignore_errors=True)

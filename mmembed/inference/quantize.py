@@ -21,7 +21,7 @@ from mmembed.errors import MmembedError, nearest
 
 Precision = Literal["float32", "float16", "int8", "binary"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
-DTYPES: dict[str, type[np.generic]] = {
+STORED_DTYPES: dict[str, type[np.generic]] = {
     "float32": np.float32,
     "float16": np.float16,
     "int8": np.int8,

@@ -21,7 +21,7 @@ from mmembed.errors import MmembedError, RecordError, nearest
 
 Field = Literal["query", "documents"]
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-_LINE_KEYS = (*CONTENT_KEYS, "id", "_id", "title", "lang", "kind")  # the last two label BEIR queries; they are not read
+_LINE_KEYS = (*CONTENT_KEYS, "id", "_id", "title")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,7 @@ def _of_record(row: Mapping[str, Any], where: str, field: Field, number: int) ->
 
 def _of_line(row: dict[str, Any], where: str, number: int, has_table: bool) -> Entry:
     for key in row:
-        if key not in _LINE_KEYS:
+        if key not in _LINE_KEYS and "_id" not in row:  # a line of a BEIR folder may carry anything, often `metadata`
             raise RecordError(
                 where,
                 f"unknown key '{key}'",

@@ -52,7 +52,7 @@ def photos(tmp_path) -> Path:
 def lines(tmp_path) -> Path:
     file = tmp_path / "corpus.jsonl"
     rows = [
-        {"_id": "d1", "title": "Buses", "text": "red buses"},
+        {"_id": "d1", "title": "Buses", "text": "red buses", "metadata": {}},
         {"id": "d2", "text": "a train"},
         {"text": "no id"},
     ]
@@ -89,6 +89,8 @@ def test_help_names_every_command():
         (["search", "x", "--topk", "3"], "unknown argument '--topk'; did you mean '--top-k'?"),
         (["encode", "x", "--output", "y", "--precison=int8"], "did you mean '--precision'?"),
         (["encode", "x", "--output", "y", "--precision", "int9"], "there is no 'int9'; did you mean 'int8'?"),
+        (["encode", "x", "--outptu", "y"], "unknown argument '--outptu'; did you mean '--output'?"),
+        (["encode", "x"], "arguments are required: --output"),
         (["inspect", "mmembed-nano", "more"], "unknown argument 'more'"),
     ],
 )
@@ -202,6 +204,20 @@ def test_an_encoded_folder_is_replaced_only_when_asked(model, lines, tmp_path, c
     assert main(encode) == 2 and "--overwrite" in capsys.readouterr().err
     assert main([*encode, "--overwrite", "--precision", "int8"]) == 0
     assert np.load(output / "vectors.npy").dtype == np.int8
+
+
+def test_a_model_that_changed_since_is_noticed(model, lines, tmp_path, capsys):
+    checkpoint, output = tmp_path / "model", tmp_path / "out"
+    embedder = Embedder.from_pretrained(model, dtype="float32", device="cpu")
+    embedder.save(checkpoint)
+    assert main(["encode", str(lines), "--output", str(output), "--model", str(checkpoint), "--dtype", "float32"]) == 0
+    assert main(["search", str(output), "a train", "--dtype", "bfloat16"]) == 0
+    with torch.no_grad():
+        for parameter in embedder.model.parameters():
+            parameter += 0.2 * parameter.std() * torch.randn_like(parameter) if parameter.numel() > 1 else 0
+    embedder.save(checkpoint)
+    assert main(["search", str(output), "a train"]) == 2
+    assert "encode it again" in capsys.readouterr().err
 
 
 def test_inspect_and_verify_a_saved_embedder(model, tmp_path, capsys):

@@ -13,10 +13,8 @@ import mmembed.inference.embedder as module
 from mmembed import Embedder
 from mmembed.errors import MmembedError
 from mmembed.inference.cpu import OneDnnLinear, PatchConv3d, accelerate, attend
-from mmembed.inference.embedder import cut_batches
 from mmembed.inference.quantize import decode, quantize
 from mmembed.models.embedding_model import EmbedderSettings, build_from_settings
-from mmembed.preprocess import Row
 
 INSTRUCTION = "Find the picture"
 
@@ -190,6 +188,12 @@ def test_similarity_is_the_cosine_in_every_precision(embedder, contents, alone):
     for precision, tolerance in (("float16", 2e-3), ("int8", 1e-2)):
         stored = embedder.encode(contents, precision=precision)
         np.testing.assert_allclose(embedder.similarity(stored, stored), exact, atol=tolerance)
+    signs = embedder.encode(contents, truncate_dim=20) > 0
+    bits = embedder.encode(contents, truncate_dim=20, precision="binary")
+    equal = (signs[:, None] == signs[None]).sum(axis=-1)
+    np.testing.assert_allclose(embedder.similarity(bits, bits, truncate_dim=20), (2 * equal - 20) / 20, atol=1e-6)
+    with pytest.raises(MmembedError, match="give the truncate_dim"):
+        embedder.similarity(bits, bits)
 
 
 def test_multi_vector_models(family_folder):
@@ -209,16 +213,6 @@ def test_saved_and_loaded_gives_the_same_vectors(embedder, contents, alone, tmp_
     assert loaded.embedding_size == embedder.embedding_size == alone.shape[1]
     np.testing.assert_allclose(loaded.encode(contents), alone, atol=2e-6)
     assert "mmembed_cpu" not in (tmp_path / "saved" / "config.json").read_text()  # another machine has other kernels
-
-
-@given(st.lists(st.tuples(st.integers(1, 60), st.booleans()), max_size=40), st.integers(1, 200))
-def test_batches_hold_every_row_once_within_the_budget(shapes, budget):
-    rows = [Row([0] * length, images=(None,) if image else ()) for length, image in shapes]
-    batches = cut_batches(rows, budget)
-    assert sorted(index for batch in batches for index in batch) == list(range(len(rows)))
-    for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(len(rows[index]) for index in batch) <= budget
-        assert len({bool(rows[index].images) for index in batch}) == 1
 
 
 # Kernels ------------------------------------------------------------------------------------------------------------
