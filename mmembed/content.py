@@ -79,7 +79,10 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One training or evaluation record. `where` is `file:line` of its origin, for error messages."""
+    """One training or evaluation record.
+
+    `where` is `file:line` of its origin, for error messages; `visit` is how often a run has drawn it before.
+    """
 
     query: Content
     documents: tuple[Document, ...]
@@ -88,6 +91,7 @@ class Example:
     source: str = ""
     id: str | None = None
     where: str = ""
+    visit: int = 0
 
 
 def to_content(value: ContentLike) -> Content:

@@ -16,10 +16,13 @@ class ConfigError(MmembedError):
 
 
 class RecordError(MmembedError):
-    """A data record that cannot be used. `where` is `file:line`; `kind` groups errors that are counted."""
+    """A data record that cannot be used. `where` is `file:line`; `kind` groups errors that are counted.
 
-    def __init__(self, where: str, found: str, remedy: str, kind: str = "bad record") -> None:
-        super().__init__(f"{where}: {found}. {remedy}")
+    One argument alone is the message: so a DataLoader passes on what a worker process raised.
+    """
+
+    def __init__(self, where: str, found: str = "", remedy: str = "", kind: str = "bad record") -> None:
+        super().__init__(f"{where}: {found}. {remedy}" if found else where)
         self.where, self.found, self.remedy, self.kind = where, found, remedy, kind
 
     def __reduce__(self) -> tuple[type, tuple[str, str, str, str]]:

@@ -25,8 +25,11 @@ from mmembed.errors import ConfigError
 _ROUNDS = 32  # links followed from row to row; longer chains are cut, they are no harm worth more rounds
 
 
-class BatchPlan(torch.utils.data.Sampler[list[tuple[int, int]]]):
-    """Yields this rank's [(source, row), ...] of each step.
+Draw = tuple[int, int, int]  # (source, row, visit): how many passes over the source came before
+
+
+class BatchPlan(torch.utils.data.Sampler[list[Draw]]):
+    """Yields this rank's [(source, row, visit), ...] of each step.
 
     Args:
         sizes: rows of each source.
@@ -87,19 +90,19 @@ class BatchPlan(torch.utils.data.Sampler[list[tuple[int, int]]]):
     def __len__(self) -> int:
         return sum(self._counts)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[Draw]]:
         epoch = self.epoch
         order = np.repeat(np.arange(len(self.sizes)), self._counts)
         self._generator(epoch, purpose=0).shuffle(order)
         drawn = [epoch * count for count in self._counts]
         for source in order.tolist():
-            rows = self._batch(source, drawn[source])[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+            visit, place = divmod(drawn[source], self._passes[source])
+            rows = self._batch(source, visit, place)[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
             drawn[source] += 1
-            yield [(source, row) for row in rows.tolist()]
+            yield [(source, row, visit) for row in rows.tolist()]
 
-    def _batch(self, source: int, index: int) -> np.ndarray:
-        """The rows of all ranks of batch `index` of the endless stream of a source."""
-        number, place = divmod(index, self._passes[source])
+    def _batch(self, source: int, number: int, place: int) -> np.ndarray:
+        """The rows of all ranks of batch `place` of pass `number` over a source."""
         if self._orders.get(source, (-1,))[0] != number:
             self._orders[source] = (number, self._order(source, number))
         order: np.ndarray = self._orders[source][1][place]

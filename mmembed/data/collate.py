@@ -5,15 +5,16 @@ sides and cut into chunks under a token budget (visual tokens counted from file 
 when the model is about to read it, so the pictures of one chunk at a time are in memory. Sorting across sides leaves a
 few per cent of padding where sides padded separately leave a third (docs/log.md).
 
-Everything is a pure function of the examples and the seed: which negatives are drawn does not depend on workers, on
-earlier batches or on a resume.
+Everything is a pure function of the examples and the seed: which negatives are drawn depends on the record and on how
+often it was drawn before, not on its neighbours in the batch, so not on the number of processes, on workers or on a
+resume.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from mmembed.config import SourceConfig
 from mmembed.content import Audio, Content, Document, Example, Image, Task, Text
 from mmembed.data.labels import BatchLabels
-from mmembed.errors import RecordError
+from mmembed.errors import MediaError, MmembedError, RecordError
 from mmembed.preprocess import Item, ModelInputs, Preprocessor, Row
 
 if TYPE_CHECKING:
@@ -35,10 +36,15 @@ KNOWN_POSITIVES = 64  # at most so many positives of a query are compared with e
 
 @dataclass(frozen=True)
 class Chunk:
-    """Inputs that go through the model together. `index` (n,) long: their positions among the distinct inputs."""
+    """Inputs that go through the model together.
+
+    index: (n,) long, their positions among the distinct inputs.
+    where: `file:line` of a record each input is of, for error messages.
+    """
 
     index: Tensor
     rows: tuple[Row, ...]
+    where: tuple[str, ...] = ()
 
     @property
     def padded_tokens(self) -> int:
@@ -46,8 +52,15 @@ class Chunk:
         return len(self.rows) * max(len(row) for row in self.rows)
 
     def inputs(self, preprocessor: Preprocessor) -> ModelInputs:
-        """Pads the rows and opens their media, now."""
-        return preprocessor.collate(self.rows)
+        """Pads the rows and opens their media, now.
+
+        Raises:
+            RecordError: a picture cannot be opened; a MediaError where the records are not known.
+        """
+        try:
+            return preprocessor.collate(self.rows)
+        except MediaError as error:
+            raise name_record(error, self.where, lambda index: preprocessor.collate([self.rows[index]])) from None
 
 
 @dataclass(frozen=True)
@@ -100,9 +113,9 @@ class Collator:
         self.train_group_size, self.positives_per_query, self.seed = train_group_size, positives_per_query, seed
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
-        """Raises RecordError where a record has no positive, ConfigError or MediaError from the preprocessor."""
+        """Raises RecordError where a record has no positive or a picture is gone, ConfigError from the preprocessor."""
         source = self.sources[examples[0].source]
-        groups = [self._group(example, f"{self.seed}:{examples[0].where}:{example.where}") for example in examples]
+        groups = [self._group(example) for example in examples]
         documents = [document for group in groups for document in group]
         items = [Item(example.query, "query", example.instruction) for example in examples]
         items += [Item(document.content, "document", source.document_instruction) for document in documents]
@@ -113,22 +126,24 @@ class Collator:
             for key, item in zip(keys, items, strict=True)
         ]
         first = {position: index for index, position in reversed(list(enumerate(place)))}
-        rows = self.preprocessor.tokenize([items[first[position]] for position in range(len(distinct))])
+        chosen = [first[position] for position in range(len(distinct))]
+        origins = [example.where for example in examples]
+        origins += [example.where for example, group in zip(examples, groups, strict=True) for _ in group]
+        where = [origins[index] for index in chosen]
+        rows = tokenize(self.preprocessor, [items[index] for index in chosen], where)
         labels = BatchLabels(
             owner=torch.tensor([query for query, group in enumerate(groups) for _ in group]),
             relevance=torch.tensor([document.relevance for document in documents]),
-            score=torch.tensor([float("nan") if item.score is None else item.score for item in documents]),
             document_keys=torch.tensor([document_keys(document) for document in documents]),
             query_keys=torch.tensor(keys[: len(examples)]),
             positive_keys=_positive_keys(examples),
             in_batch=source.in_batch_negatives,
-            task=examples[0].task.value,
             source=examples[0].source,
         )
-        chunks = plan_chunks(rows, self.chunk_tokens, self.chunk_rows)
+        chunks = plan_chunks(rows, self.chunk_tokens, self.chunk_rows, where)
         return Batch(len(examples), len(documents), chunks, torch.tensor(place), labels)
 
-    def _group(self, example: Example, seed: str) -> list[Document]:
+    def _group(self, example: Example) -> list[Document]:
         """The documents drawn for one query: positives first."""
         positives = [document for document in example.documents if document.relevance > 0]
         negatives = [document for document in example.documents if document.relevance <= 0]
@@ -144,17 +159,39 @@ class Collator:
                 f"an STS pair of relevance {positives[0].relevance:.2f} is neither positive nor negative",
                 "Set the source's options: {at_least: ...} so that only similar pairs are trained on",
             )
-        generator = random.Random(seed)
+        generator = random.Random(f"{self.seed}:{example.visit}:{example.where}")
         group = _draw(positives, self.positives_per_query, generator)
         return group + _draw(negatives, self.train_group_size - self.positives_per_query, generator)
 
 
-def plan_chunks(rows: Sequence[Row], chunk_tokens: int, chunk_rows: int | None = None) -> tuple[Chunk, ...]:
+def tokenize(preprocessor: Preprocessor, items: Sequence[Item], where: Sequence[str]) -> list[Row]:
+    """Rows of items. Raises RecordError naming the record whose picture's header cannot be read."""
+    try:
+        return preprocessor.tokenize(items)
+    except MediaError as error:
+        raise name_record(error, where, lambda index: preprocessor.tokenize([items[index]])) from None
+
+
+def name_record(error: MediaError, where: Sequence[str], attempt: Callable[[int], object]) -> MmembedError:
+    """The error with the record in front: of the first input whose `attempt` fails. The same error if none does."""
+    for index, origin in enumerate(where):
+        try:
+            attempt(index)
+        except MediaError as found:
+            remedy = "To go on without such records set data.on_bad_record: skip"
+            return RecordError(origin, str(found), remedy, f"picture {found.kind}")
+    return error
+
+
+def plan_chunks(
+    rows: Sequence[Row], chunk_tokens: int, chunk_rows: int | None = None, where: Sequence[str] = ()
+) -> tuple[Chunk, ...]:
     """Cuts rows into chunks, longest first, rows with media apart from rows without.
 
     Args:
         chunk_tokens: rows times the longest of a chunk stay below it; a longer row is a chunk of its own.
         chunk_rows: at most so many rows.
+        where: the record each row is of.
     """
     order = sorted(range(len(rows)), key=lambda index: (bool(rows[index].images), -len(rows[index])))
     chunks: list[list[int]] = []
@@ -168,7 +205,14 @@ def plan_chunks(rows: Sequence[Row], chunk_tokens: int, chunk_rows: int | None =
         ):
             chunks.append([])
         chunks[-1].append(index)
-    return tuple(Chunk(torch.tensor(chunk), tuple(rows[index] for index in chunk)) for chunk in chunks)
+    return tuple(
+        Chunk(
+            torch.tensor(chunk),
+            tuple(rows[index] for index in chunk),
+            tuple(where[index] for index in chunk) if where else (),
+        )
+        for chunk in chunks
+    )
 
 
 def content_key(content: Content) -> int:

@@ -21,6 +21,7 @@ import numpy as np
 import torch.utils.data
 
 from mmembed.content import Audio, Content, Example, Image, Task, Video
+from mmembed.data.batch_plan import Draw
 from mmembed.data.format_base import FORMATS, Format, RawRecord
 from mmembed.data.records import parse_record, resolve_media
 from mmembed.errors import ConfigError, MediaError, RecordError
@@ -136,7 +137,7 @@ class RecordDataset(torch.utils.data.Dataset[Example]):
 
 
 class MixedDataset(torch.utils.data.Dataset[Example]):
-    """Several sources under one index, (source, row): what a BatchPlan yields."""
+    """Several sources under one index, (source, row, visit): what a BatchPlan yields."""
 
     def __init__(self, sources: Sequence[RecordDataset]) -> None:
         self.sources = tuple(sources)
@@ -144,9 +145,9 @@ class MixedDataset(torch.utils.data.Dataset[Example]):
     def __len__(self) -> int:
         return sum(len(source) for source in self.sources)
 
-    def __getitem__(self, index: tuple[int, int]) -> Example:
-        source, row = index
-        return self.sources[source][row]
+    def __getitem__(self, index: Draw) -> Example:
+        source, row, visit = index
+        return dataclasses.replace(self.sources[source][row], visit=visit)
 
 
 class _Builder:

@@ -16,23 +16,21 @@ class BatchLabels:
 
     owner: (D,) long, the local query of each document.
     relevance: (D,) float >= 0, graded, towards its owner.
-    score: (D,) float, a teacher's or retriever's score; NaN where absent.
     document_keys: (D, 2) int64, hashes of the content and of the id (of the content again where there is none);
         documents that agree in one of them are the same (documents that stand for a class carry its name as id).
     query_keys: (Q,) int64, hashes of the content.
     positive_keys: (Q, P, 2) int64, documents known to be relevant to each query, drawn into the batch or not; rows with
         fewer repeat one.
     in_batch: whether other queries' documents are negatives.
+    source: the name of the data source, one a batch.
     """
 
     owner: Tensor
     relevance: Tensor
-    score: Tensor
     document_keys: Tensor
     query_keys: Tensor
     positive_keys: Tensor
     in_batch: bool = True
-    task: str = "retrieval"
     source: str = ""
 
     def to(self, device: torch.device | str) -> BatchLabels:

@@ -58,7 +58,6 @@ def make_batch(
     labels = BatchLabels(
         owner=torch.arange(count).repeat_interleave(per_query),
         relevance=relevance,
-        score=torch.full((count * per_query,), float("nan")),
         document_keys=keys.reshape(-1, 1).expand(-1, 2),
         query_keys=torch.arange(first, first + count),
         positive_keys=keys[:, :1, None].expand(-1, -1, 2),

@@ -26,7 +26,6 @@ def labels_of(queries, documents, group_size=1, in_batch=True):
     return BatchLabels(
         owner=position // group_size,
         relevance=(position % group_size == 0).double(),
-        score=torch.full((documents,), float("nan")),
         document_keys=torch.stack([position + 1000, position + 1000], dim=1),
         query_keys=torch.arange(queries),
         positive_keys=(torch.arange(queries) * group_size + 1000)[:, None, None].expand(-1, -1, 2),

@@ -38,10 +38,10 @@ def test_one_source_a_step_and_disjoint_full_slices(case):
     arguments, epoch = case
     for step in batches(arguments, epoch):
         rows = [row for rank in step for row in rank]
-        assert len({source for source, _ in rows}) == 1
+        assert len({source for source, _, _ in rows}) == 1
         assert len(set(rows)) == len(rows)
         assert all(len(rank) == arguments["batch_size"] for rank in step)
-        assert all(0 <= row < arguments["sizes"][source] for source, row in rows)
+        assert all(0 <= row < arguments["sizes"][source] for source, row, _ in rows)
 
 
 @given(plans())
@@ -50,7 +50,7 @@ def test_an_epoch_without_weights_is_one_pass_over_every_source(case):
     seen = Counter(row for step in batches(arguments, epoch) for rank in step for row in rank)
     whole = arguments["batch_size"] * arguments["world_size"]
     for source, size in enumerate(arguments["sizes"]):
-        drawn = [count for (owner, _), count in seen.items() if owner == source]
+        drawn = [count for (owner, _, _), count in seen.items() if owner == source]
         assert set(drawn) == {1}
         assert len(drawn) == size // whole * whole
 
@@ -68,7 +68,8 @@ def test_weights_hold_and_a_source_goes_on_where_it_stopped(case, weights):
     for epoch in range(4):
         for step in batches(arguments, epoch, weights=weights[: len(sizes)]):
             for rank in step:
-                for source, row in rank:
+                for source, row, visit in rank:
+                    assert visit >= drawn[source][row]  # rows left over by a pass are visited less often
                     drawn[source][row] += 1
     for count, size, rows in zip(counts, sizes, drawn, strict=True):
         passes = 4 * count / (size // whole)
@@ -87,6 +88,15 @@ def test_the_plan_is_a_pure_function(case):
     assert list(plan) == list(plan) == [step[0] for step in first]
 
 
+@given(plans())
+def test_processes_share_one_global_batch(case):
+    """The same rows at the same visit, however many processes the batch is divided over."""
+    arguments, epoch = case
+    one = {**arguments, "batch_size": arguments["batch_size"] * arguments["world_size"], "world_size": 1}
+    shared = [[row for rank in step for row in rank] for step in batches(arguments, epoch)]
+    assert shared == [step[0] for step in batches(one, epoch)]
+
+
 def test_seed_and_epoch_matter():
     def rows(seed, epoch):
         return batches({"sizes": [200], "batch_size": 10, "seed": seed, "world_size": 1}, epoch)
@@ -102,11 +112,11 @@ def test_rows_of_a_group_do_not_meet_where_that_is_possible(n_batches, batch_siz
     positives = np.concatenate([np.repeat(i, int(generator.integers(1, n_batches + 1))) for i in range(rows)])[:rows]
     keys = np.stack([np.arange(rows), positives], axis=1)[generator.permutation(rows)]
     plan = BatchPlan([rows], batch_size=batch_size, seed=seed, keys=[keys])
-    seen = Counter(row for batch in plan for _, row in batch)
+    seen = Counter(row for batch in plan for _, row, _ in batch)
     assert set(seen.values()) == {1}
     assert len(seen) == n_batches * batch_size
     for batch in plan:
-        values = keys[[row for _, row in batch], 1]
+        values = keys[[row for _, row, _ in batch], 1]
         assert len(set(values.tolist())) == batch_size
 
 
@@ -114,13 +124,13 @@ def test_rows_linked_through_a_query_and_a_positive_are_one_group():
     keys = np.array([[1, 10], [1, 20], [2, 20], [3, 30], [4, 40], [5, 50]])
     for seed in range(30):
         for batch in BatchPlan([6], batch_size=2, seed=seed, keys=[keys]):
-            assert len({0, 1, 2} & {row for _, row in batch}) <= 1
+            assert len({0, 1, 2} & {row for _, row, _ in batch}) <= 1
 
 
 def test_what_must_repeat_is_spread_evenly():
     keys = np.stack([np.arange(100), np.arange(100) % 4], axis=1)
     for batch in BatchPlan([100], batch_size=20, keys=[keys]):
-        assert sorted(Counter(row % 4 for _, row in batch).values()) == [5, 5, 5, 5]
+        assert sorted(Counter(row % 4 for _, row, _ in batch).values()) == [5, 5, 5, 5]
 
 
 def test_more_ranks_than_data_says_the_numbers():

@@ -1,7 +1,10 @@
 """Chunk plans and batches: every input once, under the budget, drawn the same every time."""
 
+import dataclasses
+import pickle
 import random
 
+import PIL.Image
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,6 +13,7 @@ from mmembed.config import SourceConfig
 from mmembed.content import Document, Example, Image, Task, Text
 from mmembed.data.collate import Collator, content_key, plan_chunks
 from mmembed.errors import RecordError
+from mmembed.media import MediaStore
 from mmembed.models.embedding_model import EmbedderSettings, build_from_settings
 from mmembed.preprocess import Row
 
@@ -63,6 +67,48 @@ def test_groups(preprocessor, group, per_query, seed, count):
         assert len(own) - sum(own) == min(group - per_query, 3)
     assert batch.labels.positive_keys.shape == (count, 2, 2)
     assert batch.place.max() + 1 == sum(len(chunk.rows) for chunk in batch.chunks)
+
+
+def test_negatives_do_not_depend_on_how_processes_share_a_batch(preprocessor):
+    """More negatives than the group takes: the record, the seed and the visit choose, not the neighbours."""
+
+    def drawn(examples, seed=0):
+        labels = collator(preprocessor, train_group_size=4, seed=seed)(examples).labels
+        return [labels.document_keys[labels.owner == query].tolist() for query in range(len(examples))]
+
+    examples = [example(index, negatives=20) for index in range(8)]
+    whole = drawn(examples)
+    assert drawn(examples[:4]) + drawn(examples[4:]) == whole
+    assert drawn(examples[::-1]) == whole[::-1]
+    assert drawn(examples, seed=1) != whole
+    again = [dataclasses.replace(item, visit=1) for item in examples]
+    assert all(first != second for first, second in zip(whole, drawn(again), strict=True))
+
+
+def test_a_picture_that_cannot_be_opened_names_its_record(family_folder, tmp_path):
+    """Damaged in the middle: its header is read while planning, decoding fails when the chunk becomes tensors."""
+    preprocessor = build_from_settings(EmbedderSettings(str(family_folder("qwen3_vl"))), MediaStore(tmp_path))[1]
+    records = []
+    for index in range(4):
+        file = tmp_path / f"{index}.png"
+        PIL.Image.effect_noise((64, 64), 90).save(file)
+        records.append(
+            Example(
+                (Text(f"query {index}"),), (Document((Image(str(file)),)),), source="s", where=f"data.jsonl:{index}"
+            )
+        )
+    damaged = bytearray((tmp_path / "2.png").read_bytes())
+    damaged[200:900] = bytes(700)
+    (tmp_path / "2.png").write_bytes(damaged)
+    batch = collator(preprocessor)(records)
+    with pytest.raises(RecordError, match=r"data\.jsonl:2: .*2\.png.*on_bad_record") as caught:
+        for chunk in batch.chunks:
+            chunk.inputs(preprocessor)
+    assert pickle.loads(pickle.dumps(caught.value)).where == "data.jsonl:2"
+    (tmp_path / "1.png").write_bytes(b"gone")
+    preprocessor.media._sizes.clear()
+    with pytest.raises(RecordError, match=r"data\.jsonl:1: .*1\.png"):
+        collator(preprocessor)(records)
 
 
 def test_an_input_that_occurs_twice_is_encoded_once(preprocessor):

@@ -19,7 +19,6 @@ def make_labels(owner, relevance, keys=None, query_keys=None, in_batch=True, ext
     return BatchLabels(
         owner=torch.tensor(owner),
         relevance=torch.tensor(relevance, dtype=torch.float64),
-        score=torch.full((count,), float("nan")),
         document_keys=torch.tensor([[key, key + 5000] for key in keys]),
         query_keys=torch.tensor(query_keys if query_keys is not None else list(range(max(owner) + 1))),
         positive_keys=torch.tensor(

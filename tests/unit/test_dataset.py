@@ -159,7 +159,8 @@ def test_datasets_travel_to_workers_and_mix(tmp_path):
     data = build(tmp_path)
     mixed = pickle.loads(pickle.dumps(MixedDataset([data, data])))
     assert len(mixed) == 4
-    assert mixed[1, 0] == data[0]
+    assert mixed[1, 0, 0] == data[0]
+    assert mixed[1, 0, 3].visit == 3
 
 
 def test_what_is_not_there_is_named(tmp_path):
