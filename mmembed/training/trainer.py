@@ -43,7 +43,7 @@ from mmembed.training.optimizers import Lion, parameter_groups
 
 logger = logging.getLogger(__name__)
 OBJECTIVE = "objective.safetensors"
-CHUNKS_A_BUDGET = 8  # chunks are finer than the budget: less padding, and the part that is encoded twice is smaller
+CHUNKS_A_BUDGET = 4  # finer chunks have less padding but smaller products: 2, 4 and 8 differ by 5 % on two cores
 
 
 class Trained(nn.Module):
