@@ -2,10 +2,11 @@
 
     python -m eval.run --model runs/demo/embedder bm25 minilm --tasks 'xquad/*' stsb-en --output results.json
 
-Offline. A model is a checkpoint folder, a hub name, `mmembed-nano` (the packaged backbone, zero-shot) or a baseline
-(`bm25`, `minilm`). Each task goes through mteb, so protocols and metrics are those of the public leaderboards. The
-results file is written after every task and says what made each number: model settings, a fingerprint of the data,
-versions. What a model cannot do (a picture for BM25) is `null` in the file and a dash in the table, not a zero.
+Offline, but for a model from a hub. A model is a checkpoint folder, a hub name, `mmembed-nano` (the packaged backbone,
+zero-shot) or a baseline (`bm25`, `minilm`). Each task goes through mteb, so protocols and metrics are those of the
+public leaderboards. The results file is written after every task and says what made each number: model settings, a
+fingerprint of the data, versions. What a model cannot do (a picture for BM25) is `null` in the file and a dash in the
+table, not a zero.
 """
 
 import argparse
@@ -47,7 +48,8 @@ class Loaded:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if not any(is_hub_name(name) for name in options.model):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # of copying a table; encoding keeps its bar
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # advises a 4-bit kernel, unused here
@@ -160,10 +162,15 @@ def evaluate(options: argparse.Namespace, rows: Sequence[Row]) -> dict[str, Any]
 def check_names(names: Sequence[str]) -> None:
     """Raises ConfigError for a name that is no baseline, no packaged model, no folder and no hub name."""
     for name in names:
-        if name not in (*BASELINES, *PACKAGED) and not Path(name).is_dir() and "/" not in name:
+        if is_hub_name(name) and name.count("/") != 1:
             raise ConfigError(
                 f"--model {name}: neither a folder nor a known name; {nearest(name, (*BASELINES, *PACKAGED))}"
             )
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a model can only come from a hub: it is no folder, and neither packaged nor a baseline."""
+    return name not in (*BASELINES, *PACKAGED) and not Path(name).is_dir()
 
 
 def build(row: Row, options: argparse.Namespace) -> Any:
