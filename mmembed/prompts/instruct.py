@@ -1,6 +1,7 @@
 """`Instruct: ... Query: ...` before a query, documents bare (E5-mistral, arXiv 2401.00368; NV-Embed, section 4)."""
 
 from mmembed.content import Content, Role
+from mmembed.errors import ConfigError
 from mmembed.prompts import PromptStyle, Rendered
 
 
@@ -22,6 +23,11 @@ class Instruct(PromptStyle):
         append_eos: bool | None = None,
     ) -> None:
         super().__init__(mask_instruction, append_eos)
+        if "{instruction}" not in template:
+            raise ConfigError(
+                f"prompt.instruct.template: {template!r} does not hold {{instruction}}, so no instruction would be "
+                "written; add it, or use plain with query_prefix"
+            )
         self.template, self.default_instruction = template, default_instruction
 
     def render(self, content: Content, role: Role, instruction: str | None) -> Rendered:
