@@ -26,14 +26,16 @@ class Layout:
 
     Attributes:
         hidden: instruction (and chat head), kept out of pooling.
-        suffix_start: from here on the suffix, which truncation keeps.
-        media: images, which truncation keeps too.
+        suffix_start: from here on the suffix.
+        texts: the content's texts, the only characters that truncation may drop.
+        media: images; their tokens do not count against a length limit.
         complete: it already holds the tokenizer's special tokens.
     """
 
     text: str
     hidden: tuple[tuple[int, int], ...]
     suffix_start: int
+    texts: tuple[tuple[int, int], ...] = ()
     media: tuple[tuple[int, int], ...] = ()
     complete: bool = False
 
@@ -99,13 +101,12 @@ class Family:
             parts: the content in order, None where an image stands.
             markups: one markup an image.
         """
-        pictures, text, media, after_text = iter(markups), prefix, [], False
+        pictures, text, texts, media, after_text = iter(markups), prefix, [], [], False
         for part in parts:
             piece = self.frame_markup(next(pictures)) if part is None else "\n" + part if after_text else part
-            if part is None:
-                media.append((len(text), len(text) + len(piece)))
+            (media if part is None else texts).append((len(text), len(text) + len(piece)))
             text, after_text = text + piece, part is not None
-        return Layout(text + suffix, ((0, len(prefix)),) if prefix else (), len(text), tuple(media))
+        return Layout(text + suffix, ((0, len(prefix)),) if prefix else (), len(text), tuple(texts), tuple(media))
 
     # What the model wants ---------------------------------------------------------------------------------------------
 

@@ -32,6 +32,7 @@ class PaliGemma(Family):
             head + text + suffix + "\n",  # the newline closes the prompt, as in its training
             hidden=((len(pictures), len(head)),) if prefix else (),
             suffix_start=len(head + text),
+            texts=((len(head), len(head + text)),),
             media=((0, len(pictures)),) if pictures else (),
             complete=True,
         )

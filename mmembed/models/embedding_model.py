@@ -204,14 +204,15 @@ def assemble(
     lengths = Lengths(**settings.lengths)
     backbone.family.set_pixel_limits(lengths.min_pixels, lengths.max_pixels)
     pooling = POOLINGS.build(settings.pooling, hidden_size=backbone.config.get_text_config().hidden_size)
-    append_eos = prompt.append_eos if prompt.append_eos is not None else vars(type(pooling))["name"] == "last_token"
+    last = vars(type(pooling))["name"] == "last_token"
+    append_eos = prompt.append_eos if prompt.append_eos is not None else last
     module = apply_adapter(backbone, settings.adapter or {"type": "none"}, settings.freeze)
     projection = None
     if settings.projection is not None:
         projection = nn.Linear(pooling.embedding_size, settings.projection, bias=False)
     device = next(backbone.model.parameters()).device
     model = EmbeddingModel(module, backbone.family, pooling, projection, settings.normalize, settings).to(device)
-    return model, Preprocessor(backbone.processor, backbone.family, prompt, lengths, media, append_eos)
+    return model, Preprocessor(backbone.processor, backbone.family, prompt, lengths, media, append_eos, last)
 
 
 _SEQUENCE = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")  # tensors of shape (B, T)

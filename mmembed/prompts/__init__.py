@@ -20,7 +20,8 @@ class Rendered:
 
     Attributes:
         prefix: instruction text before the content; out of the pool mask where the style says `mask_instruction`.
-        suffix: text after the content; truncation never removes it.
+        suffix: text after the content; truncation never removes it. Pooled by the last token's pooling only (it ends
+            there), or where the style does not say `mask_instruction`.
         system: the system turn (chat only).
         chat: write it through the backbone's chat template, as the user's turn.
         add_generation_prompt: end with the assistant's header (chat only).
@@ -38,7 +39,8 @@ class PromptStyle:
     """Base of the styles.
 
     Args:
-        mask_instruction: keep the instruction's tokens out of pooling (NV-Embed, section 3).
+        mask_instruction: keep the prompt's own tokens out of pooling (NV-Embed, section 3): the instruction, and what
+            follows the content unless the last token is pooled.
         append_eos: end the input with the tokenizer's end token. None: yes where the last token is pooled.
     """
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import pytest
 import torch
-from families import make_tokenizer
-from hypothesis import given, settings
+from families import make_tokenizer, picture
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers, processors
 from transformers import Qwen3Config
 
 from mmembed.backbones import Family
-from mmembed.content import Text, to_content
+from mmembed.content import Image, Text, to_content
 from mmembed.models.embedding_model import EmbedderSettings, build_from_settings
 from mmembed.pooling import POOLINGS
 from mmembed.preprocess import Item, Lengths, Preprocessor
@@ -100,6 +101,38 @@ def test_truncation_keeps_prefix_and_suffix(text: str, limit: int, query: bool) 
     assert cut.hidden == whole.hidden
     kept = len(cut) - (len(whole) - _suffix_start(whole.ids, decode, suffix))
     assert list(cut.ids[:kept]) == list(whole.ids[:kept])
+
+
+PARTS = st.one_of(
+    st.text(alphabet="abc xyz\n<|>", min_size=50, max_size=90), st.tuples(st.integers(40, 90), st.integers(40, 90))
+)
+
+
+@pytest.mark.parametrize("style", ["one_word", "chat", "hierarchical"])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(parts=st.lists(PARTS, min_size=1, max_size=5), limit=st.integers(65, 90), query=st.booleans())
+def test_truncation_drops_nothing_but_content_text(style: str, family_folder, parts, limit: int, query: bool) -> None:
+    """Interleaved texts and images: every special token stays in its order, and so does all that is out of the pool."""
+    shapes = {part for part in parts if not isinstance(part, str)}
+    content = tuple(Text(part) if isinstance(part, str) else Image(picture(0, *part)) for part in parts)
+    item = Item(content, "query" if query else "document", "Find")
+    whole, cut = (vision_preprocessor(style, family_folder("qwen3_vl"), size) for size in (4096, limit))
+    special = set(whole.tokenizer.all_special_ids) | set(whole.tokenizer.added_tokens_decoder)
+    (all_of_it,), (shorter,) = whole.tokenize([item]), cut.tokenize([item])
+    marks = [[token for token in row.ids if token in special] for row in (all_of_it, shorter)]
+    assert marks[0] == marks[1]
+    masked = [[row.ids[at] for span in row.hidden for at in range(*span)] for row in (all_of_it, shorter)]
+    assert masked[0] == masked[1]
+    images = shorter.ids.count(whole.tokenizer.convert_tokens_to_ids("<|image_pad|>"))
+    assert (images > 0) == bool(shapes)
+    assert len(shorter) - images == min(limit, len(all_of_it) - images)
+
+
+@functools.cache
+def vision_preprocessor(style: str, folder: Path, limit: int) -> Preprocessor:
+    lengths = {"query_max_length": limit, "document_max_length": limit}
+    block = {"type": style, "system": "Embed."} if style == "hierarchical" else style
+    return build_from_settings(EmbedderSettings(str(folder), prompt=block, lengths=lengths))[1]
 
 
 def _suffix_start(ids: list[int], decode, suffix: str) -> int:

@@ -197,6 +197,30 @@ def test_media_tokens_in_user_text_are_harmless(family_folder) -> None:
     assert vectors(model, preprocessor, [text]).isfinite().all()
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_text_cannot_write_control_tokens(name, family_folder) -> None:
+    """Neither whole, nor nested, nor in two halves; neither as content nor as instruction."""
+    for style in ("plain",) if name == "paligemma" else ("plain", "one_word"):
+        lengths = {"query_max_length": 4096, "document_max_length": 4096}
+        _, preprocessor = build(family_folder(name), prompt=style, lengths=lengths)
+        added = preprocessor.tokenizer.added_tokens_decoder
+        special = {str(token): at for at, token in added.items() if token.special}
+        assert special, "nothing would be tested"
+        evil = " ".join([*special, *(token[:2] + token + token[2:] for token in special)])
+        halves = [half for token in special for half in (token[:2], token[2:])]
+        plain, *others = preprocessor.tokenize(
+            [
+                Item(to_content("a"), "query", "b"),
+                Item(to_content(evil), "query", "b"),
+                Item(to_content(halves), "query", "b"),
+                Item(to_content("a"), "query", evil),
+            ]
+        )
+        expected = [token for token in plain.ids if token in special.values()]
+        for row in others:
+            assert [token for token in row.ids if token in special.values()] == expected, (name, style)
+
+
 def test_filler_keeps_vision_in_the_graph_without_changing_vectors(family_folder) -> None:
     model, preprocessor = build(family_folder("qwen3_vl"), freeze=())
     batch = [Item(to_content(text)) for text in TEXTS]

@@ -46,14 +46,25 @@ def test_every_style_is_listed() -> None:
 
 @pytest.mark.parametrize("style", sorted(EXPECTED))
 def test_text_is_written_letter_by_letter(style: str, family_folder) -> None:
-    (query, hidden), document = EXPECTED[style]
-    for family in ("qwen3", "qwen3_vl"):
-        preprocessor = preprocessor_of(family_folder(family), style)
+    """And pooled: the last token where that is the pooling, else the content and nothing else."""
+    (query, head), document = EXPECTED[style]
+    tail = query[query.index("a bus") + len("a bus") :]
+    for family, pooling in (("qwen3", "last_token"), ("qwen3_vl", "mean"), ("qwen3", "multi_vector")):
+        block = {"type": style, "append_eos": False} if style in ("plain", "instruct") else style
+        preprocessor = preprocessor_of(family_folder(family), block, pooling=pooling)
         decode = preprocessor.tokenizer.decode
-        rows = preprocessor.tokenize([Item(to_content("a bus"), "query", "Find it"), Item(to_content("The cat"))])
+        batch = [Item(to_content("a bus"), "query", "Find it"), Item(to_content("The cat"))]
+        rows = preprocessor.tokenize(batch)
         assert [decode(row.ids) for row in rows] == [query, document]
         masked = [token for first, stop in rows[0].hidden for token in rows[0].ids[first:stop]]
-        assert decode(masked) == hidden
+        assert decode(masked) == (head if pooling == "last_token" else head + tail)
+        assert preprocessor(batch).pool_mask[0, -1] == (pooling == "last_token" or not tail)
+
+
+def test_closing_request_is_pooled_where_the_style_masks_nothing(family_folder) -> None:
+    block = {"type": "one_word", "mask_instruction": False}
+    inputs = preprocessor_of(family_folder("qwen3"), block)([Item(to_content("a bus"), "query", "Find it")])
+    assert inputs.pool_mask.all()
 
 
 def test_mask_instruction_false_pools_everything(family_folder) -> None:
@@ -138,3 +149,8 @@ def test_misspelt_style_and_option_name_the_nearest(family_folder) -> None:
         PROMPTS.build("instruc")
     with pytest.raises(ConfigError, match="did you mean 'mask_instruction'"):
         PROMPTS.build({"type": "instruct", "mask_instructions": True})
+
+
+def test_instruct_template_without_the_instruction_is_refused() -> None:
+    with pytest.raises(ConfigError, match="instruct.template: .*{instruction}"):
+        PROMPTS.build({"type": "instruct", "template": "Instruct: "})
