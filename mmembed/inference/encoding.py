@@ -90,7 +90,7 @@ def check_model(embedder: Embedder, encoding: Encoding, folder: str | Path) -> N
 def _probe(embedder: Embedder, encoding: Encoding) -> np.ndarray:
     """(P,) float32: the vector, or the first token's vector, of a fixed text in the role of the collection."""
     vector = embedder.encode(
-        ["Ein roter Bus, 42 trains and 紅色."],
+        ["A red bus, 42 trains, 紅色."],
         role=encoding.role,
         show_progress=False,
         instruction=encoding.instruction,
