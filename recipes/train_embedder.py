@@ -65,12 +65,14 @@ def train(config: EmbedderConfig) -> dict[str, float]:
         )
 
     # 3. Model, objective, trainer -------------------------------------------------------------------------------------
-    from mmembed.models.checkpoint import build_for_training, verify_checkpoint
+    from mmembed.models.checkpoint import build_for_training, check_trainable, inherit_settings, verify_checkpoint
     from mmembed.objectives import build_objective
     from mmembed.training.trainer import EmbedderTrainer, last_checkpoint
 
+    config = inherit_settings(config)  # a second stage is what the first one was
     build_objective(config.objective)  # names and options are checked before weights are loaded
     model, preprocessor = build_for_training(config, media)
+    check_trainable(model, any({"image", "video"} & source.fields for source in train_data))
     objective = build_objective(config.objective, model.embedding_size)
     trainer = EmbedderTrainer(config, args, model, preprocessor, objective, train_data, dev_data)
     if main_process:

@@ -9,6 +9,6 @@ from mmembed.backbones.torchvision_shim import declare_missing_operators
 declare_missing_operators()
 
 from mmembed.backbones.family import FAMILIES, Family, Layout  # noqa: E402
-from mmembed.backbones.loading import Backbone, load_backbone, resolve_backbone, set_attention  # noqa: E402
+from mmembed.backbones.loading import NANO, Backbone, load_backbone, resolve_backbone, set_attention  # noqa: E402
 
-__all__ = ["FAMILIES", "Backbone", "Family", "Layout", "load_backbone", "resolve_backbone", "set_attention"]
+__all__ = ["FAMILIES", "NANO", "Backbone", "Family", "Layout", "load_backbone", "resolve_backbone", "set_attention"]

@@ -8,15 +8,16 @@ as `mmembed.json`.
 
 from __future__ import annotations
 
+import os
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mmembed.backbones import Backbone, Family, load_backbone
+from mmembed.backbones import NANO, Backbone, Family, load_backbone
 from mmembed.backbones.adapters import PROMPT_TYPES, apply_adapter, quantization_of, run
 from mmembed.embeddings import Embeddings
 from mmembed.pooling import POOLINGS, Pooling
@@ -201,6 +202,8 @@ def assemble(
 ) -> tuple[EmbeddingModel, Preprocessor]:
     """Puts pooling, projection, adapter and preprocessor around a loaded backbone."""
     prompt = prompt if prompt is not None else PROMPTS.build(settings.prompt)
+    if settings.name_or_path != NANO and os.path.isdir(settings.name_or_path):  # checkpoints load from anywhere
+        settings = replace(settings, name_or_path=os.path.abspath(settings.name_or_path))
     lengths = Lengths(**settings.lengths)
     backbone.family.set_pixel_limits(lengths.min_pixels, lengths.max_pixels)
     pooling = POOLINGS.build(settings.pooling, hidden_size=backbone.config.get_text_config().hidden_size)

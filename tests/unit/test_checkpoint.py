@@ -13,8 +13,18 @@ import torch
 from families import build, build_family, items, vectors
 from safetensors.torch import load_file, save_file
 
+from mmembed.config import AdapterConfig, build_config
 from mmembed.errors import CheckpointError, ConfigError
-from mmembed.models.checkpoint import load_checkpoint, read_settings, save_checkpoint, verify_checkpoint
+from mmembed.models.checkpoint import (
+    build_for_training,
+    check_trainable,
+    inherit_settings,
+    load_checkpoint,
+    read_settings,
+    restore_weights,
+    save_checkpoint,
+    verify_checkpoint,
+)
 
 LORA = {"type": "lora", "r": 4, "alpha": 8, "dropout": 0.0, "target_modules": "auto"}
 
@@ -269,6 +279,85 @@ def test_newer_formats_are_refused(family_folder, tmp_path) -> None:
 def test_folder_without_anything_is_refused(tmp_path) -> None:
     with pytest.raises(CheckpointError, match=r"mmembed\.json"):
         load_checkpoint(tmp_path)
+
+
+RICH = {
+    "attention": "bidirectional",
+    "pooling": {"type": "latent_attention", "num_latents": 5},
+    "projection": 12,
+    "normalize": False,
+    "prompt": "instruct",
+    "lengths": {"query_max_length": 40, "document_max_length": 50, "min_pixels": None, "max_pixels": None},
+}
+
+
+@pytest.mark.parametrize("kind", ["rslora", "none"])
+def test_a_second_stage_keeps_what_the_first_one_was(kind: str, family_folder, tmp_path) -> None:
+    """A config that names the folder and nothing else goes on with the same function."""
+    block = AdapterConfig.model_validate({"type": kind, **({} if kind == "none" else {"r": 4, "alpha": 8})})
+    model, preprocessor = trained(family_folder("qwen3"), adapter=block.model_dump(mode="json"), **RICH)
+    folder = tmp_path / "first"
+    save_checkpoint(folder, model, preprocessor)
+    tree = {"model": {"name_or_path": str(folder)}, "objective": {"type": "contrastive", "temperature": 0.1}}
+    again, its_preprocessor = build_for_training(build_config(tree))
+    expected = vectors(model, preprocessor, items("qwen3"))
+    assert torch.equal(expected, vectors(again.eval(), its_preprocessor, items("qwen3")))
+    assert its_preprocessor.limits == preprocessor.limits
+    merged = inherit_settings(build_config(tree))
+    assert inherit_settings(merged) == merged
+    assert (merged.projection, merged.adapter.type, merged.objective) == (12, kind, tree["objective"])
+    build_for_training(build_config({**tree, "prompt": "plain", "pooling": {**RICH["pooling"], "num_heads": 8}}))
+    wrong = {
+        "model.attention=causal": "model.attention",
+        "pooling=mean": "pooling",
+        "projection=8": "projection",
+        "normalize=true": "normalize",
+    }
+    if kind == "rslora":
+        wrong |= {"adapter.alpha=64": "adapter.alpha", "adapter.type=lora": "adapter.type", "adapter.r=2": "adapter.r"}
+        wrong |= {"adapter.target_modules=[q_proj]": "adapter.target_modules"}
+    for override, key in wrong.items():
+        with pytest.raises(ConfigError, match=f"{key}.*was saved with"):
+            build_for_training(build_config(tree, [override]))
+
+
+def test_resuming_under_other_settings_is_refused(family_folder, tmp_path) -> None:
+    model, preprocessor = trained(family_folder("qwen3"))
+    save_checkpoint(tmp_path / "saved", model, preprocessor)
+    other, _ = trained(family_folder("qwen3"), adapter={**LORA, "alpha": 64})
+    with pytest.raises(CheckpointError, match="adapter.alpha 8, but the run has 64"):
+        restore_weights(tmp_path / "saved", other)
+
+
+def test_tensors_that_nobody_expects_are_refused(family_folder, tmp_path) -> None:
+    model, preprocessor = trained(family_folder("qwen3"), projection=8)
+    save_checkpoint(tmp_path / "saved", model, preprocessor)
+    _edit_settings(tmp_path / "saved", projection=None)
+    with pytest.raises(CheckpointError, match=r"pooling\.safetensors: holds trained tensors"):
+        load_checkpoint(tmp_path / "saved")
+
+
+def test_an_adapter_finds_its_relative_backbone_from_anywhere(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    build_family("qwen3", tmp_path)
+    model, preprocessor = trained(Path("qwen3"))
+    save_checkpoint("saved", model, preprocessor)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    reloaded = load_checkpoint("../saved")
+    assert torch.equal(vectors(model, preprocessor, items("qwen3")), vectors(*reloaded, items("qwen3")))
+
+
+def test_training_nothing_is_refused_before_it_starts(family_folder) -> None:
+    frozen = {"name_or_path": str(family_folder("qwen3_vl")), "freeze": ["vision", "projector", "language"]}
+    tree = {"model": frozen, "adapter": {"type": "none"}}
+    with pytest.raises(ConfigError, match="nothing is trained"):
+        build_for_training(build_config(tree))
+    build_for_training(build_config({**tree, "projection": 8}))
+    frozen["freeze"] = ["language"]
+    model, _ = build_for_training(build_config(tree))
+    with pytest.raises(ConfigError, match="no record of data.train has an image"):
+        check_trainable(model, pictures=False)
 
 
 def _edit_settings(folder: Path, **changes: object) -> None:
