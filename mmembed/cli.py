@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from mmembed.errors import MmembedError, nearest
+from mmembed.arguments import Parser
+from mmembed.errors import MmembedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser, commands = build_parser()
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
-        _refuse(unknown, commands[arguments.command])
+        commands[arguments.command].refuse(unknown)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
@@ -51,50 +52,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse with the nearest command and flag named."""
-
-    given: Sequence[str] = ()
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        self.given = sys.argv[1:] if args is None else list(args)
-        return super().parse_known_args(args, namespace)
-
-    def error(self, message: str) -> NoReturn:
-        if "are required" in message:  # a misspelt flag is the likelier reason
-            known = self._option_string_actions
-            wrong = [flag.split("=")[0] for flag in self.given if flag.startswith("--")]
-            unknown = [flag for flag in wrong if flag not in known]
-            message = f"unknown argument '{unknown[0]}'; {nearest(unknown[0], known)}" if unknown else message
-        if "invalid choice" in message and "choose from" in message:
-            wrong = message.split("invalid choice: ")[1].split("'")[1]
-            known = [name.strip(" ')") for name in message.split("choose from ")[1].split(",")]
-            message = f"{message.split(': invalid')[0]}: there is no '{wrong}'; {nearest(wrong, known)}"
-        super().error(message)
-
-
-def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+def build_parser() -> tuple[Parser, dict[str, Parser]]:
     """The parser, and the parser of each command."""
     from mmembed import __version__
 
-    parser = _Parser(
+    parser = Parser(
         prog="mmembed", description="Embeds texts and images with a decoder LLM, and searches them.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"mmembed {__version__}")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     commands = {}
     for add in (_add_encode, _add_search, _add_verify, _add_inspect):
         command = add(subparsers)
         commands[command.prog.split()[-1]] = command
     return parser, commands
-
-
-def _refuse(unknown: Sequence[str], command: argparse.ArgumentParser) -> NoReturn:
-    """Ends with the nearest known flag named."""
-    flags = [flag for action in command._actions for flag in action.option_strings if flag.startswith("--")]
-    first = unknown[0].split("=")[0]
-    hint = nearest(first, flags) if first.startswith("-") else "see --help for the arguments"
-    command.error(f"unknown argument '{first}'; {hint}")
 
 
 # encode -------------------------------------------------------------------------------------------------------------
@@ -280,10 +251,11 @@ def _line(content: dict[str, Any], width: int) -> str:
 def _add_verify(subparsers: Any) -> argparse.ArgumentParser:
     command: argparse.ArgumentParser = subparsers.add_parser(
         "verify",
-        help="reload a checkpoint, write it once more, and compare the vectors",
+        help="compare the vectors of a checkpoint with those recorded when it was saved",
         allow_abbrev=False,
-        description="Loads a checkpoint, saves it to a temporary folder, loads that, and compares the vectors of fixed "
-        "texts; also checks that they differ from those of the backbone before training.",
+        description="Loads a checkpoint, compares the vectors of fixed inputs with those recorded when it was saved, "
+        "then with those after saving and loading again; also checks that they differ from those of the backbone "
+        "before training.",
     )
     command.add_argument("checkpoint", type=Path, help="folder of a saved embedder")
     command.add_argument("--tolerance", type=float, default=1e-3, help="largest allowed difference (default 1e-3)")
@@ -295,17 +267,18 @@ def _add_verify(subparsers: Any) -> argparse.ArgumentParser:
 def _verify(arguments: argparse.Namespace) -> int:
     import tempfile
 
-    from mmembed.models.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
+    from mmembed.models.checkpoint import check_recorded, load_checkpoint, save_checkpoint, verify_checkpoint
 
     model, preprocessor = load_checkpoint(arguments.checkpoint, trust_remote_code=arguments.trust_remote_code)
-    difference = verify_checkpoint(arguments.checkpoint, model, preprocessor, arguments.tolerance)
+    distance = check_recorded(arguments.checkpoint, model, preprocessor, arguments.tolerance)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
         save_checkpoint(copy, model, preprocessor)
         again = verify_checkpoint(copy, model, preprocessor, arguments.tolerance)
+    recorded = "no vectors were recorded when it was saved" if distance is None else f"{distance:.2g} to the record"
     print(
-        f"{arguments.checkpoint}: ok; largest difference {difference:.2g} after reloading, {again:.2g} after saving "
-        f"and reloading; vectors of {model.embedding_size} dimensions, {str(model.dtype).removeprefix('torch.')}"
+        f"{arguments.checkpoint}: ok; largest difference: {recorded}, {again:.2g} after saving and reloading; "
+        f"vectors of {model.embedding_size} dimensions, {str(model.dtype).removeprefix('torch.')}"
     )
     return 0
 
@@ -341,7 +314,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
         settings = json.loads(described.read_text(encoding="utf-8"))
     except ValueError as error:
         raise MmembedError(f"{described}: not valid JSON ({error}); restore it from another copy") from error
-    weights = {file.name: _tensors(file) for file in sorted(folder.glob("*.safetensors"))}
+    files = [file for file in sorted(folder.glob("*.safetensors")) if file.name != "probes.safetensors"]
+    weights = {file.name: _tensors(file) for file in files}
     if arguments.json:
         print(json.dumps({"mmembed.json": settings, "weights": weights}, ensure_ascii=False))
         return 0
