@@ -27,6 +27,7 @@ from typing import Any
 
 from eval.files import write_json
 from eval.tasks.local import Row, available, select
+from mmembed.arguments import Parser
 from mmembed.errors import ConfigError, MmembedError, nearest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m eval.run", description="Evaluate models on a benchmark, offline.")
+    parser = Parser(prog="python -m eval.run", description="Evaluate models on a benchmark, offline.")
     parser.add_argument(
         "--model",
         nargs="+",
