@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,19 +32,20 @@ Backward = Callable[[list[Tensor], list[Tensor], bool], None]
 
 @dataclass(frozen=True)
 class RandomState:
-    """The generators that dropout draws from."""
+    """The generators that dropout draws from: the CPU's, and the current device's (CUDA, MPS, ...)."""
 
     cpu: Tensor
-    devices: tuple[Tensor, ...]
+    device: Tensor | None
 
     @classmethod
     def capture(cls) -> RandomState:
-        return cls(torch.get_rng_state(), tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_available() else ())
+        module = _device_module()
+        return cls(torch.get_rng_state(), None if module is None else module.get_rng_state())
 
     def restore(self) -> None:
         torch.set_rng_state(self.cpu)
-        if self.devices:
-            torch.cuda.set_rng_state_all(list(self.devices))
+        if self.device is not None:
+            _device_module().set_rng_state(self.device)
 
 
 def contrastive_step(
@@ -133,6 +135,12 @@ def reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
         flat /= size
         for gradient, part in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
             gradient.copy_(part.view_as(gradient))
+
+
+def _device_module() -> Any:
+    """`torch.cuda`, `torch.mps`, ...; None on a machine without an accelerator."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return None if device is None else torch.get_device_module(device)
 
 
 def _first_kept(batch: Batch, keep_tokens: int | None) -> int:

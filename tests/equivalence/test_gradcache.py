@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from mmembed.data.collate import Batch, plan_chunks
 from mmembed.embeddings import Embeddings
 from mmembed.objectives import build_objective
 from mmembed.preprocess import Row
-from mmembed.training.gradcache import contrastive_step
+from mmembed.training.gradcache import RandomState, contrastive_step
 from tests.equivalence.toy import ToyEncoder, gradients, make_batch, relative
 
 TOLERANCE = 1e-5
@@ -63,6 +64,18 @@ def test_dropout_repeats_in_the_second_pass(keep_tokens):
         results.append((gradients(encoder, objective), torch.rand(1)))
     assert relative(results[1][0], results[0][0]) < TOLERANCE
     assert torch.equal(results[1][1], results[0][1])
+
+
+def test_random_state_is_of_the_cpu_and_the_current_device(monkeypatch):
+    """A stand-in for an accelerator with its own generator: what MPS and CUDA have in common."""
+    generator = torch.Generator().manual_seed(1)
+    device = SimpleNamespace(get_rng_state=generator.get_state, set_rng_state=generator.set_state)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("mps"))
+    monkeypatch.setattr(torch, "get_device_module", lambda _: device)
+    state = RandomState.capture()
+    drawn = [torch.rand(3), torch.rand(3, generator=generator)]
+    state.restore()
+    assert all(map(torch.equal, [torch.rand(3), torch.rand(3, generator=generator)], drawn))
 
 
 def test_dropout_is_on():
