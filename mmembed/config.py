@@ -312,6 +312,10 @@ def training_argument_names() -> frozenset[str]:
     return frozenset(target.id for target in fields if isinstance(target, ast.Name))
 
 
+_NO_FSDP = (
+    "processes hold the whole model (DDP); training.deepspeed with recipes/deepspeed/zero1.json or zero2.json shards "
+    "optimizer state and gradients, and parameters are not sharded in this version"
+)
 UNUSABLE_ARGUMENTS = {
     "auto_find_batch_size": "memory is bounded by training.token_budget, the batch stays as asked",
     "label_smoothing_factor": "it belongs to classification losses",
@@ -338,8 +342,8 @@ UNUSABLE_ARGUMENTS = {
     "do_train": "the recipe trains and evaluates on dev",
     "do_eval": "set training.eval_strategy",
     "do_predict": "use python -m eval.run",
-    "fsdp": "sharding goes through training.deepspeed",
-    "fsdp_config": "sharding goes through training.deepspeed",
+    "fsdp": _NO_FSDP,
+    "fsdp_config": _NO_FSDP,
     "parallelism_config": "tensor and context parallelism are not offered",
     "ddp_find_unused_parameters": "gradients are reduced once a step, unused parameters included",
     "ddp_bucket_cap_mb": "gradients are reduced once a step",
