@@ -21,6 +21,7 @@ from pathlib import Path
 if __name__ == "__main__" and __package__ is None:  # run as a file: its folder is on the path, the repository is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mmembed.arguments import Parser
 from mmembed.config import EmbedderConfig, load_config
 from mmembed.errors import ConfigError, MmembedError
 
@@ -29,7 +30,7 @@ logger = logging.getLogger("train_embedder")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a YAML file, for example recipes/configs/embedder/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="win over the file: training.max_steps=10")
     options = parser.parse_args(arguments)
@@ -67,7 +68,7 @@ def train(config: EmbedderConfig) -> dict[str, float]:
     # 3. Model, objective, trainer -------------------------------------------------------------------------------------
     from mmembed.models.checkpoint import build_for_training, check_trainable, inherit_settings, verify_checkpoint
     from mmembed.objectives import build_objective
-    from mmembed.training.trainer import EmbedderTrainer, last_checkpoint
+    from mmembed.training.trainer import EmbedderTrainer, last_checkpoint, writing
 
     config = inherit_settings(config)  # a second stage is what the first one was
     build_objective(config.objective)  # names and options are checked before weights are loaded
@@ -90,7 +91,9 @@ def train(config: EmbedderConfig) -> dict[str, float]:
     metrics = trainer.evaluate(metric_key_prefix="final") if dev_data else {}
     if main_process:
         difference = verify_checkpoint(args.output_dir, model, preprocessor)
-        Path(args.output_dir, "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        results = Path(args.output_dir, "metrics.json")
+        with writing(results, args.output_dir):
+            results.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
         logger.info("saved %s; reloaded vectors differ by at most %.1g", args.output_dir, difference)
     return metrics
 

@@ -1,8 +1,9 @@
 """Dev evaluation while training: rankings and correlations on held-out records, seconds instead of a benchmark run.
 
 Each retrieval-like source is ranked over the union of its records' documents, a reranking source over each query's own
-judged documents, an STS source is correlated. Documents are the same by content or by id, as in training. For numbers
-to publish use `python -m eval.run`, which ranks over whole corpora.
+judged documents, an STS source is correlated. Documents are the same by content or by id, as in training. Grades are
+kept sparsely and scores made a block of queries at a time: memory is that of the vectors. For numbers to publish use
+`python -m eval.run`, which ranks over whole corpora.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from mmembed.config import SourceConfig
 from mmembed.content import Example, Task
-from mmembed.data.collate import Chunk, document_keys, plan_chunks
+from mmembed.data.collate import Chunk, document_keys, plan_chunks, tokenize
 from mmembed.data.dataset import RecordDataset
 from mmembed.embeddings import Embeddings
+from mmembed.errors import ConfigError
 from mmembed.metrics import ndcg_at_k, rank_by_score, recall_at_k, spearman
 from mmembed.objectives.gather import gather_counts, gather_embeddings, gather_rows, world
 from mmembed.preprocess import Item, Preprocessor
@@ -29,40 +31,57 @@ BLOCK = 256  # queries scored at once
 
 @dataclass(frozen=True)
 class DevSet:
-    """One dev source: Q queries, C documents, relevance (Q, C), valid (Q, C)."""
+    """One dev source: Q queries, C documents.
+
+    judged: for each query the columns of its judged documents, (n,) int, and their grades, (n,) float32.
+    where: the record of each query, then of each document.
+    """
 
     name: str
     task: Task
     queries: tuple[Item, ...]
     documents: tuple[Item, ...]
-    relevance: np.ndarray
-    valid: np.ndarray
+    judged: tuple[tuple[np.ndarray, np.ndarray], ...]
+    where: tuple[str, ...]
+
+    @property
+    def own_only(self) -> bool:
+        """Whether a query meets its judged documents only."""
+        return self.task in (Task.RERANKING, Task.STS)
+
+    def block(self, rows: range) -> tuple[np.ndarray, np.ndarray]:
+        """relevance (R, C) float32 and valid (R, C) bool of some queries."""
+        relevance = np.zeros((len(rows), len(self.documents)), dtype=np.float32)
+        valid = np.full(relevance.shape, not self.own_only)
+        for place, row in enumerate(rows):
+            columns, grades = self.judged[row]
+            relevance[place, columns], valid[place, columns] = grades, True
+        return relevance, valid
 
 
 def build_dev_set(dataset: RecordDataset, source: SourceConfig) -> DevSet:
-    """Reads a dev source into memory."""
+    """Reads a dev source into memory. Raises ConfigError where its records are of several tasks."""
+    if len(dataset.tasks) > 1:
+        raise ConfigError(
+            f"data source '{dataset.name}' holds several tasks ({', '.join(sorted(dataset.tasks))}), which are "
+            "measured differently; split it into a dev source each, or set its task"
+        )
     examples = [dataset[index] for index in range(len(dataset))]
-    task = examples[0].task
-    queries = tuple(Item(example.query, "query", example.instruction) for example in examples)
     columns: dict[int, int] = {}  # content key -> column
+    by_id: dict[int, list[int]] = {}  # id key -> columns
     documents: list[Item] = []
-    keys: list[tuple[int, int]] = []
+    where = [example.where for example in examples]
     for example in examples:
         for document in example.documents:
-            key = document_keys(document)
-            if key[0] not in columns:
-                columns[key[0]] = len(documents)
+            content, identity = document_keys(document)
+            if content not in columns:
+                columns[content] = len(documents)
+                by_id.setdefault(identity, []).append(len(documents))
                 documents.append(Item(document.content, "document", source.document_instruction))
-                keys.append(key)
-    relevance = np.zeros((len(queries), len(documents)), dtype=np.float32)  # (Q, C)
-    judged = np.zeros(relevance.shape, dtype=bool)
-    ids = np.array([key[1] for key in keys])
-    for row, example in enumerate(examples):
-        _judge(example, columns, ids, relevance[row], judged[row])
-    own_only = task in (Task.RERANKING, Task.STS)
-    return DevSet(
-        dataset.name, task, queries, tuple(documents), relevance, judged if own_only else ~np.zeros_like(judged)
-    )
+                where.append(example.where)
+    queries = tuple(Item(example.query, "query", example.instruction) for example in examples)
+    judged = tuple(_judged(example, columns, by_id) for example in examples)
+    return DevSet(dataset.name, examples[0].task, queries, tuple(documents), judged, tuple(where))
 
 
 def evaluate(
@@ -76,41 +95,53 @@ def evaluate(
     found: dict[str, list[float]] = {}
     metrics: dict[str, float] = {}
     for dev in dev_sets:
-        queries = _embed(dev.queries, encode, preprocessor, token_budget)
-        documents = _embed(dev.documents, encode, preprocessor, token_budget)
-        index = torch.arange(len(dev.queries)).split(BLOCK)
-        scores = torch.cat([similarity(queries.rows(rows), documents).float() for rows in index]).numpy()  # (Q, C)
-        if dev.task is Task.STS:
-            values = {"spearman": spearman(scores[dev.valid], dev.relevance[dev.valid])}
-        else:
-            ranked, judged = rank_by_score(scores, dev.relevance, dev.valid)
-            values = {
-                "ndcg_at_10": float(ndcg_at_k(ranked, judged, 10).mean()),
-                "recall_at_10": float(recall_at_k(ranked, judged, 10).mean()),
-            }
+        queries = _embed(dev.queries, dev.where, encode, preprocessor, token_budget)
+        documents = _embed(dev.documents, dev.where[len(dev.queries) :], encode, preprocessor, token_budget)
+        values = _measure(dev, queries, documents, similarity)
         for key, value in values.items():
             metrics[f"{dev.name}_{key}"] = value
             found.setdefault(key, []).append(value)
     return {**metrics, **{key: float(np.mean(values)) for key, values in found.items()}}
 
 
-def _judge(
-    example: Example, columns: dict[int, int], ids: np.ndarray, relevance: np.ndarray, judged: np.ndarray
-) -> None:
-    """Writes one query's grades, (C,) each: also of other documents with the id of one of its documents."""
+def _measure(dev: DevSet, queries: Embeddings, documents: Embeddings, similarity: Similarity) -> dict[str, float]:
+    ndcg, recall, scored, graded = [], [], [], []
+    for start in range(0, len(dev.queries), BLOCK):
+        rows = range(start, min(start + BLOCK, len(dev.queries)))
+        scores = similarity(queries.rows(torch.tensor(rows)), documents).float().numpy()  # (R, C)
+        relevance, valid = dev.block(rows)  # (R, C) each
+        if dev.task is Task.STS:
+            scored.append(scores[valid])
+            graded.append(relevance[valid])
+        else:
+            ranked, judged = rank_by_score(scores, relevance, valid)
+            ndcg.append(ndcg_at_k(ranked, judged, 10))
+            recall.append(recall_at_k(ranked, judged, 10))
+    if dev.task is Task.STS:
+        return {"spearman": spearman(np.concatenate(scored), np.concatenate(graded))}
+    return {"ndcg_at_10": float(np.concatenate(ndcg).mean()), "recall_at_10": float(np.concatenate(recall).mean())}
+
+
+def _judged(example: Example, columns: dict[int, int], by_id: dict[int, list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """One query's columns and grades: also of other documents with the id of one of its documents."""
+    grades: dict[int, float] = {}
     for document in example.documents:
         content, identity = document_keys(document)
-        same = ids == identity
-        same[columns[content]] = True
-        relevance[same] = np.maximum(relevance[same], document.relevance)
-        judged |= same
+        for column in {columns[content], *by_id.get(identity, ())}:
+            grades[column] = max(grades.get(column, 0.0), document.relevance)
+    return np.array(list(grades), dtype=np.int64), np.array(list(grades.values()), dtype=np.float32)
 
 
 def _embed(
-    items: Sequence[Item], encode: Callable[[Chunk], Embeddings], preprocessor: Preprocessor, token_budget: int
+    items: Sequence[Item],
+    where: Sequence[str],
+    encode: Callable[[Chunk], Embeddings],
+    preprocessor: Preprocessor,
+    token_budget: int,
 ) -> Embeddings:
     """Embeddings on the CPU in the order of items. Processes share the chunks."""
-    chunks = plan_chunks(preprocessor.tokenize(items), token_budget)
+    where = where[: len(items)]
+    chunks = plan_chunks(tokenize(preprocessor, items, where), token_budget, where=where)
     rank, size = world()
     mine = chunks[rank::size] or chunks[-1:]  # a process without a chunk repeats one: collectives need a shape
     embeddings = Embeddings.concatenate([encode(chunk) for chunk in mine])

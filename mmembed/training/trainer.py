@@ -11,14 +11,18 @@ Resuming is exact: batches are a pure function of seed, epoch and position, rand
 from __future__ import annotations
 
 import functools
+import json
 import logging
+import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
@@ -37,12 +41,12 @@ from mmembed.objectives import Objective
 from mmembed.objectives.gather import gather_counts
 from mmembed.preprocess import ModelInputs, Preprocessor
 from mmembed.training.batch_report import Report, batch_report, check_fields, keep_tokens
-from mmembed.training.evaluation import build_dev_set, evaluate
+from mmembed.training.evaluation import DevSet, build_dev_set, evaluate
 from mmembed.training.gradcache import contrastive_step, reduce_gradients
 from mmembed.training.optimizers import Lion, parameter_groups
 
 logger = logging.getLogger(__name__)
-OBJECTIVE = "objective.safetensors"
+OBJECTIVE, STATE = "objective.safetensors", "trainer_state.json"
 CHUNKS_A_BUDGET = 4  # finer chunks have less padding but smaller products: 2, 4 and 8 differ by 5 % on two cores
 
 
@@ -159,14 +163,13 @@ class EmbedderTrainer(Trainer):
         """One batch: gradients are added to the parameters, and averaged over processes if a step follows."""
         model.train()
         accumulation = self.current_gradient_accumulation_steps
-        scaler = self.accelerator.scaler
         with self._without_reduction(model):
             loss, metrics = contrastive_step(
                 functools.partial(self._encode, model),
                 self.model.objective,
                 inputs,
                 self.keep_tokens,
-                scale=(1.0 if scaler is None else scaler.get_scale()) / accumulation,
+                scale=self._loss_scale() / accumulation,
                 backward=self._engine_backward if self.is_deepspeed_enabled else None,
                 rounds=max(gather_counts(len(inputs.chunks), self.args.device)) if self.is_deepspeed_enabled else None,
             )
@@ -174,6 +177,11 @@ class EmbedderTrainer(Trainer):
             reduce_gradients(model.parameters())
         self._count(inputs, metrics)
         return loss / accumulation
+
+    def _loss_scale(self) -> float:
+        """What fp16 multiplies gradients by; 1 elsewhere. The scaler starts when it is given something to scale."""
+        scaler = self.accelerator.scaler
+        return 1.0 if scaler is None else float(scaler.scale(torch.ones((), device=self.args.device)))
 
     def _encode(self, model: nn.Module, chunk: Chunk) -> Embeddings:
         return model(chunk.inputs(self.preprocessor).to(self.args.device))
@@ -295,9 +303,14 @@ class EmbedderTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+        self, eval_dataset: Sequence[DevSet] | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Ranks and correlates the dev sources: `eval_ndcg_at_10`, `eval_{source}_ndcg_at_10`, `eval_spearman`, ..."""
+        """Ranks and correlates: `eval_ndcg_at_10`, `eval_{source}_ndcg_at_10`, `eval_spearman`, ...
+
+        Args:
+            eval_dataset: of `build_dev_set`; the run's dev sources if None.
+            ignore_keys: of the base class; a model has no outputs to leave out here.
+        """
         started = time.perf_counter()
         model = self.accelerator.unwrap_model(self.model)
         was_training = model.training
@@ -305,7 +318,8 @@ class EmbedderTrainer(Trainer):
         similarity = self.model.objective.similarity_of
         encode = functools.partial(self._encode, model)
         budget = chunk_tokens(self.run_config)
-        found = evaluate(self.dev_sets, encode, similarity, self.preprocessor, budget)
+        dev_sets = self.dev_sets if eval_dataset is None else eval_dataset
+        found = evaluate(dev_sets, encode, similarity, self.preprocessor, budget)
         model.train(was_training)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         metrics[f"{metric_key_prefix}_seconds"] = round(time.perf_counter() - started, 2)
@@ -316,6 +330,33 @@ class EmbedderTrainer(Trainer):
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Weights, optimizer, random states, and last the trainer's state, without which a checkpoint does not count.
+
+        Raises:
+            CheckpointError: it could not be written whole; what was written of it is gone, the one before is not.
+        """
+        folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        if self.args.should_save:
+            (folder / STATE).unlink(missing_ok=True)  # of an earlier run
+        try:
+            with writing(folder, self.args.output_dir):
+                super()._save_checkpoint(model, trial)
+        except CheckpointError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def save_state(self) -> None:
+        """Writes the log and position of the run into the output folder."""
+        with writing(Path(self.args.output_dir, STATE), self.args.output_dir):
+            super().save_state()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the embedder, by default into the output folder. Raises CheckpointError; what lay there stays."""
+        folder = Path(output_dir or self.args.output_dir)
+        with nullcontext() if _internal_call else writing(folder, self.args.output_dir):
+            super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Writes a self-describing embedder, and the objective's learned parameters beside it."""
         from safetensors.torch import save_file
@@ -325,13 +366,22 @@ class EmbedderTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         state = dict(state_dict or self.model.state_dict())
         of_model = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
-        save_checkpoint(folder, self.model.model, self.preprocessor, self.run_config.hash(), of_model)
         prefix = "objective."
         parameters = {
             name.removeprefix(prefix): value.cpu() for name, value in state.items() if name.startswith(prefix)
         }
-        if parameters:
-            save_file(parameters, folder / OBJECTIVE)
+        staged = folder.with_name(f".{folder.name}.{OBJECTIVE}-{os.getpid()}")  # moved when the weights are there
+        try:
+            if parameters:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                save_file(parameters, staged)
+            save_checkpoint(folder, self.model.model, self.preprocessor, self.run_config.hash(), of_model)
+            if parameters:
+                os.replace(staged, folder / OBJECTIVE)
+            else:
+                (folder / OBJECTIVE).unlink(missing_ok=True)  # of an earlier run
+        finally:
+            staged.unlink(missing_ok=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._restore(Path(resume_from_checkpoint))
@@ -357,13 +407,40 @@ def chunk_tokens(config: EmbedderConfig) -> int:
     return max(training.token_budget // CHUNKS_A_BUDGET, min(longest, training.token_budget))
 
 
+@contextmanager
+def writing(path: Path, run: str) -> Iterator[None]:
+    """Raises CheckpointError for whatever fails while `path` is written: each library reports a full disk its own way.
+
+    The message names the checkpoint of `run` to go on from.
+    """
+    try:
+        yield
+    except (CheckpointError, OSError, RuntimeError, SafetensorError) as error:
+        known = isinstance(error, CheckpointError)
+        found = str(error) if known else f"{path}: could not be written ({error}). Free disk space"
+        try:
+            remedy = f"{last_checkpoint(run)} is complete: go on from it with training.resume_from_checkpoint=true"
+        except CheckpointError:
+            remedy = "There is no complete checkpoint before it: start again"
+        raise CheckpointError(f"{found}. {remedy}") from error
+
+
 def last_checkpoint(output_dir: str | Path) -> Path:
     """The last complete checkpoint of a run: one whose trainer state, written last, is there.
 
     Raises:
         CheckpointError: there is none.
     """
-    complete = [path.parent for path in Path(output_dir).glob("checkpoint-*/trainer_state.json")]
+    complete = [path.parent for path in Path(output_dir).glob(f"checkpoint-*/{STATE}") if _is_json(path)]
     if not complete:
         raise CheckpointError(f"{output_dir}: holds no complete checkpoint to resume from; start without resuming")
     return max(complete, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+
+
+def _is_json(path: Path) -> bool:
+    """Whether a file was written whole: a kill may have cut it."""
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return True

@@ -1,5 +1,6 @@
 """The training command on a tiny real vision-language model: what it writes, changes, repeats and refuses."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -29,6 +30,25 @@ def losses(folder):
     """The logged loss of each step."""
     history = json.loads((Path(folder) / "trainer_state.json").read_text())["log_history"]
     return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def build(config):
+    """The trainer of a config, as the recipe builds it."""
+    from mmembed.data.dataset import RecordDataset, media_store
+    from mmembed.models.embedding_model import build_embedding_model
+    from mmembed.objectives import build_objective
+    from mmembed.training.arguments import set_seed, training_arguments
+    from mmembed.training.trainer import EmbedderTrainer
+
+    media = media_store(config.data)
+    set_seed(0)
+    model, preprocessor = build_embedding_model(config, media)
+    objective = build_objective(config.objective, model.embedding_size)
+    train, dev = (
+        [RecordDataset(source, media, root=config.data.root) for source in sources]
+        for sources in (config.data.train, config.data.dev)
+    )
+    return EmbedderTrainer(config, training_arguments(config), model, preprocessor, objective, train, dev)
 
 
 def trained(folder):
@@ -76,19 +96,8 @@ def test_main_job(config_file, tmp_path, capsys):
     ids=lambda overrides: overrides[0],
 )
 def test_every_trained_parameter_changes_and_no_frozen_one(config_file, overrides):
-    from mmembed.data.dataset import RecordDataset, media_store
-    from mmembed.models.embedding_model import build_embedding_model
-    from mmembed.objectives import build_objective
-    from mmembed.training.arguments import set_seed, training_arguments
-    from mmembed.training.trainer import EmbedderTrainer
-
     config = load_config(config_file, [*overrides, "data.dev=[]"])
-    media = media_store(config.data)
-    set_seed(0)
-    model, preprocessor = build_embedding_model(config, media)
-    objective = build_objective(config.objective, model.embedding_size)
-    train = [RecordDataset(source, media, root=config.data.root) for source in config.data.train]
-    trainer = EmbedderTrainer(config, training_arguments(config), model, preprocessor, objective, train)
+    trainer = build(config)
     before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
     trainer.train()
     vision = [name for name, tower in trainer.model.towers().items() if tower == "vision"]
@@ -142,6 +151,63 @@ def test_resume_after_a_kill_is_the_uninterrupted_run(config_file, tmp_path):
     run(config_file, *steps, f"training.output_dir={killed}", "training.resume_from_checkpoint=true")
     assert torch.equal(trained(killed), trained(tmp_path / "whole"))
     assert losses(killed) == losses(tmp_path / "whole")
+
+
+FULL_DISK = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+from recipes.train_embedder import main
+sys.exit(main({arguments!r}))
+"""
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_and_says_what_to_do(config_file, tmp_path):
+    """The operating system refuses to write past a number of bytes a file: the optimizer's state is the largest."""
+    out = tmp_path / "out"
+    steps = ["training.save_strategy=steps", "training.save_steps=2", "adapter.r=32", "data.dev=[]"]
+    run(config_file, *steps, "training.max_steps=2")
+    before = {file.name: file.read_bytes() for file in (out / "checkpoint-2").iterdir()}
+    limit = len(before["optimizer.pt"]) - 1
+    assert all(len(content) < limit for name, content in before.items() if name != "optimizer.pt")
+    arguments = ["--config", str(config_file), *steps, "training.resume_from_checkpoint=true"]
+    script = FULL_DISK.format(limit=limit, arguments=arguments)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr[-3000:]
+    error = done.stderr.splitlines()[-1]
+    assert "checkpoint-4" in error and "checkpoint-2 is complete" in error and "resume_from_checkpoint" in error
+    assert "Traceback" not in done.stderr
+    assert {file.name: file.read_bytes() for file in (out / "checkpoint-2").iterdir()} == before
+    assert not (out / "checkpoint-4").exists()
+    run(config_file, *steps, "training.resume_from_checkpoint=true")
+    assert (out / "checkpoint-4" / "trainer_state.json").exists()
+
+
+def test_a_loss_scale_leaves_the_gradient_as_it_is(config_file):
+    """What fp16 does on a GPU: gradients are scaled before the backward, and unscaled before they are clipped."""
+    gradients = []
+    for scaled in (False, True):
+        trainer = build(load_config(config_file, ["data.dev=[]", "adapter.dropout=0.0"]))
+        if scaled:
+            trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        trainer.current_gradient_accumulation_steps = 2
+        optimizer = trainer.create_optimizer()
+        batch = next(iter(trainer.get_train_dataloader()))
+        trainer.training_step(trainer.model, batch)
+        found = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
+        if scaled:
+            assert max(gradient.abs().max() for gradient in found) > 100 * gradients[0].abs().max()
+            trainer.accelerator.scaler.unscale_(optimizer)
+        gradients.append(torch.cat([gradient.flatten() for gradient in found]))
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-7)
+
+
+def test_evaluating_other_sets_than_the_runs_own(config_file):
+    trainer = build(load_config(config_file))
+    (dev,) = trainer.dev_sets
+    metrics = trainer.evaluate([dataclasses.replace(dev, name="other")], metric_key_prefix="test")
+    assert "test_other_ndcg_at_10" in metrics and "test_dev_ndcg_at_10" not in metrics
+    assert trainer.evaluate()["eval_dev_ndcg_at_10"] == metrics["test_other_ndcg_at_10"]
 
 
 @pytest.mark.distributed
