@@ -15,7 +15,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from mmembed.arguments import Parser
 from mmembed.errors import MmembedError
@@ -417,13 +417,19 @@ def _load(arguments: argparse.Namespace, model: str) -> Embedder:
 
     disable_progress_bar()  # a bar a file of weights says nothing
     root = arguments.media_root or media_root(vars(arguments).get("source") or arguments.target)
-    return Embedder.from_pretrained(
+    embedder = Embedder.from_pretrained(
         model,
         device=arguments.device,
         dtype=arguments.dtype,
         media=MediaStore(root),
         trust_remote_code=arguments.trust_remote_code,
     )
+    if embedder.model.pooling.multi_vector:
+        raise MmembedError(
+            f"{model}: gives many vectors a content, and an encoded folder holds one; use Embedder.encode and "
+            "Embedder.similarity in Python"
+        )
+    return embedder
 
 
 def _load_media(embedder: Embedder, root: Path | None) -> Embedder:

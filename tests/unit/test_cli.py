@@ -220,6 +220,13 @@ def test_a_model_that_changed_since_is_noticed(model, lines, tmp_path, capsys):
     assert "encode it again" in capsys.readouterr().err
 
 
+def test_multi_vector_models_are_refused(model, lines, tmp_path, capsys):
+    settings = EmbedderSettings(str(model), dtype="float32", pooling="multi_vector")
+    Embedder(*build_from_settings(settings)).save(tmp_path / "late")
+    assert main(["encode", str(lines), "--output", str(tmp_path / "out"), "--model", str(tmp_path / "late")]) == 2
+    assert "many vectors a content" in capsys.readouterr().err
+
+
 def test_inspect_and_verify_a_saved_embedder(model, tmp_path, capsys):
     saved = tmp_path / "saved"
     Embedder.from_pretrained(model, dtype="float32", device="cpu").save(saved)
