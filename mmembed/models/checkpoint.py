@@ -2,9 +2,9 @@
 
 A folder holds `mmembed.json` (settings), the processor's files, the trained part of the backbone
 (`adapter_model.safetensors` with an adapter, the whole model without), and `pooling.safetensors`. Nothing is ever
-unpickled. Everything is written beside the destination first and moved into place file by file when all of it is on
-disk, `mmembed.json` last: a full disk leaves the previous checkpoint as it was. Frozen base weights are not copied: an
-adapter checkpoint names its base.
+unpickled. Everything is written beside the destination first and moved in as one folder when all of it is on disk: a
+full disk leaves the previous checkpoint as it was, and after a kill either the previous or the new one loads (loading
+finishes an interrupted move). Frozen base weights are not copied: an adapter checkpoint names its base.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import PIL.Image
 import torch
+from torch.nn import functional as F
 
 from mmembed.backbones import load_backbone, resolve_backbone
 from mmembed.backbones.adapters import PROMPT_TYPES, quantization_of
-from mmembed.content import Text
+from mmembed.content import Image, Text
 from mmembed.errors import CheckpointError, ConfigError
 from mmembed.models.embedding_model import (
     EmbedderSettings,
@@ -31,6 +33,7 @@ from mmembed.models.embedding_model import (
     assemble,
     build_embedding_model,
     build_from_settings,
+    head_sums,
     settings_of,
 )
 from mmembed.pooling import POOLINGS
@@ -41,6 +44,9 @@ if TYPE_CHECKING:
     from mmembed.media import MediaStore
 
 SETTINGS, ADAPTER, POOLING = "mmembed.json", "adapter_model.safetensors", "pooling.safetensors"
+PROBES = "probes.safetensors"  # vectors of fixed inputs, as the model in memory gave them when it was saved
+HALF_TOLERANCE = 0.03  # of a unit vector, where weights are in 16 bits: kernels and merged adapters round otherwise
+INCOMING = ".mmembed-incoming"  # a complete checkpoint inside the folder that it replaces
 FORMAT = 1
 
 
@@ -54,7 +60,8 @@ def save_checkpoint(
     """Writes a checkpoint; what lies in `folder` survives any failure.
 
     Args:
-        state_dict: the full state where parameters are sharded over processes (ZeRO-3); the model's own otherwise.
+        state_dict: the full state where parameters are sharded over processes (ZeRO-3); the model's own otherwise. The
+            model is not run then, and `verify_checkpoint` has to record the vectors that `check_recorded` looks for.
 
     Raises:
         CheckpointError: the disk is full or not writable, or an adapter tensor is empty.
@@ -64,6 +71,8 @@ def save_checkpoint(
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
+        if state_dict is None:
+            _record(staging, model, _vectors_of(model, preprocessor))
         _write(staging, model, preprocessor, training_config_hash, state_dict or model.state_dict())
         _move_into_place(staging, folder)
     except CheckpointError:
@@ -94,6 +103,7 @@ def load_checkpoint(
         CheckpointError: files are missing or broken, or the weights belong to another architecture.
     """
     path = Path(resolve_backbone(str(folder)))
+    _settle(path)
     if not (path / SETTINGS).exists():
         if path.is_dir() and not (path / "config.json").exists():
             raise CheckpointError(
@@ -142,6 +152,7 @@ def inherit_settings(cfg: EmbedderConfig) -> EmbedderConfig:
         ConfigError: the config sets a part of the architecture to another value than the saved one.
     """
     folder = Path(resolve_backbone(cfg.model.name_or_path))
+    _settle(folder)
     if not (folder / SETTINGS).exists():
         return cfg
     from mmembed.config import AdapterConfig, build_config
@@ -186,13 +197,13 @@ def check_trainable(model: EmbeddingModel, pictures: bool = True) -> None:
     trained = {towers[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trained:
         raise ConfigError(
-            f"model.freeze {list(model.settings.freeze)} + adapter.type 'none': nothing is trained, and neither pooling "
-            "nor projection has weights; free a tower, or add an adapter or a projection"
+            f"model.freeze {list(model.settings.freeze)} + adapter.type 'none': nothing is trained, and neither "
+            "pooling nor projection has weights; free a tower, or add an adapter or a projection"
         )
     if not pictures and trained <= {"vision", "projector"}:
         raise ConfigError(
-            f"model.freeze {list(model.settings.freeze)}: only {' and '.join(sorted(trained))} would be trained, but no "
-            "record of data.train has an image; free the language tower, or add images"
+            f"model.freeze {list(model.settings.freeze)}: only {' and '.join(sorted(trained))} would be trained, but "
+            "no record of data.train has an image; free the language tower, or add images"
         )
 
 
@@ -203,6 +214,7 @@ def restore_weights(folder: str | Path, model: EmbeddingModel) -> None:
         CheckpointError: files are missing or broken, or the weights belong to another architecture.
     """
     folder = Path(folder)
+    _settle(folder)
     for key, value, wanted in _differences(read_settings(folder)[0], model.settings):
         raise CheckpointError(
             f"{folder}: was saved with {key} {value!r}, but the run has {wanted!r}; resume with the settings it was "
@@ -238,7 +250,9 @@ def read_settings(path: str | Path) -> tuple[EmbedderSettings, dict[str, Any]]:
 def verify_checkpoint(
     folder: str | Path, model: EmbeddingModel, preprocessor: Preprocessor, tolerance: float = 1e-3
 ) -> float:
-    """Reloads a saved folder and compares vectors on fixed texts: equal to the model's, unequal to the bare backbone's.
+    """Reloads a saved folder and compares vectors of fixed texts (and a picture): equal to the model's; unequal to the
+    bare backbone's, or, where only pooling and projection are trained, those unequal to their fresh state. Records the
+    vectors in the folder where saving could not.
 
     Returns:
         The largest difference of a vector element to the model in memory.
@@ -246,41 +260,108 @@ def verify_checkpoint(
     Raises:
         CheckpointError: the vectors differ by more than `tolerance`, or training changed nothing.
     """
-    items = [Item((Text(text),), role) for text in _PROBES for role in ("query", "document")]
-    was_training = model.training
-    ours = _vectors(model.eval(), preprocessor, items)
-    model.train(was_training)
+    ours = _vectors_of(model, preprocessor)
     reloaded, loaded_preprocessor = load_checkpoint(
         folder, device=model.device, media=preprocessor.media, trust_remote_code=model.settings.trust_remote_code
     )
-    difference = (ours - _vectors(reloaded, loaded_preprocessor, items)).abs().max().item()
+    theirs = _vectors_of(reloaded, loaded_preprocessor)
+    difference = (ours - theirs).abs().max().item()
     if difference > tolerance:
         raise CheckpointError(
             f"{folder}: reloaded vectors differ by {difference:.2g} from the model in memory; "
             "do not use this folder, save again"
         )
-    if torch.equal(ours, _untrained_vectors(reloaded, loaded_preprocessor, items)):
+    if any(parameter.requires_grad for parameter in reloaded.backbone.parameters()):
+        unchanged = torch.equal(theirs, _untrained_vectors(reloaded, loaded_preprocessor))
+    else:
+        unchanged = head_sums(reloaded) == model.fresh_head
+    if unchanged:
         raise CheckpointError(
             f"{folder}: gives the vectors of the backbone before training; its weights were lost, or never trained"
         )
+    if not (Path(folder) / PROBES).exists():
+        _record(Path(folder), model, ours)
     return difference
+
+
+def check_recorded(
+    folder: str | Path, model: EmbeddingModel, preprocessor: Preprocessor, tolerance: float = 1e-3
+) -> float | None:
+    """Compares a loaded checkpoint with the vectors that were recorded when it was saved: the only check that notices
+    a changed backbone, file or library.
+
+    Args:
+        tolerance: for vectors scaled to unit length; at least 0.03 where weights are in 16 bits.
+
+    Returns:
+        The largest distance of such vectors; None where the folder has no record.
+
+    Raises:
+        CheckpointError: they are further apart.
+    """
+    from safetensors import safe_open
+
+    file = Path(folder) / PROBES
+    if not file.exists():
+        return None
+    recorded = _read_tensors(file)["vectors"].double()
+    with safe_open(file, "pt") as header:
+        dtypes = {header.metadata()["dtype"], str(model.dtype)}
+    found = _flat(_vectors_of(model, preprocessor)).double()
+    if found.shape != recorded.shape:
+        raise CheckpointError(
+            f"{folder}: gives vectors {tuple(found.shape)}, {tuple(recorded.shape)} were recorded when it was saved; "
+            "its tokenizer or settings changed, restore them"
+        )
+    distance = (F.normalize(found, dim=1) - F.normalize(recorded, dim=1)).norm(dim=1).max().item()
+    if not distance <= (tolerance if dtypes == {"torch.float32"} else max(tolerance, HALF_TOLERANCE)):
+        raise CheckpointError(
+            f"{folder}: its vectors are {distance:.2g} away from those recorded when it was saved; its weights, its "
+            f"backbone '{model.settings.name_or_path}' or a library changed; restore them, or train again"
+        )
+    return distance
 
 
 _PROBES = ("a red bus", "What is the capital of France?", "Der Hund schläft. " * 8)
 
 
-def _untrained_vectors(model: EmbeddingModel, preprocessor: Preprocessor, items: list[Item]) -> torch.Tensor:
+def _vectors_of(model: EmbeddingModel, preprocessor: Preprocessor) -> torch.Tensor:
+    """Vectors of fixed inputs in evaluation mode: texts in both roles, and a picture where the backbone sees."""
+    items = [Item((Text(text),), role) for text in _PROBES for role in ("query", "document")]
+    if model.family.multimodal:
+        picture = PIL.Image.linear_gradient("L").resize((96, 64)).convert("RGB")
+        items.append(Item((Image(picture),)))
+    was_training = model.training
+    vectors = _vectors(model.eval(), preprocessor, items)
+    model.train(was_training)
+    return vectors
+
+
+def _flat(vectors: torch.Tensor) -> torch.Tensor:
+    """One row an input: the sum over its tokens for multi-vector models."""
+    return vectors.sum(1) if vectors.dim() == 3 else vectors  # (B, E)
+
+
+def _record(folder: Path, model: EmbeddingModel, vectors: torch.Tensor) -> None:
+    from safetensors.torch import save_file
+
+    staged = folder / f".{PROBES}"
+    save_file({"vectors": _flat(vectors).contiguous()}, staged, {"dtype": str(model.dtype)})
+    os.replace(staged, folder / PROBES)
+
+
+def _untrained_vectors(model: EmbeddingModel, preprocessor: Preprocessor) -> torch.Tensor:
     """Vectors with the backbone as it was before training, under the trained pooling."""
     if model.settings.adapter_type in PROMPT_TYPES:  # peft's disable_adapter would ask for a generate method
         base, settings = model.backbone.get_base_model(), replace(model.settings, adapter=None)
         bare = EmbeddingModel(base, model.family, model.pooling, model.projection, model.normalize, settings)
-        return _vectors(bare, preprocessor, items)
+        return _vectors_of(bare, preprocessor)
     if model.settings.adapter_type != "none":
         with model.backbone.disable_adapter():
-            return _vectors(model, preprocessor, items)
+            return _vectors_of(model, preprocessor)
     base, base_preprocessor = build_from_settings(model.settings, preprocessor.media)
     base.pooling, base.projection = model.pooling, model.projection
-    return _vectors(base.to(model.device).eval(), base_preprocessor, items)
+    return _vectors_of(base.to(model.device).eval(), base_preprocessor)
 
 
 @torch.inference_mode()
@@ -357,6 +438,7 @@ def _architecture(config: Any) -> dict[str, Any]:
 
 
 def _move_into_place(staging: Path, folder: Path) -> None:
+    """From the rename on, the new checkpoint is the one that loads: `_settle` finishes what a kill interrupts."""
     for file in staging.rglob("*"):
         if file.is_file():
             with file.open("rb") as handle:
@@ -364,14 +446,33 @@ def _move_into_place(staging: Path, folder: Path) -> None:
     if not folder.exists():
         os.replace(staging, folder)
         return
-    previous = read_settings(folder)[1]["files"] if (folder / SETTINGS).exists() else []
-    names = sorted((file.name for file in staging.iterdir()), key=lambda name: name == SETTINGS)
-    for name in names:  # mmembed.json comes last
-        if (folder / name).is_dir():
-            shutil.rmtree(folder / name)
-        os.replace(staging / name, folder / name)
-    for name in set(previous) - set(names):  # an adapter left behind would be loaded on top of full weights
-        (folder / name).unlink(missing_ok=True)
+    _settle(folder)
+    os.replace(staging, folder / INCOMING)
+    _settle(folder)
+
+
+def _settle(folder: Path) -> None:
+    """Moves a complete checkpoint inside `folder` into its place, file by file; may be interrupted and repeated."""
+    incoming = folder / INCOMING
+    if not incoming.is_dir():
+        return
+    try:
+        previous = read_settings(folder)[1]["files"] if (folder / SETTINGS).exists() else []
+        if (incoming / SETTINGS).exists():  # else everything was moved already
+            kept = set(read_settings(incoming)[1]["files"])
+            for file in sorted(incoming.iterdir(), key=lambda file: file.name == SETTINGS):
+                if file.name == SETTINGS:  # comes last; an adapter left behind would be loaded on top of full weights
+                    for name in {*previous, PROBES} - kept:
+                        (folder / name).unlink(missing_ok=True)
+                if (folder / file.name).is_dir():
+                    shutil.rmtree(folder / file.name)
+                os.replace(file, folder / file.name)
+        incoming.rmdir()
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: was interrupted while it was saved, and could not be completed ({error}); make it writable and "
+            "load it again"
+        ) from error
 
 
 # Reading --------------------------------------------------------------------------------------------------------------

@@ -81,6 +81,7 @@ class EmbeddingModel(nn.Module):
         self.backbone, self.pooling, self.projection, self.normalize = backbone, pooling, projection, normalize
         self.family, self.settings = family, settings
         self._virtual_tokens = settings.adapter_type in PROMPT_TYPES
+        self.fresh_head = head_sums(self)
 
     @property
     def config(self) -> Any:
@@ -146,6 +147,17 @@ class EmbeddingModel(nn.Module):
             vectors = vectors[: -inputs.filler] + 0.0 * vectors[-inputs.filler :].sum()
             pool_mask = pool_mask[: -inputs.filler]
         return Embeddings(vectors, pool_mask if self.pooling.multi_vector else None)
+
+
+def head_sums(model: EmbeddingModel) -> dict[str, float]:
+    """The sum of absolute values of each tensor of pooling and projection: tells whether training changed them."""
+    parts = {"pooling": model.pooling, "projection": model.projection}
+    return {
+        f"{part}.{name}": tensor.detach().cpu().double().abs().sum().item()
+        for part, module in parts.items()
+        if module is not None
+        for name, tensor in module.state_dict().items()
+    }
 
 
 def build_embedding_model(cfg: EmbedderConfig, media: MediaStore | None = None) -> tuple[EmbeddingModel, Preprocessor]:

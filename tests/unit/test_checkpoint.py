@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from mmembed.config import AdapterConfig, build_config
 from mmembed.errors import CheckpointError, ConfigError
 from mmembed.models.checkpoint import (
     build_for_training,
+    check_recorded,
     check_trainable,
     inherit_settings,
     load_checkpoint,
@@ -265,6 +268,97 @@ def test_verification_notices_untrained_and_changed_weights(family_folder, tmp_p
         move(model)
         with pytest.raises(CheckpointError, match="differ by"):
             verify_checkpoint(tmp_path / "saved", model, preprocessor)
+
+
+def test_training_of_the_head_alone_is_noticed(family_folder, tmp_path) -> None:
+    frozen = ("vision", "projector", "language")
+    model, preprocessor = build(family_folder("qwen3_vl"), projection=8, freeze=frozen)
+    save_checkpoint(tmp_path / "saved", model, preprocessor)
+    with pytest.raises(CheckpointError, match="before training"):
+        verify_checkpoint(tmp_path / "saved", model, preprocessor)
+    move(model)
+    save_checkpoint(tmp_path / "saved", model, preprocessor)
+    assert verify_checkpoint(tmp_path / "saved", model, preprocessor) == 0
+
+
+def test_training_of_the_vision_tower_alone_is_noticed(family_folder, tmp_path) -> None:
+    """Texts have the vectors of the backbone; a picture has not."""
+    model, preprocessor = build(family_folder("qwen3_vl"), freeze=("language", "projector"))
+    save_checkpoint(tmp_path / "saved", model, preprocessor)
+    with pytest.raises(CheckpointError, match="before training"):
+        verify_checkpoint(tmp_path / "saved", model, preprocessor)
+    move(model)
+    save_checkpoint(tmp_path / "saved", model, preprocessor)
+    assert verify_checkpoint(tmp_path / "saved", model, preprocessor) == 0
+
+
+@pytest.mark.parametrize("settings", [{}, {"adapter": None}, {"pooling": {"type": "multi_vector", "dim": 8}}])
+def test_recorded_vectors_notice_what_two_loads_cannot(settings, tmp_path) -> None:
+    """Another backbone of the same shape, or changed weights: every load gives the same wrong vectors."""
+    base = build_family("qwen3", tmp_path)
+    model, preprocessor = trained(base, **settings)
+    save_checkpoint(tmp_path / "saved", model, preprocessor)
+    assert check_recorded(tmp_path / "saved", *load_checkpoint(tmp_path / "saved")) < 1e-5
+    changed = (tmp_path / "saved" if settings.get("adapter", 0) is None else base) / "model.safetensors"
+    weights = load_file(changed)
+    save_file({name: tensor * 1.3 for name, tensor in weights.items()}, changed, {"format": "pt"})
+    reloaded = load_checkpoint(tmp_path / "saved")
+    if changed.parent == base:
+        verify_checkpoint(tmp_path / "saved", *reloaded)
+    with pytest.raises(CheckpointError, match="away from those recorded"):
+        check_recorded(tmp_path / "saved", *reloaded)
+
+
+def test_vectors_are_recorded_by_verification_where_saving_could_not(family_folder, tmp_path) -> None:
+    model, preprocessor = trained(family_folder("qwen3"))
+    save_checkpoint(tmp_path / "saved", model, preprocessor)
+    save_checkpoint(tmp_path / "saved", model, preprocessor, state_dict=model.state_dict())  # as from sharded weights
+    assert check_recorded(tmp_path / "saved", model, preprocessor) is None
+    verify_checkpoint(tmp_path / "saved", model, preprocessor)
+    assert check_recorded(tmp_path / "saved", model, preprocessor) == 0
+
+
+@pytest.mark.parametrize("kinds", [(LORA, None), (None, LORA), (LORA, LORA)])
+def test_a_kill_while_saving_leaves_the_old_or_the_new_checkpoint(kinds, family_folder, tmp_path, monkeypatch) -> None:
+    """Killed before each operation that changes the destination, once after the other."""
+    old, preprocessor = trained(family_folder("qwen3"), adapter=kinds[0], projection=8)
+    new, _ = trained(family_folder("qwen3"), adapter=kinds[1])
+    move(new)
+    batch = items("qwen3")
+    of = {"old": vectors(old, preprocessor, batch), "new": vectors(new, preprocessor, batch)}
+    seen = []
+    for survived in range(99):
+        folder = tmp_path / f"{survived}" / "saved"
+        save_checkpoint(folder, old, preprocessor)
+        (folder / "checkpoint-5").mkdir()
+        left = iter(range(survived))
+        with monkeypatch.context() as patch:
+            for owner, name in ((os, "replace"), (Path, "unlink"), (Path, "rmdir"), (shutil, "rmtree")):
+                patch.setattr(owner, name, _dying(getattr(owner, name), folder, left))
+            try:
+                save_checkpoint(folder, new, preprocessor)
+                break
+            except Killed:
+                pass
+        found = vectors(*load_checkpoint(folder), batch)
+        seen += [name for name, expected in of.items() if torch.equal(found, expected)]
+        assert len(seen) == survived + 1, "neither the old nor the new one"
+        assert (folder / "checkpoint-5").is_dir()
+    assert seen[0] == "old" and seen[-1] == "new" and len(seen) > 5
+
+
+class Killed(BaseException):
+    """Nobody catches it, like a signal."""
+
+
+def _dying(function, folder: Path, left):
+    def call(*arguments, **options):
+        touched = [str(argument) for argument in arguments if str(argument).startswith(str(folder))]
+        if touched and next(left, None) is None:
+            raise Killed
+        return function(*arguments, **options)
+
+    return call
 
 
 def test_newer_formats_are_refused(family_folder, tmp_path) -> None:
