@@ -427,18 +427,22 @@ def _plain(column: Any) -> Any:
     return column.field("bytes") if pa.types.is_struct(column.type) else column
 
 
-def build_once(folder: Path, build: Callable[[Path], Any]) -> Path:
-    """Fills `folder` by `build(work folder)` unless it is there. Processes that ask together build it once.
+def build_once(folder: Path, build: Callable[[Path], Any], fresh: Callable[[Path], bool] = lambda _: True) -> Path:
+    """Fills `folder` by `build(work folder)` unless it is there and `fresh`. Processes that ask together build it once.
 
     The work folder is renamed when it is complete, so a kill leaves no half-built cache.
     """
-    if (folder / "complete.json").exists():
+
+    def usable() -> bool:
+        return (folder / "complete.json").exists() and fresh(folder)
+
+    if usable():
         return folder
     from filelock import FileLock
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        if not (folder / "complete.json").exists():
+        if not usable():
             work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
             try:
                 (work / "complete.json").write_text(json.dumps(build(work)), encoding="utf-8")

@@ -1,9 +1,11 @@
 """The records of one source as a memory-mapped dataset of examples.
 
 The source is read once: each record is validated, its pictures are checked as far as headers show, and it is written as
-one JSON string into an Arrow file in the cache, keyed by the files, the format's options and the source's settings.
+one JSON string into an Arrow file in the cache, keyed by the files, the format's options and code, and the source's
+settings. The size and time of each checked picture are kept beside it: when one changed, the source is read again.
 After that a process holds no records: rows are mapped from disk through `datasets`, ten million of them as cheaply as
-ten. Costs: reading 24,000 text records/s once (5,000/s where each shows another picture); `dataset[i]` 30 us.
+ten. Costs: reading 24,000 text records/s once (5,000/s where each shows another picture); later a look at the time of
+each picture, 10 us; `dataset[i]` 30 us.
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import numpy as np
 import torch.utils.data
@@ -33,7 +37,7 @@ if TYPE_CHECKING:
     from mmembed.config import DataConfig, SourceConfig
 
 logger = logging.getLogger(__name__)
-CACHE_VERSION = 1
+PICTURES = "pictures.jsonl"
 _SAMPLE_SEED = 0
 _CHECKED = 1_000_000  # hashes, 60 MB
 _WARNINGS = 5  # bad records that are shown one by one
@@ -94,7 +98,9 @@ class RecordDataset(torch.utils.data.Dataset[Example]):
         base = media.root if media is not None and media.root is not None else _folder(path)
         key = _fingerprint(source, reader, path, media, base, on_bad_record)
         builder = _Builder(source, reader, path, media, base, on_bad_record)
-        folder = build_once(Path(cache_dir or default_cache_dir()) / "records" / key, builder.build)
+        folder = build_once(
+            Path(cache_dir or default_cache_dir()) / "records" / key, builder.build, _pictures_unchanged
+        )
         summary = json.loads((folder / "complete.json").read_text(encoding="utf-8"))
         self.skipped: Counter[str] = Counter(summary["skipped"])
         self.fields = set(summary["fields"])
@@ -168,6 +174,8 @@ class _Builder:
         self.fields: set[str] = set()
         self.tasks: set[str] = set()
         self.checked: set[int] = set()  # hashes of the last references that were found good: pictures are shared
+        self.listed: set[int] = set()  # and of the last files that were listed: a table holds many pictures
+        self.pictures: TextIO | None = None
 
     def build(self, folder: Path) -> dict[str, Any]:
         from datasets import Features, Value
@@ -177,7 +185,10 @@ class _Builder:
         names = {"record": "large_string", "where": "string", "query_key": "int64", "positive_key": "int64"}
         features = Features({name: Value(kind) for name, kind in names.items()})
         rows = 0
-        with ArrowWriter(path=str(folder / "records.arrow"), features=features, writer_batch_size=1000) as writer:
+        with (
+            ArrowWriter(path=str(folder / "records.arrow"), features=features, writer_batch_size=1000) as writer,
+            (folder / PICTURES).open("w", encoding="utf-8") as self.pictures,
+        ):
             for row in tqdm(self._rows(), desc=f"reading {self.path}", unit=" records", delay=3):
                 writer.write(row)
                 rows += 1
@@ -242,6 +253,7 @@ class _Builder:
         reference = hash(image.source)
         if self.media is None or reference in self.checked:
             return
+        self._list(image)
         try:
             self.media.check(image, decode=self.on_bad_record == "skip")
         except MediaError as error:
@@ -250,6 +262,39 @@ class _Builder:
         if len(self.checked) >= _CHECKED:
             self.checked.clear()
         self.checked.add(reference)
+
+    def _list(self, image: Image) -> None:
+        """Notes the file of a picture as it is now, before it is checked."""
+        if not isinstance(image.source, str) or self.pictures is None:
+            return
+        name = image.source.rpartition("#")[0] if ".parquet#" in image.source else image.source
+        if hash(name) not in self.listed:
+            if len(self.listed) >= _CHECKED:
+                self.listed.clear()
+            self.listed.add(hash(name))
+            self.pictures.write(json.dumps([name, *_stamp(name)]) + "\n")
+
+
+def _stamp(name: str) -> list[int | None]:
+    """Size and time of a file; None where there is none."""
+    try:
+        found = os.stat(name)
+    except (OSError, ValueError):  # gone, or no path at all: a URL
+        return [None, None]
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _pictures_unchanged(folder: Path) -> bool:
+    """Whether each picture that was checked is still the same file."""
+    with (folder / PICTURES).open(encoding="utf-8") as lines:
+        return all(_stamp(name) == stamp for name, *stamp in map(json.loads, lines))
+
+
+def _code(kind: type) -> str:
+    """A digest of the code that turns files into rows: of the format's classes, of records and of this module."""
+    modules = {parent.__module__ for parent in kind.__mro__ if issubclass(parent, Format)}
+    files = sorted({str(sys.modules[name].__file__) for name in modules | {parse_record.__module__, __name__}})
+    return hashlib.sha256(kind.__qualname__.encode() + b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 
 def _folder(path: Path) -> Path:
@@ -280,7 +325,7 @@ def _fingerprint(
     ]
     checks = None if media is None else [dataclasses.asdict(media.limits), [str(folder) for folder in media.also]]
     settings = [source.format, source.options, source.instruction, source.task, str(base), checks, on_bad_record]
-    text = json.dumps([CACHE_VERSION, files, settings], sort_keys=True, default=str)
+    text = json.dumps([_code(type(reader)), files, settings], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 

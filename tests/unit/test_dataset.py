@@ -14,7 +14,9 @@ import pytest
 
 from mmembed.config import DataConfig, SourceConfig
 from mmembed.content import Image, Task, Text
-from mmembed.data.dataset import MixedDataset, RecordDataset, media_store
+from mmembed.data.dataset import MixedDataset, RecordDataset, _code, media_store
+from mmembed.data.formats.beir import Beir
+from mmembed.data.formats.jsonl import JsonLines
 from mmembed.errors import ConfigError, RecordError
 from mmembed.media import MediaStore
 
@@ -104,6 +106,32 @@ def test_the_cache_follows_the_file_and_the_settings(tmp_path):
     os.utime(path, ns=(1, 1))
     assert build(tmp_path)[0].query == (Text("two"),)
     assert build(tmp_path, SourceConfig(path="r.jsonl", instruction="i"))[0].instruction == "i"
+
+
+def test_the_cache_follows_the_pictures_and_the_code_that_reads_them(tmp_path, monkeypatch):
+    """A picture that was good when it was checked and is broken now is found again, not trusted."""
+    PIL.Image.effect_noise((50, 50), 90).save(tmp_path / "a.png")
+    write(tmp_path / "r.jsonl", record(), record({"image": "a.png"}))
+    media = MediaStore(tmp_path)
+    assert len(build(tmp_path, media=media)) == 2
+    (entry,) = (tmp_path / "cache" / "records").glob("*/records.arrow")
+    stamp = entry.stat().st_mtime_ns
+    build(tmp_path, media=media)
+    assert entry.stat().st_mtime_ns == stamp
+    (tmp_path / "a.png").write_bytes(b"broken")
+    with pytest.raises(RecordError, match=r"r\.jsonl:2"):
+        build(tmp_path, media=MediaStore(tmp_path))
+    (tmp_path / "a.png").unlink()
+    assert len(build(tmp_path, media=MediaStore(tmp_path), on_bad_record="skip")) == 1
+    PIL.Image.effect_noise((50, 50), 90).save(tmp_path / "a.png")
+    assert len(build(tmp_path, media=MediaStore(tmp_path), on_bad_record="skip")) == 2  # it came back
+
+    class Other(JsonLines):
+        """Reads as the other does, by other code."""
+
+    kinds = [_code(kind) for kind in (JsonLines, JsonLines, Beir)]
+    assert kinds[0] == kinds[1] != kinds[2]
+    assert _code(Other) != kinds[0]
 
 
 def test_relative_media_start_at_the_media_root_else_at_the_record_file(tmp_path):
