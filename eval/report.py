@@ -7,7 +7,6 @@ times) and the pictures of the data root. The page is one file: charts are drawn
 JPEGs, nothing is fetched. The queries that it shows are drawn by a hash of their id, not by how well they went.
 """
 
-import argparse
 import base64
 import hashlib
 import io
@@ -23,6 +22,7 @@ import PIL.Image
 import pyarrow.parquet
 
 from eval.files import read_json, read_jsonl, write_json
+from mmembed.arguments import Parser
 from mmembed.errors import ConfigError, MmembedError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -42,7 +42,7 @@ SCORE_NAMES = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.report", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m eval.report", description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, help="folder of a demo run")
     parser.add_argument("--data-root", type=Path, default=REPOSITORY / "data", help="where the pictures are")
     options = parser.parse_args(arguments)
