@@ -29,6 +29,8 @@ from typing import Any
 
 import psutil
 
+from mmembed.arguments import Parser
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = REPOSITORY / "recipes/configs/embedder/demo.yaml"
 TASKS = (
@@ -69,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the run (default: runs/demo)")
     parser.add_argument("--config", default=str(CONFIG), help="training configuration (default: the demo's)")
     parser.add_argument("--data-root", default=str(REPOSITORY / "data"), help="data sets (default: the repository's)")

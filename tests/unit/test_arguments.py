@@ -3,6 +3,7 @@
 import pytest
 
 from eval.run import parse
+from recipes.demo import parse as parse_demo
 from recipes.train_embedder import main
 
 
@@ -15,6 +16,7 @@ from recipes.train_embedder import main
         (main, [], "required: --config"),
         (parse, ["--modle", "bm25"], "unknown argument '--modle'; did you mean '--model'?"),
         (parse, ["--model", "bm25", "--task=x"], "unknown argument '--task'; did you mean '--tasks'?"),
+        (parse_demo, ["--ouput", "x"], "unknown argument '--ouput'; did you mean '--output'?"),
         (parse, ["--model", "bm25", "--dtype", "float23"], "there is no 'float23'; did you mean 'float32'?"),
     ],
 )
