@@ -36,7 +36,7 @@ CASES = {  # name -> (modality, our dtype, the peer's dtype, goal to the peer, g
 
 def main() -> None:
     options = parser(__doc__.splitlines()[0])
-    options.add_argument("--texts", type=int, default=2000)
+    options.add_argument("--texts", type=int, default=1000)
     options.add_argument("--images", type=int, default=400)
     options.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     options.add_argument("--no-memory", action="store_true", help="skip the peak memory of each contender")
