@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from mmembed.backbones.family import Family
 from mmembed.backbones.loading import Backbone
+from mmembed.backbones.quiet_imports import old_name_in_peft
 from mmembed.errors import ConfigError, nearest
 
 LORA_TYPES = ("lora", "dora", "rslora", "qlora")
@@ -63,7 +64,8 @@ def apply_adapter(backbone: Backbone, adapter: Mapping[str, Any], freeze: Collec
         _stay_differentiable(backbone.model)
     from peft import get_peft_model
 
-    return get_peft_model(backbone.model, _peft_config(backbone, adapter, freeze))
+    with old_name_in_peft():
+        return get_peft_model(backbone.model, _peft_config(backbone, adapter, freeze))
 
 
 def _stay_differentiable(model: nn.Module) -> None:
