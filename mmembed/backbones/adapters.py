@@ -64,6 +64,7 @@ def apply_adapter(backbone: Backbone, adapter: Mapping[str, Any], freeze: Collec
         _stay_differentiable(backbone.model)
     from peft import get_peft_model
 
+    backbone.model.requires_grad_(False)  # peft forgets parameters of the model itself (LLaVA's image_newline)
     with old_name_in_peft():
         return get_peft_model(backbone.model, _peft_config(backbone, adapter, freeze))
 
