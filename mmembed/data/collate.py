@@ -2,8 +2,8 @@
 
 A batch is a list of tokenized inputs (queries, then documents), each distinct input once, sorted by length across both
 sides and cut into chunks under a token budget (visual tokens counted from file headers). A chunk becomes tensors only
-when the model is about to read it, so the pictures of one chunk at a time are in memory. Sorting across sides leaves a
-few per cent of padding where sides padded separately leave a third (docs/log.md).
+when the model is about to read it, so the pictures of one chunk at a time are in memory. Sorting across sides
+leaves a few per cent of padding (docs/log.md, chunk size).
 
 Everything is a pure function of the examples and the seed: which negatives are drawn depends on the record and on how
 often it was drawn before, not on its neighbours in the batch, so not on the number of processes, on workers or on a

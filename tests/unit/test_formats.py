@@ -45,7 +45,7 @@ FULL = Example(
     query=(Text("before"), Image("a.png"), Text("after")),
     documents=(
         Document((Image("b.png"), Image("t.parquet#7"), Text("x")), 2.0, 0.25, "d1"),
-        Document((Video((Image("1.png"), Image("2.png")), 1.5),), 0.0),
+        Document((Video((Image("1.png"), Image("2.png"))),), 0.0),
         Document((Audio("s.wav", 16000), Text("said")), 0.0, -3.0),
     ),
     task=Task.RERANKING,
