@@ -26,11 +26,11 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from recipes.nano import card, data, evaluate
-from recipes.nano.batches import PairData, PictureData, TextData
+from recipes.nano.batches import PictureData, TextData
 from recipes.nano.model import MEANING, build_model, build_processor, export, token_table
 from recipes.nano.teacher import Teacher, principal_basis, teacher_vectors
 from recipes.nano.tokenizer import train_tokenizer
-from recipes.nano.train import Data, Plan, learn_sights, learn_together, learn_words
+from recipes.nano.train import Data, Plan, learn_context, learn_sights, learn_speech, learn_words
 
 logger = logging.getLogger("build_nano")
 
@@ -40,7 +40,7 @@ def main() -> None:
     work: Path = options.work
     work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
-    plan = Plan(steps=options.steps, seed=options.seed)
+    plan = Plan(seed=options.seed, speech_steps=options.speech_steps, context_steps=options.context_steps)
 
     # -- 1. what it may learn from: train splits only
     texts = data.train_texts(options.data_root)
@@ -54,14 +54,14 @@ def main() -> None:
     taught = sorted({t.teacher for t in texts if t.teacher})
     raw = teacher_vectors(taught, work)
     basis = principal_basis(raw, MEANING, seed=plan.seed)
-    vectors = project(raw, basis)  # (N, 240) unit rows
+    vectors = project(raw, basis)  # (N, 176) unit rows
     rows = {text: row for row, text in enumerate(taught)}
 
     # -- 4. batches
     text_data = TextData(texts, tokenizer, vectors, rows)
     processor = build_processor(tokenizer)
     picture_data = PictureData(options.data_root, work, pictures, tokenizer, processor, vectors, rows)
-    learnable = Data(text_data, picture_data, PairData(data.train_pairs(options.data_root), tokenizer))
+    learnable = Data(text_data, picture_data)
 
     # -- 5. the model: a static embedder first, its token table and vision tower tuned while its blocks are the identity
     model = build_model(tokenizer, plan.seed)
@@ -71,18 +71,20 @@ def main() -> None:
     learn_words(model, learnable, plan, work)
     learn_sights(model, learnable, plan, work)
 
-    # -- 6. everything together: language modelling, distillation, captions, pairs
+    # -- 6. its blocks learn to speak, in dimensions of their own
     def on_save(step: int) -> None:
         size = export(model, tokenizer, work / "export")
         logger.info("checkpoint at step %d, weights %d bytes", step, size)
 
-    seen = learn_together(model, learnable, plan, work, on_save)
+    seen = learn_speech(model, learnable, plan, work, on_save)
+
+    seen += learn_context(model, learnable, plan, work, on_save)
 
     # -- 7. weights, numbers, card
     size = export(model, tokenizer, options.out)
     results = evaluate.report(model, tokenizer, picture_data, options.data_root)
     logger.info("%s", json.dumps(results, indent=1))
-    (options.out / "README.md").write_text(card.render(model, plan, seen, size, results), encoding="utf-8")
+    (options.out / "README.md").write_text(card.render(model, plan, len(taught), seen, size, results), encoding="utf-8")
 
 
 def load_or_train_tokenizer(
@@ -115,7 +117,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data-root", type=Path, required=True, help="folder of the shared data sets")
     parser.add_argument("--out", type=Path, required=True, help="where the finished nano goes")
     parser.add_argument("--work", type=Path, default=Path("out/nano-run"), help="caches and checkpoints")
-    parser.add_argument("--steps", type=int, default=Plan.steps)
+    parser.add_argument("--speech-steps", type=int, default=Plan.speech_steps)
+    parser.add_argument("--context-steps", type=int, default=Plan.context_steps)
     parser.add_argument("--vocabulary", type=int, default=12288)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)

@@ -113,31 +113,6 @@ class TextData:
         return TextBatch(ids, len(prefix), ends, teacher, known)
 
 
-class PairData:
-    """(query, relevant document) pairs of the train splits, for in-batch contrastive steps; one source a batch."""
-
-    def __init__(self, pairs: list[tuple[str, str, str]], tokenizer: PreTrainedTokenizerFast, max_tokens: int = 128):
-        self.texts = {
-            side: tokenizer([p[side] for p in pairs], truncation=True, max_length=max_tokens)["input_ids"]
-            for side in (0, 1)
-        }
-        self.documents = np.unique([p[1] for p in pairs], return_inverse=True)[1]
-        sources = np.array([p[2] for p in pairs])
-        self.members = [np.flatnonzero(sources == s) for s in np.unique(sources)]
-        size = np.array([len(m) for m in self.members]) ** 0.7
-        self.share = size / size.sum()
-
-    def batch(self, text_data: TextData, seed: int, step: int, size: int) -> tuple[TextBatch, TextBatch, torch.Tensor]:
-        """Queries, documents, and (B, B) True where the document is relevant."""
-        random = np.random.default_rng([seed, step, 2])
-        members = self.members[random.choice(len(self.members), p=self.share)]
-        rows = random.choice(members, size=min(size, len(members)), replace=False)
-        none = np.full(len(rows), -1)
-        sides = [text_data.pack([np.array(self.texts[side][r]) for r in rows], none, []) for side in (0, 1)]
-        documents = torch.from_numpy(self.documents[rows])
-        return sides[0], sides[1], documents.unsqueeze(0) == documents.unsqueeze(1)
-
-
 class PictureData:
     def __init__(
         self,

@@ -4,6 +4,7 @@ from dataclasses import asdict
 
 from transformers import Qwen3VLForConditionalGeneration
 
+from recipes.nano.model import LANGUAGE, MEANING
 from recipes.nano.train import Plan
 
 LICENCES = {
@@ -41,10 +42,14 @@ texts up to 256 tokens, bare or after `Instruct: ...\\nQuery: `, pictures of {vi
 
 ## How it was made
 1. Tokenizer: BPE on the train texts, with Qwen's splitting rule.
-2. Token table: the vector that all-MiniLM-L6-v2 gives each token alone, in its 240 principal directions, weighted by
-   smooth inverse frequency; tuned for some minutes so that plain averages match the teacher's sentence vectors.
-3. {steps:,} steps, {seen:,} tokens: next-token loss and distillation of the pooled vector from one causal forward;
-   captions and LiT-style matching for pictures; light in-batch contrastive steps on train pairs in the second half.
+2. Words: the token table starts as the vector that all-MiniLM-L6-v2 gives each token alone, in its {meaning}
+   principal directions, weighted by smooth inverse frequency; {word_steps:,} steps bring plain averages of tokens
+   towards the teacher's vectors of {taught:,} train texts (and of the English side of their translations).
+3. Sights: {sight_steps:,} steps bring the mean visual token of a train picture towards the teacher's vector of its
+   caption.
+4. Speech: {steps:,} steps, {seen:,} positions of next-token prediction on texts and captions. The residual stream has
+   two parts: {meaning} dimensions of meaning, which the blocks read but do not write, and {language} of language.
+   Fine-tuning is free to use all of both.
 Settings: `{plan}`.
 
 ## Data
@@ -70,14 +75,21 @@ about people.
 """
 
 
-def render(model: Qwen3VLForConditionalGeneration, plan: Plan, seen: int, size: int, results: dict[str, float]) -> str:
+def render(
+    model: Qwen3VLForConditionalGeneration, plan: Plan, taught: int, seen: int, size: int, results: dict[str, float]
+) -> str:
     return CARD.format(
         parameters=sum(p.numel() for p in model.parameters()) / 1e6,
         size=size,
         vocabulary=model.config.text_config.vocab_size,
         pixels=192,
         visual_tokens="16 to 36",
-        steps=plan.steps,
+        steps=plan.speech_steps,
+        word_steps=plan.word_steps,
+        sight_steps=plan.sight_steps,
+        meaning=MEANING,
+        language=LANGUAGE,
+        taught=taught,
         seen=seen,
         plan=", ".join(f"{k}={v}" for k, v in asdict(plan).items()),
         licences="\n".join(f"| {licence} | {sets} |" for licence, sets in LICENCES.items()),

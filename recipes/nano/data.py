@@ -84,20 +84,6 @@ def train_queries(folder: Path) -> list[dict]:
     return [q for q in read_jsonl(folder / "queries.jsonl") if q["_id"] in train]
 
 
-def train_pairs(root: Path) -> list[tuple[str, str, str]]:
-    """(query, relevant document, source) of the train splits, text to text."""
-    names = ["squad-en", "medquad", "tldr-commands", "mbpp", "odex", "openstax-glossary", "jaquad-ja", "cmrc-zh"]
-    pairs = []
-    for name in names + [f"xquad/{language}" for language in XQUAD_LANGUAGES]:
-        documents = {d["_id"]: document_text(d) for d in train_documents(root / name)}
-        relevance = read_qrels(root / name / "qrels/train.tsv")
-        for query in train_queries(root / name):
-            for document, score in relevance[query["_id"]].items():
-                if score > 0 and document in documents:
-                    pairs.append((query["text"], documents[document], name))
-    return pairs
-
-
 # ---------------------------------------------------------------------------------------------------- texts
 def train_texts(root: Path) -> list[Text]:
     """Every unit once, in a fixed order; units of one string keep the first."""

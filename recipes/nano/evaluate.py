@@ -82,14 +82,16 @@ def perplexity(
 ) -> dict[str, float]:
     """Per token and per byte (the one that compares across tokenizers), each text on its own, at most 256 tokens."""
     nats, tokens, size = 0.0, 0, 0
-    for text in texts[:: max(1, len(texts) // limit)]:
-        ids = torch.tensor([tokenizer(text, truncation=True, max_length=MAX_TEXT_TOKENS)["input_ids"]])
-        if ids.shape[1] < 2:
-            continue
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-        nats += cross_entropy(logits, ids[0, 1:], reduction="sum").item()
-        tokens += ids.shape[1] - 1
-        size += len(tokenizer.decode(ids[0, 1:]).encode())
+    chosen = texts[:: max(1, len(texts) // limit)]
+    encoded = sorted(tokenizer(chosen, truncation=True, max_length=MAX_TEXT_TOKENS)["input_ids"], key=len)
+    for start in range(0, len(encoded), 16):
+        rows = [torch.tensor(ids) for ids in encoded[start : start + 16]]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+        targets = torch.nn.utils.rnn.pad_sequence([r[1:] for r in rows], batch_first=True, padding_value=-100)
+        logits = model.lm_head(last_hidden(model, ids)[:, :-1]).float()  # (B, T - 1, V)
+        nats += cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+        tokens += int((targets >= 0).sum())
+        size += sum(len(tokenizer.decode(r[1:]).encode()) for r in rows)
     return {"token": math.exp(nats / tokens), "byte": math.exp(nats / size)}
 
 
@@ -100,6 +102,7 @@ def report(model, tokenizer, pictures: PictureData, root: Path, limit: int = 10*
     results["text average"] = round(float(np.mean([results[n] for n in TEXT_SETS])), 4)
     results["picture average"] = round(float(np.mean([results[n] for n in PICTURE_SETS])), 4)
     for name, texts in data.heldout_texts(root).items():
-        results[f"perplexity {name}"] = round(perplexity(model, tokenizer, texts)["token"], 2)
+        measured = perplexity(model, tokenizer, texts)
+        results |= {f"perplexity a {unit}, {name}": round(value, 2) for unit, value in measured.items()}
     model.train()
     return results

@@ -1,9 +1,9 @@
 """The nano's architecture: Qwen3-VL at 1/500 of its size, started as a static embedding model.
 
 Blocks start as the identity (their output projections are zero), so before the first step the model is its token table
-under the final norm. That table is the teacher's own vector of each token, so mean pooling means something at once
-and the blocks only have to improve on it. The final norm gives every token the same length, which would give "the" the
-weight of "photosynthesis"; the last RESERVED dimensions, nearly muted by the norm's gain, let a token be quiet.
+under the final norm. That table is the teacher's own vector of each token, so mean pooling means something at once.
+The last LANGUAGE dimensions hold no meaning: they let a token be quiet ("the") or loud ("photosynthesis") although the
+final norm gives all tokens one length, and later they are where the language model lives.
 """
 
 from pathlib import Path
@@ -20,9 +20,9 @@ from transformers import (
 )
 
 HIDDEN = 256
-RESERVED = 16
-MEANING = HIDDEN - RESERVED
-RESERVED_GAIN = 0.1
+LANGUAGE = 80
+MEANING = HIDDEN - LANGUAGE
+QUIET_GAIN = 0.1
 EMBEDDING_RMS = 0.06
 PATCH, MERGE = 16, 2
 TOKEN_PIXELS = (PATCH * MERGE) ** 2
@@ -80,7 +80,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3VLForCond
     for merger in model.model.visual.deepstack_merger_list:
         torch.nn.init.zeros_(merger.linear_fc2.weight)
     with torch.no_grad():
-        model.model.language_model.norm.weight[MEANING:] = RESERVED_GAIN
+        model.model.language_model.norm.weight[MEANING:] = QUIET_GAIN
     return model
 
 
@@ -101,15 +101,15 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLProcessor:
 def token_table(
     tokenizer: PreTrainedTokenizerFast, token_vectors: np.ndarray, counts: np.ndarray, seed: int
 ) -> torch.Tensor:
-    """(V, 256) first token embeddings: rare tokens loud in the meaning dimensions, frequent ones in the reserved.
+    """(V, 256) first token embeddings: rare tokens loud in the meaning dimensions, frequent ones in the others.
 
-    `token_vectors` (V, 240) are unit vectors of the teacher; `counts` (V,) token frequencies. The weight a / (a + p) is
+    `token_vectors` (V, 176) are unit vectors of the teacher; `counts` (V,) token frequencies. The weight a / (a + p) is
     smooth inverse frequency (Arora et al. 2017), with a = 1e-3.
     """
     generator = torch.Generator().manual_seed(seed)
     probability = torch.from_numpy(counts / counts.sum()).float()
     loudness = (1e-3 / (1e-3 + probability)).clamp(0.1, 0.95).unsqueeze(1)  # (V, 1)
-    quiet = torch.nn.functional.normalize(torch.randn(len(tokenizer), RESERVED, generator=generator), dim=-1)
+    quiet = torch.nn.functional.normalize(torch.randn(len(tokenizer), LANGUAGE, generator=generator), dim=-1)
     meaning = torch.nn.functional.normalize(torch.from_numpy(token_vectors), dim=-1)
     table = torch.cat([meaning * loudness, quiet * (1 - loudness**2).sqrt()], dim=-1)  # (V, 256), unit rows
     return table * EMBEDDING_RMS * HIDDEN**0.5
@@ -123,4 +123,5 @@ def export(model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenize
     twin.tie_weights()
     twin.save_pretrained(folder)
     build_processor(tokenizer).save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
     return (folder / "model.safetensors").stat().st_size

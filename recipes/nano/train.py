@@ -1,12 +1,19 @@
-"""The nano's training: three stages, each a short list of parameters and a loss, run by one resumable loop.
+"""The nano's training: four stages, each a short list of parameters and a loss, run by one resumable loop.
 
-words     the token table alone, blocks skipped: plain averages of tokens against the teacher's vectors of the texts.
+words     the token table alone, blocks skipped: plain averages of tokens against the teacher's vectors of the texts
+          (their direction, and their similarities to the rest of the batch).
 sights    the vision tower alone, blocks skipped: the mean visual token against the teacher's vector of the caption,
           among all captions of the set (as LiT, Zhai et al. 2022: the text side is locked).
-together  everything. A text step has two losses from one causal forward: the next token, and the mean of the content
-          tokens' last hidden states against the teacher (its direction, and its similarities to the rest of the
-          batch). A picture step reads picture then caption: next token of the caption, and the `sights` loss through
-          the blocks. A pair step, in the second half, is in-batch contrastive on query and relevant document.
+speech    the blocks and the language dimensions of the token table: the next token of texts, and of captions after
+          their picture. The meaning dimensions pass through untouched.
+
+context   everything, gently: the pooled vector through the blocks against the teacher, texts and pictures, while the
+          next-token loss keeps the language model.
+
+Why speech has dimensions of its own: with tied embeddings the last hidden state must point at the next token to speak
+and at the present one to mean, and trained together on this budget each ruined the other (docs/log.md). So the
+residual stream carries two parts. LANGUAGE dimensions are loud in the stream and quiet after the final norm's gain;
+the MEANING dimensions are the opposite. Blocks read both and, until the last stage, write only the first.
 
 Skipping the blocks costs a tenth, and most of what a small model knows about single words and pictures comes cheap.
 Matrices learn with Muon (Jordan 2024), the rest with AdamW. Everything random comes from (seed, step).
@@ -21,17 +28,17 @@ from pathlib import Path
 
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, normalize
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 from transformers import Qwen3VLForConditionalGeneration
 
-from recipes.nano.batches import PairData, PictureBatch, PictureData, TextBatch, TextData
+from recipes.nano.batches import PictureBatch, PictureData, TextBatch, TextData
 from recipes.nano.model import MEANING
+from recipes.nano.tokenizer import SPECIAL_TOKENS
 
 logger = logging.getLogger(__name__)
 
-TABLE_RMS = 0.5  # of the token table when language modelling begins
-RESERVED_SHARE = 0.3  # gain of the reserved dimensions over that of the others, then
-FIRST_LOGIT = 16.0  # of a token for itself, then
+SIGHT_RMS = 1.8  # of a visual token after the sights stage
 Parts = dict[str, float]
 LossOfStep = Callable[[int], tuple[torch.Tensor, Parts, int]]  # step -> loss, what to log, positions seen
 
@@ -41,23 +48,25 @@ class Plan:
     seed: int = 0
     word_steps: int = 3500
     sight_steps: int = 900
-    steps: int = 2000  # together
+    speech_steps: int = 1500
+    context_steps: int = 1000
     word_tokens: int = 12288  # a step
     sight_pictures: int = 64
-    tokens: int = 4096
+    tokens: int = 4096  # of a speech step
+    context_tokens: int = 8192
     pictures: int = 32
-    pairs: int = 48
-    picture_share: float = 0.25
-    pair_share: float = 0.15  # in the second half
-    sight_rate: float = 4e-3  # of matrices, Muon
-    matrix_rate: float = 1.5e-3  # the same, together
-    table_rate: float = 2e-3
-    vector_rate: float = 2e-3  # norms, biases, positions
+    picture_share: float = 0.1  # of speech steps
+    sight_share: float = 0.2  # of context steps
+    speech_weight: float = 0.5  # in context steps
     word_rate: float = 3e-3
-    warmup: int = 100
+    sight_rate: float = 4e-3  # of matrices, Muon
+    speech_rate: float = 4e-3  # the same
+    context_rate: float = 1e-3  # the same
+    table_rate: float = 2e-2
+    vector_rate: float = 1e-3  # norms, biases, positions
+    warmup: int = 60
     decay_share: float = 0.4
-    lm_weight: float = 2.5
-    lm_share: float = 0.4  # positions that get a next-token loss: the vocabulary's product is half of the cost
+    lm_share: float = 0.5  # positions that get a next-token loss: the vocabulary's product is half of the cost
     direction_weight: float = 8.0
     similarity_weight: float = 2.0
     temperature: float = 0.05
@@ -68,7 +77,6 @@ class Plan:
 class Data:
     text: TextData
     pictures: PictureData
-    pairs: PairData
 
 
 # --------------------------------------------------------------------------------------------------- stages
@@ -95,45 +103,139 @@ def learn_sights(model: Qwen3VLForConditionalGeneration, data: Data, plan: Plan,
         pictures = torch.stack([part.mean(0) for part in language.norm(seen).float().split(counts.tolist())])
         return *picture_match(normalize(pictures, dim=-1), batch, plan), len(seen)
 
-    run_stage("sights", model, build_optimizers(visual, plan, plan.sight_rate), loss_of, plan.sight_steps, plan, folder)
-
-
-def learn_together(
-    model: Qwen3VLForConditionalGeneration, data: Data, plan: Plan, folder: Path, on_save: Callable[[int], None]
-) -> int:
-    """Returns the positions seen in all."""
-    settle(model.model.language_model)
-    model.model.visual.config._attn_implementation = "eager"
-
-    def loss_of(step: int) -> tuple[torch.Tensor, Parts, int]:
-        draw = torch.rand(()).item()
-        pair_share = plan.pair_share if step >= plan.steps // 2 else 0.0
-        if draw < plan.picture_share:
-            return picture_loss(model, data.pictures.batch(plan.seed, step, plan.pictures), plan)
-        if draw < plan.picture_share + pair_share:
-            return pair_loss(model, data.pairs.batch(data.text, plan.seed, step, plan.pairs), plan)
-        return text_loss(model, data.text.batch(plan.seed, step, plan.tokens), plan)
-
-    return run_stage(
-        "together", model, build_optimizers(model, plan, plan.matrix_rate), loss_of, plan.steps, plan, folder, on_save
+    run_stage(
+        "sights",
+        model,
+        build_optimizers(visual, plan, plan.sight_rate, plan.sight_rate),
+        loss_of,
+        plan.sight_steps,
+        plan,
+        folder,
     )
 
 
-@torch.no_grad()
-def settle(language: torch.nn.Module) -> None:
-    """Choose two lengths that the first stages leave open, because the final norm and the cosine ignore them.
+def learn_speech(
+    model: Qwen3VLForConditionalGeneration, data: Data, plan: Plan, folder: Path, on_save: Callable[[int], None]
+) -> int:
+    """Returns the positions seen."""
+    model.model.visual.requires_grad_(False)
+    part_ways(model, plan.seed)
+    hooks = keep_meaning(model)
 
-    Loud token vectors: Muon's steps have one size, and blocks writing into a quiet residual stream wiped out within 50
-    steps what the first stages had learned. A small gain of the final norm: with tied weights it is the language
-    model's temperature, and the first next-token loss was 18 nats.
-    """
+    def loss_of(step: int) -> tuple[torch.Tensor, Parts, int]:
+        if step >= plan.speech_steps // 2 and step % 200 == 0:
+            balance(model, data.text, plan)
+        if torch.rand(()).item() < plan.picture_share:
+            pictures = data.pictures.batch(plan.seed, step, plan.pictures)
+            return caption_loss(model, pictures)
+        return text_loss(model, data.text.batch(plan.seed, step, plan.tokens), plan)
+
+    optimizers = build_optimizers(model, plan, plan.speech_rate, LOUD * plan.speech_rate)
+    seen = run_stage("speech", model, optimizers, loss_of, plan.speech_steps, plan, folder, on_save)
+    balance(model, data.text, plan)
+    amplify(model, AMPLIFICATION)
+    for hook in hooks:
+        hook.remove()
+    model.requires_grad_(True)
+    return seen
+
+
+def learn_context(
+    model: Qwen3VLForConditionalGeneration, data: Data, plan: Plan, folder: Path, on_save: Callable[[int], None]
+) -> int:
+    """Returns the positions seen."""
+    model.model.visual.config._attn_implementation = "eager"
+
+    def loss_of(step: int) -> tuple[torch.Tensor, Parts, int]:
+        if torch.rand(()).item() < plan.sight_share:
+            batch = data.pictures.batch(plan.seed, step, plan.pictures)
+            hidden = model.model(**batch.inputs, use_cache=False).last_hidden_state  # (B, T, H)
+            return *picture_match(pool(hidden, batch.picture), batch, plan), batch.picture.numel()
+        batch = data.text.batch(plan.seed + 4, step, plan.context_tokens)
+        hidden = last_hidden(model, batch.ids)  # (B, T, H)
+        loss, parts = distillation(pool(hidden, batch.content()), batch, plan)
+        speech = next_token_loss(model, hidden, batch.ids, batch.predicting(), plan.lm_share / 4)
+        return loss + plan.speech_weight * speech, {"text": speech.item(), **parts}, batch.ids.numel()
+
+    optimizers = build_optimizers(model, plan, plan.context_rate, plan.context_rate)
+    return run_stage("context", model, optimizers, loss_of, plan.context_steps, plan, folder, on_save)
+
+
+LOUD = 4.0  # RMS of the language dimensions in the residual stream
+MEANING_LENGTH = 0.3 * LOUD  # of the loudest token's meaning dimensions
+READING_GAIN = 20.0  # of the blocks' norms on meaning, so that blocks see both parts about equally
+LANGUAGE_GAIN = 0.05  # of the final norm: with tied weights, the temperature of the language model
+AMPLIFICATION = 30.0  # of the finished residual stream
+BALANCE = 6.0  # length of meaning over length of language in pooled vectors
+MEANING_GAIN = 9.0  # of the final norm: pooled vectors are mostly meaning
+
+
+@torch.no_grad()
+def part_ways(model: Qwen3VLForConditionalGeneration, seed: int) -> None:
+    """Rescale the residual stream's two parts; pooled meaning keeps its direction."""
+    language, merger = model.model.language_model, model.model.visual.merger.linear_fc2
+    generator = torch.Generator().manual_seed(seed)
     table, gain = language.embed_tokens.weight, language.norm.weight
-    width = table.shape[1]
-    table.copy_(normalize(table, dim=-1) * TABLE_RMS * width**0.5)
-    quiet = table[:, MEANING:]
-    quiet.mul_(0.6)[:, 0].add_(0.8 * quiet.norm(dim=-1) / 0.6)
-    gain[MEANING:] = RESERVED_SHARE * gain[:MEANING].mean()
-    gain.mul_(FIRST_LOGIT / (TABLE_RMS * width))
+    width = table.shape[1] - MEANING
+    table[:, :MEANING] = normalize(table, dim=-1)[:, :MEANING] * MEANING_LENGTH
+    table[: len(SPECIAL_TOKENS), :MEANING] = 0
+    table[:, MEANING:] = torch.randn(len(table), width, generator=generator) * LOUD
+    gain[:MEANING] *= MEANING_GAIN
+    gain[MEANING:] = LANGUAGE_GAIN
+    for layer in language.layers:
+        layer.input_layernorm.weight[:MEANING] = READING_GAIN
+        layer.post_attention_layernorm.weight[:MEANING] = READING_GAIN
+    scale = MEANING_LENGTH / (2 * SIGHT_RMS * MEANING**0.5)
+    merger.weight[:MEANING] *= scale
+    merger.bias[:MEANING] *= scale
+    merger.weight[MEANING:] = 0
+    merger.bias[MEANING:] = torch.randn(width, generator=generator) * LOUD
+
+
+@torch.no_grad()
+def balance(model: Qwen3VLForConditionalGeneration, text: TextData, plan: Plan, batches: int = 8) -> None:
+    """Set the final norm's gain so that meaning is BALANCE times as long as language in pooled vectors of train texts.
+
+    Learning to speak makes the residual stream much louder (from 4 to 100), which would drown meaning. Done several
+    times, so that the language model gets used to it: done at the end only, it multiplied the perplexity by ten.
+    """
+    lengths = []
+    for step in range(batches):
+        batch = text.batch(plan.seed + 3, step, plan.tokens)
+        pooled = pool(last_hidden(model, batch.ids), batch.content())  # (B, H)
+        lengths.append(pooled[:, :MEANING].norm(dim=-1).mean() / pooled[:, MEANING:].norm(dim=-1).mean())
+    ratio = float(torch.stack(lengths).mean())
+    model.model.language_model.norm.weight[:MEANING] *= BALANCE / ratio
+    logger.info("meaning was %.3f times as long as language, now %.1f", ratio, BALANCE)
+
+
+@torch.no_grad()
+def amplify(model: Qwen3VLForConditionalGeneration, factor: float) -> None:
+    """Make the residual stream `factor` times as loud, changing no output: every reader of it normalises first.
+
+    What it changes is how far an adapter's step reaches. Meaning dimensions of 0.05 were overrun by the first steps of
+    a LoRA at learning rate 1e-3 (all vectors equal, loss ln(batch)); at 1 to 2 they learn.
+    """
+    language, visual = model.model.language_model, model.model.visual
+    language.embed_tokens.weight *= factor
+    language.norm.weight /= factor
+    for layer in language.layers:
+        layer.self_attn.o_proj.weight *= factor
+        layer.mlp.down_proj.weight *= factor
+    for merger in (visual.merger, *visual.deepstack_merger_list):
+        merger.linear_fc2.weight *= factor
+        merger.linear_fc2.bias *= factor
+
+
+def keep_meaning(model: Qwen3VLForConditionalGeneration) -> list[RemovableHandle]:
+    """No gradient for what holds or writes meaning: columns of the table, final gain, rows of the output matrices."""
+    language = model.model.language_model
+    columns = (torch.arange(language.embed_tokens.weight.shape[1]) >= MEANING).float()  # (H,)
+    by_column = [language.embed_tokens.weight, language.norm.weight]
+    by_row = [m.weight for layer in language.layers for m in (layer.self_attn.o_proj, layer.mlp.down_proj)]
+    return [p.register_hook(lambda gradient: gradient * columns) for p in by_column] + [
+        p.register_hook(lambda gradient: gradient * columns.unsqueeze(1)) for p in by_row
+    ]
 
 
 def run_stage(
@@ -191,17 +293,16 @@ def last_hidden(model, ids: torch.Tensor) -> torch.Tensor:
 
 def text_loss(model, batch: TextBatch, plan: Plan) -> tuple[torch.Tensor, Parts, int]:
     hidden = last_hidden(model, batch.ids)  # (B, T, H)
-    lm = next_token_loss(model, hidden, batch.ids, batch.predicting(), plan.lm_share)
-    distilled, parts = distillation(pool(hidden, batch.content()), batch, plan)
-    return plan.lm_weight * lm + distilled, {"lm": lm.item(), **parts}, batch.ids.numel()
+    loss = next_token_loss(model, hidden, batch.ids, batch.predicting(), plan.lm_share)
+    return loss, {"text": loss.item()}, batch.ids.numel()
 
 
-def picture_loss(model, batch: PictureBatch, plan: Plan) -> tuple[torch.Tensor, Parts, int]:
+def caption_loss(model, batch: PictureBatch) -> tuple[torch.Tensor, Parts, int]:
+    model.model.language_model.config._attn_implementation = "sdpa"
     hidden = model.model(**batch.inputs, use_cache=False).last_hidden_state  # (B, T, H)
     ids = batch.inputs["input_ids"]
-    lm = next_token_loss(model, hidden, ids, batch.caption, 1.0)
-    match, parts = picture_match(pool(hidden, batch.picture), batch, plan)
-    return plan.lm_weight / 5 * lm + match, {"caption": lm.item(), **parts}, ids.numel()
+    loss = next_token_loss(model, hidden, ids, batch.caption, 1.0)
+    return loss, {"caption": loss.item()}, ids.numel()
 
 
 def picture_match(pictures: torch.Tensor, batch: PictureBatch, plan: Plan) -> tuple[torch.Tensor, Parts]:
@@ -213,15 +314,6 @@ def picture_match(pictures: torch.Tensor, batch: PictureBatch, plan: Plan) -> tu
     direction = (1 - (pictures * bank[batch.targets]).sum(-1)).mean()
     parts = {"match": match.item(), "picture_direction": direction.item()}
     return match + plan.direction_weight / 4 * direction, parts
-
-
-def pair_loss(model, batch, plan: Plan) -> tuple[torch.Tensor, Parts, int]:
-    queries, documents, relevant = batch
-    vectors = [pool(last_hidden(model, side.ids), side.content()) for side in (queries, documents)]
-    logits = (vectors[0] @ vectors[1].T).float() / plan.temperature  # (B, B)
-    log_probability = log_softmax(logits, dim=-1)
-    loss = -(log_probability * relevant / relevant.sum(-1, keepdim=True)).sum(-1).mean()
-    return loss, {"pair": loss.item()}, queries.ids.numel() + documents.ids.numel()
 
 
 def next_token_loss(model, hidden: torch.Tensor, ids: torch.Tensor, where: torch.Tensor, share: float) -> torch.Tensor:
@@ -253,17 +345,25 @@ def pool(hidden: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
 
 
 # ------------------------------------------------------------------------------------ optimizers, checkpoints
-def build_optimizers(model: torch.nn.Module, plan: Plan, matrix_rate: float) -> list[torch.optim.Optimizer]:
-    matrices, tables, vectors = [], [], []
+def build_optimizers(
+    model: torch.nn.Module, plan: Plan, matrix_rate: float, writer_rate: float
+) -> list[torch.optim.Optimizer]:
+    """Muon for matrices (those that write into the loud residual stream in proportion), AdamW for the rest."""
+    matrices, writers, tables, vectors = [], [], [], []
     for name, parameter in model.named_parameters():
-        if "embed_tokens" in name:
-            tables.append(parameter)
-        else:
-            (matrices if parameter.ndim == 2 and "pos_embed" not in name else vectors).append(parameter)
-    muon = torch.optim.Muon(matrices, lr=matrix_rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
-    groups = [{"params": vectors, "lr": plan.vector_rate}]
-    groups += [{"params": tables, "lr": plan.table_rate}] if tables else []
-    return [muon, torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)]
+        if parameter.requires_grad:
+            if "embed_tokens" in name:
+                tables.append(parameter)
+            elif parameter.ndim != 2 or "pos_embed" in name:
+                vectors.append(parameter)
+            else:
+                (writers if "o_proj" in name or "down_proj" in name else matrices).append(parameter)
+    slow = [{"params": matrices, "lr": matrix_rate}, {"params": writers, "lr": writer_rate}]
+    fast = [{"params": vectors, "lr": plan.vector_rate}, {"params": tables, "lr": plan.table_rate}]
+    return [
+        torch.optim.Muon([g for g in slow if g["params"]], weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([g for g in fast if g["params"]], betas=(0.9, 0.98), weight_decay=0.0),
+    ]
 
 
 def save_checkpoint(path: Path, model, optimizers: list, step: int, seen: int, plan: Plan) -> None:
