@@ -173,8 +173,9 @@ def _lora_targets(backbone: Backbone, target_modules: Any, freeze: Collection[st
         name for name in linear if name.rsplit(".", 1)[-1].isdigit()
     }
     if not isinstance(target_modules, str):
-        for target in target_modules:
-            if not any(name == target or name.endswith("." + target) for name in linear):
+        tables = {name for name, module in backbone.model.named_modules() if isinstance(module, nn.Embedding)}
+        for target in target_modules:  # a token table is adapted only where it is named
+            if not any(name == target or name.endswith("." + target) for name in linear | tables):
                 raise ConfigError(
                     f"adapter.target_modules: no layer outside frozen towers ends in '{target}'; "
                     f"{nearest(target, leaves)}"
