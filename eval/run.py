@@ -13,7 +13,6 @@ import argparse
 import functools
 import hashlib
 import importlib.metadata
-import logging
 import os
 import platform
 import sys
@@ -53,7 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # of copying a table; encoding keeps its bar
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # advises a 4-bit kernel, unused here
     warnings.filterwarnings("ignore", module="mteb")
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
