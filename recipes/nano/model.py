@@ -122,6 +122,7 @@ def export(model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenize
     twin.load_state_dict(state)
     twin.tie_weights()
     twin.save_pretrained(folder)
+    tokenizer.backend_tokenizer.no_truncation()  # the last call's truncation would be saved, and cut every user's texts
     build_processor(tokenizer).save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
     return (folder / "model.safetensors").stat().st_size

@@ -82,3 +82,8 @@ def test_it_has_learned_language() -> None:
     counts = torch.bincount(seen, minlength=vocabulary) + 1.0  # (vocabulary,), no token is impossible
     of_frequencies = (counts.sum() / counts[ids[1:]]).log().mean().exp().item()
     assert perplexity < min(of_frequencies, vocabulary / 20), f"{perplexity:.0f}, by frequencies {of_frequencies:.0f}"
+
+
+def test_its_tokenizer_cuts_nothing_by_itself() -> None:
+    """A truncation left in the file would cut texts silently in every other runtime."""
+    assert json.loads((FOLDER / "tokenizer.json").read_text(encoding="utf-8"))["truncation"] is None
