@@ -18,7 +18,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from recipes.nano import shim  # noqa: F401  (before transformers: torchvision on a CPU machine)
+import mmembed.backbones  # noqa: F401  (before transformers: torchvision on a CPU machine)
 
 # isort: split
 import numpy as np
