@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
 
+from mmembed.metrics import ndcg_at_k
 from recipes.nano import data
 from recipes.nano.batches import MAX_TEXT_TOKENS, PictureData
 from recipes.nano.train import last_hidden, pool
@@ -51,12 +52,10 @@ def encode_pictures(model, pictures: PictureData, source: str, image_ids: list[s
 def ndcg_at_10(scores: torch.Tensor, relevant: list[dict[int, int]]) -> float:
     """Mean nDCG@10 with gain 2^score - 1; scores (Q, C), relevant: column -> grade of each query."""
     top = scores.topk(min(10, scores.shape[1])).indices.tolist()
-    values = []
-    for columns, grades in zip(top, relevant, strict=True):
-        gained = sum((2 ** grades.get(c, 0) - 1) / math.log2(rank + 2) for rank, c in enumerate(columns))
-        best = sorted(grades.values(), reverse=True)[:10]
-        values.append(gained / sum((2**g - 1) / math.log2(rank + 2) for rank, g in enumerate(best)))
-    return float(np.mean(values))
+    ranked = [[grades.get(column, 0) for column in columns] for columns, grades in zip(top, relevant, strict=True)]
+    widest = max(len(grades) for grades in relevant)
+    judged = [[*grades.values(), *[0] * (widest - len(grades))] for grades in relevant]
+    return float(ndcg_at_k(ranked, judged, 10, gain="exponential").mean())
 
 
 def retrieval(model, tokenizer, pictures: PictureData, root: Path, name: str, limit: int = 10**9) -> float:
