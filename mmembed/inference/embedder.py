@@ -5,8 +5,10 @@ What makes it fast, in the order of what it gains on a CPU:
 1. kernels that suit the processor (`mmembed.inference.cpu`);
 2. batches are cut from the contents sorted by length, under a budget of padded tokens that fits the processor's cache;
 3. texts go through the model without an attention mask where it allows that (right padding under causal attention);
-4. all texts of a window are tokenized in one call, and threads open and resize images while the model computes;
-5. results go straight into one preallocated array, in the precision and dimension that were asked for.
+4. on a CPU with several threads, a narrow model computes several batches at once, one thread each: its products are too
+   small to share between threads;
+5. all texts of a window are tokenized in one call, and threads open and resize images while the model computes;
+6. results go straight into one preallocated array, in the precision and dimension that were asked for.
 
 Memory: one window of token ids (`WINDOW` contents), a few batches in flight, and the result; images are opened a batch
 at a time. Order is restored: row i of the result belongs to content i.
@@ -15,10 +17,11 @@ at a time. Order is restored: row i of the result belongs to content i.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -47,11 +50,14 @@ if TYPE_CHECKING:
     from mmembed.media import MediaStore
     from mmembed.models.embedding_model import EmbeddingModel
 
+Given, Made = TypeVar("Given"), TypeVar("Made")
+Batch = tuple[list[int], Tensor, Tensor | None]  # positions in the contents, vectors, mask; on the CPU
 Vectors = Any  # (N, W) numpy array or tensor; a list of (T, W) for multi-vector models
 TOKEN_BUDGETS = {"cpu": 2048}  # padded tokens in a batch: what stays in the processor's cache (see docs/inference.md)
 TOKEN_BUDGET = 16384  # on accelerators
 WINDOW = 16384  # contents tokenized together: bounds the memory for token ids, loses nothing measurable in padding
-THREADS = 2  # batches prepared ahead of the model
+PREPARED = 2  # batches prepared ahead of a model that computes one at a time
+NARROW = 1024  # hidden size up to which a CPU computes batches beside each other
 
 
 class Embedder:
@@ -171,10 +177,9 @@ class Embedder:
             delay=1.0,
             disable=None if show_progress is None else not show_progress,
         )
-        with bar, torch.inference_mode():
-            for positions, inputs in self._batches(contents, role, instruction, token_budget):
-                vectors, mask = self.model(inputs.to(self.device))  # (B, E), or (B, T, E) with (B, T)
-                store.put(positions, vectors.cpu(), None if mask is None else mask.cpu())
+        with bar:
+            for positions, vectors, mask in self._batches(contents, role, instruction, token_budget):
+                store.put(positions, vectors, mask)
                 bar.update(len(positions))
         return store.result(output)
 
@@ -205,22 +210,42 @@ class Embedder:
         role: Role,
         instruction: str | Sequence[str | None] | None,
         token_budget: int,
-    ) -> Iterator[tuple[list[int], ModelInputs]]:
-        """(positions in `contents`, inputs) of each batch, prepared by threads while the caller computes."""
-        with ThreadPoolExecutor(THREADS, thread_name_prefix="mmembed-encode") as pool:
-            flying: deque[tuple[list[int], Future[ModelInputs]]] = deque()
-            try:
-                for positions, rows in self._plan(contents, role, instruction, token_budget):
-                    flying.append((positions, pool.submit(self._collate, positions, rows)))
-                    if len(flying) > THREADS:
-                        done, future = flying.popleft()
-                        yield done, future.result()
-                while flying:
-                    done, future = flying.popleft()
-                    yield done, future.result()
-            finally:
-                for _, future in flying:
-                    future.cancel()
+    ) -> Iterator[Batch]:
+        """The vectors of each batch, wherever they were computed."""
+        plan = self._plan(contents, role, instruction, token_budget)
+        head = list(islice(plan, torch.get_num_threads()))  # as many batches as could be computed at once
+        narrow = self.device.type == "cpu" and self.model.backbone.config.get_text_config().hidden_size <= NARROW
+        batches = chain(head, plan)
+        yield from self._beside_each_other(batches, len(head)) if narrow and len(head) > 1 else self._in_turn(batches)
+
+    def _in_turn(self, plan: Iterable[tuple[list[int], list[Row]]]) -> Iterator[Batch]:
+        """Batch after batch through the model, while threads prepare the next ones."""
+
+        def prepare(planned: tuple[list[int], list[Row]]) -> tuple[list[int], ModelInputs]:
+            return planned[0], self._collate(*planned)
+
+        for positions, inputs in _ahead(plan, prepare, threads=PREPARED):
+            yield self._compute(positions, inputs)
+
+    def _beside_each_other(self, plan: Iterable[tuple[list[int], list[Row]]], workers: int) -> Iterator[Batch]:
+        """Several batches at once, each prepared and computed by a worker on its share of the threads."""
+        threads = torch.get_num_threads()
+
+        def compute(planned: tuple[list[int], list[Row]]) -> Batch:
+            return self._compute(planned[0], self._collate(*planned))
+
+        def begin() -> None:
+            torch.set_num_threads(max(1, threads // workers))  # of the calling thread alone, but for MKL's
+
+        try:
+            yield from _ahead(plan, compute, workers, begin)
+        finally:
+            torch.set_num_threads(threads)
+
+    @torch.inference_mode()
+    def _compute(self, positions: list[int], inputs: ModelInputs) -> Batch:
+        vectors, mask = self.model(inputs.to(self.device))  # (B, E), or (B, T, E) with (B, T)
+        return positions, vectors.cpu(), None if mask is None else mask.cpu()
 
     def _plan(
         self,
@@ -257,6 +282,24 @@ class Embedder:
                 with _naming(position):
                     self.preprocessor.collate([row])
             raise
+
+
+def _ahead(
+    given: Iterable[Given], make: Callable[[Given], Made], threads: int, begin: Callable[[], None] | None = None
+) -> Iterator[Made]:
+    """`make` of each, in order, by `threads` threads that are at most one ahead of the caller; `begin` runs in each."""
+    with ThreadPoolExecutor(threads, thread_name_prefix="mmembed-encode", initializer=begin) as pool:
+        flying: deque[Future[Made]] = deque()
+        try:
+            for one in given:
+                flying.append(pool.submit(make, one))
+                if len(flying) > threads:
+                    yield flying.popleft().result()
+            while flying:
+                yield flying.popleft().result()
+        finally:
+            for future in flying:
+                future.cancel()
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

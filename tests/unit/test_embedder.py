@@ -1,5 +1,6 @@
 """Embedder: what goes in comes out in its place, whatever the batches, options and kernels."""
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,28 @@ def test_order_is_restored_for_any_batches(embedder, contents, alone, token_budg
     shuffled = embedder.encode([contents[index] for index in order], token_budget=token_budget)
     np.testing.assert_allclose(shuffled, alone[order], atol=2e-6)
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
+
+
+def test_batches_beside_each_other(embedder, contents, alone, monkeypatch):
+    """With several threads a narrow model computes several batches at once: the same vectors, the same threads after."""
+    before, threads_seen = torch.get_num_threads(), set()
+    compute = Embedder._compute
+
+    def watched(self, positions, inputs):
+        threads_seen.add((threading.get_ident(), torch.get_num_threads()))
+        return compute(self, positions, inputs)
+
+    monkeypatch.setattr(Embedder, "_compute", watched)
+    torch.set_num_threads(3)
+    try:
+        together = embedder.encode(contents * 4, token_budget=64)
+        with pytest.raises(MmembedError, match=r"contents\[13\]"):
+            embedder.encode([*contents, *"abcd", {"image": "/nowhere.png"}], token_budget=1)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert len(threads_seen) > 1 and {threads for _, threads in threads_seen} == {1}
+    np.testing.assert_allclose(together, np.concatenate([alone] * 4), atol=2e-6)
 
 
 def test_windows_join(embedder, contents, alone, monkeypatch):
