@@ -228,7 +228,7 @@ def slice_pictures(source: Path, target: Path, plan: Pictures, wanted: Callable[
 
 def webp(encoded: bytes, plan: Pictures) -> bytes:
     """The picture on white, at most `plan.side` pixels a side, as lossy WebP."""
-    image = Image.open(io.BytesIO(encoded))
+    image: Image.Image = Image.open(io.BytesIO(encoded))
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -7,7 +7,7 @@ asks for a batch: memory is the size of the files, not of the pixels.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import pyarrow.parquet
 from mteb.abstasks import AbsTask, AbsTaskBitextMining, AbsTaskClassification, AbsTaskClustering, AbsTaskRetrieval
 from mteb.abstasks import AbsTaskSTS as AbsTaskSentencePairs
 from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.types import Modalities
 
 import mmembed.backbones  # noqa: F401 - lets torchvision import on a CPU before mteb.evaluate pulls it in
 from eval.files import read_json, read_jsonl
@@ -75,7 +76,7 @@ class EmptyTask(ConfigError):
     """The folder is there, but holds nothing for this task (a slice may lack a language)."""
 
 
-class _Local:
+class _Local(AbsTask):
     """What every local task knows about itself."""
 
     row: Row
@@ -95,6 +96,10 @@ class _Local:
             self.dataset = self.read()
             self.data_loaded = True
 
+    def read(self) -> Any:
+        """What `load_data` makes `dataset` of, in the shape that mteb's task of this kind wants."""
+        raise NotImplementedError
+
     def rows(self, split: str) -> list[dict[str, Any]]:
         return self.some([row for row in read_jsonl(self.folder / f"{split}.jsonl") if matches(row, self.row.where)])
 
@@ -111,7 +116,7 @@ class _Local:
 class Retrieval(_Local, AbsTaskRetrieval):
     """Queries against the whole corpus of the folder."""
 
-    k_values = (1, 5, 10, 100)
+    k_values: Sequence[int] = (1, 5, 10, 100)
     rankings: dict[str, dict[str, Any]]  # query -> text, top [(document, score)], relevant, rank; of the latest run
 
     @classmethod
@@ -154,7 +159,14 @@ class Retrieval(_Local, AbsTaskRetrieval):
         """The candidates of each query; None is the whole corpus."""
         return None
 
-    def task_specific_scores(self, scores: Any, qrels: Any, results: Any, **kwargs: Any) -> dict[str, float]:
+    def task_specific_scores(
+        self,
+        scores: dict[str, dict[str, float]],
+        qrels: Mapping[str, Mapping[str, int]],
+        results: dict[str, dict[str, float]],
+        hf_split: str,
+        hf_subset: str,
+    ) -> dict[str, float]:
         ranked, judged = metrics.rank_run(results, qrels)
         queries = self.dataset["default"][self.split]["queries"]
         texts = dict(
@@ -198,13 +210,20 @@ class Reranking(Retrieval):
     def pool(self, judged: Mapping[str, Mapping[str, int]]) -> dict[str, list[str]]:
         return {query: list(judgements) for query, judgements in judged.items()}
 
-    def task_specific_scores(self, scores: Any, qrels: Any, results: Any, **kwargs: Any) -> dict[str, float]:
+    def task_specific_scores(
+        self,
+        scores: dict[str, dict[str, float]],
+        qrels: Mapping[str, Mapping[str, int]],
+        results: dict[str, dict[str, float]],
+        hf_split: str,
+        hf_subset: str,
+    ) -> dict[str, float]:
         accuracies = [
             metrics.pairwise_accuracy([list(documents.values())], [[qrels[query][key] for key in documents]])[0]
             for query, documents in results.items()
         ]
         return {
-            **super().task_specific_scores(scores, qrels, results, **kwargs),
+            **super().task_specific_scores(scores, qrels, results, hf_split, hf_subset),
             "pairwise_accuracy": float(np.nanmean(accuracies)),
         }
 
@@ -332,8 +351,9 @@ def _transpose(judged: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, i
     return turned
 
 
-def _modalities(row: Row) -> list[str]:
-    return [name for code, name in (("t", "text"), ("i", "image")) if code in row.category.replace("2c", "")]
+def _modalities(row: Row) -> list[Modalities]:
+    known: tuple[tuple[str, Modalities], ...] = (("t", "text"), ("i", "image"))
+    return [name for code, name in known if code in row.category.replace("2c", "")]
 
 
 def _languages(row: Row) -> Any:

@@ -153,8 +153,8 @@ def evaluate(options: argparse.Namespace, rows: Sequence[Row]) -> dict[str, Any]
         if options.output:
             write_json(options.output, results)
     if options.rankings:
-        for model, ranking in rankings.items():
-            write_json(options.rankings / f"{file_name(model)}.json", ranking, indent=None)
+        for name, ranking in rankings.items():
+            write_json(options.rankings / f"{file_name(name)}.json", ranking, indent=None)
     return results
 
 

@@ -71,8 +71,8 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
 # encode -------------------------------------------------------------------------------------------------------------
 
 
-def _add_encode(subparsers: Any) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = subparsers.add_parser(
+def _add_encode(subparsers: Any) -> Parser:
+    command: Parser = subparsers.add_parser(
         "encode",
         help="encode a folder of images or a JSONL file to .npy",
         allow_abbrev=False,
@@ -129,8 +129,8 @@ def _encode(arguments: argparse.Namespace) -> int:
 # search -------------------------------------------------------------------------------------------------------------
 
 
-def _add_search(subparsers: Any) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = subparsers.add_parser(
+def _add_search(subparsers: Any) -> Parser:
+    command: Parser = subparsers.add_parser(
         "search",
         help="find what is most similar to a text or an image",
         allow_abbrev=False,
@@ -248,8 +248,8 @@ def _line(content: dict[str, Any], width: int) -> str:
 # verify -------------------------------------------------------------------------------------------------------------
 
 
-def _add_verify(subparsers: Any) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = subparsers.add_parser(
+def _add_verify(subparsers: Any) -> Parser:
+    command: Parser = subparsers.add_parser(
         "verify",
         help="compare the vectors of a checkpoint with those recorded when it was saved",
         allow_abbrev=False,
@@ -286,8 +286,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 # inspect ------------------------------------------------------------------------------------------------------------
 
 
-def _add_inspect(subparsers: Any) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = subparsers.add_parser(
+def _add_inspect(subparsers: Any) -> Parser:
+    command: Parser = subparsers.add_parser(
         "inspect",
         help="show what a checkpoint says of itself",
         allow_abbrev=False,

@@ -45,9 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(config: EmbedderConfig) -> dict[str, float]:
     """Trains, saves and verifies; returns the last dev metrics."""
     # 1. Processes and seeds -------------------------------------------------------------------------------------------
-    from mmembed.training.arguments import set_seed, training_arguments
+    from mmembed.training.arguments import output_folder, set_seed, training_arguments
 
     args = training_arguments(config)
+    output = output_folder(args)
     main_process = args.process_index == 0
     logging.basicConfig(level=logging.INFO if main_process else logging.WARNING, format="%(message)s")
     check_world(args.world_size)
@@ -82,7 +83,7 @@ def train(config: EmbedderConfig) -> dict[str, float]:
     # 4. Train ---------------------------------------------------------------------------------------------------------
     resume = args.resume_from_checkpoint
     if resume is not None:
-        resume = str(last_checkpoint(args.output_dir)) if str(resume).lower() == "true" else resume
+        resume = str(last_checkpoint(output)) if str(resume).lower() == "true" else resume
     trainer.train(resume_from_checkpoint=resume)
 
     # 5. Save, verify, evaluate ----------------------------------------------------------------------------------------
@@ -90,11 +91,11 @@ def train(config: EmbedderConfig) -> dict[str, float]:
     trainer.save_state()
     metrics = trainer.evaluate(metric_key_prefix="final") if dev_data else {}
     if main_process:
-        difference = verify_checkpoint(args.output_dir, model, preprocessor)
-        results = Path(args.output_dir, "metrics.json")
-        with writing(results, args.output_dir):
+        difference = verify_checkpoint(output, model, preprocessor)
+        results = Path(output, "metrics.json")
+        with writing(results, output):
             results.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-        logger.info("saved %s; reloaded vectors differ by at most %.1g", args.output_dir, difference)
+        logger.info("saved %s; reloaded vectors differ by at most %.1g", output, difference)
     return metrics
 
 

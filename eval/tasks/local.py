@@ -17,6 +17,7 @@ from typing import Literal
 from mmembed.errors import ConfigError, nearest
 
 Kind = Literal["retrieval", "reranking", "sts", "classification", "clustering", "bitext"]
+Category = Literal["t2t", "t2i", "i2t", "t2it", "t2c", "i2c"]
 
 # mteb asks for ISO 639-3 codes with a script.
 LANGUAGES = {
@@ -50,7 +51,7 @@ class Row:
     folder: str
     kind: Kind
     instruction: str
-    category: str = "t2t"
+    category: Category = "t2t"
     languages: tuple[str, ...] = ("en",)
     where: Mapping[str, str] = field(default_factory=dict)
     query_column: str = "text"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -19,6 +19,10 @@ from mmembed.backbones.family import Family
 from mmembed.backbones.loading import Backbone
 from mmembed.backbones.quiet_imports import old_name_in_peft
 from mmembed.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 LORA_TYPES = ("lora", "dora", "rslora", "qlora")
 PROMPT_TYPES = ("prefix", "prompt")
@@ -40,7 +44,9 @@ def quantization_of(adapter: Mapping[str, Any] | None) -> dict[str, Any] | None:
     }
 
 
-def apply_adapter(backbone: Backbone, adapter: Mapping[str, Any], freeze: Collection[str]) -> nn.Module:
+def apply_adapter(
+    backbone: Backbone, adapter: Mapping[str, Any], freeze: Collection[str]
+) -> PreTrainedModel | PeftModel:
     """Freezes towers and adds the adapter.
 
     Args:
@@ -75,7 +81,7 @@ def _stay_differentiable(model: nn.Module) -> None:
     It would do so at the first forward pass in evaluation mode, for good: later training steps would run through a
     kernel without a gradient (silently wrong below the last layer), and saving would round the scales.
     """
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit
 
     for module in model.modules():
         if isinstance(module, Linear4bit):
@@ -100,19 +106,29 @@ def freeze_towers(backbone: Backbone, freeze: Collection[str]) -> None:
         parameter.requires_grad_(parameter.is_floating_point() and not any(re.search(p, name) for p in patterns))
 
 
-def run(family: Family, model: nn.Module, tensors: dict[str, torch.Tensor], adapter_type: str) -> torch.Tensor:
+def adapted(model: PreTrainedModel | PeftModel) -> PeftModel:
+    """What `apply_adapter` returned for any adapter, for the calls that peft adds."""
+    from peft import PeftModel
+
+    assert isinstance(model, PeftModel), "the settings name an adapter, but the backbone has none"
+    return model
+
+
+def run(
+    family: Family, model: PreTrainedModel | PeftModel, tensors: dict[str, torch.Tensor], adapter_type: str
+) -> torch.Tensor:
     """Last hidden states (B, T, H) of a right-padded batch, through whatever `apply_adapter` returned."""
     if adapter_type == "prefix":
-        positions = family.position_ids(model.get_base_model(), tensors)
+        positions = family.position_ids(adapted(model).get_base_model(), tensors)
         tensors = tensors if positions is None else {**tensors, "position_ids": positions}
     if adapter_type == "prompt":
-        return _run_behind_prompt(family, model, tensors)
+        return _run_behind_prompt(family, adapted(model), tensors)
     return model(**tensors, return_dict=True).last_hidden_state
 
 
-def _run_behind_prompt(family: Family, model: nn.Module, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+def _run_behind_prompt(family: Family, model: PeftModel, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     """As peft's own forward, but image positions and token types survive the V virtual tokens in front."""
-    base = model.get_base_model()
+    base = cast("PreTrainedModel", model.get_base_model())
     positions = family.position_ids(base, tensors)
     tensors = {name: tensor for name, tensor in tensors.items() if name != "mm_token_type_ids"}
     embedded = base.get_input_embeddings()(tensors.pop("input_ids"))  # (B, T, H)

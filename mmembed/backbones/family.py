@@ -101,7 +101,9 @@ class Family:
             parts: the content in order, None where an image stands.
             markups: one markup an image.
         """
-        pictures, text, texts, media, after_text = iter(markups), prefix, [], [], False
+        pictures, text, after_text = iter(markups), prefix, False
+        texts: list[tuple[int, int]] = []
+        media: list[tuple[int, int]] = []
         for part in parts:
             piece = self.frame_markup(next(pictures)) if part is None else "\n" + part if after_text else part
             (media if part is None else texts).append((len(text), len(text) + len(piece)))

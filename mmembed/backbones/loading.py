@@ -10,13 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from mmembed.backbones.family import Family, family_of
 from mmembed.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NANO = "mmembed-nano"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -27,7 +29,7 @@ _PLAIN_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")  # classes 
 class Backbone:
     """`model` maps token ids to hidden states (B, T, H); `processor` is a tokenizer for text families."""
 
-    model: nn.Module
+    model: PreTrainedModel
     processor: Any
     family: Family
     config: Any
@@ -87,7 +89,7 @@ def load_backbone(
     return Backbone(model, processor, family_of(model.config, processor), model.config)
 
 
-def set_attention(model: nn.Module, attention: str | None) -> None:
+def set_attention(model: PreTrainedModel, attention: str | None) -> None:
     """Makes the decoder's attention `causal` or `bidirectional` (None: as it is), in place; turns the cache off."""
     text_config = model.config.get_text_config()
     model.config.use_cache = text_config.use_cache = False

@@ -6,13 +6,20 @@ over rows and equals the plain positions.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, cast
 
 from mmembed.backbones.family import Family
 from mmembed.errors import MediaError
 
 if TYPE_CHECKING:
     import torch
+
+
+class _RotaryIn3D(Protocol):
+    """What the transformers classes of this family have in common."""
+
+    def get_rope_index(self, **tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+
 
 _WIDEST = 200  # the image processor's own limit
 
@@ -45,7 +52,8 @@ class QwenVL(Family):
         if "mm_token_type_ids" not in tensors:
             return None
         names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
-        return model.get_rope_index(**{name: tensors[name] for name in names if name in tensors})[0]  # (3, B, T)
+        given = {name: tensors[name] for name in names if name in tensors}
+        return cast("_RotaryIn3D", model).get_rope_index(**given)[0]  # (3, B, T)
 
     def set_pixel_limits(self, min_pixels: int | None, max_pixels: int | None) -> None:
         size = dict(self.processor.image_processor.size)

@@ -39,7 +39,7 @@ def accelerate(model: nn.Module) -> None:
     """
     if not torch.backends.mkldnn.is_available():
         return
-    better = {nn.Conv3d: PatchConv3d}
+    better: dict[type[nn.Module], type[nn.Module]] = {nn.Conv3d: PatchConv3d}
     cpu = cpu_capabilities()
     if "AMD" in cpu.get("cpu_name", ""):
         better[nn.Linear] = OneDnnLinear

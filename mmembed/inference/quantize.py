@@ -87,7 +87,7 @@ def decode(stored: NDArray[np.generic], dim: int | None = None) -> NDArray[np.fl
     if stored.dtype == np.int8:
         return unit_rows(stored.astype(np.float32))
     if stored.dtype == np.uint8:
-        signs = np.unpackbits(stored, axis=-1, count=dim).astype(np.float32)
+        signs = np.unpackbits(stored.view(np.uint8), axis=-1, count=dim).astype(np.float32)
         return (2.0 * signs - 1.0) / np.float32(np.sqrt(max(1, signs.shape[-1])))
     if stored.dtype.kind == "f":
         return np.asarray(stored, dtype=np.float32)

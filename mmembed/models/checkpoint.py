@@ -17,14 +17,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import PIL.Image
 import torch
 from torch.nn import functional as F
 
 from mmembed.backbones import load_backbone, resolve_backbone
-from mmembed.backbones.adapters import PROMPT_TYPES, quantization_of
+from mmembed.backbones.adapters import PROMPT_TYPES, adapted, quantization_of
 from mmembed.content import Image, Text
 from mmembed.errors import CheckpointError, ConfigError
 from mmembed.models.embedding_model import (
@@ -40,6 +40,8 @@ from mmembed.pooling import POOLINGS
 from mmembed.preprocess import Item, Preprocessor
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from mmembed.config import EmbedderConfig
     from mmembed.media import MediaStore
 
@@ -353,15 +355,16 @@ def _record(folder: Path, model: EmbeddingModel, vectors: torch.Tensor) -> None:
 def _untrained_vectors(model: EmbeddingModel, preprocessor: Preprocessor) -> torch.Tensor:
     """Vectors with the backbone as it was before training, under the trained pooling."""
     if model.settings.adapter_type in PROMPT_TYPES:  # peft's disable_adapter would ask for a generate method
-        base, settings = model.backbone.get_base_model(), replace(model.settings, adapter=None)
+        base = cast("PreTrainedModel", adapted(model.backbone).get_base_model())
+        settings = replace(model.settings, adapter=None)
         bare = EmbeddingModel(base, model.family, model.pooling, model.projection, model.normalize, settings)
         return _vectors_of(bare, preprocessor)
     if model.settings.adapter_type != "none":
-        with model.backbone.disable_adapter():
+        with adapted(model.backbone).disable_adapter():
             return _vectors_of(model, preprocessor)
-    base, base_preprocessor = build_from_settings(model.settings, preprocessor.media)
-    base.pooling, base.projection = model.pooling, model.projection
-    return _vectors_of(base.to(model.device).eval(), base_preprocessor)
+    fresh, fresh_preprocessor = build_from_settings(model.settings, preprocessor.media)
+    fresh.pooling, fresh.projection = model.pooling, model.projection
+    return _vectors_of(fresh.to(model.device).eval(), fresh_preprocessor)
 
 
 @torch.inference_mode()
@@ -388,7 +391,7 @@ def _write(
         name.removeprefix("backbone."): tensor for name, tensor in state.items() if name.startswith("backbone.")
     }
     if settings.adapter_type == "none":
-        model.backbone.save_pretrained(folder, state_dict=backbone_state)
+        model.backbone.save_pretrained(str(folder), state_dict=backbone_state)
     else:
         _write_adapter(folder, model, backbone_state)
     head = {
@@ -424,7 +427,7 @@ def _write_adapter(folder: Path, model: EmbeddingModel, backbone_state: dict[str
             "parameters and pass state_dict"
         )
     save_file(tensors, folder / ADAPTER)
-    model.backbone.peft_config["default"].save_pretrained(folder)
+    adapted(model.backbone).peft_config["default"].save_pretrained(str(folder))
 
 
 def _architecture(config: Any) -> dict[str, Any]:

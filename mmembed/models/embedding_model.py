@@ -18,13 +18,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from mmembed.backbones import NANO, Backbone, Family, load_backbone
-from mmembed.backbones.adapters import PROMPT_TYPES, apply_adapter, quantization_of, run
+from mmembed.backbones.adapters import PROMPT_TYPES, adapted, apply_adapter, quantization_of, run
 from mmembed.embeddings import Embeddings
 from mmembed.pooling import POOLINGS, Pooling
 from mmembed.preprocess import Lengths, ModelInputs, Preprocessor
 from mmembed.prompts import PROMPTS
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
     from mmembed.config import EmbedderConfig
     from mmembed.media import MediaStore
 
@@ -49,7 +52,7 @@ class EmbedderSettings:
     normalize: bool = True
     projection: int | None = None
     prompt: str | dict[str, Any] = "plain"
-    lengths: dict[str, int | None] = field(default_factory=lambda: asdict(Lengths()))
+    lengths: dict[str, Any] = field(default_factory=lambda: asdict(Lengths()))
 
     def __post_init__(self) -> None:
         self.freeze = tuple(self.freeze)  # JSON has lists
@@ -70,7 +73,7 @@ class EmbeddingModel(nn.Module):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: PreTrainedModel | PeftModel,
         family: Family,
         pooling: Pooling,
         projection: nn.Module | None,
@@ -113,7 +116,7 @@ class EmbeddingModel(nn.Module):
         left alone (the sum would be rounded to 4 bits), and so are adapters that are not LoRA.
         """
         if self.settings.adapter_type in ("lora", "dora", "rslora"):
-            self.backbone.merge_adapter()
+            adapted(self.backbone).merge_adapter()
 
     def gradient_checkpointing_disable(self) -> None:
         self.backbone.gradient_checkpointing_disable()

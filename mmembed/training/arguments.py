@@ -52,6 +52,12 @@ def training_arguments(config: EmbedderConfig) -> TrainingArguments:
     return args
 
 
+def output_folder(args: TrainingArguments) -> str:
+    """Where a run writes; transformers declares it optional."""
+    assert args.output_dir is not None, "TrainingArguments gives it a default"
+    return args.output_dir
+
+
 def default_metric(config: EmbedderConfig) -> str:
     """What `best` means when not said: Spearman where all dev sources are STS, else nDCG@10."""
     only_sts = all(source.task == Task.STS or source.format == "pairs" for source in config.data.dev)

@@ -112,7 +112,7 @@ def _batch_lines(
     pictured = [row for chunk in first.chunks for row in chunk.rows if row.images]
     family = preprocessor.family
     image_token = family.tokenizer.convert_tokens_to_ids(family.image_token) if family.multimodal else None
-    visual = sum(list(row.ids).count(image_token) for row in pictured)
+    visual = sum(token == image_token for row in pictured for token in row.ids)
     kept = keep_tokens(config)
     again = max(0, first.padded_tokens - kept) if kept is not None else 0
     lines = [

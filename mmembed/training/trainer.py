@@ -29,6 +29,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from transformers.trainer_utils import seed_worker
 
 from mmembed.config import EmbedderConfig
+from mmembed.content import Example
 from mmembed.data.batch_plan import BatchPlan
 from mmembed.data.collate import Batch, Chunk, Collator
 from mmembed.data.dataset import MixedDataset, RecordDataset
@@ -40,6 +41,7 @@ from mmembed.models.embedding_model import EmbeddingModel
 from mmembed.objectives import Objective
 from mmembed.objectives.gather import gather_counts
 from mmembed.preprocess import ModelInputs, Preprocessor
+from mmembed.training.arguments import output_folder
 from mmembed.training.batch_report import Report, batch_report, check_fields, keep_tokens
 from mmembed.training.evaluation import DevSet, build_dev_set, evaluate
 from mmembed.training.gradcache import contrastive_step, reduce_gradients
@@ -70,7 +72,7 @@ class Trained(nn.Module):
         return towers | {f"objective.{name}": "objective" for name, _ in self.objective.named_parameters()}
 
 
-class PlannedLoader(DataLoader[Batch]):
+class PlannedLoader(DataLoader[Example]):
     """A DataLoader whose batches follow the plan's epoch."""
 
     def set_epoch(self, epoch: int) -> None:
@@ -90,6 +92,10 @@ class EmbedderTrainer(Trainer):
     Raises:
         ConfigError: the data carries fields that would go unused, or a source is smaller than one global batch.
     """
+
+    model: Trained  # the base class declares these wider than what it is given below
+    train_dataset: MixedDataset
+    optimizer: torch.optim.Optimizer | None
 
     def __init__(
         self,
@@ -139,7 +145,7 @@ class EmbedderTrainer(Trainer):
             keys=[source.keys() for source in train],
             names=[source.name for source in train],
         )
-        self.data_collator = Collator(
+        self.collator = Collator(
             preprocessor,
             {source.name: source for source in config.data.train},
             chunk_tokens=chunk_tokens(config),
@@ -149,9 +155,14 @@ class EmbedderTrainer(Trainer):
             seed=seed,
         )
 
+    @property
+    def output(self) -> str:
+        """The run's folder."""
+        return output_folder(self.args)
+
     def report(self) -> Report:
         """The batch report of the first batch."""
-        first = self.data_collator([self.train_dataset[index] for index in next(iter(self.plan))])
+        first = self.collator([self.train_dataset[index] for index in next(iter(self.plan))])
         accumulation = self.args.gradient_accumulation_steps
         return batch_report(
             self.run_config, self.train_sources, self.plan, first, self.model, self.preprocessor, accumulation
@@ -159,7 +170,9 @@ class EmbedderTrainer(Trainer):
 
     # The step ---------------------------------------------------------------------------------------------------------
 
-    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
+    def training_step(  # type: ignore[override]  # the loop hands on whatever our loader makes
+        self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None
+    ) -> Tensor:
         """One batch: gradients are added to the parameters, and averaged over processes if a step follows."""
         model.train()
         accumulation = self.current_gradient_accumulation_steps
@@ -205,7 +218,7 @@ class EmbedderTrainer(Trainer):
         return PlannedLoader(
             self.train_dataset,
             batch_sampler=self.plan,
-            collate_fn=self.data_collator,
+            collate_fn=self.collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
@@ -235,7 +248,7 @@ class EmbedderTrainer(Trainer):
             tokens = torch.tensor(inputs.tokens, device=self.args.device)
             self.state.num_input_tokens_seen += int(self.accelerator.gather(tokens).sum())
 
-    def floating_point_ops(self, inputs: Batch) -> int:
+    def floating_point_ops(self, inputs: Any) -> int:
         """Not estimated: what a token costs differs by family, and throughput is logged instead."""
         return 0
 
@@ -254,7 +267,7 @@ class EmbedderTrainer(Trainer):
                 lambda name: towers[name.removeprefix("module.")],
                 {name for name in self.get_decay_parameter_names(module) if not name.startswith("objective.")},
                 self.args.learning_rate,
-                dict(training.learning_rates),
+                {str(tower): rate for tower, rate in training.learning_rates.items()},
                 self.args.weight_decay,
             )
             self.optimizer = self._optimizer(module, groups)
@@ -265,7 +278,7 @@ class EmbedderTrainer(Trainer):
             given = self.run_config.training.arguments
             betas = (given.get("adam_beta1", 0.9), given.get("adam_beta2", 0.99))
             return Lion(groups, lr=self.args.learning_rate, betas=betas)
-        cls, arguments = self.get_optimizer_cls_and_kwargs(self.args, module)
+        cls, arguments = self.get_optimizer_cls_and_kwargs(self.args, module)  # type: ignore[arg-type]  # any module
         optimizer = cls(groups, **arguments)
         if arguments.get("optim_bits") == 8:
             self._keep_embeddings_in_32_bits(module)
@@ -274,7 +287,7 @@ class EmbedderTrainer(Trainer):
     @staticmethod
     def _keep_embeddings_in_32_bits(module: nn.Module) -> None:
         """Rows of rare tokens have moments too small for 8 bits (Dettmers et al., arXiv 2110.02861, section 2.3)."""
-        from bitsandbytes.optim import GlobalOptimManager
+        from bitsandbytes.optim.optimizer import GlobalOptimManager
 
         for part in module.modules():
             if isinstance(part, nn.Embedding):
@@ -302,7 +315,7 @@ class EmbedderTrainer(Trainer):
     # Evaluation -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def evaluate(
+    def evaluate(  # type: ignore[override]  # the loop passes on the `eval_dataset` that it was given
         self, eval_dataset: Sequence[DevSet] | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Ranks and correlates: `eval_ndcg_at_10`, `eval_{source}_ndcg_at_10`, `eval_spearman`, ...
@@ -336,11 +349,11 @@ class EmbedderTrainer(Trainer):
         Raises:
             CheckpointError: it could not be written whole; what was written of it is gone, the one before is not.
         """
-        folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        folder = Path(self.output, f"checkpoint-{self.state.global_step}")
         if self.args.should_save:
             (folder / STATE).unlink(missing_ok=True)  # of an earlier run
         try:
-            with writing(folder, self.args.output_dir):
+            with writing(folder, self.output):
                 super()._save_checkpoint(model, trial)
         except CheckpointError:
             shutil.rmtree(folder, ignore_errors=True)
@@ -348,13 +361,13 @@ class EmbedderTrainer(Trainer):
 
     def save_state(self) -> None:
         """Writes the log and position of the run into the output folder."""
-        with writing(Path(self.args.output_dir, STATE), self.args.output_dir):
+        with writing(Path(self.output, STATE), self.output):
             super().save_state()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the embedder, by default into the output folder. Raises CheckpointError; what lay there stays."""
-        folder = Path(output_dir or self.args.output_dir)
-        with nullcontext() if _internal_call else writing(folder, self.args.output_dir):
+        folder = Path(output_dir or self.output)
+        with nullcontext() if _internal_call else writing(folder, self.output):
             super().save_model(output_dir, _internal_call)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -363,7 +376,7 @@ class EmbedderTrainer(Trainer):
 
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self.output)
         state = dict(state_dict or self.model.state_dict())
         of_model = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
         prefix = "objective."
@@ -387,6 +400,7 @@ class EmbedderTrainer(Trainer):
         self._restore(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None, "the loop asks only where there is one"
         logger.info("loading the best checkpoint %s (%s)", self.state.best_model_checkpoint, self.state.best_metric)
         self._restore(Path(self.state.best_model_checkpoint))
 
