@@ -72,25 +72,24 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
 
 
 def _add_encode(subparsers: Any) -> Parser:
-    command: Parser = subparsers.add_parser(
+    command = _command(
+        subparsers,
         "encode",
+        _encode,
         help="encode a folder of images or a JSONL file to .npy",
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=textwrap.dedent("""\
+        description="""\
             Encodes a folder of images, or JSON lines, into a folder of vectors.npy, items.jsonl and encoding.json.
 
             A line is {"text": ..., "image": ..., "id": ...}, a line of a BEIR folder, or a canonical training record.
 
               mmembed encode photos/ --output photos.enc
-              mmembed encode corpus.jsonl --model runs/demo/embedder --output corpus.enc --precision int8"""),
+              mmembed encode corpus.jsonl --model runs/demo/embedder --output corpus.enc --precision int8""",
     )
     command.add_argument("source", type=Path, help="folder of images, or .jsonl file")
     command.add_argument("--output", type=Path, required=True, help="folder to write")
     command.add_argument("--overwrite", action="store_true", help="replace an encoded folder")
     _add_model(command, NANO)
     _add_encoding(command)
-    command.set_defaults(run=_encode)
     return command
 
 
@@ -130,16 +129,16 @@ def _encode(arguments: argparse.Namespace) -> int:
 
 
 def _add_search(subparsers: Any) -> Parser:
-    command: Parser = subparsers.add_parser(
+    command = _command(
+        subparsers,
         "search",
+        _search,
         help="find what is most similar to a text or an image",
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=textwrap.dedent("""\
+        description="""\
             Searches an encoded folder exactly, or encodes a folder of images or a JSONL file first.
 
               mmembed search photos.enc "a red bus"
-              mmembed search photos/ --image bus.jpg --top-k 5 --json"""),
+              mmembed search photos/ --image bus.jpg --top-k 5 --json""",
     )
     command.add_argument(
         "target", type=Path, help="folder written by `mmembed encode`, folder of images, or .jsonl file"
@@ -151,13 +150,7 @@ def _add_search(subparsers: Any) -> Parser:
     command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     _add_model(command, None)
     command.add_argument("--instruction", help="instruction of the query")
-    command.add_argument(
-        "--on-bad-record",
-        choices=("raise", "skip"),
-        default="raise",
-        help="what to do with an entry that cannot be encoded (default raise)",
-    )
-    command.set_defaults(run=_search)
+    _add_on_bad_record(command)
     return command
 
 
@@ -249,18 +242,19 @@ def _line(content: dict[str, Any], width: int) -> str:
 
 
 def _add_verify(subparsers: Any) -> Parser:
-    command: Parser = subparsers.add_parser(
+    command = _command(
+        subparsers,
         "verify",
+        _verify,
         help="compare the vectors of a checkpoint with those recorded when it was saved",
-        allow_abbrev=False,
-        description="Loads a checkpoint, compares the vectors of fixed inputs with those recorded when it was saved, "
-        "then with those after saving and loading again; also checks that they differ from those of the backbone "
-        "before training.",
+        description="""\
+            Loads a checkpoint, compares the vectors of fixed inputs with those recorded when it was saved, then with
+            those after saving and loading again; also checks that they differ from those of the backbone before
+            training.""",
     )
     command.add_argument("checkpoint", type=Path, help="folder of a saved embedder")
     command.add_argument("--tolerance", type=float, default=1e-3, help="largest allowed difference (default 1e-3)")
     _add_trust(command)
-    command.set_defaults(run=_verify)
     return command
 
 
@@ -287,15 +281,15 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _add_inspect(subparsers: Any) -> Parser:
-    command: Parser = subparsers.add_parser(
+    command = _command(
+        subparsers,
         "inspect",
+        _inspect,
         help="show what a checkpoint says of itself",
-        allow_abbrev=False,
         description="Shows mmembed.json and the sizes of the weight files, without loading the model.",
     )
     command.add_argument("checkpoint", help="folder of a saved embedder, or mmembed-nano")
     command.add_argument("--json", action="store_true", help="print one JSON object")
-    command.set_defaults(run=_inspect)
     return command
 
 
@@ -360,7 +354,21 @@ def _flat(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 # Shared -------------------------------------------------------------------------------------------------------------
 
 
-def _add_model(command: argparse.ArgumentParser, default: str | None) -> None:
+def _command(
+    subparsers: Any, name: str, run: Callable[[argparse.Namespace], int], *, help: str, description: str
+) -> Parser:
+    """A subcommand that calls `run`; its description keeps its lines."""
+    command: Parser = subparsers.add_parser(
+        name,
+        help=help,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=textwrap.dedent(description),
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_model(command: Parser, default: str | None) -> None:
     command.add_argument(
         "--model",
         default=default,
@@ -376,7 +384,7 @@ def _add_model(command: argparse.ArgumentParser, default: str | None) -> None:
     )
 
 
-def _add_trust(command: argparse.ArgumentParser) -> None:
+def _add_trust(command: Parser) -> None:
     command.add_argument(
         "--trust-remote-code",
         action="store_true",
@@ -384,7 +392,7 @@ def _add_trust(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_encoding(command: argparse.ArgumentParser) -> None:
+def _add_encoding(command: Parser) -> None:
     command.add_argument(
         "--role",
         choices=("document", "query"),
@@ -395,6 +403,10 @@ def _add_encoding(command: argparse.ArgumentParser) -> None:
     command.add_argument("--truncate-dim", type=int, help="keep the first dimensions (Matryoshka)")
     command.add_argument("--precision", choices=PRECISIONS, default="float32")
     command.add_argument("--token-budget", type=int, help="padded tokens in a batch (default by device)")
+    _add_on_bad_record(command)
+
+
+def _add_on_bad_record(command: Parser) -> None:
     command.add_argument(
         "--on-bad-record",
         choices=("raise", "skip"),

@@ -8,7 +8,7 @@ serve a model trained elsewhere, set them to its own.
 
 from mmembed.content import Content, Role
 from mmembed.prompts import PromptStyle, Rendered
-from mmembed.prompts.one_word import kind_of
+from mmembed.prompts.one_word import asked, kind_of
 
 
 class Hierarchical(PromptStyle):
@@ -36,11 +36,5 @@ class Hierarchical(PromptStyle):
         self.requests = {"text": text_request, "image": image_request, "mixed": mixed_request}
 
     def render(self, content: Content, role: Role, instruction: str | None) -> Rendered:
-        return Rendered(
-            content,
-            prefix=f"{instruction}\n" if instruction else "",
-            suffix=self.requests[kind_of(content)] if role == "query" else self.document_request,
-            system=self.system,
-            chat=True,
-            add_generation_prompt=True,
-        )
+        request = self.requests[kind_of(content)] if role == "query" else self.document_request
+        return asked(content, instruction, request, self.system)

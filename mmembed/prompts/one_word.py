@@ -28,9 +28,13 @@ class OneWord(PromptStyle):
         self.requests = {"text": text_request, "image": image_request, "mixed": mixed_request}
 
     def render(self, content: Content, role: Role, instruction: str | None) -> Rendered:
-        prefix = f"{instruction}\n" if instruction else ""
-        request = self.requests[kind_of(content)]
-        return Rendered(content, prefix=prefix, suffix=request, chat=True, add_generation_prompt=True)
+        return asked(content, instruction, self.requests[kind_of(content)])
+
+
+def asked(content: Content, instruction: str | None, request: str, system: str | None = None) -> Rendered:
+    """A user's turn of instruction, content and request, then the header of the answer."""
+    prefix = f"{instruction}\n" if instruction else ""
+    return Rendered(content, prefix, request, system, chat=True, add_generation_prompt=True)
 
 
 def kind_of(content: Content) -> str:

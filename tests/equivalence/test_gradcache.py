@@ -1,9 +1,6 @@
 """The chunked step gives the gradient of the undivided batch: any chunking, kept or recomputed, with dropout."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +15,7 @@ from mmembed.objectives import build_objective
 from mmembed.preprocess import Row
 from mmembed.training.gradcache import RandomState, contrastive_step
 from tests.equivalence.toy import ToyEncoder, gradients, make_batch, relative
+from tests.runs import in_two_processes
 
 TOLERANCE = 1e-5
 LEARNED = {"type": "contrastive", "temperature": {"value": 0.1, "learn": True}}
@@ -114,18 +112,7 @@ def test_golden_gradient():
 @pytest.mark.distributed
 def test_two_processes_equal_one():
     """Uneven chunks and positives, a parameter that one process alone uses, learned temperature, symmetric, maxsim."""
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(root)}
-    run = subprocess.run(
-        [*command, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "tests.equivalence.two_processes"],
-        cwd=root,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    run = in_two_processes("tests.equivalence.two_processes")
     found = json.loads(next(line for line in run.stdout.splitlines() if line.startswith("{")))
     assert len(found) == 6
     for name, (loss, gradient) in found.items():

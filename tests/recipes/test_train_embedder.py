@@ -17,19 +17,13 @@ from safetensors.torch import load_file
 
 from mmembed.config import load_config
 from recipes.train_embedder import main
+from tests.runs import ROOT, in_two_processes, losses
 
-ROOT = Path(__file__).parents[2]
 LEARNED = "objective.temperature={value: 0.1, learn: true}"
 
 
 def run(config_file, *overrides):
     assert main(["--config", str(config_file), *overrides]) == 0
-
-
-def losses(folder):
-    """The logged loss of each step."""
-    history = json.loads((Path(folder) / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
 
 
 def build(config):
@@ -214,15 +208,8 @@ def test_evaluating_other_sets_than_the_runs_own(config_file):
 def test_two_processes_follow_the_trajectory_of_one(config_file, tmp_path):
     exact = ["adapter.dropout=0.0"]
     run(config_file, *exact, f"training.output_dir={tmp_path / 'one'}")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", "recipes.train_embedder"]
     overrides = [*exact, "training.per_device_train_batch_size=4", f"training.output_dir={tmp_path / 'two'}"]
-    done = subprocess.run(
-        [*command, "--config", str(config_file), *overrides],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = in_two_processes("recipes.train_embedder", "--config", str(config_file), *overrides)
     assert "processes: 2" in done.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]

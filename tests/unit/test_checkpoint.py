@@ -270,20 +270,16 @@ def test_verification_notices_untrained_and_changed_weights(family_folder, tmp_p
             verify_checkpoint(tmp_path / "saved", model, preprocessor)
 
 
-def test_training_of_the_head_alone_is_noticed(family_folder, tmp_path) -> None:
-    frozen = ("vision", "projector", "language")
-    model, preprocessor = build(family_folder("qwen3_vl"), projection=8, freeze=frozen)
-    save_checkpoint(tmp_path / "saved", model, preprocessor)
-    with pytest.raises(CheckpointError, match="before training"):
-        verify_checkpoint(tmp_path / "saved", model, preprocessor)
-    move(model)
-    save_checkpoint(tmp_path / "saved", model, preprocessor)
-    assert verify_checkpoint(tmp_path / "saved", model, preprocessor) == 0
-
-
-def test_training_of_the_vision_tower_alone_is_noticed(family_folder, tmp_path) -> None:
-    """Texts have the vectors of the backbone; a picture has not."""
-    model, preprocessor = build(family_folder("qwen3_vl"), freeze=("language", "projector"))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"projection": 8, "freeze": ("vision", "projector", "language")},
+        {"freeze": ("language", "projector")},  # texts have the vectors of the backbone; a picture has not
+    ],
+    ids=["head", "vision"],
+)
+def test_training_of_one_part_alone_is_noticed(settings, family_folder, tmp_path) -> None:
+    model, preprocessor = build(family_folder("qwen3_vl"), **settings)
     save_checkpoint(tmp_path / "saved", model, preprocessor)
     with pytest.raises(CheckpointError, match="before training"):
         verify_checkpoint(tmp_path / "saved", model, preprocessor)
