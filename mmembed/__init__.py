@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mmembed.config import EmbedderConfig as EmbedderConfig
+    from mmembed.config.blocks import EmbedderConfig as EmbedderConfig
     from mmembed.config import load_config as load_config
     from mmembed.content import Audio as Audio
     from mmembed.content import Content as Content

@@ -18,15 +18,12 @@ from torch.nn import functional as F
 from mmembed.backbones.family import Family
 from mmembed.backbones.loading import Backbone
 from mmembed.backbones.quiet_imports import old_name_in_peft
+from mmembed.config.blocks import LORA_TYPES, PROMPT_TYPES
 from mmembed.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
-
-LORA_TYPES = ("lora", "dora", "rslora", "qlora")
-PROMPT_TYPES = ("prefix", "prompt")
-
 
 UNQUANTIZED = ["visual", "vision_tower", "vision_model", "multi_modal_projector", "connector"]  # small and sensitive
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mmembed.config import SourceConfig
+from mmembed.config.blocks import SourceConfig
 from mmembed.content import Audio, Content, Document, Example, Image, Task, Text
 from mmembed.data.labels import BatchLabels
 from mmembed.errors import MediaError, MmembedError, RecordError

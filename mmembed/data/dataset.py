@@ -34,7 +34,7 @@ from mmembed.media import MediaStore, build_once, default_cache_dir
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from mmembed.config import DataConfig, SourceConfig
+    from mmembed.config.blocks import DataConfig, SourceConfig
 
 logger = logging.getLogger(__name__)
 PICTURES = "pictures.jsonl"

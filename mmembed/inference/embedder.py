@@ -16,12 +16,10 @@ at a time. Order is restored: row i of the result belongs to content i.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -45,19 +43,18 @@ from mmembed.inference.quantize import (
 )
 from mmembed.models.checkpoint import load_checkpoint, save_checkpoint
 from mmembed.preprocess import Item, ModelInputs, Preprocessor, Row
+from mmembed.threads import NARROW, ahead, beside_each_other
 
 if TYPE_CHECKING:
     from mmembed.media import MediaStore
     from mmembed.models.embedding_model import EmbeddingModel
 
-Given, Made = TypeVar("Given"), TypeVar("Made")
 Batch = tuple[list[int], Tensor, Tensor | None]  # positions in the contents, vectors, mask; on the CPU
 Vectors = Any  # (N, W) numpy array or tensor; a list of (T, W) for multi-vector models
 TOKEN_BUDGETS = {"cpu": 2048}  # padded tokens in a batch: what stays in the processor's cache (see docs/inference.md)
 TOKEN_BUDGET = 16384  # on accelerators
 WINDOW = 16384  # contents tokenized together: bounds the memory for token ids, loses nothing measurable in padding
 PREPARED = 2  # batches prepared ahead of a model that computes one at a time
-NARROW = 1024  # hidden size up to which a CPU computes batches beside each other
 
 
 class Embedder:
@@ -216,7 +213,10 @@ class Embedder:
         head = list(islice(plan, torch.get_num_threads()))  # as many batches as could be computed at once
         narrow = self.device.type == "cpu" and self.model.backbone.config.get_text_config().hidden_size <= NARROW
         batches = chain(head, plan)
-        yield from self._beside_each_other(batches, len(head)) if narrow and len(head) > 1 else self._in_turn(batches)
+        if narrow and len(head) > 1:
+            yield from beside_each_other(batches, lambda one: self._compute(one[0], self._collate(*one)), len(head))
+        else:
+            yield from self._in_turn(batches)
 
     def _in_turn(self, plan: Iterable[tuple[list[int], list[Row]]]) -> Iterator[Batch]:
         """Batch after batch through the model, while threads prepare the next ones."""
@@ -224,23 +224,8 @@ class Embedder:
         def prepare(planned: tuple[list[int], list[Row]]) -> tuple[list[int], ModelInputs]:
             return planned[0], self._collate(*planned)
 
-        for positions, inputs in _ahead(plan, prepare, threads=PREPARED):
+        for positions, inputs in ahead(plan, prepare, threads=PREPARED):
             yield self._compute(positions, inputs)
-
-    def _beside_each_other(self, plan: Iterable[tuple[list[int], list[Row]]], workers: int) -> Iterator[Batch]:
-        """Several batches at once, each prepared and computed by a worker on its share of the threads."""
-        threads = torch.get_num_threads()
-
-        def compute(planned: tuple[list[int], list[Row]]) -> Batch:
-            return self._compute(planned[0], self._collate(*planned))
-
-        def begin() -> None:
-            torch.set_num_threads(max(1, threads // workers))  # of the calling thread alone, but for MKL's
-
-        try:
-            yield from _ahead(plan, compute, workers, begin)
-        finally:
-            torch.set_num_threads(threads)
 
     @torch.inference_mode()
     def _compute(self, positions: list[int], inputs: ModelInputs) -> Batch:
@@ -282,24 +267,6 @@ class Embedder:
                 with _naming(position):
                     self.preprocessor.collate([row])
             raise
-
-
-def _ahead(
-    given: Iterable[Given], make: Callable[[Given], Made], threads: int, begin: Callable[[], None] | None = None
-) -> Iterator[Made]:
-    """`make` of each, in order, by `threads` threads that are at most one ahead of the caller; `begin` runs in each."""
-    with ThreadPoolExecutor(threads, thread_name_prefix="mmembed-encode", initializer=begin) as pool:
-        flying: deque[Future[Made]] = deque()
-        try:
-            for one in given:
-                flying.append(pool.submit(make, one))
-                if len(flying) > threads:
-                    yield flying.popleft().result()
-            while flying:
-                yield flying.popleft().result()
-        finally:
-            for future in flying:
-                future.cancel()
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

@@ -18,7 +18,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from mmembed.backbones import NANO, Backbone, Family, load_backbone
-from mmembed.backbones.adapters import PROMPT_TYPES, adapted, apply_adapter, quantization_of, run
+from mmembed.backbones.adapters import adapted, apply_adapter, quantization_of, run
+from mmembed.config.blocks import PROMPT_TYPES
 from mmembed.embeddings import Embeddings
 from mmembed.pooling import POOLINGS, Pooling
 from mmembed.preprocess import Lengths, ModelInputs, Preprocessor
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-    from mmembed.config import EmbedderConfig
+    from mmembed.config.blocks import EmbedderConfig
     from mmembed.media import MediaStore
 
 

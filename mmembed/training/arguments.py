@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments, set_seed
 
-from mmembed.config import EmbedderConfig
+from mmembed.config.blocks import EmbedderConfig
 from mmembed.content import Task
 from mmembed.errors import ConfigError
 from mmembed.training.optimizers import OPTIM_NAMES

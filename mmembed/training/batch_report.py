@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from mmembed.config import EmbedderConfig
+from mmembed.config.blocks import EmbedderConfig
 from mmembed.content import Task, Text
 from mmembed.data.batch_plan import BatchPlan
 from mmembed.data.collate import Batch

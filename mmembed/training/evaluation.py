@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmembed.config import SourceConfig
+from mmembed.config.blocks import SourceConfig
 from mmembed.content import Example, Task
 from mmembed.data.collate import Chunk, document_keys, plan_chunks, tokenize
 from mmembed.data.dataset import RecordDataset

@@ -6,13 +6,16 @@ Here a chunk keeps its graph after (1) as long as `keep_tokens` allow, and only 
 (3), with the random state of their first time, so dropout repeats. A batch that fits is encoded once: no extra cost;
 one that does not fit costs up to a third more, in the memory of `keep_tokens` or of one chunk, whichever is larger.
 
+On a CPU, chunks of a narrow model that draws no random numbers are computed beside each other (`Workers`), and their
+gradients added in the order of the chunks: the result does not depend on which thread was faster.
+
 Gradients are reduced over processes once a step, after the last chunk: chunks may differ in number and in modality
 between processes, a parameter that one process did not use counts as zero there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +27,7 @@ from mmembed.data.collate import Batch, Chunk
 from mmembed.embeddings import Embeddings
 from mmembed.objectives import Objective
 from mmembed.objectives.gather import world
+from mmembed.threads import beside_each_other
 
 BUCKET = 32 * 2**20  # gradient values reduced at once: large enough for bandwidth, small enough to be no memory
 Encode = Callable[[Chunk], Embeddings]
@@ -48,6 +52,14 @@ class RandomState:
             _device_module().set_rng_state(self.device)
 
 
+@dataclass(frozen=True)
+class Workers:
+    """Threads that compute chunks beside each other, and the trainable parameters whose gradients they bring back."""
+
+    count: int
+    parameters: list[nn.Parameter]
+
+
 def contrastive_step(
     encode: Encode,
     objective: Objective,
@@ -56,6 +68,7 @@ def contrastive_step(
     scale: float = 1.0,
     backward: Backward | None = None,
     rounds: int | None = None,
+    workers: Workers | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Adds the gradient of `scale * objective(batch)` to the parameters of the model and of the objective.
 
@@ -68,6 +81,8 @@ def contrastive_step(
         rounds: run so many forwards a pass and backwards, repeating a chunk without effect: for engines whose forward
             and backward are collectives (ZeRO-2, ZeRO-3), where processes must not run different numbers. Nothing is
             kept then.
+        workers: compute chunks beside each other; `encode` must draw no random numbers then, and neither `backward` nor
+            `rounds` can be given.
 
     Returns:
         The detached local loss and the objective's metrics.
@@ -77,11 +92,18 @@ def contrastive_step(
     idle = max(0, (rounds or 0) - len(batch.chunks))
     states: list[RandomState] = []
     outputs: list[Embeddings] = []
-    for number, chunk in enumerate(batch.chunks):  # always in this order: dropout does not depend on what is kept
-        if number < first_kept:
-            states.append(RandomState.capture())
+
+    def first_pass(number: int) -> Embeddings:
         with torch.set_grad_enabled(number >= first_kept):
-            outputs.append(encode(chunk))
+            return encode(batch.chunks[number])
+
+    if workers is not None:
+        outputs = list(beside_each_other(range(len(batch.chunks)), first_pass, workers.count))
+    else:
+        for number in range(len(batch.chunks)):  # always in this order: dropout does not depend on what is kept
+            if number < first_kept:
+                states.append(RandomState.capture())
+            outputs.append(first_pass(number))
     with torch.no_grad():
         for _ in range(idle):
             encode(batch.chunks[-1])
@@ -95,8 +117,23 @@ def contrastive_step(
     found = torch.autograd.grad(loss * scale, [*leaves, *learned])
     gradients, of_learned = list(found[: len(leaves)]), list(found[len(leaves) :])
 
-    after = RandomState.capture()
     order = [*range(first_kept, len(outputs)), *range(first_kept)]  # kept graphs first: then their memory is free
+    if workers is not None:
+
+        def second_pass(number: int) -> Sequence[Tensor | None]:
+            output, outputs[number] = outputs[number].vectors, Embeddings(leaves[number].detach())
+            if number < first_kept:
+                output = encode(batch.chunks[number]).vectors
+            if not output.requires_grad:
+                return []
+            return torch.autograd.grad(output, workers.parameters, gradients[number], allow_unused=True)
+
+        _add(learned, of_learned)
+        for of_chunk in beside_each_other(order, second_pass, workers.count):
+            _add(workers.parameters, of_chunk)
+        return loss.detach(), metrics
+
+    after = RandomState.capture()
     for position, number in enumerate(order + [-1] * idle):
         last = position == len(order) + idle - 1
         if number < 0:
@@ -112,6 +149,12 @@ def contrastive_step(
         backward([output, *learned] if last else [output], [gradient, *of_learned] if last else [gradient], last)
     after.restore()
     return loss.detach(), metrics
+
+
+def _add(parameters: Iterable[nn.Parameter], gradients: Iterable[Tensor | None]) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=False):  # none at all where a chunk has no graph
+        if gradient is not None:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
 def reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:

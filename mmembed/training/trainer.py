@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import seed_worker
 
-from mmembed.config import EmbedderConfig
+from mmembed.config.blocks import EmbedderConfig
 from mmembed.content import Example
 from mmembed.data.batch_plan import BatchPlan
 from mmembed.data.collate import Batch, Chunk, Collator
@@ -41,10 +41,11 @@ from mmembed.models.embedding_model import EmbeddingModel
 from mmembed.objectives import Objective
 from mmembed.objectives.gather import gather_counts
 from mmembed.preprocess import ModelInputs, Preprocessor
+from mmembed.threads import NARROW
 from mmembed.training.arguments import output_folder
 from mmembed.training.batch_report import Report, batch_report, check_fields, keep_tokens
 from mmembed.training.evaluation import DevSet, build_dev_set, evaluate
-from mmembed.training.gradcache import contrastive_step, reduce_gradients
+from mmembed.training.gradcache import Workers, contrastive_step, reduce_gradients
 from mmembed.training.optimizers import Lion, parameter_groups
 
 logger = logging.getLogger(__name__)
@@ -185,11 +186,46 @@ class EmbedderTrainer(Trainer):
                 scale=self._loss_scale() / accumulation,
                 backward=self._engine_backward if self.is_deepspeed_enabled else None,
                 rounds=max(gather_counts(len(inputs.chunks), self.args.device)) if self.is_deepspeed_enabled else None,
+                workers=self._workers(inputs),
             )
         if self.accelerator.sync_gradients and not self.is_deepspeed_enabled:
             reduce_gradients(model.parameters())
         self._count(inputs, metrics)
         return loss / accumulation
+
+    def _workers(self, inputs: Batch) -> Workers | None:
+        """Threads that compute chunks beside each other, in the memory of `token_budget`; None where that can not be.
+
+        That is: several threads of one process on a CPU, a narrow model, no random numbers, nothing that hooks into the
+        backward pass.
+        """
+        if (
+            self.args.device.type != "cpu"
+            or self.args.world_size > 1
+            or self.is_deepspeed_enabled
+            or self._draws_randomness
+        ):
+            return None
+        if self.run_config.model.gradient_checkpointing or self.model.config.get_text_config().hidden_size > NARROW:
+            return None
+        largest = max(chunk.padded_tokens for chunk in inputs.chunks)
+        fitting = len(inputs.chunks) if self.keep_tokens is None else max(1, self.keep_tokens // largest)
+        count = min(torch.get_num_threads(), len(inputs.chunks), fitting)
+        return Workers(count, self._trained) if count > 1 else None
+
+    @functools.cached_property
+    def _trained(self) -> list[nn.Parameter]:
+        learned = {id(parameter) for parameter in self.model.objective.parameters()}
+        return [one for one in self.model.parameters() if one.requires_grad and id(one) not in learned]
+
+    @functools.cached_property
+    def _draws_randomness(self) -> bool:
+        """Whether the model's forward draws random numbers in training: any rate of dropout above zero."""
+        return any(
+            (isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0)
+            or any("drop" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items())
+            for module in self.model.modules()
+        )
 
     def _loss_scale(self) -> float:
         """What fp16 multiplies gradients by; 1 elsewhere. The scaler starts when it is given something to scale."""

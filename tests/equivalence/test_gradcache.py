@@ -13,7 +13,7 @@ from mmembed.data.collate import Batch, plan_chunks
 from mmembed.embeddings import Embeddings
 from mmembed.objectives import build_objective
 from mmembed.preprocess import Row
-from mmembed.training.gradcache import RandomState, contrastive_step
+from mmembed.training.gradcache import RandomState, Workers, contrastive_step
 from tests.equivalence.toy import ToyEncoder, gradients, make_batch, relative
 from tests.runs import in_two_processes
 
@@ -40,13 +40,15 @@ def direct(encoder, objective, batch):
     seed=st.integers(0, 5),
     block=st.sampled_from([LEARNED, {**LEARNED, "symmetric": True}, {**LEARNED, "matryoshka": {"dims": [8, 4]}}]),
     multi_vector=st.booleans(),
+    workers=st.integers(1, 3),
 )
-def test_any_chunking_equals_the_direct_step(chunk_tokens, chunk_rows, keep_tokens, seed, block, multi_vector):
+def test_any_chunking_equals_the_direct_step(chunk_tokens, chunk_rows, keep_tokens, seed, block, multi_vector, workers):
     encoder, objective = ToyEncoder(multi_vector=multi_vector), build_objective(block)
     loss, expected = direct(encoder, objective, make_batch(6, 3, 10**6, seed=seed))
     chunked, chunked_objective = ToyEncoder(multi_vector=multi_vector), build_objective(block)
     batch = make_batch(6, 3, chunk_tokens, chunk_rows, seed=seed)
-    found_loss, _ = contrastive_step(chunked, chunked_objective, batch, keep_tokens)
+    threads = Workers(workers, list(chunked.parameters())) if workers > 1 else None
+    found_loss, _ = contrastive_step(chunked, chunked_objective, batch, keep_tokens, workers=threads)
     assert found_loss.item() == pytest.approx(loss.item(), rel=1e-5)
     assert relative(gradients(chunked, chunked_objective), expected) < TOLERANCE
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmembed.config import SourceConfig
+from mmembed.config.blocks import SourceConfig
 from mmembed.content import Document, Example, Image, Task, Text
 from mmembed.data.collate import Collator, content_key, plan_chunks
 from mmembed.errors import RecordError

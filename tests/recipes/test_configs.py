@@ -62,7 +62,8 @@ def test_a_key_that_does_nothing_is_an_error(tmp_path):
     """Walks the schema: a key that is not in it is refused in every block, with the nearest."""
     from pydantic import BaseModel
 
-    from mmembed.config import EmbedderConfig, _field_model, build_config
+    from mmembed.config import _field_model, build_config
+    from mmembed.config.blocks import EmbedderConfig
 
     blocks = [name for name, field in EmbedderConfig.model_fields.items() if isinstance(field.default, BaseModel)]
     assert {"model", "adapter", "lengths", "data", "training"} <= set(blocks)

@@ -76,6 +76,40 @@ def test_main_job(config_file, tmp_path, capsys):
     assert vectors.norm().item() == pytest.approx(1, abs=1e-5)
 
 
+def test_threads_compute_chunks_beside_each_other(config_file, tmp_path, monkeypatch):
+    """With several threads and no dropout: same losses, same weights; with dropout chunks stay in turn."""
+    import mmembed.training.gradcache as step
+
+    counted, beside = [], step.beside_each_other
+
+    def watched(given, make, workers):
+        counted.append(workers)
+        return beside(given, make, workers)
+
+    monkeypatch.setattr(step, "beside_each_other", watched)
+    still = ["adapter={type: lora, r: 4, alpha: 8, dropout: 0.0}", "training.token_budget=1024"]
+    found = {}
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            run(config_file, *still, f"training.output_dir={tmp_path / str(threads)}")
+        finally:
+            torch.set_num_threads(before)
+        assert bool(counted) == (threads == 2)
+        found[threads] = (losses(tmp_path / str(threads)), trained(tmp_path / str(threads)))
+    assert set(counted) == {2}
+    assert found[2][0] == pytest.approx(found[1][0], abs=1e-4)
+    torch.testing.assert_close(found[2][1], found[1][1], atol=1e-3, rtol=1e-3)
+    counted.clear()
+    torch.set_num_threads(2)
+    try:
+        run(config_file, f"training.output_dir={tmp_path / 'dropout'}")
+    finally:
+        torch.set_num_threads(before)
+    assert not counted
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from mmembed.config import DataConfig, SourceConfig
+from mmembed.config.blocks import DataConfig, SourceConfig
 from mmembed.content import Image, Task, Text
 from mmembed.data.dataset import MixedDataset, RecordDataset, _code, media_store
 from mmembed.data.formats.beir import Beir
@@ -239,7 +239,7 @@ def test_the_shipped_slice_is_small_and_every_set_names_its_licence():
 MEASURE = """
 import re, sys, time
 from pathlib import Path
-from mmembed.config import SourceConfig
+from mmembed.config.blocks import SourceConfig
 from mmembed.data.dataset import RecordDataset
 import datasets.arrow_writer
 def held(key):  # MB; anonymous memory: mapped file pages are the system's to take back

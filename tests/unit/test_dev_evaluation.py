@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmembed.config import SourceConfig
+from mmembed.config.blocks import SourceConfig
 from mmembed.content import Task
 from mmembed.data.dataset import RecordDataset
 from mmembed.embeddings import Embeddings

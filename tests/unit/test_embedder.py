@@ -65,7 +65,7 @@ def test_order_is_restored_for_any_batches(embedder, contents, alone, token_budg
 
 
 def test_batches_beside_each_other(embedder, contents, alone, monkeypatch):
-    """With several threads a narrow model computes several batches at once: the same vectors, the same threads after."""
+    """With several threads a narrow model computes several batches at once: same vectors, same threads after."""
     before, threads_seen = torch.get_num_threads(), set()
     compute = Embedder._compute
 

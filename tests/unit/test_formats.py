@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from mmembed.config import DataConfig
+from mmembed.config.blocks import DataConfig
 from mmembed.content import Audio, Document, Example, Image, Task, Text, Video
 from mmembed.data.format_base import FORMATS, Format, existing
 from mmembed.data.records import example_to_record, parse_record, write_records

@@ -1,27 +1,19 @@
-"""One YAML file (+ `key=value` overrides) becomes typed objects; the only source of truth of a run.
+"""The typed objects of a run: what may be set, its defaults, and which values cannot go together.
 
-`load_config` reads the file, translates the names that users of other toolkits know (`lora_r`, `query_max_len`, ...),
-applies the overrides, and validates everything before anything heavy is loaded: neither torch nor transformers is
-imported here. A key that is unknown, given twice, or of no effect with the others is a ConfigError that names the
-nearest key. Blocks with a `type` (`pooling`, `prompt`, `objective`) are handed to their registry, where the constructor
-of the named class is the schema. Costs a few milliseconds.
+A block refuses what it does not know and what would have no effect. Blocks with a `type` (`pooling`, `prompt`,
+`objective`) are handed to their registry, where the constructor of the named class is the schema.
 """
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import importlib.util
 import json
-import re
-from collections.abc import Mapping, Sequence
-from functools import cache
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from mmembed.config.arguments import UNUSABLE_ARGUMENTS, training_argument_names
 from mmembed.content import Task
 from mmembed.errors import ConfigError, nearest
 
@@ -257,196 +249,6 @@ def block_options(block: TypedBlock) -> dict[str, Any]:
     return {} if isinstance(block, str) else {key: value for key, value in block.items() if key != "type"}
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> EmbedderConfig:
-    """Reads and validates a run.
-
-    Args:
-        path: a YAML file.
-        overrides: `a.b=value` strings; the value is YAML (`training.learning_rate=1e-4`). They win over the file.
-
-    Raises:
-        ConfigError: with the file, the key, what was found, and the nearest key or the remedy.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"{path}: there is no such file; give a YAML file, as in recipes/configs/embedder")
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # _Loader is a SafeLoader
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(tree, dict | None):
-        raise ConfigError(f"{path}: holds a {type(tree).__name__}; a config is a mapping of blocks")
-    return build_config(tree or {}, overrides, where=str(path))
-
-
-def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "config") -> EmbedderConfig:
-    """As load_config, from a mapping. `where` opens the error messages."""
-    try:
-        canonical = _translate(tree)
-        for override in overrides:
-            key, equals, value = override.partition("=")
-            if not equals:
-                raise ConfigError(f"override '{override}' has no '='; write key=value")
-            _assign(canonical, _ALIASES.get(key, _top_level(key)), yaml.load(value, _Loader), replace=True)
-        if canonical.pop("same_dataset_within_batch", True) is not True:
-            raise ConfigError(
-                "same_dataset_within_batch: false is not offered: a batch holds one source (negatives of "
-                "another task teach a shortcut)"
-            )
-        return EmbedderConfig.model_validate(canonical)
-    except ValidationError as error:
-        raise ConfigError("\n".join(f"{where}: {_explain(item)}" for item in error.errors())) from None
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
-
-
-@cache
-def training_argument_names() -> frozenset[str]:
-    """The fields of transformers.TrainingArguments, read from its source: importing it would load torch (3 s)."""
-    spec = importlib.util.find_spec("transformers")
-    if spec is None or not spec.submodule_search_locations:
-        raise ConfigError("training needs transformers; install it with: pip install 'mmembed[train]'")
-    module = ast.parse((Path(spec.submodule_search_locations[0]) / "training_args.py").read_text(encoding="utf-8"))
-    owner = next(node for node in module.body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments")
-    fields = [node.target for node in owner.body if isinstance(node, ast.AnnAssign)]
-    return frozenset(target.id for target in fields if isinstance(target, ast.Name))
-
-
-_NO_FSDP = (
-    "processes hold the whole model (DDP); training.deepspeed with recipes/deepspeed/zero1.json or zero2.json shards "
-    "optimizer state and gradients, and parameters are not sharded in this version"
-)
-UNUSABLE_ARGUMENTS = {
-    "auto_find_batch_size": "memory is bounded by training.token_budget, the batch stays as asked",
-    "label_smoothing_factor": "it belongs to classification losses",
-    "prediction_loss_only": "dev evaluation ranks, it has no loss",
-    "include_for_metrics": "dev evaluation ranks; its metrics are fixed",
-    "batch_eval_metrics": "dev evaluation ranks; its metrics are fixed",
-    "eval_accumulation_steps": "dev vectors are kept on the CPU",
-    "eval_do_concat_batches": "dev evaluation has its own batches",
-    "eval_use_gather_object": "dev evaluation gathers vectors itself",
-    "per_device_eval_batch_size": "dev batches are bounded by training.token_budget",
-    "label_names": "batches carry their labels",
-    "remove_unused_columns": "records are not tables of model inputs",
-    "train_sampling_strategy": "batches are planned by source; set data.mixing_alpha or source weights",
-    "length_column_name": "chunks are sorted by length always",
-    "dataloader_drop_last": "batches are always full",
-    "neftune_noise_alpha": "noise on input embeddings is not offered",
-    "use_liger_kernel": "its kernels patch language-modelling heads, an embedder has none",
-    "liger_kernel_config": "its kernels patch language-modelling heads, an embedder has none",
-    "use_cache": "no generation happens in training",
-    "gradient_checkpointing_kwargs": "checkpointing is non-reentrant; set model.gradient_checkpointing",
-    "activation_checkpointing_kwargs": "checkpointing is non-reentrant; set model.gradient_checkpointing",
-    "optim_target_modules": "choose what is trained with adapter.target_modules and model.freeze",
-    "average_tokens_across_devices": "the loss is a mean over queries",
-    "do_train": "the recipe trains and evaluates on dev",
-    "do_eval": "set training.eval_strategy",
-    "do_predict": "use python -m eval.run",
-    "fsdp": _NO_FSDP,
-    "fsdp_config": _NO_FSDP,
-    "parallelism_config": "tensor and context parallelism are not offered",
-    "ddp_find_unused_parameters": "gradients are reduced once a step, unused parameters included",
-    "ddp_bucket_cap_mb": "gradients are reduced once a step",
-    "ddp_static_graph": "gradients are reduced once a step",
-    "debug": "use torch's own tools",
-    "local_rank": "the launcher sets it",
-    "accelerator_config": "batches are planned for each process before they are loaded",
-    "bf16_full_eval": "dev evaluation runs in the precision of training",
-    "fp16_full_eval": "dev evaluation runs in the precision of training",
-    "torch_empty_cache_steps": "memory is bounded by training.token_budget",
-    **dict.fromkeys(
-        (
-            "push_to_hub",
-            "hub_model_id",
-            "hub_strategy",
-            "hub_token",
-            "hub_private_repo",
-            "hub_always_push",
-            "hub_revision",
-        ),
-        "nothing is uploaded from training; upload the finished folder yourself",
-    ),
-}
-
-_ALIASES: dict[str, tuple[str, ...]] = {  # names that users' hands know -> ours
-    "model_name_or_path": ("model", "name_or_path"),
-    "lora_r": ("adapter", "r"),
-    "lora_alpha": ("adapter", "alpha"),
-    "lora_dropout": ("adapter", "dropout"),
-    "lora_target_modules": ("adapter", "target_modules"),
-    "temperature": ("objective", "temperature"),
-    "negatives_cross_device": ("objective", "cross_device_negatives"),
-    "mrl_dims": ("objective", "matryoshka", "dims"),
-    "train_group_size": ("data", "train_group_size"),
-    "query_max_len": ("lengths", "query_max_length"),
-    "passage_max_len": ("lengths", "document_max_length"),
-    "min_pixels": ("lengths", "min_pixels"),
-    "max_pixels": ("lengths", "max_pixels"),
-    "query_prefix": ("prompt", "query_prefix"),
-    "passage_prefix": ("prompt", "document_prefix"),
-    "grad_cache": ("training", "grad_cache"),
-    "gc_chunk_size": ("training", "chunk_rows"),
-    "training.gradient_checkpointing": ("model", "gradient_checkpointing"),
-    "training.activation_checkpointing": ("model", "gradient_checkpointing"),
-    "gradient_checkpointing": ("model", "gradient_checkpointing"),
-    "activation_checkpointing": ("model", "gradient_checkpointing"),
-}
-_DEFAULT_TYPES = {"objective": "contrastive", "prompt": "plain", "pooling": "mean"}
-
-
-def _top_level(key: str) -> tuple[str, ...]:
-    """A flat TrainingArguments name (`learning_rate`) belongs to `training`."""
-    if "." not in key and key not in EmbedderConfig.model_fields and key in training_argument_names():
-        return ("training", key)
-    return tuple(key.split("."))
-
-
-def _translate(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A new tree with our names only. Raises ConfigError when one thing is said twice."""
-    canonical: dict[str, Any] = {}
-    for key, value in tree.items():
-        if key in EmbedderConfig.model_fields:
-            block = dict(value) if isinstance(value, Mapping) else value
-            for inner in list(block) if isinstance(block, dict) else []:
-                if f"{key}.{inner}" in _ALIASES:
-                    _assign(canonical, _ALIASES[f"{key}.{inner}"], block.pop(inner))
-            _merge(canonical, key, block)
-        else:
-            _assign(canonical, _ALIASES.get(key) or _top_level(key), value)
-    return canonical
-
-
-def _merge(canonical: dict[str, Any], key: str, block: Any) -> None:
-    if key not in canonical:
-        canonical[key] = block
-    elif isinstance(block, dict):
-        for inner, value in block.items():
-            _assign(canonical, (key, inner), value)
-    else:
-        canonical[key] = {**canonical[key], "type": block}
-
-
-def _assign(tree: dict[str, Any], path: tuple[str, ...], value: Any, replace: bool = False) -> None:
-    for depth, name in enumerate(path[:-1]):
-        inner = tree.get(name)
-        if isinstance(inner, str) or (inner is None and depth == 0 and name in _DEFAULT_TYPES):
-            inner = {"type": inner or _DEFAULT_TYPES[name]}
-        elif isinstance(inner, list):
-            inner = {str(index): item for index, item in enumerate(inner)}
-        elif not isinstance(inner, dict | None):
-            raise ConfigError(f"'{'.'.join(path)}': '{name}' is not a block")
-        was_list = isinstance(tree.get(name), list)
-        tree[name] = dict(inner or {})
-        if was_list:
-            _assign(tree[name], path[depth + 1 :], value, replace)
-            tree[name] = [tree[name][str(index)] for index in range(len(tree[name]))]
-            return
-        tree = tree[name]
-    if path[-1] in tree and not replace and tree[path[-1]] != value:
-        raise ConfigError(f"'{'.'.join(path)}' is given twice ({tree[path[-1]]} and {value}); keep one")
-    tree[path[-1]] = value
-
-
 def _clashes(config: EmbedderConfig) -> list[str]:
     """Combinations that cannot work, found before weights are loaded."""
     pooling, objective = block_type(config.pooling), block_options(config.objective)
@@ -506,45 +308,3 @@ def _clashes(config: EmbedderConfig) -> list[str]:
             "steps or epoch"
         )
     return clashes
-
-
-def _explain(item: Any) -> str:
-    """One pydantic error as: key: found; remedy."""
-    branch = re.compile(r"(function-|literal|bool|str|dict|tuple|union).*")  # which branch of a union pydantic tried
-    location = [str(part) for part in item["loc"] if not branch.fullmatch(str(part))]
-    key = ".".join(location)
-    if item["type"] == "extra_forbidden":
-        model: Any = EmbedderConfig
-        for part in location[:-1]:
-            if not part.isdigit():
-                model = _field_model(model, part)
-        owner = ".".join(location[:-1])
-        return f"unknown key '{key}'; {nearest(location[-1], model.model_fields)}" + (
-            f" (in '{owner}')" if owner else ""
-        )
-    if item["type"] == "value_error":
-        return f"{key}: {item['ctx']['error']}" if key else str(item["ctx"]["error"])
-    return f"{key}: found {item['input']!r}; {item['msg'][0].lower()}{item['msg'][1:]}"
-
-
-def _field_model(model: type[BaseModel], name: str) -> type[BaseModel]:
-    annotation = model.model_fields[name].annotation
-    while not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-        annotation = annotation.__args__[0]  # type: ignore[union-attr]  # tuple[SourceConfig, ...] -> SourceConfig
-    return annotation
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats (`1e-4` is a number) and no key twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
