@@ -11,8 +11,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mmembed.config.blocks import EmbedderConfig as EmbedderConfig
     from mmembed.config import load_config as load_config
+    from mmembed.config.blocks import EmbedderConfig as EmbedderConfig
     from mmembed.content import Audio as Audio
     from mmembed.content import Content as Content
     from mmembed.content import Document as Document
@@ -38,7 +38,7 @@ _HOMES = {
     "Video": "content",
     "Embedder": "inference.embedder",
     "top_k": "inference.search",
-    "EmbedderConfig": "config",
+    "EmbedderConfig": "config.blocks",
     "load_config": "config",
     "MediaLimits": "media",
     "MediaStore": "media",

@@ -261,7 +261,9 @@ def _add_verify(subparsers: Any) -> Parser:
 def _verify(arguments: argparse.Namespace) -> int:
     import tempfile
 
-    from mmembed.models.checkpoint import check_recorded, load_checkpoint, save_checkpoint, verify_checkpoint
+    from mmembed.models.checkpoint import load_checkpoint, save_checkpoint
+    from mmembed.models.probes import check_recorded
+    from mmembed.models.verification import verify_checkpoint
 
     model, preprocessor = load_checkpoint(arguments.checkpoint, trust_remote_code=arguments.trust_remote_code)
     distance = check_recorded(arguments.checkpoint, model, preprocessor, arguments.tolerance)

@@ -22,7 +22,8 @@ if __name__ == "__main__" and __package__ is None:  # run as a file: its folder 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mmembed.arguments import Parser
-from mmembed.config import EmbedderConfig, load_config
+from mmembed.config import load_config
+from mmembed.config.blocks import EmbedderConfig
 from mmembed.errors import ConfigError, MmembedError
 
 logger = logging.getLogger("train_embedder")
@@ -67,7 +68,8 @@ def train(config: EmbedderConfig) -> dict[str, float]:
         )
 
     # 3. Model, objective, trainer -------------------------------------------------------------------------------------
-    from mmembed.models.checkpoint import build_for_training, check_trainable, inherit_settings, verify_checkpoint
+    from mmembed.models.continuing import build_for_training, check_trainable, inherit_settings
+    from mmembed.models.verification import verify_checkpoint
     from mmembed.objectives import build_objective
     from mmembed.training.trainer import EmbedderTrainer, last_checkpoint, writing
 

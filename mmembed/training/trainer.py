@@ -36,7 +36,8 @@ from mmembed.data.dataset import MixedDataset, RecordDataset
 from mmembed.data.mixing import mixing_weights
 from mmembed.embeddings import Embeddings
 from mmembed.errors import CheckpointError
-from mmembed.models.checkpoint import restore_weights, save_checkpoint
+from mmembed.models.checkpoint import save_checkpoint
+from mmembed.models.continuing import restore_weights
 from mmembed.models.embedding_model import EmbeddingModel
 from mmembed.objectives import Objective
 from mmembed.objectives.gather import gather_counts

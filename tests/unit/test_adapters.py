@@ -11,7 +11,8 @@ from families import build, items, picture, vectors
 
 from mmembed.content import to_content
 from mmembed.errors import ConfigError
-from mmembed.models.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
+from mmembed.models.checkpoint import load_checkpoint, save_checkpoint
+from mmembed.models.verification import verify_checkpoint
 from mmembed.preprocess import Item
 
 BLOCK = {"r": 4, "alpha": 8, "dropout": 0.0, "target_modules": "auto", "num_virtual_tokens": 5, "quant_type": "nf4"}

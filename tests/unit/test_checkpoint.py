@@ -15,19 +15,14 @@ import torch
 from families import build, build_family, items, vectors
 from safetensors.torch import load_file, save_file
 
-from mmembed.config import AdapterConfig, build_config
+from mmembed.config import build_config
+from mmembed.config.blocks import AdapterConfig
 from mmembed.errors import CheckpointError, ConfigError
-from mmembed.models.checkpoint import (
-    build_for_training,
-    check_recorded,
-    check_trainable,
-    inherit_settings,
-    load_checkpoint,
-    read_settings,
-    restore_weights,
-    save_checkpoint,
-    verify_checkpoint,
-)
+from mmembed.models.checkpoint import load_checkpoint, save_checkpoint
+from mmembed.models.continuing import build_for_training, check_trainable, inherit_settings, restore_weights
+from mmembed.models.folder import read_settings
+from mmembed.models.probes import check_recorded
+from mmembed.models.verification import verify_checkpoint
 
 LORA = {"type": "lora", "r": 4, "alpha": 8, "dropout": 0.0, "target_modules": "auto"}
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from families import FAMILIES, build, items, vectors
 
-from mmembed.models.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
+from mmembed.models.checkpoint import load_checkpoint, save_checkpoint
+from mmembed.models.verification import verify_checkpoint
 
 LORA = {"type": "lora", "r": 4, "alpha": 8, "dropout": 0.0, "target_modules": "auto"}
 

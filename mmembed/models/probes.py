@@ -1,0 +1,89 @@
+"""Vectors of fixed inputs, recorded with a checkpoint: what it gave when it was saved, whatever changes around it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import PIL.Image
+import torch
+from torch.nn import functional as F
+
+from mmembed.content import Image, Text
+from mmembed.errors import CheckpointError
+from mmembed.models.embedding_model import EmbeddingModel
+from mmembed.models.folder import PROBES, read_tensors
+from mmembed.preprocess import Item, Preprocessor
+
+HALF_TOLERANCE = 0.03  # of a unit vector, where weights are in 16 bits: kernels and merged adapters round otherwise
+_PROBES = ("a red bus", "What is the capital of France?", "Der Hund schläft. " * 8)
+
+
+def check_recorded(
+    folder: str | Path, model: EmbeddingModel, preprocessor: Preprocessor, tolerance: float = 1e-3
+) -> float | None:
+    """Compares a loaded checkpoint with the vectors that were recorded when it was saved: the only check that notices
+    a changed backbone, file or library.
+
+    Args:
+        tolerance: for vectors scaled to unit length; at least 0.03 where weights are in 16 bits.
+
+    Returns:
+        The largest distance of such vectors; None where the folder has no record.
+
+    Raises:
+        CheckpointError: they are further apart.
+    """
+    from safetensors import safe_open
+
+    file = Path(folder) / PROBES
+    if not file.exists():
+        return None
+    recorded = read_tensors(file)["vectors"].double()
+    with safe_open(file, "pt") as header:
+        dtypes = {header.metadata()["dtype"], str(model.dtype)}
+    found = _flat(vectors_of(model, preprocessor)).double()
+    if found.shape != recorded.shape:
+        raise CheckpointError(
+            f"{folder}: gives vectors {tuple(found.shape)}, {tuple(recorded.shape)} were recorded when it was saved; "
+            "its tokenizer or settings changed, restore them"
+        )
+    distance = (F.normalize(found, dim=1) - F.normalize(recorded, dim=1)).norm(dim=1).max().item()
+    if not distance <= (tolerance if dtypes == {"torch.float32"} else max(tolerance, HALF_TOLERANCE)):
+        raise CheckpointError(
+            f"{folder}: its vectors are {distance:.2g} away from those recorded when it was saved; its weights, its "
+            f"backbone '{model.settings.name_or_path}' or a library changed; restore them, or train again"
+        )
+    return distance
+
+
+def vectors_of(model: EmbeddingModel, preprocessor: Preprocessor) -> torch.Tensor:
+    """Vectors of fixed inputs in evaluation mode: texts in both roles, and a picture where the backbone sees."""
+    items = [Item((Text(text),), role) for text in _PROBES for role in ("query", "document")]
+    if model.family.multimodal:
+        picture = PIL.Image.linear_gradient("L").resize((96, 64)).convert("RGB")
+        items.append(Item((Image(picture),)))
+    was_training = model.training
+    vectors = _vectors(model.eval(), preprocessor, items)
+    model.train(was_training)
+    return vectors
+
+
+def _flat(vectors: torch.Tensor) -> torch.Tensor:
+    """One row an input: the sum over its tokens for multi-vector models."""
+    return vectors.sum(1) if vectors.dim() == 3 else vectors  # (B, E)
+
+
+def record(folder: Path, model: EmbeddingModel, vectors: torch.Tensor) -> None:
+    from safetensors.torch import save_file
+
+    staged = folder / f".{PROBES}"
+    save_file({"vectors": _flat(vectors).contiguous()}, staged, {"dtype": str(model.dtype)})
+    os.replace(staged, folder / PROBES)
+
+
+@torch.inference_mode()
+def _vectors(model: EmbeddingModel, preprocessor: Preprocessor, items: list[Item]) -> torch.Tensor:
+    embeddings = model(preprocessor(items).to(model.device))
+    vectors = embeddings.vectors if embeddings.mask is None else embeddings.vectors * embeddings.mask.unsqueeze(-1)
+    return vectors.cpu()
