@@ -8,7 +8,6 @@ round, which noise moves far less than a ratio of medians. Peak memory is measur
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -19,6 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from mmembed.arguments import Parser
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 
@@ -137,9 +138,9 @@ def set_up(threads: int | None = None) -> int:
     return torch.get_num_threads()
 
 
-def parser(description: str) -> argparse.ArgumentParser:
+def parser(description: str) -> Parser:
     """The options that all benchmarks share."""
-    options = argparse.ArgumentParser(description=description)
+    options = Parser(description=description)
     options.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     options.add_argument("--rounds", type=int, default=5, help="measured rounds (default 5)")
     options.add_argument("--threads", type=int, default=None, help="default: all cores")
