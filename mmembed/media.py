@@ -17,7 +17,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import urllib.request
 import wave
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +30,7 @@ import PIL.Image
 
 from mmembed.content import Audio, Image, Video
 from mmembed.errors import MediaError
+from mmembed.staging import staging
 
 _URL = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+://|data:)")
 _ROW = re.compile(r"^(?P<column>.+)\[(?P<row>\d+)\]$")
@@ -443,11 +443,9 @@ def build_once(folder: Path, build: Callable[[Path], Any], fresh: Callable[[Path
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not usable():
-            work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-            try:
+            with staging(folder) as work:
+                work.mkdir()
                 (work / "complete.json").write_text(json.dumps(build(work)), encoding="utf-8")
                 shutil.rmtree(folder, ignore_errors=True)
                 work.rename(folder)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
     return folder

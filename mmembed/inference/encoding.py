@@ -11,8 +11,6 @@ The folder is written beside its destination and moved there when it is complete
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,6 +24,7 @@ from mmembed.inference.embedder import Embedder
 from mmembed.inference.quantize import STORED_DTYPES, Precision, stored_width
 from mmembed.inference.search import open_vectors
 from mmembed.inference.sources import Entry
+from mmembed.staging import put_in_place, staging, sweep
 
 VECTORS, ITEMS, ENCODING = "vectors.npy", "items.jsonl", "encoding.json"
 SAME_MODEL = 0.999  # least cosine of the probe's vectors
@@ -99,15 +98,6 @@ def _probe(embedder: Embedder, encoding: Encoding) -> np.ndarray:
     return np.asarray(vector if vector.ndim == 1 else vector[0])
 
 
-def _replace(folder: Path, new: Path) -> None:
-    """Puts `new` in the place of `folder`; the old one is deleted only when the new one stands there."""
-    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(new, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def usable(
     entries: Iterable[Entry | RecordError], on_bad: Literal["raise", "skip"], report: Callable[[MmembedError], None]
 ) -> Iterator[Entry]:
@@ -176,18 +166,18 @@ def write_collection(
         MmembedError: the folder exists (and `overwrite` is off), a bad entry under "raise", nothing to encode.
     """
     folder = Path(folder)
+    sweep(folder)  # a killed run may have left the folder aside
     if folder.exists() and not (overwrite and (folder / ENCODING).is_file()):
         raise MmembedError(f"{folder}: exists already; choose another folder, or --overwrite an encoded one")
-    staging = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
-    staging.mkdir(parents=True)
     skipped: list[MmembedError] = []
 
     def skip(error: MmembedError) -> None:
         skipped.append(error)
         report(error)
 
-    try:
-        with (staging / VECTORS).open("wb") as vectors, (staging / ITEMS).open("w", encoding="utf-8") as items:
+    with staging(folder) as staged:
+        staged.mkdir()
+        with (staged / VECTORS).open("wb") as vectors, (staged / ITEMS).open("w", encoding="utf-8") as items:
             width, dtype = stored_width(encoding.size, encoding.precision), np.dtype(STORED_DTYPES[encoding.precision])
             _write_header(vectors, 0, width, dtype)
             count = 0
@@ -216,11 +206,9 @@ def write_collection(
             _write_header(vectors, count, width, dtype)
         probe = tuple(round(value, 5) for value in _probe(embedder, encoding).tolist())
         done = replace(encoding, count=count, skipped=len(skipped), probe=probe)
-        (staging / ENCODING).write_text(json.dumps(asdict(done), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        _replace(folder, staging)
+        (staged / ENCODING).write_text(json.dumps(asdict(done), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        put_in_place(staged, folder)
         return done
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _windows(entries: Iterator[Entry]) -> Iterator[list[Entry]]:

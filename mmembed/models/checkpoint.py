@@ -8,8 +8,6 @@ unpickled. Frozen base weights are not copied: an adapter checkpoint names its b
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
@@ -35,6 +33,7 @@ from mmembed.models.folder import (
 )
 from mmembed.models.probes import record, vectors_of
 from mmembed.preprocess import Preprocessor
+from mmembed.staging import staging
 
 if TYPE_CHECKING:
     from mmembed.media import MediaStore
@@ -57,14 +56,13 @@ def save_checkpoint(
         CheckpointError: the disk is full or not writable, or an adapter tensor is empty.
     """
     folder = Path(folder)
-    staging = folder.with_name(f".{folder.name}.saving-{os.getpid()}")
     try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        if state_dict is None:
-            record(staging, model, vectors_of(model, preprocessor))
-        _write(staging, model, preprocessor, training_config_hash, state_dict or model.state_dict())
-        move_into_place(staging, folder)
+        with staging(folder) as staged:
+            staged.mkdir()
+            if state_dict is None:
+                record(staged, model, vectors_of(model, preprocessor))
+            _write(staged, model, preprocessor, training_config_hash, state_dict or model.state_dict())
+            move_into_place(staged, folder)
     except CheckpointError:
         raise
     except Exception as error:  # safetensors and tokenizers report a full disk as exceptions of their own
@@ -72,8 +70,6 @@ def save_checkpoint(
             f"{folder}: could not be written ({error}); the previous checkpoint is untouched. "
             "Free disk space or choose another folder"
         ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def load_checkpoint(

@@ -41,17 +41,17 @@ def read_settings(path: str | Path) -> tuple[EmbedderSettings, dict[str, Any]]:
         ) from error
 
 
-def move_into_place(staging: Path, folder: Path) -> None:
+def move_into_place(staged: Path, folder: Path) -> None:
     """From the rename on, the new checkpoint is the one that loads: `settle` finishes what a kill interrupts."""
-    for file in staging.rglob("*"):
+    for file in staged.rglob("*"):
         if file.is_file():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
     if not folder.exists():
-        os.replace(staging, folder)
+        os.replace(staged, folder)
         return
     settle(folder)
-    os.replace(staging, folder / INCOMING)
+    os.replace(staged, folder / INCOMING)
     settle(folder)
 
 

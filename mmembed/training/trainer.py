@@ -42,6 +42,7 @@ from mmembed.models.embedding_model import EmbeddingModel
 from mmembed.objectives import Objective
 from mmembed.objectives.gather import gather_counts
 from mmembed.preprocess import ModelInputs, Preprocessor
+from mmembed.staging import staging
 from mmembed.threads import NARROW
 from mmembed.training.arguments import output_folder
 from mmembed.training.batch_report import Report, batch_report, check_fields, keep_tokens
@@ -420,18 +421,14 @@ class EmbedderTrainer(Trainer):
         parameters = {
             name.removeprefix(prefix): value.cpu() for name, value in state.items() if name.startswith(prefix)
         }
-        staged = folder.with_name(f".{folder.name}.{OBJECTIVE}-{os.getpid()}")  # moved when the weights are there
-        try:
+        with staging(folder, "objective") as staged:  # moved when the weights are there
             if parameters:
-                folder.parent.mkdir(parents=True, exist_ok=True)
                 save_file(parameters, staged)
             save_checkpoint(folder, self.model.model, self.preprocessor, self.run_config.hash(), of_model)
             if parameters:
                 os.replace(staged, folder / OBJECTIVE)
             else:
                 (folder / OBJECTIVE).unlink(missing_ok=True)  # of an earlier run
-        finally:
-            staged.unlink(missing_ok=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._restore(Path(resume_from_checkpoint))
