@@ -41,6 +41,10 @@ class CheckpointError(MmembedError):
     """A saved model that cannot be written, read, or does not fit."""
 
 
+class CacheError(MmembedError):
+    """A cache folder that cannot be written, mostly because the disk is full."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Says which known name was probably meant: `did you mean 'mean'?`, or lists them all."""
     names = sorted(known)

@@ -11,6 +11,7 @@ row is a memory-mapped slice (30 us), shared by all processes, in constant memor
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -29,7 +30,7 @@ import numpy as np
 import PIL.Image
 
 from mmembed.content import Audio, Image, Video
-from mmembed.errors import MediaError
+from mmembed.errors import CacheError, MediaError
 from mmembed.staging import staging
 
 _URL = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+://|data:)")
@@ -431,6 +432,9 @@ def build_once(folder: Path, build: Callable[[Path], Any], fresh: Callable[[Path
     """Fills `folder` by `build(work folder)` unless it is there and `fresh`. Processes that ask together build it once.
 
     The work folder is renamed when it is complete, so a kill leaves no half-built cache.
+
+    Raises:
+        CacheError: the disk is full, or the cache not writable. What else `build` raises passes through.
     """
 
     def usable() -> bool:
@@ -440,12 +444,29 @@ def build_once(folder: Path, build: Callable[[Path], Any], fresh: Callable[[Path
         return folder
     from filelock import FileLock
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not usable():
-            with staging(folder) as work:
-                work.mkdir()
-                (work / "complete.json").write_text(json.dumps(build(work)), encoding="utf-8")
-                shutil.rmtree(folder, ignore_errors=True)
-                work.rename(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not usable():
+                with staging(folder) as work:
+                    work.mkdir()
+                    (work / "complete.json").write_text(json.dumps(build(work)), encoding="utf-8")
+                    shutil.rmtree(folder, ignore_errors=True)
+                    work.rename(folder)
+    except OSError as error:
+        if not _of_writing(error, folder.parent):
+            raise
+        raise CacheError(
+            f"{folder.parent}: the cache cannot be written ({error.strerror or error}), nothing half-built was left; "
+            "free disk space there, or set the environment variable MMEMBED_CACHE to a folder on another disk"
+        ) from error
     return folder
+
+
+def _of_writing(error: OSError, cache: Path) -> bool:
+    """Whether it is about writing the cache, and not about the source that is read to build it."""
+    if error.errno is None:  # numpy's tofile says no more
+        return re.search(r"\d+ requested and \d+ written", str(error)) is not None
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    return error.filename is not None and Path(str(error.filename)).is_relative_to(cache)

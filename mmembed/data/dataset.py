@@ -74,13 +74,14 @@ class RecordDataset(torch.utils.data.Dataset[Example]):
 
     Attributes:
         skipped: why and how often records were skipped.
-        fields: what the data carries: `score`, `negatives`, `relevance` (graded), `instruction`, `image`, `video`,
-            `audio`.
+        fields: what the data carries: `score`, `negatives`, `relevance` (graded, but of STS), `instruction`, `image`,
+            `video`, `audio`.
         tasks: the tasks that occur.
 
     Raises:
         RecordError: the first bad record, under `raise`.
         ConfigError: no such source, format or option; no usable record at all.
+        CacheError: the Arrow file cannot be written: the disk is full.
     """
 
     def __init__(
@@ -337,7 +338,7 @@ def _fields(example: Example) -> Iterator[str]:
             yield "score"
         if document.relevance == 0 and example.task is not Task.STS:
             yield "negatives"
-        if document.relevance not in (0.0, 1.0):
+        if document.relevance not in (0.0, 1.0) and example.task is not Task.STS:  # there it says what a positive is
             yield "relevance"
     for content in (example.query, *(document.content for document in example.documents)):
         for part in content:

@@ -236,6 +236,37 @@ def test_the_shipped_slice_is_small_and_every_set_names_its_licence():
             assert query in known[0] and document in known[1]
 
 
+FULL_DISK = """
+import resource, signal, sys
+from mmembed.config.blocks import SourceConfig
+from mmembed.data.dataset import RecordDataset
+from mmembed.errors import CacheError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, unlimited[1]))
+try:
+    RecordDataset(SourceConfig(path=sys.argv[1]), cache_dir=sys.argv[2])
+except CacheError as error:
+    print("refused:", error)
+resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+print(len(RecordDataset(SourceConfig(path=sys.argv[1]), cache_dir=sys.argv[2])))
+"""
+
+
+def test_a_full_disk_is_named_with_the_cache_and_the_remedy(tmp_path):
+    """The operating system refuses to write past a number of bytes a file; later there is room again."""
+    rows = [record(f"query {i}", documents=[{"content": "a passage " * 20}]) for i in range(500)]
+    write(tmp_path / "rows.jsonl", *rows)
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "rows.jsonl"), str(tmp_path / "cache")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    refused, length = done.stdout.splitlines()
+    assert refused.startswith(f"refused: {tmp_path / 'cache' / 'records'}: ")
+    assert "File too large" in refused and "MMEMBED_CACHE" in refused
+    assert length == "500"
+    assert not list((tmp_path / "cache" / "records").glob(".*"))
+
+
 MEASURE = """
 import re, sys, time
 from pathlib import Path

@@ -1,5 +1,6 @@
 """Media: pictures of any form become the same upright RGB, and nothing hostile or broken gets through."""
 
+import errno
 import io
 import os
 import pickle
@@ -15,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmembed.content import Audio, Image, Video
-from mmembed.errors import MediaError
-from mmembed.media import MediaLimits, MediaStore
+from mmembed.errors import CacheError, MediaError
+from mmembed.media import MediaLimits, MediaStore, build_once
 
 
 def gradient(width=40, height=20):
@@ -203,3 +204,27 @@ def test_wave_files_become_mono_floats(root, store):
         store.waveform(Audio("bad.wav"))
     with pytest.raises(MediaError, match="outside"):
         store.waveform(Audio("../x.wav"))
+
+
+@pytest.mark.parametrize(
+    ("error", "of_the_cache"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        (OSError("64 requested and 12 written"), True),  # what numpy says
+        (PermissionError(errno.EACCES, "Permission denied", "{cache}/key/ids.npy"), True),
+        (PermissionError(errno.EACCES, "Permission denied", "/data/rows.jsonl"), False),
+        (OSError("Unexpected end of stream"), False),  # a broken parquet file
+    ],
+)
+def test_only_errors_of_writing_are_the_caches(error, of_the_cache, tmp_path):
+    if error.filename:
+        error.filename = error.filename.format(cache=tmp_path)
+
+    def build(work):
+        raise error
+
+    with pytest.raises(CacheError if of_the_cache else type(error)) as caught:
+        build_once(tmp_path / "key", build)
+    assert isinstance(caught.value, CacheError) == of_the_cache
+    assert not (tmp_path / "key").exists()
