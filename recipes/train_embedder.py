@@ -71,10 +71,11 @@ def train(config: EmbedderConfig) -> dict[str, float]:
     from mmembed.models.continuing import build_for_training, check_trainable, inherit_settings
     from mmembed.models.verification import verify_checkpoint
     from mmembed.objectives import build_objective
+    from mmembed.training.batch_report import check_sources
     from mmembed.training.trainer import EmbedderTrainer, last_checkpoint, writing
 
     config = inherit_settings(config)  # a second stage is what the first one was
-    build_objective(config.objective)  # names and options are checked before weights are loaded
+    check_sources(train_data, config, build_objective(config.objective))  # what can fail before weights are loaded
     model, preprocessor = build_for_training(config, media)
     check_trainable(model, any({"image", "video"} & source.fields for source in train_data))
     objective = build_objective(config.objective, model.embedding_size)

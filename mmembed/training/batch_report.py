@@ -34,11 +34,12 @@ class Report:
         return "\n".join([*self.lines, *(f"warning: {warning}" for warning in self.warnings)])
 
 
-def check_fields(
-    datasets: Sequence[RecordDataset], config: EmbedderConfig, objective: Objective, preprocessor: Preprocessor
-) -> None:
-    """Raises ConfigError when the data carries a field that this run would not use, unless `ignore_fields` names it,
-    and when a source has nothing to compare its positives with.
+def check_sources(datasets: Sequence[RecordDataset], config: EmbedderConfig, objective: Objective) -> None:
+    """What the data alone tells, before weights are loaded: see `check_fields`, which calls it.
+
+    Raises:
+        ConfigError: a source has nothing to compare its positives with, or carries what this objective or the size of
+            the groups leaves unused.
     """
     for dataset in datasets:
         if not dataset.source.in_batch_negatives and "negatives" not in dataset.fields:
@@ -46,12 +47,18 @@ def check_fields(
                 f"data source '{dataset.name}' has in-batch negatives off and no document of relevance 0: its loss is "
                 "always 0. Add negatives, or set in_batch_negatives: true"
             )
-        for field, reason in _unused(config, objective, preprocessor).items():
-            if field in dataset.fields and field not in config.data.ignore_fields:
-                raise ConfigError(
-                    f"data source '{dataset.name}' carries '{field}', which {reason}. To train without it set "
-                    f"data.ignore_fields: [{field}]"
-                )
+        _refuse(dataset, config, _unread(config, objective))
+
+
+def check_fields(
+    datasets: Sequence[RecordDataset], config: EmbedderConfig, objective: Objective, preprocessor: Preprocessor
+) -> None:
+    """Raises ConfigError when the data carries a field that this run would not use, unless `ignore_fields` names it,
+    and when a source has nothing to compare its positives with.
+    """
+    check_sources(datasets, config, objective)
+    for dataset in datasets:
+        _refuse(dataset, config, _unwritten(preprocessor))
 
 
 def batch_report(
@@ -140,14 +147,34 @@ def _memory(model: nn.Module, trained: int) -> str:
     )
 
 
-def _unused(config: EmbedderConfig, objective: Objective, preprocessor: Preprocessor) -> dict[str, str]:
-    """Field -> why this run does not use it."""
+def _refuse(dataset: RecordDataset, config: EmbedderConfig, unused: dict[str, str]) -> None:
+    for field, reason in unused.items():
+        if field in dataset.fields and field not in config.data.ignore_fields:
+            raise ConfigError(
+                f"data source '{dataset.name}' carries '{field}', which {reason}. To train without it set "
+                f"data.ignore_fields: [{field}]"
+            )
+
+
+def _unread(config: EmbedderConfig, objective: Objective) -> dict[str, str]:
+    """Field -> why groups and objective do not use it."""
     unused = {"audio": "no offered backbone hears"}
+    if config.data.positives_per_query == 1:  # a loss weighs the positives of a query against each other
+        unused["relevance"] = (
+            "(grades other than 0 and 1) has no effect with one positive a query, drawn whatever its grade: set "
+            "data.positives_per_query to 2 or more"
+        )
     for field in ("score", "relevance"):
         if field not in objective.reads:
             unused[field] = "the objective's loss does not read"
     if config.data.train_group_size == config.data.positives_per_query:
         unused["negatives"] = "data.train_group_size leaves no room for"
+    return unused
+
+
+def _unwritten(preprocessor: Preprocessor) -> dict[str, str]:
+    """Field -> why prompt and backbone do not use it."""
+    unused = {}
     probe = (Text("content"),)
     if preprocessor.prompt.render(probe, "query", "instruction") == preprocessor.prompt.render(probe, "query", None):
         unused["instruction"] = "the prompt style does not write"
