@@ -22,15 +22,15 @@ import torch
 from torch import Tensor
 
 from mmembed.config.blocks import SourceConfig
-from mmembed.content import Audio, Content, Document, Example, Image, Task, Text
+from mmembed.content import Audio, Content, Document, Example, Image, Text
 from mmembed.data.labels import BatchLabels
+from mmembed.data.records import is_untrainable_pair
 from mmembed.errors import MediaError, MmembedError, RecordError
 from mmembed.preprocess import Item, ModelInputs, Preprocessor, Row
 
 if TYPE_CHECKING:
     import PIL.Image
 
-STS_POSITIVE = 0.8  # 4 of 5: what NV-Embed (arXiv 2405.17428) takes for a positive pair
 KNOWN_POSITIVES = 64  # at most so many positives of a query are compared with each candidate
 
 
@@ -153,7 +153,7 @@ class Collator:
                 "no document has a relevance above 0",
                 "Contrastive training needs a positive: correct or remove the record",
             )
-        if example.task is Task.STS and min(document.relevance for document in positives) < STS_POSITIVE:
+        if is_untrainable_pair(example):
             raise RecordError(
                 example.where,
                 f"an STS pair of relevance {positives[0].relevance:.2f} is neither positive nor negative",

@@ -27,7 +27,7 @@ import torch.utils.data
 from mmembed.content import Audio, Content, Example, Image, Task, Video
 from mmembed.data.batch_plan import Draw
 from mmembed.data.format_base import FORMATS, Format, RawRecord
-from mmembed.data.records import parse_record, resolve_media
+from mmembed.data.records import is_untrainable_pair, parse_record, resolve_media
 from mmembed.errors import ConfigError, MediaError, RecordError
 from mmembed.media import MediaStore, build_once, default_cache_dir
 
@@ -77,6 +77,8 @@ class RecordDataset(torch.utils.data.Dataset[Example]):
         fields: what the data carries: `score`, `negatives`, `relevance` (graded, but of STS), `instruction`, `image`,
             `video`, `audio`.
         tasks: the tasks that occur.
+        untrainable: how many STS records are neither positive nor negative pairs, and `file:line` of the first; of no
+            concern to a dev source.
 
     Raises:
         RecordError: the first bad record, under `raise`.
@@ -106,6 +108,7 @@ class RecordDataset(torch.utils.data.Dataset[Example]):
         self.skipped: Counter[str] = Counter(summary["skipped"])
         self.fields = set(summary["fields"])
         self.tasks = {Task(task) for task in summary["tasks"]}
+        self.untrainable: tuple[int, str] = tuple(summary["untrainable"])
         if self.skipped:
             total = sum(self.skipped.values())
             logger.warning("%s: skipped %d bad records: %s", self.name, total, dict(self.skipped))
@@ -174,6 +177,7 @@ class _Builder:
         self.skipped: Counter[str] = Counter()
         self.fields: set[str] = set()
         self.tasks: set[str] = set()
+        self.untrainable: tuple[int, str] = (0, "")
         self.checked: set[int] = set()  # hashes of the last references that were found good: pictures are shared
         self.listed: set[int] = set()  # and of the last files that were listed: a table holds many pictures
         self.pictures: TextIO | None = None
@@ -195,7 +199,7 @@ class _Builder:
                 rows += 1
             writer.finalize()
         parts = {"skipped": dict(self.skipped), "fields": sorted(self.fields), "tasks": sorted(self.tasks)}
-        return {"rows": rows, **parts}
+        return {"rows": rows, "untrainable": self.untrainable, **parts}
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         for record in self.reader.read(self.path):
@@ -217,6 +221,8 @@ class _Builder:
         self._check_media(example)
         self.tasks.add(example.task.value)
         self.fields.update(_fields(example))
+        if is_untrainable_pair(example):
+            self.untrainable = (self.untrainable[0] + 1, self.untrainable[1] or where)
         positive = max(example.documents, key=lambda document: document.relevance)
         return {
             "record": json.dumps(settled, ensure_ascii=False, separators=(",", ":")),

@@ -28,6 +28,7 @@ from mmembed.content import (
 )
 from mmembed.errors import MmembedError, RecordError, nearest
 
+STS_POSITIVE = 0.8  # 4 of 5: what NV-Embed (arXiv 2405.17428) takes for a positive pair
 RECORD_KEYS = ("query", "documents", "instruction", "task", "source", "id")
 DOCUMENT_KEYS = ("content", "relevance", "score", "id")
 
@@ -72,6 +73,12 @@ def parse_record(record: Mapping[str, Any], where: str) -> Example:
         id=_string(record, "id", where),
         where=where,
     )
+
+
+def is_untrainable_pair(example: Example) -> bool:
+    """Whether an STS record has a document that is neither a positive nor a negative, or no positive at all."""
+    positives = [document.relevance for document in example.documents if document.relevance > 0]
+    return example.task is Task.STS and min(positives, default=0.0) < STS_POSITIVE
 
 
 def example_to_record(example: Example) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from mmembed.content import Task, Text
 from mmembed.data.batch_plan import BatchPlan
 from mmembed.data.collate import Batch
 from mmembed.data.dataset import RecordDataset
+from mmembed.data.records import STS_POSITIVE
 from mmembed.errors import ConfigError
 from mmembed.objectives import Objective
 from mmembed.preprocess import Preprocessor
@@ -38,14 +39,21 @@ def check_sources(datasets: Sequence[RecordDataset], config: EmbedderConfig, obj
     """What the data alone tells, before weights are loaded: see `check_fields`, which calls it.
 
     Raises:
-        ConfigError: a source has nothing to compare its positives with, or carries what this objective or the size of
-            the groups leaves unused.
+        ConfigError: a source has nothing to compare its positives with, has STS pairs of middling similarity, or
+            carries what this objective or the size of the groups leaves unused.
     """
     for dataset in datasets:
         if not dataset.source.in_batch_negatives and "negatives" not in dataset.fields:
             raise ConfigError(
                 f"data source '{dataset.name}' has in-batch negatives off and no document of relevance 0: its loss is "
                 "always 0. Add negatives, or set in_batch_negatives: true"
+            )
+        count, where = dataset.untrainable
+        if count:
+            raise ConfigError(
+                f"data source '{dataset.name}': {count:,} STS records, the first at {where}, have a relevance below "
+                f"{STS_POSITIVE}: neither positives nor negatives of contrastive training. Leave them out: format "
+                "pairs has options: {at_least: ...}, from another file remove them"
             )
         _refuse(dataset, config, _unread(config, objective))
 
