@@ -12,6 +12,7 @@ import argparse
 import json
 import logging
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,16 +24,19 @@ import mmembed.backbones  # noqa: F401  (before transformers: torchvision on a C
 # isort: split
 import numpy as np
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
+from mmembed.arguments import Parser
 from recipes.nano import card, data, evaluate
 from recipes.nano.batches import PictureData, TextData
-from recipes.nano.model import MEANING, build_model, build_processor, export, token_table
+from recipes.nano.model import HIDDEN, MEANING, build_model, build_processor, export, token_table
 from recipes.nano.teacher import Teacher, principal_basis, teacher_vectors
 from recipes.nano.tokenizer import train_tokenizer
-from recipes.nano.train import Data, Plan, learn_context, learn_sights, learn_speech, learn_words
+from recipes.nano.train import Data, Plan, learn_language, learn_sights, learn_together, learn_words
 
 logger = logging.getLogger("build_nano")
+
+VISUAL = "model.visual."
 
 
 def main() -> None:
@@ -40,7 +44,7 @@ def main() -> None:
     work: Path = options.work
     work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
-    plan = Plan(seed=options.seed, speech_steps=options.speech_steps, context_steps=options.context_steps)
+    plan = Plan(seed=options.seed)
 
     # -- 1. what it may learn from: train splits only
     texts = data.train_texts(options.data_root)
@@ -48,13 +52,14 @@ def main() -> None:
     logger.info("%d texts, %d pictures", len(texts), len(pictures))
 
     # -- 2. its tokenizer
-    tokenizer = load_or_train_tokenizer(work / "tokenizer", texts, options.vocabulary, plan.seed)
+    tokenizer = load_or_train_tokenizer(work / "tokenizer", texts, plan.vocabulary, plan.seed)
 
     # -- 3. the teacher's vectors of all English texts, in the directions that carry most
     taught = sorted({t.teacher for t in texts if t.teacher})
     raw = teacher_vectors(taught, work)
     basis = principal_basis(raw, MEANING, seed=plan.seed)
-    vectors = project(raw, basis)  # (N, 176) unit rows
+    vectors = project(raw, basis)  # (N, 192) unit rows
+    vectors = torch.nn.functional.pad(vectors, (0, HIDDEN - MEANING))
     rows = {text: row for row, text in enumerate(taught)}
 
     # -- 4. batches
@@ -63,24 +68,38 @@ def main() -> None:
     picture_data = PictureData(options.data_root, work, pictures, tokenizer, processor, vectors, rows)
     learnable = Data(text_data, picture_data)
 
-    # -- 5. the model: a static embedder first, its token table and vision tower tuned while its blocks are the identity
+    # -- 5. the model: a static embedder first, its token table tuned while its blocks are the identity
     model = build_model(tokenizer, plan.seed)
     spoken = project(speak_tokens(tokenizer, plan.seed), basis).numpy()
     table = token_table(tokenizer, spoken, text_data.token_counts(), plan.seed)
     model.model.language_model.embed_tokens.weight.data.copy_(table)
     learn_words(model, learnable, plan, work)
-    learn_sights(model, learnable, plan, work)
+    if options.only == "sights":
+        learn_sights(model, learnable, plan, work)
+        return
 
-    # -- 6. its blocks learn to speak, in dimensions of their own
+    # -- 6. it learns to see and to read, a process each
     def on_save(step: int) -> None:
         size = export(model, tokenizer, work / "export")
         logger.info("checkpoint at step %d, weights %d bytes", step, size)
 
-    seen = learn_speech(model, learnable, plan, work, on_save)
+    torch.set_num_threads(max(1, options.threads // 2))
+    sights = subprocess.Popen(
+        [sys.executable, *sys.argv, "--only", "sights", "--threads", str(options.threads // 2 or 1)]
+    )
+    seen = learn_language(model, learnable, plan, work, on_save)
+    if sights.wait() != 0:
+        raise SystemExit("build_nano: the sights process failed (its message is above); the same command goes on")
+    learned = torch.load(work / "sights.pt", weights_only=True)["model"]
+    model.model.visual.load_state_dict(
+        {key.removeprefix(VISUAL): value for key, value in learned.items() if key.startswith(VISUAL)}
+    )
 
-    seen += learn_context(model, learnable, plan, work, on_save)
+    # -- 7. and then everything together
+    torch.set_num_threads(options.threads)
+    seen += learn_together(model, learnable, plan, work, on_save)
 
-    # -- 7. weights, numbers, card
+    # -- 8. weights, numbers, card
     size = export(model, tokenizer, options.out)
     results = evaluate.report(model, tokenizer, picture_data, options.data_root)
     logger.info("%s", json.dumps(results, indent=1))
@@ -92,7 +111,7 @@ def load_or_train_tokenizer(
 ) -> PreTrainedTokenizerFast:
     if not folder.exists():
         train_tokenizer(texts, vocabulary, foreign_share=0.12, seed=seed).save_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def project(vectors: np.ndarray, basis: np.ndarray) -> torch.Tensor:
@@ -102,7 +121,7 @@ def project(vectors: np.ndarray, basis: np.ndarray) -> torch.Tensor:
 
 def speak_tokens(tokenizer: PreTrainedTokenizerFast, seed: int) -> np.ndarray:
     """The teacher's vector of each token read alone (as model2vec does); noise for parts of characters. (V, 384)"""
-    words = [tokenizer.decode([i]).strip() for i in range(len(tokenizer))]
+    words = [str(tokenizer.decode([i])).strip() for i in range(len(tokenizer))]
     noise = np.random.default_rng(seed).standard_normal((len(words), 384)).astype(np.float16)
     teacher = Teacher()
     readable = [i for i, w in enumerate(words) if w and "\ufffd" not in w and not w.startswith("<|")]
@@ -113,15 +132,13 @@ def speak_tokens(tokenizer: PreTrainedTokenizerFast, seed: int) -> np.ndarray:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-root", type=Path, required=True, help="folder of the shared data sets")
     parser.add_argument("--out", type=Path, required=True, help="where the finished nano goes")
     parser.add_argument("--work", type=Path, default=Path("out/nano-run"), help="caches and checkpoints")
-    parser.add_argument("--speech-steps", type=int, default=Plan.speech_steps)
-    parser.add_argument("--context-steps", type=int, default=Plan.context_steps)
-    parser.add_argument("--vocabulary", type=int, default=12288)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", choices=["sights"], help="run this stage and those before it")
     return parser.parse_args()
 
 

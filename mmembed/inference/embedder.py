@@ -218,10 +218,10 @@ class Embedder:
         else:
             yield from self._in_turn(batches)
 
-    def _in_turn(self, plan: Iterable[tuple[list[int], list[Row]]]) -> Iterator[Batch]:
+    def _in_turn(self, plan: Iterable[tuple[list[int], Sequence[Row]]]) -> Iterator[Batch]:
         """Batch after batch through the model, while threads prepare the next ones."""
 
-        def prepare(planned: tuple[list[int], list[Row]]) -> tuple[list[int], ModelInputs]:
+        def prepare(planned: tuple[list[int], Sequence[Row]]) -> tuple[list[int], ModelInputs]:
             return planned[0], self._collate(*planned)
 
         for positions, inputs in ahead(plan, prepare, threads=PREPARED):
@@ -238,7 +238,7 @@ class Embedder:
         role: Role,
         instruction: str | Sequence[str | None] | None,
         token_budget: int,
-    ) -> Iterator[tuple[list[int], list[Row]]]:
+    ) -> Iterator[tuple[list[int], Sequence[Row]]]:
         """The rows of each batch, window after window; longest first, so that memory trouble shows at once."""
         for start in range(0, len(contents), WINDOW):
             items = []

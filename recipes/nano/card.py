@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 from transformers import Qwen3VLForConditionalGeneration
 
-from recipes.nano.model import LANGUAGE, MEANING
+from recipes.nano.model import MEANING
 from recipes.nano.train import Plan
 
 LICENCES = {
@@ -47,9 +47,10 @@ texts up to 256 tokens, bare or after `Instruct: ...\\nQuery: `, pictures of {vi
    towards the teacher's vectors of {taught:,} train texts (and of the English side of their translations).
 3. Sights: {sight_steps:,} steps bring the mean visual token of a train picture towards the teacher's vector of its
    caption.
-4. Speech: {steps:,} steps, {seen:,} positions of next-token prediction on texts and captions. The residual stream has
-   two parts: {meaning} dimensions of meaning, which the blocks read but do not write, and {language} of language.
-   Fine-tuning is free to use all of both.
+4. Language, beside sights: {language_steps:,} steps of next-token prediction and of the same distillation, now of the
+   mean last hidden state. The output matrix is not tied to the token table.
+5. Together: {together_steps:,} steps of both, and of pictures and captions through the blocks. {seen:,} positions in
+   steps 4 and 5.
 Settings: `{plan}`.
 
 ## Data
@@ -81,14 +82,14 @@ def render(
     return CARD.format(
         parameters=sum(p.numel() for p in model.parameters()) / 1e6,
         size=size,
-        vocabulary=model.config.text_config.vocab_size,
+        vocabulary=model.config.get_text_config().vocab_size,
         pixels=192,
         visual_tokens="16 to 36",
-        steps=plan.speech_steps,
         word_steps=plan.word_steps,
         sight_steps=plan.sight_steps,
         meaning=MEANING,
-        language=LANGUAGE,
+        language_steps=plan.language_steps,
+        together_steps=plan.together_steps,
         taught=taught,
         seen=seen,
         plan=", ".join(f"{k}={v}" for k, v in asdict(plan).items()),

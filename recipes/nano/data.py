@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as parquet
 from PIL import Image
@@ -38,7 +39,7 @@ class Picture:
     captions: tuple[Text, ...]
 
 
-def read_jsonl(path: Path) -> list[dict]:
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -51,7 +52,7 @@ def read_qrels(path: Path) -> dict[str, dict[str, int]]:
     return relevance
 
 
-def document_text(document: dict) -> str:
+def document_text(document: dict[str, Any]) -> str:
     return f"{document['title']}\n{document['text']}".strip() if document.get("title") else document["text"]
 
 
@@ -74,12 +75,12 @@ def dev_sections(root: Path) -> set[str]:
     return {re.sub(r"^d-(.*?-m\d+)-.*$", r"\1", d) for d in dev_only_documents(root / "openstax-glossary")}
 
 
-def train_documents(folder: Path) -> list[dict]:
+def train_documents(folder: Path) -> list[dict[str, Any]]:
     hidden = dev_only_documents(folder)
     return [d for d in read_jsonl(folder / "corpus.jsonl") if d["_id"] not in hidden]
 
 
-def train_queries(folder: Path) -> list[dict]:
+def train_queries(folder: Path) -> list[dict[str, Any]]:
     train = read_qrels(folder / "qrels/train.tsv")
     return [q for q in read_jsonl(folder / "queries.jsonl") if q["_id"] in train]
 
@@ -226,7 +227,7 @@ def _captioned(folder: Path) -> list[Picture]:
     """Pictures with their train captions; a foreign caption points to an English caption of the same picture."""
     image_of = {d["_id"]: d["image"] for d in train_documents(folder)}
     relevance = read_qrels(folder / "qrels/train.tsv")
-    captions: dict[str, list[dict]] = {}
+    captions: dict[str, list[dict[str, Any]]] = {}
     for query in train_queries(folder):
         for document in relevance[query["_id"]]:
             captions.setdefault(document, []).append(query)
@@ -239,7 +240,7 @@ def _captioned(folder: Path) -> list[Picture]:
     return pictures
 
 
-def _caption(query: dict, english: dict[str, str], source: str) -> Text:
+def _caption(query: dict[str, Any], english: dict[str, str], source: str) -> Text:
     language = query.get("lang", "en")
     if language == "en":
         return _english(query["text"], source)

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneratio
 from mmembed.metrics import ndcg_at_k
 from recipes.nano import data
 from recipes.nano.batches import MAX_TEXT_TOKENS, PictureData
-from recipes.nano.train import last_hidden, pool
+from recipes.nano.train import last_hidden, next_token_logits, pool
 
 TEXT_SETS = ("squad-en", "xquad/en", "medquad", "mbpp", "odex", "tldr-commands", "openstax-glossary")
 PICTURE_SETS = ("noto-emoji", "story-pages", "openstax-figures", "tech-figures", "vega-charts")
@@ -19,11 +19,13 @@ TOKENS_PER_BATCH = 8192
 
 
 @torch.no_grad()
-def encode(model, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
+def encode(
+    model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, texts: list[str]
+) -> torch.Tensor:
     """Unit mean-pooled vectors (N, 256) float32."""
     encoded = tokenizer(texts, truncation=True, max_length=MAX_TEXT_TOKENS)["input_ids"]
     order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
-    vectors = torch.zeros(len(texts), model.config.text_config.hidden_size)
+    vectors = torch.zeros(len(texts), model.config.get_text_config().hidden_size)
     while order:
         longest = len(encoded[order[-1]]) + 1
         rows = order[-max(1, TOKENS_PER_BATCH // longest) :]
@@ -39,7 +41,9 @@ def encode(model, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch
 
 
 @torch.no_grad()
-def encode_pictures(model, pictures: PictureData, source: str, image_ids: list[str]) -> torch.Tensor:
+def encode_pictures(
+    model: Qwen3VLForConditionalGeneration, pictures: PictureData, source: str, image_ids: list[str]
+) -> torch.Tensor:
     vectors = []
     for start in range(0, len(image_ids), 64):
         images = [pictures.image(source, i) for i in image_ids[start : start + 64]]
@@ -58,7 +62,14 @@ def ndcg_at_10(scores: torch.Tensor, relevant: list[dict[int, int]]) -> float:
     return float(ndcg_at_k(ranked, judged, 10, gain="exponential").mean())
 
 
-def retrieval(model, tokenizer, pictures: PictureData, root: Path, name: str, limit: int = 10**9) -> float:
+def retrieval(
+    model: Qwen3VLForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    pictures: PictureData,
+    root: Path,
+    name: str,
+    limit: int = 10**9,
+) -> float:
     """nDCG@10 of the English dev queries of a set against its whole corpus."""
     folder = root / name
     corpus = data.read_jsonl(folder / "corpus.jsonl")
@@ -87,14 +98,20 @@ def perplexity(
         rows = [torch.tensor(ids) for ids in encoded[start : start + 16]]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
         targets = torch.nn.utils.rnn.pad_sequence([r[1:] for r in rows], batch_first=True, padding_value=-100)
-        logits = model.lm_head(last_hidden(model, ids)[:, :-1]).float()  # (B, T - 1, V)
+        logits = next_token_logits(model, last_hidden(model, ids)[:, :-1]).float()  # (B, T - 1, V)
         nats += cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
         tokens += int((targets >= 0).sum())
-        size += sum(len(tokenizer.decode(r[1:]).encode()) for r in rows)
+        size += sum(len(str(tokenizer.decode(r[1:])).encode()) for r in rows)
     return {"token": math.exp(nats / tokens), "byte": math.exp(nats / size)}
 
 
-def report(model, tokenizer, pictures: PictureData, root: Path, limit: int = 10**9) -> dict[str, float]:
+def report(
+    model: Qwen3VLForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    pictures: PictureData,
+    root: Path,
+    limit: int = 10**9,
+) -> dict[str, float]:
     """All dev numbers, rounded."""
     model.eval()
     results = {n: round(retrieval(model, tokenizer, pictures, root, n, limit), 4) for n in TEXT_SETS + PICTURE_SETS}

@@ -2,11 +2,14 @@
 
 Blocks start as the identity (their output projections are zero), so before the first step the model is its token table
 under the final norm. That table is the teacher's own vector of each token, so mean pooling means something at once.
-The last LANGUAGE dimensions hold no meaning: they let a token be quiet ("the") or loud ("photosynthesis") although the
-final norm gives all tokens one length, and later they are where the language model lives.
+The last LANGUAGE dimensions pass the final norm with a small gain: they let a token be quiet ("the") or loud
+("photosynthesis") although the norm gives all tokens one length, and they hold what the next token needs and the mean
+does not. The output matrix is not tied to the token table: a state that must point at the present token's meaning and
+at the next token with the same vectors does both badly (docs/log.md).
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,22 +23,26 @@ from transformers import (
 )
 
 HIDDEN = 256
-LANGUAGE = 80
+LANGUAGE = 64
 MEANING = HIDDEN - LANGUAGE
-QUIET_GAIN = 0.1
-EMBEDDING_RMS = 0.06
+QUIET_GAIN = 0.05
 PATCH, MERGE = 16, 2
 TOKEN_PIXELS = (PATCH * MERGE) ** 2
 MIN_VISUAL_TOKENS, MAX_VISUAL_TOKENS = 16, 36
 
 
+def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    found = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(found, int), "one token has one id"
+    return found
+
+
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3VLForConditionalGeneration:
     torch.manual_seed(seed)
-    token_id = tokenizer.convert_tokens_to_ids
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": HIDDEN,
-        "intermediate_size": 704,
+        "intermediate_size": 512,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -47,7 +54,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3VLForCond
             "mrope_section": [12, 10, 10],
             "mrope_interleaved": True,
         },
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": False,
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": None,
@@ -67,11 +74,11 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3VLForCond
     config = Qwen3VLConfig(
         text_config=text,
         vision_config=vision,
-        tie_word_embeddings=True,
-        image_token_id=token_id("<|image_pad|>"),
-        video_token_id=token_id("<|video_pad|>"),
-        vision_start_token_id=token_id("<|vision_start|>"),
-        vision_end_token_id=token_id("<|vision_end|>"),
+        tie_word_embeddings=False,
+        image_token_id=token_id(tokenizer, "<|image_pad|>"),
+        video_token_id=token_id(tokenizer, "<|video_pad|>"),
+        vision_start_token_id=token_id(tokenizer, "<|vision_start|>"),
+        vision_end_token_id=token_id(tokenizer, "<|vision_end|>"),
     )
     model = Qwen3VLForConditionalGeneration(config)
     for layer in model.model.language_model.layers:
@@ -81,6 +88,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3VLForCond
         torch.nn.init.zeros_(merger.linear_fc2.weight)
     with torch.no_grad():
         model.model.language_model.norm.weight[MEANING:] = QUIET_GAIN
+    model.model.language_model.norm.weight.requires_grad_(False)
     return model
 
 
@@ -89,7 +97,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLProcessor:
         "shortest_edge": MIN_VISUAL_TOKENS * TOKEN_PIXELS,
         "longest_edge": MAX_VISUAL_TOKENS * TOKEN_PIXELS,
     }
-    shape = {"patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": 2, "size": size}
+    shape: dict[str, Any] = {"patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": 2, "size": size}
     return Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessor(**shape),
         tokenizer=tokenizer,
@@ -103,7 +111,7 @@ def token_table(
 ) -> torch.Tensor:
     """(V, 256) first token embeddings: rare tokens loud in the meaning dimensions, frequent ones in the others.
 
-    `token_vectors` (V, 176) are unit vectors of the teacher; `counts` (V,) token frequencies. The weight a / (a + p) is
+    `token_vectors` (V, 192) are unit vectors of the teacher; `counts` (V,) token frequencies. The weight a / (a + p) is
     smooth inverse frequency (Arora et al. 2017), with a = 1e-3.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -112,15 +120,16 @@ def token_table(
     quiet = torch.nn.functional.normalize(torch.randn(len(tokenizer), LANGUAGE, generator=generator), dim=-1)
     meaning = torch.nn.functional.normalize(torch.from_numpy(token_vectors), dim=-1)
     table = torch.cat([meaning * loudness, quiet * (1 - loudness**2).sqrt()], dim=-1)  # (V, 256), unit rows
-    return table * EMBEDDING_RMS * HIDDEN**0.5
+    return table * HIDDEN**0.5  # RMS 1
 
 
 def export(model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path) -> int:
     """Write the bf16 model, tokenizer and processor; returns the bytes of the weights."""
     state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
-    twin = Qwen3VLForConditionalGeneration(model.config).to(torch.bfloat16)
+    twin = Qwen3VLForConditionalGeneration(model.config).bfloat16()
     twin.load_state_dict(state)
-    twin.tie_weights()
+    gain = model.model.language_model.norm.weight.data  # (H,)
+    twin.lm_head.weight.data.copy_(model.lm_head.weight.data / gain)  # trained to read the state before the gain
     twin.save_pretrained(folder)
     tokenizer.backend_tokenizer.no_truncation()  # the last call's truncation would be saved, and cut every user's texts
     build_processor(tokenizer).save_pretrained(folder)
