@@ -55,7 +55,18 @@ def train(config: EmbedderConfig) -> dict[str, float]:
     check_world(args.world_size)
     set_seed(args.seed)
 
-    # 2. Data ----------------------------------------------------------------------------------------------------------
+    # 2. What can be refused before anything is read -------------------------------------------------------------------
+    from mmembed.models.continuing import build_for_training, check_trainable, inherit_settings
+    from mmembed.objectives import build_objective
+    from mmembed.training.optimizers import refuse_idle_rates
+
+    config = inherit_settings(config)  # a second stage is what the first one was
+    objective = build_objective(config.objective)
+    learned = {"objective"} if list(objective.parameters()) else set()
+    towers = {"vision", "projector", "language", "pooling"} | learned
+    refuse_idle_rates(config.training.learning_rates, towers, config.model.freeze)
+
+    # 3. Data ----------------------------------------------------------------------------------------------------------
     from mmembed.data.dataset import RecordDataset, media_store
 
     if not config.data.train:
@@ -67,15 +78,12 @@ def train(config: EmbedderConfig) -> dict[str, float]:
             for sources in (config.data.train, config.data.dev)
         )
 
-    # 3. Model, objective, trainer -------------------------------------------------------------------------------------
-    from mmembed.models.continuing import build_for_training, check_trainable, inherit_settings
+    # 4. Model, objective, trainer -------------------------------------------------------------------------------------
     from mmembed.models.verification import verify_checkpoint
-    from mmembed.objectives import build_objective
     from mmembed.training.batch_report import check_sources
     from mmembed.training.trainer import EmbedderTrainer, last_checkpoint, writing
 
-    config = inherit_settings(config)  # a second stage is what the first one was
-    check_sources(train_data, config, build_objective(config.objective))  # what can fail before weights are loaded
+    check_sources(train_data, config, objective)
     model, preprocessor = build_for_training(config, media)
     check_trainable(model, any({"image", "video"} & source.fields for source in train_data))
     objective = build_objective(config.objective, model.embedding_size)
@@ -83,13 +91,13 @@ def train(config: EmbedderConfig) -> dict[str, float]:
     if main_process:
         print(trainer.report(), flush=True)
 
-    # 4. Train ---------------------------------------------------------------------------------------------------------
+    # 5. Train ---------------------------------------------------------------------------------------------------------
     resume = args.resume_from_checkpoint
     if resume is not None:
         resume = str(last_checkpoint(output)) if str(resume).lower() == "true" else resume
     trainer.train(resume_from_checkpoint=resume)
 
-    # 5. Save, verify, evaluate ----------------------------------------------------------------------------------------
+    # 6. Save, verify, evaluate ----------------------------------------------------------------------------------------
     trainer.save_model()
     trainer.save_state()
     metrics = trainer.evaluate(metric_key_prefix="final") if dev_data else {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -18,6 +18,7 @@ from mmembed.content import Task
 from mmembed.errors import ConfigError, nearest
 
 Positive = Annotated[int, Field(gt=0)]
+Tower = Literal["vision", "projector", "language", "pooling", "objective"]
 TypedBlock = str | dict[str, Any]  # "mean", or {"type": "latent_attention", **constructor arguments}
 
 
@@ -165,9 +166,7 @@ class TrainingConfig(_Block):
     grad_cache: Literal["auto"] | bool = "auto"
     chunk_rows: Positive | None = None
     optimizer: Literal["adamw", "adamw_8bit", "lion", "adafactor"] | None = None
-    learning_rates: dict[Literal["vision", "projector", "language", "pooling", "objective"], float] = Field(
-        default_factory=dict
-    )
+    learning_rates: dict[Tower, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default_factory=dict)
     early_stopping_patience: Positive | None = None
     early_stopping_threshold: float = Field(default=0.0, ge=0)
 
@@ -249,6 +248,15 @@ def block_options(block: TypedBlock) -> dict[str, Any]:
     return {} if isinstance(block, str) else {key: value for key, value in block.items() if key != "type"}
 
 
+def frozen_rate(tower: str, freeze: Collection[str]) -> str:
+    """The message for a learning rate of a frozen tower."""
+    others = ", ".join(sorted(set(freeze) - {tower}))
+    return (
+        f"training.learning_rates.{tower}: model.freeze [{', '.join(sorted(freeze))}] keeps that tower as it is, so "
+        f"its rate has no effect; set model.freeze: [{others}], or remove the rate"
+    )
+
+
 def _clashes(config: EmbedderConfig) -> list[str]:
     """Combinations that cannot work, found before weights are loaded."""
     pooling, objective = block_type(config.pooling), block_options(config.objective)
@@ -297,6 +305,9 @@ def _clashes(config: EmbedderConfig) -> list[str]:
             "objective.matryoshka + similarity 'dot' + normalize: a truncated unit vector is not a unit vector; use "
             "cosine, or normalize: false"
         )
+    if "freeze" in config.model.model_fields_set:  # the default gives way to that of a saved embedder, not read here
+        frozen = [tower for tower in config.training.learning_rates if tower in config.model.freeze]
+        clashes += [frozen_rate(tower, config.model.freeze) for tower in frozen]
     if config.training.early_stopping_patience is not None and not config.data.dev:
         clashes.append("training.early_stopping_patience: there is no data.dev to watch")
     evaluates = arguments.get("eval_strategy", "no") not in ("no", False, None)

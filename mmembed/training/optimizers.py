@@ -7,12 +7,15 @@ transformers.TrainingArguments.optim knows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
+
+from mmembed.config.blocks import frozen_rate
+from mmembed.errors import ConfigError
 
 OPTIM_NAMES = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "adafactor": "adafactor"}
 
@@ -50,6 +53,36 @@ class Lion(torch.optim.Optimizer):
                 parameter.mul_(1 - rate * decay).add_(update, alpha=-rate)
                 momentum.lerp_(parameter.grad, 1 - beta2)
         return loss
+
+
+_TRAINED_BY = {  # what makes a tower's rate act
+    "vision": "the backbone needs a vision tower that the adapter reaches (adapter.target_modules)",
+    "projector": "adapter.target_modules auto leaves it out; use all-linear, or adapter.type none",
+    "language": "the adapter has to reach it (adapter.target_modules)",
+    "pooling": "this pooling has no weights, and there is no projection",
+    "objective": "a fixed temperature is no parameter; objective.temperature: {value: 0.05, learn: true} learns it",
+}
+
+
+def refuse_idle_rates(rates: Iterable[str], trained: Collection[str], freeze: Collection[str]) -> None:
+    """Refuses a learning rate that would act on nothing.
+
+    Args:
+        rates: towers that `training.learning_rates` names.
+        trained: towers with a parameter that is trained; where the model is not loaded yet, those that may have one.
+        freeze: `model.freeze`.
+
+    Raises:
+        ConfigError: with the tower, and what would make its rate act.
+    """
+    for tower in rates:
+        if tower in freeze:
+            raise ConfigError(frozen_rate(tower, freeze))
+        if tower not in trained:
+            raise ConfigError(
+                f"training.learning_rates.{tower}: this run trains no parameter of that tower: {_TRAINED_BY[tower]}; "
+                f"remove the rate (trained: {', '.join(sorted(trained))})"
+            )
 
 
 def parameter_groups(

@@ -48,7 +48,7 @@ from mmembed.training.arguments import output_folder
 from mmembed.training.batch_report import Report, batch_report, check_fields, keep_tokens
 from mmembed.training.evaluation import DevSet, build_dev_set, evaluate
 from mmembed.training.gradcache import Workers, contrastive_step, reduce_gradients
-from mmembed.training.optimizers import Lion, parameter_groups
+from mmembed.training.optimizers import Lion, parameter_groups, refuse_idle_rates
 
 logger = logging.getLogger(__name__)
 OBJECTIVE, STATE = "objective.safetensors", "trainer_state.json"
@@ -74,6 +74,11 @@ class Trained(nn.Module):
         towers = {f"model.{name}": tower for name, tower in self.model.parameter_towers().items()}
         return towers | {f"objective.{name}": "objective" for name, _ in self.objective.named_parameters()}
 
+    def trained_towers(self) -> set[str]:
+        """Towers with a parameter that is trained."""
+        towers = self.towers()
+        return {towers[name] for name, parameter in self.named_parameters() if parameter.requires_grad}
+
 
 class PlannedLoader(DataLoader[Example]):
     """A DataLoader whose batches follow the plan's epoch."""
@@ -93,7 +98,8 @@ class EmbedderTrainer(Trainer):
         train, dev: a dataset for each source of config.data, in that order.
 
     Raises:
-        ConfigError: the data carries fields that would go unused, or a source is smaller than one global batch.
+        ConfigError: the data carries fields that would go unused, a learning rate is of a tower that is not trained, or
+            a source is smaller than one global batch.
     """
 
     model: Trained  # the base class declares these wider than what it is given below
@@ -112,6 +118,8 @@ class EmbedderTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         check_fields(train, config, objective, preprocessor)
+        whole = Trained(model, objective)
+        refuse_idle_rates(config.training.learning_rates, whole.trained_towers(), config.model.freeze)
         self.run_config, self.preprocessor, self.train_sources = config, preprocessor, tuple(train)
         self.dev_sets = [build_dev_set(data, source) for data, source in zip(dev, config.data.dev, strict=True)]
         self.keep_tokens = keep_tokens(config)
@@ -125,7 +133,7 @@ class EmbedderTrainer(Trainer):
         if config.model.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         super().__init__(
-            model=Trained(model, objective),
+            model=whole,
             args=args,
             train_dataset=MixedDataset(train),
             eval_dataset=self.dev_sets or None,
@@ -297,9 +305,6 @@ class EmbedderTrainer(Trainer):
         if self.optimizer is None:
             module, training = self.model if model is None else model, self.run_config.training
             towers = self.model.towers()
-            unknown = set(training.learning_rates) - set(towers.values())
-            if unknown:
-                logger.warning("training.learning_rates: this model has no %s", ", ".join(sorted(unknown)))
             groups = parameter_groups(
                 module.named_parameters(),
                 lambda name: towers[name.removeprefix("module.")],

@@ -106,6 +106,12 @@ def test_overrides_win_and_reach_into_lists():
         ({"adapter": {"type": "qlora"}, "model": {"dtype": "float32"}}, "bfloat16"),
         ({"model": {"freeze": ["language"]}}, "language"),
         ({"model": {"freeze": ["audio"]}}, "model.freeze"),
+        (
+            {"model": {"freeze": ["vision", "projector"]}, "training": {"learning_rates": {"vision": 1e-5}}},
+            r"training.learning_rates.vision: .*set model.freeze: \[projector\]",
+        ),
+        ({"training": {"learning_rates": {"language": -1}}}, "training.learning_rates.language: found -1"),
+        ({"training": {"learning_rates": {"visoin": 1e-5}}}, "training.learning_rates.visoin"),
         ({"pooling": "multi_vector", "objective": {"type": "contrastive", "similarity": "cosine"}}, "maxsim"),
         ({"pooling": "mean", "objective": {"type": "contrastive", "similarity": "maxsim"}}, "multi_vector"),
         ({"projection": 64, "mrl_dims": [128]}, "above projection 64"),

@@ -1,0 +1,55 @@
+"""What the training command refuses, and how early: with key and remedy, before what would take hours."""
+
+import pytest
+
+from recipes.train_embedder import main
+
+
+def refused(config_file, capsys, overrides):
+    """The error of a run, and what it printed before."""
+    assert main(["--config", str(config_file), *overrides]) == 2
+    found = capsys.readouterr()
+    assert "Traceback" not in found.err
+    return found.err
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Loading weights fails the test."""
+
+    def load(*arguments, **options):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("mmembed.models.continuing.build_for_training", load)
+
+
+@pytest.fixture
+def no_data(monkeypatch):
+    """Reading data fails the test."""
+
+    def read(*arguments, **options):
+        raise AssertionError("data was read")
+
+    monkeypatch.setattr("mmembed.data.dataset.RecordDataset", read)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.learning_rates={vision: 1e-5}"], "training.learning_rates.vision: model.freeze [vision]"),
+        (
+            ["training.learning_rates={objective: 1e-3}", "objective=contrastive"],
+            "training.learning_rates.objective: this run trains no parameter",
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_before_data_is_read(config_file, capsys, no_data, overrides, message):
+    assert message in refused(config_file, capsys, overrides)
+
+
+@pytest.mark.parametrize("tower", ["projector", "pooling"])
+def test_a_rate_of_a_tower_without_trained_weights(config_file, capsys, tower):
+    error = refused(config_file, capsys, [f"training.learning_rates={{{tower}: 1e-3}}"])
+    assert f"training.learning_rates.{tower}: this run trains no parameter" in error
+    assert "trained: language, objective" in error
