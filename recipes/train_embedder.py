@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(config: EmbedderConfig) -> dict[str, float]:
     """Trains, saves and verifies; returns the last dev metrics."""
     # 1. Processes and seeds -------------------------------------------------------------------------------------------
-    from mmembed.training.arguments import output_folder, set_seed, training_arguments
+    from mmembed.training.arguments import output_folder, set_seed, training_arguments, with_metric
 
     args = training_arguments(config)
     output = output_folder(args)
@@ -84,6 +84,7 @@ def train(config: EmbedderConfig) -> dict[str, float]:
     from mmembed.training.trainer import EmbedderTrainer, last_checkpoint, writing
 
     check_sources(train_data, config, objective)
+    args = with_metric(args, config, dev_data)
     model, preprocessor = build_for_training(config, media)
     check_trainable(model, any({"image", "video"} & source.fields for source in train_data))
     objective = build_objective(config.objective, model.embedding_size)

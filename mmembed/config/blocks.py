@@ -313,6 +313,11 @@ def _clashes(config: EmbedderConfig) -> list[str]:
     evaluates = arguments.get("eval_strategy", "no") not in ("no", False, None)
     if evaluates and not config.data.dev:
         clashes.append("training.eval_strategy: there is no data.dev to evaluate on")
+    for key in ("metric_for_best_model", "greater_is_better"):
+        if arguments.get(key) is not None and not evaluates:
+            clashes.append(
+                f"training.{key}: nothing is evaluated while training; set training.eval_strategy to steps or epoch"
+            )
     if config.training.early_stopping_patience is not None and not evaluates:
         clashes.append(
             "training.early_stopping_patience: nothing is evaluated while training; set training.eval_strategy to "

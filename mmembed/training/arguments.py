@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import TrainingArguments, set_seed
 
 from mmembed.config.blocks import EmbedderConfig
-from mmembed.content import Task
-from mmembed.errors import ConfigError
+from mmembed.data.dataset import RecordDataset
+from mmembed.errors import ConfigError, nearest
+from mmembed.training.evaluation import metric_names
 from mmembed.training.optimizers import OPTIM_NAMES
 
 __all__ = ["set_seed", "training_arguments"]
@@ -34,9 +37,9 @@ def training_arguments(config: EmbedderConfig) -> TrainingArguments:
     if not torch.cuda.is_available():
         chosen.setdefault("use_cpu", not torch.backends.mps.is_available())
         chosen.setdefault("dataloader_pin_memory", False)
-    if chosen.get("load_best_model_at_end") or config.training.early_stopping_patience is not None:
-        chosen.setdefault("metric_for_best_model", default_metric(config))
-        chosen.setdefault("greater_is_better", True)
+    if _looks_for_the_best(config, chosen):
+        chosen.setdefault("metric_for_best_model", "eval_ndcg_at_10")  # with_metric looks at the data
+        chosen.setdefault("greater_is_better", True)  # of all dev metrics
     if chosen.get("fp16") and chosen.get("use_cpu"):
         raise ConfigError("training.fp16: half precision on a CPU loses gradients; use training.bf16")
     if chosen.get("deepspeed") and chosen.get("load_best_model_at_end"):
@@ -52,13 +55,36 @@ def training_arguments(config: EmbedderConfig) -> TrainingArguments:
     return args
 
 
+def with_metric(args: TrainingArguments, config: EmbedderConfig, dev: Sequence[RecordDataset]) -> TrainingArguments:
+    """The arguments with the metric that tells the best checkpoint: as given, else by what the dev sources hold.
+
+    Raises:
+        ConfigError: dev evaluation gives no metric of that name.
+    """
+    if args.metric_for_best_model is None:
+        return args
+    names = metric_names({dataset.name: dataset.tasks for dataset in dev})
+    default = "spearman" if "ndcg_at_10" not in names else "ndcg_at_10"
+    metric = str(config.training.arguments.get("metric_for_best_model", default)).removeprefix("eval_")
+    if metric not in names:
+        raise ConfigError(
+            f"training.metric_for_best_model: dev evaluation gives no '{metric}'; {nearest(metric, names)}"
+        )
+    args = copy.copy(args)
+    args.metric_for_best_model = f"eval_{metric}"
+    return args
+
+
 def output_folder(args: TrainingArguments) -> str:
     """Where a run writes; transformers declares it optional."""
     assert args.output_dir is not None, "TrainingArguments gives it a default"
     return args.output_dir
 
 
-def default_metric(config: EmbedderConfig) -> str:
-    """What `best` means when not said: Spearman where all dev sources are STS, else nDCG@10."""
-    only_sts = all(source.task == Task.STS or source.format == "pairs" for source in config.data.dev)
-    return "eval_spearman" if only_sts else "eval_ndcg_at_10"
+def _looks_for_the_best(config: EmbedderConfig, chosen: Mapping[str, Any]) -> bool:
+    return (
+        config.training.early_stopping_patience is not None
+        or bool(chosen.get("load_best_model_at_end"))
+        or chosen.get("save_strategy") == "best"
+        or chosen.get("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy")
+    )

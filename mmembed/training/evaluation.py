@@ -8,7 +8,7 @@ kept sparsely and scores made a block of queries at a time: memory is that of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,6 +84,12 @@ def build_dev_set(dataset: RecordDataset, source: SourceConfig) -> DevSet:
     return DevSet(dataset.name, examples[0].task, queries, tuple(documents), judged, tuple(where))
 
 
+def metric_names(tasks: Mapping[str, Iterable[Task]]) -> list[str]:
+    """What `evaluate` will give for dev sources of these names and tasks, each source's metrics and their means."""
+    found = [(name, measure) for name, held in tasks.items() for task in held for measure in _measures(task)]
+    return [f"{name}_{measure}" for name, measure in found] + sorted({measure for _, measure in found})
+
+
 def evaluate(
     dev_sets: Sequence[DevSet],
     encode: Callable[[Chunk], Embeddings],
@@ -102,6 +108,10 @@ def evaluate(
             metrics[f"{dev.name}_{key}"] = value
             found.setdefault(key, []).append(value)
     return {**metrics, **{key: float(np.mean(values)) for key, values in found.items()}}
+
+
+def _measures(task: Task) -> tuple[str, ...]:
+    return ("spearman",) if task is Task.STS else ("ndcg_at_10", "recall_at_10")
 
 
 def _measure(dev: DevSet, queries: Embeddings, documents: Embeddings, similarity: Similarity) -> dict[str, float]:

@@ -44,7 +44,7 @@ from mmembed.objectives.gather import gather_counts
 from mmembed.preprocess import ModelInputs, Preprocessor
 from mmembed.staging import staging
 from mmembed.threads import NARROW
-from mmembed.training.arguments import output_folder
+from mmembed.training.arguments import output_folder, with_metric
 from mmembed.training.batch_report import Report, batch_report, check_fields, keep_tokens
 from mmembed.training.evaluation import DevSet, build_dev_set, evaluate
 from mmembed.training.gradcache import Workers, contrastive_step, reduce_gradients
@@ -98,8 +98,8 @@ class EmbedderTrainer(Trainer):
         train, dev: a dataset for each source of config.data, in that order.
 
     Raises:
-        ConfigError: the data carries fields that would go unused, a learning rate is of a tower that is not trained, or
-            a source is smaller than one global batch.
+        ConfigError: the data carries fields that would go unused, a learning rate is of a tower that is not trained, no
+            dev source gives the metric to go by, or a source is smaller than one global batch.
     """
 
     model: Trained  # the base class declares these wider than what it is given below
@@ -118,6 +118,7 @@ class EmbedderTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         check_fields(train, config, objective, preprocessor)
+        args = with_metric(args, config, dev)
         whole = Trained(model, objective)
         refuse_idle_rates(config.training.learning_rates, whole.trained_towers(), config.model.freeze)
         self.run_config, self.preprocessor, self.train_sources = config, preprocessor, tuple(train)

@@ -48,6 +48,22 @@ def test_before_data_is_read(config_file, capsys, no_data, overrides, message):
     assert message in refused(config_file, capsys, overrides)
 
 
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        (
+            "eval_ndcg_10",
+            "training.metric_for_best_model: dev evaluation gives no 'ndcg_10'; did you mean 'ndcg_at_10'",
+        ),
+        ("spearman", "training.metric_for_best_model: dev evaluation gives no 'spearman'"),
+        ("eval_seconds", "known: dev_ndcg_at_10, dev_recall_at_10, ndcg_at_10, recall_at_10"),
+    ],
+)
+def test_an_unknown_metric_before_weights_are_loaded(config_file, capsys, no_model, metric, message):
+    overrides = ["training.eval_strategy=steps", "training.early_stopping_patience=2"]
+    assert message in refused(config_file, capsys, [*overrides, f"training.metric_for_best_model={metric}"])
+
+
 @pytest.mark.parametrize("tower", ["projector", "pooling"])
 def test_a_rate_of_a_tower_without_trained_weights(config_file, capsys, tower):
     error = refused(config_file, capsys, [f"training.learning_rates={{{tower}: 1e-3}}"])

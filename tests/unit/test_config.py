@@ -95,6 +95,7 @@ def test_overrides_win_and_reach_into_lists():
         ({"training": {"optimizer": "lion", "optim_args": "weight_decay=1"}}, "'optim_args' has no effect"),
         ({"training": {"optim_args": "foreach=true"}}, "'optim_args' has no effect"),
         ({"training": {"optim": "adamw_torch", "optim_args": "foreach=true"}}, "'optim_args' has no effect"),
+        ({"training": {"metric_for_best_model": "ndcg_at_10"}}, "training.metric_for_best_model: nothing is evaluated"),
         ({"training": {"hub_model_id": "me/mine"}}, "uploaded"),
         ({"training": {"hub_token": "x"}}, "uploaded"),
         ({"training": {"hub_strategy": "end"}}, "uploaded"),

@@ -1,0 +1,47 @@
+"""The `training` block: which metric tells the best checkpoint, and values that transformers would fail on later."""
+
+import pytest
+
+from mmembed.config import build_config
+from mmembed.content import Task
+from mmembed.training.arguments import training_arguments, with_metric
+from mmembed.training.evaluation import metric_names
+
+
+class Dev:
+    """A dev source as far as its metrics go."""
+
+    def __init__(self, name, task):
+        self.name, self.tasks = name, {task}
+
+
+@pytest.mark.parametrize(
+    ("tasks", "metric"),
+    [
+        ([Task.STS], "eval_spearman"),
+        ([Task.RETRIEVAL], "eval_ndcg_at_10"),
+        ([Task.STS, Task.RERANKING], "eval_ndcg_at_10"),
+    ],
+)
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"early_stopping_patience": 2},
+        {"load_best_model_at_end": True, "save_strategy": "steps"},
+        {"save_strategy": "best"},
+        {"lr_scheduler_type": "reduce_lr_on_plateau"},
+    ],
+    ids=str,
+)
+def test_best_goes_by_what_the_dev_sources_hold(tmp_path, tasks, metric, training):
+    sources = [{"path": f"{task.value}.jsonl"} for task in tasks]
+    training = {"eval_strategy": "steps", "output_dir": str(tmp_path), **training}
+    config = build_config({"data": {"dev": sources}, "training": training})
+    args = with_metric(training_arguments(config), config, [Dev(task.value, task) for task in tasks])
+    assert args.metric_for_best_model == metric
+    assert args.greater_is_better is True
+
+
+def test_names_of_metrics_are_those_of_the_evaluation():
+    names = metric_names({"a": {Task.STS}, "b": {Task.RETRIEVAL}})
+    assert set(names) == {"a_spearman", "b_ndcg_at_10", "b_recall_at_10", "spearman", "ndcg_at_10", "recall_at_10"}
