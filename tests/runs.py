@@ -23,3 +23,22 @@ def losses(folder):
     """The logged loss of each step."""
     history = json.loads((Path(folder) / "trainer_state.json").read_text())["log_history"]
     return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def build_trainer(config):
+    """The trainer of a config, as the recipe builds it."""
+    from mmembed.data.dataset import RecordDataset, media_store
+    from mmembed.models.embedding_model import build_embedding_model
+    from mmembed.objectives import build_objective
+    from mmembed.training.arguments import set_seed, training_arguments
+    from mmembed.training.trainer import EmbedderTrainer
+
+    media = media_store(config.data)
+    set_seed(0)
+    model, preprocessor = build_embedding_model(config, media)
+    objective = build_objective(config.objective, model.embedding_size)
+    train, dev = (
+        [RecordDataset(source, media, root=config.data.root) for source in sources]
+        for sources in (config.data.train, config.data.dev)
+    )
+    return EmbedderTrainer(config, training_arguments(config), model, preprocessor, objective, train, dev)

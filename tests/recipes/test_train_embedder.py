@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from mmembed.config import load_config
 from recipes.train_embedder import main
-from tests.runs import ROOT, in_two_processes, losses
+from tests.runs import ROOT, build_trainer, in_two_processes, losses
 
 LEARNED = "objective.temperature={value: 0.1, learn: true}"
 
@@ -26,27 +26,12 @@ def run(config_file, *overrides):
     assert main(["--config", str(config_file), *overrides]) == 0
 
 
-def build(config):
-    """The trainer of a config, as the recipe builds it."""
-    from mmembed.data.dataset import RecordDataset, media_store
-    from mmembed.models.embedding_model import build_embedding_model
-    from mmembed.objectives import build_objective
-    from mmembed.training.arguments import set_seed, training_arguments
-    from mmembed.training.trainer import EmbedderTrainer
-
-    media = media_store(config.data)
-    set_seed(0)
-    model, preprocessor = build_embedding_model(config, media)
-    objective = build_objective(config.objective, model.embedding_size)
-    train, dev = (
-        [RecordDataset(source, media, root=config.data.root) for source in sources]
-        for sources in (config.data.train, config.data.dev)
-    )
-    return EmbedderTrainer(config, training_arguments(config), model, preprocessor, objective, train, dev)
+def tensors_of(folder):
+    return load_file(Path(folder) / "adapter_model.safetensors")
 
 
 def trained(folder):
-    tensors = load_file(Path(folder) / "adapter_model.safetensors")
+    tensors = tensors_of(folder)
     return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
 
 
@@ -125,7 +110,7 @@ def test_threads_compute_chunks_beside_each_other(config_file, tmp_path, monkeyp
 )
 def test_every_trained_parameter_changes_and_no_frozen_one(config_file, overrides):
     config = load_config(config_file, [*overrides, "data.dev=[]"])
-    trainer = build(config)
+    trainer = build_trainer(config)
     before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
     trainer.train()
     vision = [name for name, tower in trainer.model.towers().items() if tower == "vision"]
@@ -151,12 +136,29 @@ def test_one_trajectory_for_any_chunking(config_file, tmp_path, overrides):
 
 
 def test_accumulation_averages_gradients(config_file, tmp_path):
-    """Two accumulated batches a step: half the steps an epoch, the mean of both losses."""
-    exact = ["adapter.dropout=0.0", "data.dev=[]", "training.learning_rate=1e-6"]
+    """Two accumulated batches a step: half the steps an epoch, the mean of both losses, the mean of both gradients.
+
+    By plain gradient descent, which shows how large a gradient was (Adam does not), in steps so small that the second
+    of two single ones starts where the first did: together they go twice as far as one step by the mean.
+    """
+    exact = ["adapter.dropout=0.0", "data.dev=[]", "training.learning_rate=1e-6", "training.optim=sgd"]
+    exact += ["training.max_grad_norm=0", "training.warmup_steps=0", "training.lr_scheduler_type=constant"]
     run(config_file, *exact, f"training.output_dir={tmp_path / 'a'}")
-    run(config_file, *exact, "training.gradient_accumulation_steps=2", f"training.output_dir={tmp_path / 'b'}")
+    run(
+        config_file,
+        *exact,
+        "training.max_steps=2",
+        "training.gradient_accumulation_steps=2",
+        f"training.output_dir={tmp_path / 'b'}",
+    )
     single, double = losses(tmp_path / "a"), losses(tmp_path / "b")
-    assert double[:2] == pytest.approx([(single[0] + single[1]) / 2, (single[2] + single[3]) / 2], rel=1e-4)
+    assert double == pytest.approx([(single[0] + single[1]) / 2, (single[2] + single[3]) / 2], rel=1e-4)
+    moved, half = (
+        torch.cat([tensor.flatten() for name, tensor in sorted(tensors_of(tmp_path / of).items()) if "lora_B" in name])
+        for of in "ab"
+    )  # from zero, where LoRA starts
+    assert moved.norm() > 0
+    assert (2 * half - moved).norm() < 1e-3 * moved.norm()
 
 
 def test_resume_after_a_kill_is_the_uninterrupted_run(config_file, tmp_path):
@@ -215,7 +217,7 @@ def test_a_loss_scale_leaves_the_gradient_as_it_is(config_file):
     """What fp16 does on a GPU: gradients are scaled before the backward, and unscaled before they are clipped."""
     gradients = []
     for scaled in (False, True):
-        trainer = build(load_config(config_file, ["data.dev=[]", "adapter.dropout=0.0"]))
+        trainer = build_trainer(load_config(config_file, ["data.dev=[]", "adapter.dropout=0.0"]))
         if scaled:
             trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
         trainer.current_gradient_accumulation_steps = 2
@@ -231,7 +233,7 @@ def test_a_loss_scale_leaves_the_gradient_as_it_is(config_file):
 
 
 def test_evaluating_other_sets_than_the_runs_own(config_file):
-    trainer = build(load_config(config_file))
+    trainer = build_trainer(load_config(config_file))
     (dev,) = trainer.dev_sets
     metrics = trainer.evaluate([dataclasses.replace(dev, name="other")], metric_key_prefix="test")
     assert "test_other_ndcg_at_10" in metrics and "test_dev_ndcg_at_10" not in metrics
