@@ -120,6 +120,25 @@ def test_an_input_that_occurs_twice_is_encoded_once(preprocessor):
     assert len(set(batch.place[4:].tolist())) == 1
 
 
+@pytest.mark.parametrize("in_batch", [True, False])
+def test_what_a_source_says_reaches_labels_and_prompts(family_folder, in_batch):
+    """`in_batch_negatives` the labels; `document_instruction` each document, and queries have their own."""
+    preprocessor = build_from_settings(EmbedderSettings(str(family_folder("qwen3")), prompt="instruct"))[1]
+    source = SourceConfig(path="s", in_batch_negatives=in_batch, document_instruction="Answer of:")
+    make = Collator(preprocessor, {"s": source, "other": SourceConfig(path="o")}, chunk_tokens=64)
+    batch = make([example(index, instruction="Find it") for index in range(2)])
+    assert batch.labels.in_batch is in_batch
+    written = {}
+    for chunk in batch.chunks:
+        for place, row in zip(chunk.index.tolist(), chunk.rows, strict=True):
+            written[place] = preprocessor.tokenizer.decode(row.ids)
+    rows = [written[place] for place in batch.place.tolist()]
+    assert rows[:2] == ["Instruct: Find it\nQuery: query 0", "Instruct: Find it\nQuery: query 1"]
+    documents = {f"Instruct: Answer of:\nQuery: {kind}" for kind in ("positive 0 0", "negative 0 2", "positive 1 0")}
+    assert documents < set(rows[2:]) and len(rows) == 2 + 2 * 4
+    assert all(row.startswith("Instruct: Answer of:\nQuery: ") for row in rows[2:])
+
+
 def test_query_and_document_of_one_text_stay_two_inputs(preprocessor):
     """Their prompts differ, and with dropout their vectors must (SimCSE)."""
     text = (Text("the same text"),)
