@@ -127,6 +127,26 @@ def test_rank_stabilised_scale_and_dora_magnitude(family_folder) -> None:
     assert scales == {"lora": {2.0}, "rslora": {8 / math.sqrt(4)}, "dora": {2.0}}
 
 
+def test_gaussian_init_is_normal_of_deviation_one_over_the_rank(family_folder) -> None:
+    """SaHa's setting, as in peft: A normal of deviation 1/r, B zero. By default A is uniform within 1/sqrt(inputs)."""
+    for init in (None, "gaussian"):
+        torch.manual_seed(0)
+        block = {**BLOCK, "type": "lora", "r": 16, **({"init": init} if init else {})}
+        model, _ = build(family_folder("qwen3"), adapter=block)
+        named = dict(model.named_parameters())
+        first = {name: tensor for name, tensor in named.items() if "lora_A" in name}
+        assert first
+        assert all(not tensor.any() for name, tensor in named.items() if "lora_B" in name)
+        for name, tensor in first.items():
+            bound = 1 / math.sqrt(tensor.shape[1])
+            if init == "gaussian":
+                assert tensor.std().item() == pytest.approx(1 / 16, rel=0.1), name
+                assert tensor.abs().max() > 2.5 / 16, name  # a tail that no uniform draw of this spread has
+            else:
+                assert tensor.abs().max() <= bound, name
+                assert tensor.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1), name
+
+
 @pytest.mark.parametrize(
     ("targets", "freeze", "expected"),
     [
