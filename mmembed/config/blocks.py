@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from mmembed.config.arguments import UNUSABLE_ARGUMENTS, training_argument_names
+from mmembed.config.arguments import UNUSABLE_ARGUMENTS, training_argument_names, wrong_values
 from mmembed.content import Task
 from mmembed.errors import ConfigError, nearest
 
@@ -262,7 +262,7 @@ def _clashes(config: EmbedderConfig) -> list[str]:
     pooling, objective = block_type(config.pooling), block_options(config.objective)
     similarity, matryoshka = objective.get("similarity"), objective.get("matryoshka")
     adapter, arguments = config.adapter.type, config.training.arguments
-    clashes = []
+    clashes = wrong_values(arguments)
     if adapter in PROMPT_TYPES and config.model.attention == "bidirectional":
         clashes.append(
             f"adapter.type '{adapter}' + model.attention 'bidirectional': virtual tokens live in the "

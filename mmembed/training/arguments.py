@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from typing import Any
 
 import torch
 from transformers import TrainingArguments, set_seed
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
+from transformers.training_args import OptimizerNames
 
 from mmembed.config.blocks import EmbedderConfig
 from mmembed.data.dataset import RecordDataset
@@ -23,6 +26,14 @@ DEFAULTS: dict[str, Any] = {
     "logging_first_step": True,
     "save_total_limit": 3,
     "warmup_steps": 0.05,  # below 1 it is a share of all steps
+}
+
+_CHOICES: dict[str, type[Enum]] = {
+    "lr_scheduler_type": SchedulerType,
+    "optim": OptimizerNames,
+    "logging_strategy": IntervalStrategy,
+    "eval_strategy": IntervalStrategy,
+    "save_strategy": SaveStrategy,
 }
 
 
@@ -46,6 +57,10 @@ def training_arguments(config: EmbedderConfig) -> TrainingArguments:
         raise ConfigError(
             "training.load_best_model_at_end: not with DeepSpeed; take the best checkpoint folder instead"
         )
+    for key, kind in _CHOICES.items():
+        values = [choice.value for choice in kind]
+        if key in chosen and chosen[key] not in values:
+            raise ConfigError(f"training.{key}: there is no '{chosen[key]}'; {nearest(chosen[key], values)}")
     try:
         args = TrainingArguments(remove_unused_columns=False, label_names=[], **chosen)
     except (ValueError, TypeError) as error:

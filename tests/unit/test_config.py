@@ -96,6 +96,16 @@ def test_overrides_win_and_reach_into_lists():
         ({"training": {"optim_args": "foreach=true"}}, "'optim_args' has no effect"),
         ({"training": {"optim": "adamw_torch", "optim_args": "foreach=true"}}, "'optim_args' has no effect"),
         ({"training": {"metric_for_best_model": "ndcg_at_10"}}, "training.metric_for_best_model: nothing is evaluated"),
+        ({"training": {"learning_rate": "abc"}}, "training.learning_rate: found 'abc'; give a number"),
+        ({"training": {"learning_rate": -1}}, "training.learning_rate: found -1; give a number above 0"),
+        ({"training": {"learning_rate": float("nan")}}, "training.learning_rate: found nan; give a number"),
+        ({"training": {"max_steps": 1.5}}, "training.max_steps: found 1.5; give a whole number"),
+        ({"training": {"max_steps": 0}}, "training.max_steps: found 0; give 1 or more, or -1"),
+        ({"training": {"per_device_train_batch_size": 0}}, "training.per_device_train_batch_size: found 0; give"),
+        ({"training": {"bf16": "false"}}, "training.bf16: found 'false'; give true or false"),
+        ({"training": {"weight_decay": -0.1}}, "training.weight_decay: found -0.1; give 0 or more"),
+        ({"training": {"adam_beta2": 1}}, "training.adam_beta2: found 1; give a number below 1"),
+        ({"training": {"logging_strategy": True}}, "training.logging_strategy: found True; give a string"),
         ({"training": {"hub_model_id": "me/mine"}}, "uploaded"),
         ({"training": {"hub_token": "x"}}, "uploaded"),
         ({"training": {"hub_strategy": "end"}}, "uploaded"),
@@ -123,6 +133,17 @@ def test_overrides_win_and_reach_into_lists():
 def test_what_cannot_work_is_refused(tree, message):
     with pytest.raises(ConfigError, match=message):
         build_config(tree)
+
+
+def test_every_training_argument_is_checked():
+    """No argument takes a list of a mapping; each takes its own default, and the values that YAML has for it."""
+    from mmembed.config.arguments import training_argument_names, wrong_values
+
+    names = training_argument_names()
+    assert {key for key in names if wrong_values({key: [{1: 2}]})} == names
+    usual = {"resume_from_checkpoint": True, "eval_strategy": False, "max_steps": -1, "save_steps": 0.1, "tf32": None}
+    usual |= {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"a": 1}, "report_to": ["tensorboard"]}
+    assert wrong_values({**usual, "learning_rate": 1, "deepspeed": "zero1.json"}) == []
 
 
 def test_a_key_given_twice_in_the_file(tmp_path):

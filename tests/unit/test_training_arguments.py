@@ -4,6 +4,7 @@ import pytest
 
 from mmembed.config import build_config
 from mmembed.content import Task
+from mmembed.errors import ConfigError
 from mmembed.training.arguments import training_arguments, with_metric
 from mmembed.training.evaluation import metric_names
 
@@ -45,3 +46,16 @@ def test_best_goes_by_what_the_dev_sources_hold(tmp_path, tasks, metric, trainin
 def test_names_of_metrics_are_those_of_the_evaluation():
     names = metric_names({"a": {Task.STS}, "b": {Task.RETRIEVAL}})
     assert set(names) == {"a_spearman", "b_ndcg_at_10", "b_recall_at_10", "spearman", "ndcg_at_10", "recall_at_10"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "meant"),
+    [
+        ("lr_scheduler_type", "cosin", "cosine"),
+        ("save_strategy", "step", "steps"),
+        ("optim", "adamw_torc", "adamw_torch"),
+    ],
+)
+def test_a_misspelt_choice_names_its_key_and_the_nearest(key, value, meant):
+    with pytest.raises(ConfigError, match=f"training.{key}: there is no '{value}'; did you mean '{meant}'"):
+        training_arguments(build_config({"training": {key: value}}))
