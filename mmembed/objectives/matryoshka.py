@@ -7,14 +7,18 @@ gathered across processes once. Cost: the score matrix once a dimension.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from mmembed.embeddings import Embeddings
-from mmembed.errors import ConfigError, nearest
+from mmembed.errors import ConfigError
 from mmembed.objectives import Objective
+from mmembed.registry import check_options
+
+Weight = Annotated[float, Field(gt=0)]  # 0 would leave a dim out, below 0 its loss would grow
 
 
 class Matryoshka(Objective):
@@ -23,10 +27,10 @@ class Matryoshka(Objective):
     Args:
         objective: what is summed over dims.
         dims: prefix lengths; usually the full size is among them.
-        weights: one a dim, default 1 each (the sum, as in the paper; divide by hand for FlagEmbedding's mean).
+        weights: above 0, one a dim, default 1 each (the sum, as in the paper; divide by hand for FlagEmbedding's mean).
     """
 
-    def __init__(self, objective: Objective, dims: Sequence[int], weights: Sequence[float] | None = None) -> None:
+    def __init__(self, objective: Objective, dims: Sequence[int], weights: Sequence[Weight] | None = None) -> None:
         super().__init__()
         self.objective, self.dims = objective, tuple(dims)
         self.weights = tuple(weights) if weights is not None else (1.0,) * len(self.dims)
@@ -42,10 +46,7 @@ class Matryoshka(Objective):
         """From the YAML block `{dims, weights}`. Raises ConfigError on unknown keys and dims above the embedding."""
         if not isinstance(block, Mapping) or not isinstance(block.get("dims"), list | tuple):
             raise ConfigError("objective.matryoshka: write {dims: [256, 128, 64]}, with weights if they are not all 1")
-        for key in block:
-            if key not in ("dims", "weights"):
-                raise ConfigError(f"objective.matryoshka: unknown key '{key}'; {nearest(key, ('dims', 'weights'))}")
-        wrapped = cls(objective, **block)
+        wrapped = cls(objective, **check_options(cls, block, "objective.matryoshka", given=("objective",)))
         if embedding_size is not None and max(wrapped.dims) > embedding_size:
             raise ConfigError(
                 f"objective.matryoshka.dims: {max(wrapped.dims)} is above the embedding size {embedding_size}"

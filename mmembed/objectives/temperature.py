@@ -19,14 +19,16 @@ class Temperature(nn.Module):
 
     def __init__(self, block: float | Mapping[str, Any]) -> None:
         super().__init__()
-        options = dict(block) if isinstance(block, Mapping) else {"value": block}
+        options: dict[str, Any] = dict(block) if isinstance(block, Mapping) else {"value": block}
         for key in options:
             if key not in ("value", "learn"):
                 raise ConfigError(f"objective.temperature: unknown key '{key}'; {nearest(key, ('value', 'learn'))}")
         value = options.get("value", 0.05)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise ConfigError(f"objective.temperature: found {value!r}; give a number above 0, for example 0.05")
-        self.learn = bool(options.get("learn", False))
+        if not isinstance(options.get("learn", False), bool):
+            raise ConfigError(f"objective.temperature.learn: found {options['learn']!r}; write true or false")
+        self.learn: bool = options.get("learn", False)
         if self.learn and value < SMALLEST:
             raise ConfigError(f"objective.temperature: a learned one is kept at {SMALLEST} or above; start there")
         self.value = float(value)

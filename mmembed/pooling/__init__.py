@@ -31,7 +31,7 @@ class Pooling(nn.Module):
         raise NotImplementedError
 
 
-POOLINGS: Registry[Pooling] = Registry("mmembed.pooling", Pooling)
+POOLINGS: Registry[Pooling] = Registry("mmembed.pooling", Pooling, given=("hidden_size",))
 
 
 def masked_mean(hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from mmembed.errors import ConfigError
 from mmembed.pooling import Pooling, masked_mean
+from mmembed.registry import Positive
 
 
 class LatentAttention(Pooling):
@@ -35,10 +36,10 @@ class LatentAttention(Pooling):
     def __init__(
         self,
         hidden_size: int,
-        num_latents: int = 512,
-        num_heads: int = 8,
-        dim_head: int | None = None,
-        feed_forward_multiplier: int = 4,
+        num_latents: Positive = 512,
+        num_heads: Positive = 8,
+        dim_head: Positive | None = None,
+        feed_forward_multiplier: Positive = 4,
         variant: Literal["released", "printed"] = "released",
     ) -> None:
         super().__init__(hidden_size)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mmembed.pooling import Pooling
+from mmembed.registry import Positive
 
 
 class MultiVector(Pooling):
@@ -20,7 +21,7 @@ class MultiVector(Pooling):
     name = "multi_vector"
     multi_vector = True
 
-    def __init__(self, hidden_size: int, dim: int | None = 128) -> None:
+    def __init__(self, hidden_size: int, dim: Positive | None = 128) -> None:
         super().__init__(hidden_size if dim is None else dim)
         self.map = None if dim is None else nn.Linear(hidden_size, dim, bias=False)
 

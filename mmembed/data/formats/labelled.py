@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal
 
 from mmembed.data.format_base import Format, RawRecord, column, existing, read_json_lines
 from mmembed.errors import ConfigError, RecordError, nearest
+from mmembed.registry import Count
 
 
 class Labelled(Format):
@@ -37,7 +38,7 @@ class Labelled(Format):
         self,
         split: str = "train",
         positive: Literal["example", "label"] = "example",
-        negatives: int = 0,
+        negatives: Count = 0,
         label_texts: Mapping[str, str] | None = None,
         seed: int = 0,
     ) -> None:

@@ -1,0 +1,68 @@
+"""Options of registered components: the constructor's annotations are the schema, values included."""
+
+import inspect
+
+import pytest
+
+from mmembed.data.format_base import FORMATS
+from mmembed.errors import ConfigError
+from mmembed.losses import LOSSES
+from mmembed.objectives import OBJECTIVES, build_objective
+from mmembed.pooling import POOLINGS
+from mmembed.prompts import PROMPTS
+
+OPTIONS = [
+    (registry, name, option)
+    for registry in (POOLINGS, PROMPTS, LOSSES, OBJECTIVES, FORMATS)
+    for name, cls in registry.classes().items()
+    for option in inspect.signature(cls).parameters
+    if option not in registry.given
+]
+
+
+@pytest.mark.parametrize(
+    ("registry", "name", "option"), OPTIONS, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_a_value_of_the_wrong_type_is_refused_with_its_key(registry, name, option):
+    """{1: 2} is no string, number, boolean, list, nor a block; a quoted boolean is none either."""
+    kind = inspect.signature(registry.classes()[name]).parameters[option].annotation
+    for wrong in [{1: 2}, *(["false"] if kind in (bool, "bool") else [])]:
+        with pytest.raises(ConfigError, match=rf"{name}\.{option}: found"):
+            registry.build({"type": name, option: wrong}, hidden_size=8)
+
+
+def test_the_options_were_found():
+    assert len(OPTIONS) > 30
+    assert (POOLINGS, "multi_vector", "dim") in OPTIONS
+
+
+@pytest.mark.parametrize(
+    ("build", "block", "message"),
+    [
+        (build_objective, {"temperature": {"value": 0.1, "learn": "no"}}, "temperature.learn: found 'no'"),
+        (build_objective, {"temperature": float("inf")}, "temperature: found inf"),
+        (build_objective, {"matryoshka": {"dims": ["64", 32]}}, r"matryoshka.dims: found '64' at \['64', 32\]"),
+        (build_objective, {"matryoshka": {"dims": [64.5]}}, "matryoshka.dims: found 64.5"),
+        (build_objective, {"matryoshka": {"dims": [64, 32], "weights": [0, 1]}}, "matryoshka.weights: found 0"),
+        (build_objective, {"matryoshka": {"dims": [64, 32], "weights": [1, -1]}}, "matryoshka.weights: found -1"),
+        (build_objective, {"false_negative_margin": float("nan")}, "false_negative_margin: found nan"),
+        (build_objective, {"loss": {"infonce": {}}}, "has no 'type'"),
+        (POOLINGS.build, {"type": "multi_vector", "dim": 0}, "multi_vector.dim: found 0; .*greater than 0"),
+        (POOLINGS.build, {"type": "latent_attention", "num_latents": True}, "num_latents: found True"),
+        (POOLINGS.build, {"type": "latent_attention", "variant": "print"}, "variant: .* did you mean 'printed'"),
+        (POOLINGS.build, {"type": "mean", "hidden_size": 8}, "unknown option 'hidden_size'; it takes no options"),
+        (FORMATS.build, {"type": "labelled", "negatives": -1}, "labelled.negatives: found -1"),
+        (FORMATS.build, {"type": "parquet", "negative_columns": "wrong"}, "parquet.negative_columns: found 'wrong'"),
+    ],
+    ids=str,
+)
+def test_values_that_cannot_be_meant(build, block, message):
+    with pytest.raises(ConfigError, match=message):
+        build({"type": "contrastive", **block})
+
+
+def test_what_yaml_writes_is_taken():
+    assert build_objective({"type": "contrastive", "false_negative_margin": 1}).false_negative_margin == 1.0
+    assert POOLINGS.build({"type": "multi_vector", "dim": None}, hidden_size=8).embedding_size == 8
+    FORMATS.build({"type": "beir", "lang": ["en", "fr"]})
+    FORMATS.build({"type": "pairs", "at_least": 4})
