@@ -47,16 +47,19 @@ class Beir(Format):
         return [path / name for name in names if (path / name).is_file()]
 
     def read(self, path: Path) -> Iterator[RawRecord | RecordError]:
-        judged = self._read_qrels(path / "qrels" / f"{self.split}.tsv")
-        places = _places(path / "corpus.jsonl", {document for rows in judged.values() for document, _, _ in rows})
+        bad: list[RecordError] = []
+        judged = self._read_qrels(path / "qrels" / f"{self.split}.tsv", bad)
+        wanted = {document for rows in judged.values() for document, _, _ in rows}
+        places = _places(path / "corpus.jsonl", wanted, bad)
+        yield from bad
         matched = False
         with (path / "corpus.jsonl").open("rb") as corpus:
             for where, row in read_json_lines(path / "queries.jsonl"):
                 if isinstance(row, RecordError):
                     yield row
                     continue
-                rows = judged.get(str(row.get("_id")), [])
                 try:
+                    rows = judged.get(str(column(row, "_id", where)), [])
                     if not rows or not self._wanted(row, where):
                         continue
                     matched = True
@@ -67,18 +70,19 @@ class Beir(Format):
             chosen = "".join(f", {key} {sorted(values)}" for key, values in self.filters.items())
             raise ConfigError(f"{path}: no query of split '{self.split}'{chosen} has a judged document")
 
-    def _read_qrels(self, path: Path) -> dict[str, list[tuple[str, str, str]]]:
-        """Query id -> [(document id, grade, file:line), ...]."""
+    def _read_qrels(self, path: Path, bad: list[RecordError]) -> dict[str, list[tuple[str, str, str]]]:
+        """Query id -> [(document id, grade, file:line), ...]. Lines that cannot be read go to `bad`."""
         judged: dict[str, list[tuple[str, str, str]]] = {}
-        with existing(path).open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
+        with existing(path).open("rb") as file:
+            for number, encoded in enumerate(file, start=1):
+                line = encoded.decode("utf-8", errors="replace")
                 cells = line.rstrip("\r\n").split("\t")
                 if (number == 1 and cells[-1] == "score") or not line.strip():
                     continue
                 if len(cells) != 3:
-                    raise ConfigError(
-                        f"{path}:{number}: {len(cells)} columns; write query-id, corpus-id, score by tabs"
-                    )
+                    remedy = "Write query-id, corpus-id and score, divided by tabs"
+                    bad.append(RecordError(f"{path}:{number}", f"{len(cells)} columns", remedy, "not a judgement"))
+                    continue
                 judged.setdefault(cells[0], []).append((cells[1], cells[2], f"{path}:{number}"))
         return judged
 
@@ -105,11 +109,14 @@ class Beir(Format):
                 )
             corpus.seek(places[document_id])
             document = json.loads(corpus.readline())
-            shown = None if document.get("image") == query.get("image") else document.get("image")
-            text = " ".join(filter(None, (document.get("title"), document.get("text"))))
+            what = f"document '{document_id}' of corpus.jsonl"
+            title, body, image = (_string(document, key, what, line) for key in ("title", "text", "image"))
+            shown = None if image == query.get("image") else image
+            text = " ".join(filter(None, (title, body)))
             content = _content(text, shown, table)
             documents.append({"content": content, "relevance": relevance, "id": document_id})
-        content = _content(query.get("text"), query.get("image"), table)
+        asked, image = (_string(query, key, "the query", where) for key in ("text", "image"))
+        content = _content(asked, image, table)
         return {"query": content, "documents": documents, "id": str(query["_id"]), "where": where}
 
 
@@ -120,8 +127,16 @@ def _content(text: str | None, image: str | None, table: Path) -> Any:
     return {"image": reference, "text": text} if text else {"image": reference}
 
 
-def _places(path: Path, wanted: set[str]) -> dict[str, int]:
-    """Document id -> byte offset of its line, for the wanted documents."""
+def _string(row: RawRecord, key: str, what: str, where: str) -> str | None:
+    value = row.get(key)
+    if value is not None and not isinstance(value, str):
+        found = f"'{key}' of {what} is {value!r:.80}"
+        raise RecordError(where, found, "Give a string or remove the key", "not a string")
+    return value
+
+
+def _places(path: Path, wanted: set[str], bad: list[RecordError]) -> dict[str, int]:
+    """Document id -> byte offset of its line, for the wanted documents. Lines that cannot be read go to `bad`."""
     places: dict[str, int] = {}
     offset = 0
     with existing(path).open("rb") as file:
@@ -129,9 +144,12 @@ def _places(path: Path, wanted: set[str]) -> dict[str, int]:
             try:
                 document_id = str(json.loads(line)["_id"])
             except (ValueError, KeyError, TypeError) as error:
-                raise ConfigError(f"{path}:{number}: not a corpus line with an '_id' ({error!r}); correct it") from None
-            if document_id in wanted:
-                places[document_id] = offset
+                found = f"not an object with an '_id' ({error!r})"
+                if not line.isspace():
+                    bad.append(RecordError(f"{path}:{number}", found, "Correct or remove the line", "not a document"))
+            else:
+                if document_id in wanted:
+                    places[document_id] = offset
             offset += len(line)
     return places
 

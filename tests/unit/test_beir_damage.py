@@ -1,0 +1,52 @@
+"""Damaged BEIR folders: every bad line has its file and number, is counted under `skip`, and the rest is read."""
+
+import json
+
+import pytest
+
+from mmembed.config.blocks import SourceConfig
+from mmembed.data.dataset import RecordDataset
+from mmembed.errors import RecordError
+
+CORPUS = [{"_id": "d1", "text": "a"}, {"_id": "d2", "text": "b"}]
+QUERIES = [{"_id": "q1", "text": "x"}, {"_id": "q2", "text": "y"}]
+QRELS = "query-id\tcorpus-id\tscore\nq1\td1\t1\nq2\td2\t1\n"
+
+
+def read(folder, on_bad_record, corpus=CORPUS, queries=QUERIES, qrels=QRELS):
+    (folder / "qrels").mkdir(exist_ok=True)
+    for name, rows in (("corpus", corpus), ("queries", queries)):
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "qrels" / "train.tsv").write_bytes(qrels.encode("latin-1"))
+    source = SourceConfig(path=str(folder), format="beir")
+    return RecordDataset(source, on_bad_record=on_bad_record, cache_dir=folder / "cache")
+
+
+@pytest.mark.parametrize(
+    ("damage", "where", "kinds", "left"),
+    [
+        ({"corpus": [*CORPUS, "{broken"]}, "corpus.jsonl:3", {"not a document": 1}, 2),
+        ({"corpus": ['["d1"]', *CORPUS]}, "corpus.jsonl:1", {"not a document": 1}, 2),
+        ({"corpus": [*CORPUS[:1], "{broken"]}, "corpus.jsonl:2", {"not a document": 1, "missing document": 1}, 1),
+        ({"qrels": QRELS + "q1 d2 1\n"}, "train.tsv:4: 1 columns", {"not a judgement": 1}, 2),
+        ({"qrels": QRELS + "q1\td\xe9\t1\n"}, "train.tsv:4", {"missing document": 1}, 1),
+        ({"queries": [*QUERIES, {"text": "no id"}]}, "queries.jsonl:3: there is no '_id'", {"missing key": 1}, 2),
+        ({"corpus": [{"_id": "d1", "text": 5}, CORPUS[1]]}, "'text' of document 'd1'", {"not a string": 1}, 1),
+        ({"corpus": [{"_id": "d1", "image": ["p"]}, CORPUS[1]]}, "'image' of document 'd1'", {"not a string": 1}, 1),
+        (
+            {"queries": [{"_id": "q1", "image": 7}, QUERIES[1]]},
+            "queries.jsonl:1: 'image' of the query",
+            {"not a string": 1},
+            1,
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_bad_line_is_named_or_counted(tmp_path, damage, where, kinds, left):
+    with pytest.raises(RecordError) as caught:
+        read(tmp_path, "raise", **damage)
+    assert where in str(caught.value)
+    data = read(tmp_path, "skip", **damage)
+    assert dict(data.skipped) == kinds
+    assert len(data) == left
