@@ -46,7 +46,11 @@ class CacheError(MmembedError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Says which known name was probably meant: `did you mean 'mean'?`, or lists them all."""
+    """Says which known name was probably meant: `did you mean 'mean'?`, or lists them all.
+
+    The only name that begins so is nearer than one that is alike: `latent` means latent_attention, not last_token.
+    """
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    longer = [other for other in names if name and other.startswith(name)]
+    close = longer if len(longer) == 1 else difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"

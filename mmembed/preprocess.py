@@ -134,6 +134,7 @@ class Preprocessor:
             from mmembed.media import MediaStore
 
             media = MediaStore()
+        check_template(prompt, processor, family.config.model_type)
         self.processor, self.family, self.prompt, self.limits = processor, family, prompt, lengths
         self.media = media
         self.tokenizer = family.tokenizer
@@ -317,6 +318,17 @@ class Preprocessor:
         return picture
 
 
+def check_template(prompt: PromptStyle, processor: Any, model_type: str) -> None:
+    """Raises ConfigError where a style writes a chat and the backbone has no template for it."""
+    roles: tuple[Role, ...] = ("query", "document")
+    chats = any(prompt.render((Text("content"),), role, "instruction").chat for role in roles)
+    if chats and processor.chat_template is None:
+        raise ConfigError(
+            f"prompt: the style '{prompt.name}' writes a chat, and the backbone '{model_type}' has no chat template; "
+            "choose the style plain or instruct"
+        )
+
+
 class _ChatLayouts:
     """Writes prompts through the backbone's chat template, rendering each shape of conversation once.
 
@@ -382,11 +394,6 @@ class _ChatLayouts:
             user, system = "".join(slots), rendered.system
         messages = [{"role": "system", "content": system}] if rendered.system else []
         messages.append({"role": "user", "content": user})
-        if self.processor.chat_template is None:
-            raise ConfigError(
-                f"prompt: the backbone '{self.family.config.model_type}' has no chat template; choose the style "
-                "plain or instruct"
-            )
         return self.processor.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=rendered.add_generation_prompt
         )

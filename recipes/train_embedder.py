@@ -58,19 +58,16 @@ def train(config: EmbedderConfig) -> dict[str, float]:
     # 2. What can be refused before anything is read -------------------------------------------------------------------
     from mmembed.models.continuing import build_for_training, check_trainable, inherit_settings
     from mmembed.objectives import build_objective
-    from mmembed.training.optimizers import refuse_idle_rates
+    from mmembed.training.preflight import preflight
 
+    if not config.data.train:
+        raise ConfigError("data.train: there is no source; add one, for example {path: squad-en, format: beir}")
     config = inherit_settings(config)  # a second stage is what the first one was
-    objective = build_objective(config.objective)
-    learned = {"objective"} if list(objective.parameters()) else set()
-    towers = {"vision", "projector", "language", "pooling"} | learned
-    refuse_idle_rates(config.training.learning_rates, towers, config.model.freeze)
+    objective = preflight(config)
 
     # 3. Data ----------------------------------------------------------------------------------------------------------
     from mmembed.data.dataset import RecordDataset, media_store
 
-    if not config.data.train:
-        raise ConfigError("data.train: there is no source; add one, for example {path: squad-en, format: beir}")
     media = media_store(config.data)
     with args.main_process_first(desc="reading the data"):
         train_data, dev_data = (

@@ -147,7 +147,7 @@ def _peft_config(backbone: Backbone, adapter: Mapping[str, Any], freeze: Collect
 
     kind = adapter["type"]
     if kind in LORA_TYPES:
-        targets, excluded = _lora_targets(backbone, adapter["target_modules"], freeze)
+        targets, excluded = lora_targets(backbone, adapter["target_modules"], freeze)
         return LoraConfig(
             r=adapter["r"],
             lora_alpha=adapter["alpha"],
@@ -169,8 +169,8 @@ def _peft_config(backbone: Backbone, adapter: Mapping[str, Any], freeze: Collect
     return cls(task_type="FEATURE_EXTRACTION", num_virtual_tokens=adapter["num_virtual_tokens"])
 
 
-def _lora_targets(backbone: Backbone, target_modules: Any, freeze: Collection[str]) -> tuple[list[str], str | None]:
-    """Layer suffixes to adapt and a regular expression of modules to leave alone."""
+def lora_targets(backbone: Backbone, target_modules: Any, freeze: Collection[str]) -> tuple[list[str], str | None]:
+    """Layer suffixes to adapt and a regular expression of modules to leave alone. Raises ConfigError."""
     towers = backbone.family.towers()
     skipped = set(freeze) | ({"projector"} if target_modules == "auto" else set())
     patterns = [f".*{towers[tower]}.*" for tower in towers if tower in skipped]

@@ -7,6 +7,8 @@ Nothing is downloaded unless `name_or_path` is a hub name and the hub is reachab
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -57,7 +59,6 @@ def load_backbone(
     Raises:
         ConfigError: the name is neither a folder nor a reachable model, or a value is unknown.
     """
-    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModel, BitsAndBytesConfig
 
     path = resolve_backbone(name_or_path)
@@ -65,13 +66,41 @@ def load_backbone(
     arguments: dict[str, Any] = {"dtype": _dtype(dtype), "attn_implementation": attn_implementation}
     if quantization is not None:
         arguments["quantization_config"] = BitsAndBytesConfig(**quantization)
-    try:
+    with _explained(name_or_path, trust_remote_code):
         config = AutoConfig.from_pretrained(path, **common)
         model = AutoModel.from_pretrained(
             path, config=config, use_safetensors=True, **arguments, **common
         )  # no pickles
         multimodal = "vision_config" in config.to_dict()
         processor = load_processor(processor_path or path, multimodal=multimodal, **common)
+    set_attention(model, attention)
+    return Backbone(model, processor, family_of(model.config, processor), model.config)
+
+
+def outline_backbone(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Backbone:
+    """As `load_backbone`, but without weights: what its layers are called and its processor writes, for checks.
+
+    The layers are on torch's meta device: no memory, a fraction of a second. Raises ConfigError as `load_backbone`.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    path = resolve_backbone(name_or_path)
+    common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with _explained(name_or_path, trust_remote_code):
+        config = AutoConfig.from_pretrained(path, **common)
+        with torch.device("meta"):
+            model = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
+        processor = load_processor(path, multimodal="vision_config" in config.to_dict(), **common)
+    return Backbone(model, processor, family_of(model.config, processor), model.config)
+
+
+@contextmanager
+def _explained(name_or_path: str, trust_remote_code: bool) -> Iterator[None]:
+    """What transformers raises while it loads, as a ConfigError with the remedy."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
     except ConfigError:
         raise
     except (OSError, ValueError, SafetensorError) as error:
@@ -85,8 +114,6 @@ def load_backbone(
             f"model.name_or_path: cannot load '{name_or_path}' ({str(error).strip().splitlines()[0]}); give a folder "
             "with config.json and safetensors weights, a model name that can be reached, or 'mmembed-nano'"
         ) from error
-    set_attention(model, attention)
-    return Backbone(model, processor, family_of(model.config, processor), model.config)
 
 
 def set_attention(model: PreTrainedModel, attention: str | None) -> None:

@@ -41,11 +41,25 @@ def no_data(monkeypatch):
             ["training.learning_rates={objective: 1e-3}", "objective=contrastive"],
             "training.learning_rates.objective: this run trains no parameter",
         ),
+        (["objective.temperatur=0.1"], "contrastive: unknown option 'temperatur'; did you mean 'temperature'?"),
+        (["objective.symmetric='no'"], "contrastive.symmetric: found 'no'"),
+        (["pooling=latent"], "pooling: there is no 'latent'; did you mean 'latent_attention'?"),
+        (["prompt={type: instruct, templat: x}"], "instruct: unknown option 'templat'; did you mean 'template'?"),
+        (["data.train.0.format=jsonlines"], "data source 'text.jsonl': formats: there is no 'jsonlines'"),
+        (["data.dev.0.options={splt: dev}"], "data source 'dev': formats.jsonl: unknown option 'splt'"),
+        (["adapter.target_modules=[q_pro]"], "no layer outside frozen towers ends in 'q_pro'; did you mean 'q_proj'?"),
+        (["objective.matryoshka={dims: [4096]}"], "objective.matryoshka.dims: 4096 is above the embedding size 64"),
+        (["data.train=[]"], "data.train: there is no source"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_before_data_is_read(config_file, capsys, no_data, overrides, message):
     assert message in refused(config_file, capsys, overrides)
+
+
+def test_a_chat_prompt_without_a_template_before_data_is_read(config_file, capsys, no_data, family_folder):
+    overrides = [f"model.name_or_path={family_folder('paligemma')}", "prompt=one_word"]
+    assert "prompt: the style 'one_word' writes a chat" in refused(config_file, capsys, overrides)
 
 
 @pytest.mark.parametrize(

@@ -139,9 +139,9 @@ def test_prompt_longer_than_the_limit_is_refused(family_folder) -> None:
 
 
 def test_chat_style_without_a_template_is_refused(family_folder) -> None:
-    preprocessor = preprocessor_of(family_folder("paligemma"), "chat")
-    with pytest.raises(ConfigError, match="no chat template"):
-        preprocessor.tokenize([Item(to_content("a bus"))])
+    for style in ("chat", "one_word", "hierarchical"):
+        with pytest.raises(ConfigError, match=f"'{style}' writes a chat.*no chat template"):
+            preprocessor_of(family_folder("paligemma"), style)
 
 
 def test_misspelt_style_and_option_name_the_nearest(family_folder) -> None:
