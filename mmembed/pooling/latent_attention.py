@@ -25,10 +25,10 @@ class LatentAttention(Pooling):
 
     Args:
         num_latents: rows of the latent array (512 in the paper).
-        num_heads: attention heads of the released block (8 in the paper).
+        num_heads: attention heads of the released block. None is 8, as in the paper.
         dim_head: width of a head. None is hidden_size / num_heads, enough for small backbones; NV-Embed has 4096.
         feed_forward_multiplier: inner width of the feed-forward over hidden_size (4).
-        variant: `released` or `printed`.
+        variant: `released` or `printed`, which has one head of the hidden size and refuses the two options of heads.
     """
 
     name = "latent_attention"
@@ -37,7 +37,7 @@ class LatentAttention(Pooling):
         self,
         hidden_size: int,
         num_latents: Positive = 512,
-        num_heads: Positive = 8,
+        num_heads: Positive | None = None,
         dim_head: Positive | None = None,
         feed_forward_multiplier: Positive = 4,
         variant: Literal["released", "printed"] = "released",
@@ -45,6 +45,13 @@ class LatentAttention(Pooling):
         super().__init__(hidden_size)
         if variant not in ("released", "printed"):
             raise ConfigError(f"pooling.latent_attention: there is no variant '{variant}'; use 'released' or 'printed'")
+        for option, value in (("num_heads", num_heads), ("dim_head", dim_head)):
+            if variant == "printed" and value is not None:
+                raise ConfigError(
+                    f"pooling.latent_attention.{option}: {value} has no effect with variant 'printed', which has one "
+                    "head without projections; remove it, or use 'released'"
+                )
+        num_heads = 8 if num_heads is None else num_heads
         self.variant, self.num_heads = variant, num_heads
         self.latents = nn.Parameter(torch.randn(num_latents, hidden_size))  # (R, H)
         inner = hidden_size * feed_forward_multiplier

@@ -51,14 +51,25 @@ def test_the_options_were_found():
         (POOLINGS.build, {"type": "latent_attention", "num_latents": True}, "num_latents: found True"),
         (POOLINGS.build, {"type": "latent_attention", "variant": "print"}, "variant: .* did you mean 'printed'"),
         (POOLINGS.build, {"type": "mean", "hidden_size": 8}, "unknown option 'hidden_size'; it takes no options"),
+        (
+            POOLINGS.build,
+            {"type": "latent_attention", "variant": "printed", "num_heads": 8},
+            "num_heads: 8 has no effect with variant 'printed'",
+        ),
+        (
+            POOLINGS.build,
+            {"type": "latent_attention", "variant": "printed", "dim_head": 16},
+            "dim_head: 16 has no effect with variant 'printed'",
+        ),
         (FORMATS.build, {"type": "labelled", "negatives": -1}, "labelled.negatives: found -1"),
         (FORMATS.build, {"type": "parquet", "negative_columns": "wrong"}, "parquet.negative_columns: found 'wrong'"),
     ],
     ids=str,
 )
 def test_values_that_cannot_be_meant(build, block, message):
+    extra = {"hidden_size": 8} if build == POOLINGS.build else {}
     with pytest.raises(ConfigError, match=message):
-        build({"type": "contrastive", **block})
+        build({"type": "contrastive", **block}, **extra)
 
 
 def test_what_yaml_writes_is_taken():
