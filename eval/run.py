@@ -116,9 +116,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def evaluate(options: argparse.Namespace, rows: Sequence[Row]) -> dict[str, Any]:
     """Runs every model on every task it can do; the results, also written to `options.output`."""
     from eval.mteb_tasks import EmptyTask
+    from mmembed.inference.devices import check_device
 
     started = time.monotonic()
     check_names(options.model)
+    check_device(options.device)
     tasks = {row.name: build(row, options) for row in rows}
     models = [load(name, options, rows) for name in options.model]
     results: dict[str, Any] = {

@@ -159,8 +159,10 @@ def _search(arguments: argparse.Namespace) -> int:
     from mmembed.inference.search import top_k
     from mmembed.inference.sources import read_entries
 
-    queries = _queries(arguments)
     encoded = (arguments.target / ENCODING).is_file()
+    if encoded:
+        _refuse_without_entries(arguments)
+    queries = _queries(arguments)
     found: dict[int, dict[str, Any]] | None = None
     truncate_dim = None
     if encoded:
@@ -174,12 +176,12 @@ def _search(arguments: argparse.Namespace) -> int:
         embedder = _load(arguments, arguments.model or NANO)
         kept, vectors = encode_entries(embedder, entries, arguments.on_bad_record, _report)
         found, size = {row: {"id": entry.id, **entry.summary()} for row, entry in enumerate(kept)}, None
-    # The query's own media lie anywhere, the collection's below its folder.
-    embedder = _load_media(embedder, arguments.queries.parent if arguments.queries else None)
-    _, asked = encode_entries(
+    # Media of --image lie anywhere, those of files below their folder.
+    embedder = _load_media(embedder, (arguments.media_root or arguments.queries.parent) if arguments.queries else None)
+    queries, asked = encode_entries(
         embedder,
         queries,
-        "raise",
+        arguments.on_bad_record if arguments.queries else "raise",
         _report,
         role="query",
         instruction=arguments.instruction,
@@ -206,6 +208,20 @@ def _search(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _refuse_without_entries(arguments: argparse.Namespace) -> None:
+    """Options that concern entries, where neither a collection nor a file of queries is read."""
+    if arguments.queries is not None:
+        return
+    for flag, given in (
+        ("--media-root", arguments.media_root),
+        ("--on-bad-record skip", arguments.on_bad_record == "skip"),
+    ):
+        if given:
+            raise MmembedError(
+                f"{flag}: no effect on {arguments.target}, which is encoded already, and on a single query; remove it"
+            )
+
+
 def _queries(arguments: argparse.Namespace) -> list[Entry]:
     from mmembed.inference.encoding import usable
     from mmembed.inference.sources import Entry, read_entries
@@ -214,7 +230,10 @@ def _queries(arguments: argparse.Namespace) -> list[Entry]:
     if alone == (arguments.queries is not None):
         raise MmembedError("query: give a text, --image, both, or --queries FILE alone")
     if arguments.queries is not None:
-        return list(usable(read_entries(arguments.queries, "query"), "raise", _report))
+        queries = list(usable(read_entries(arguments.queries, "query"), arguments.on_bad_record, _report))
+        if not queries:
+            raise MmembedError(f"{arguments.queries}: holds no usable query; correct the lines")
+        return queries
     parts = {"image": arguments.image, "text": arguments.text}
     content = {key: value for key, value in parts.items() if value is not None}
     return [Entry("query", content, "query")]
@@ -261,16 +280,29 @@ def _add_verify(subparsers: Any) -> Parser:
 def _verify(arguments: argparse.Namespace) -> int:
     import tempfile
 
+    from mmembed.backbones import resolve_backbone
+    from mmembed.errors import CheckpointError
     from mmembed.models.checkpoint import load_checkpoint, save_checkpoint
+    from mmembed.models.folder import SETTINGS, settle
     from mmembed.models.probes import check_recorded
     from mmembed.models.verification import verify_checkpoint
 
+    saved = Path(resolve_backbone(str(arguments.checkpoint)))
+    settle(saved)
+    if (saved / "config.json").is_file() and not (saved / SETTINGS).is_file():
+        raise MmembedError(
+            f"{arguments.checkpoint}: a bare backbone has nothing to verify: it was not trained to embed, and no "
+            "vectors were recorded; give a folder that training or Embedder.save has written"
+        )
     model, preprocessor = load_checkpoint(arguments.checkpoint, trust_remote_code=arguments.trust_remote_code)
     distance = check_recorded(arguments.checkpoint, model, preprocessor, arguments.tolerance)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
         save_checkpoint(copy, model, preprocessor)
-        again = verify_checkpoint(copy, model, preprocessor, arguments.tolerance)
+        try:
+            again = verify_checkpoint(copy, model, preprocessor, arguments.tolerance)
+        except CheckpointError as error:  # of the copy, which is gone when this is read
+            raise CheckpointError(str(error).replace(str(copy), str(arguments.checkpoint))) from error
     recorded = "no vectors were recorded when it was saved" if distance is None else f"{distance:.2g} to the record"
     print(
         f"{arguments.checkpoint}: ok; largest difference: {recorded}, {again:.2g} after saving and reloading; "
@@ -382,7 +414,7 @@ def _add_model(command: Parser, default: str | None) -> None:
     command.add_argument(
         "--media-root",
         type=Path,
-        help="folder that relative image paths start from and must stay in (default: the folder of the source)",
+        help="folder that relative image paths of files start from and must stay in (default: the file's own folder)",
     )
 
 
@@ -425,10 +457,12 @@ def _load(arguments: argparse.Namespace, model: str) -> Embedder:
     """The embedder, its media confined to the folder of what is encoded."""
     from transformers.utils.logging import disable_progress_bar
 
+    from mmembed.inference.devices import check_device
     from mmembed.inference.embedder import Embedder
     from mmembed.inference.sources import media_root
     from mmembed.media import MediaStore
 
+    check_device(arguments.device)
     disable_progress_bar()  # a bar a file of weights says nothing
     root = arguments.media_root or media_root(vars(arguments).get("source") or arguments.target)
     embedder = Embedder.from_pretrained(

@@ -1,0 +1,92 @@
+"""What the commands refuse instead of ignoring it, or of ending in a traceback."""
+
+import json
+
+import pytest
+
+from mmembed.cli import main
+
+
+@pytest.fixture
+def encoded(tmp_path):
+    """As far as the command looks before it loads a model."""
+    folder = tmp_path / "photos.enc"
+    folder.mkdir()
+    (folder / "encoding.json").write_text("{}")
+    return folder
+
+
+def refused(capsys, *arguments):
+    assert main([*map(str, arguments)]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error
+
+
+@pytest.mark.parametrize(
+    "flags", [["--media-root", "/nonexistent"], ["--on-bad-record", "skip"]], ids=lambda flags: flags[0]
+)
+def test_options_of_entries_with_an_encoded_folder(encoded, capsys, flags):
+    error = refused(capsys, "search", encoded, "a red bus", *flags)
+    assert flags[0] in error and "no effect" in error
+
+
+def test_media_root_and_bad_records_of_a_file_of_queries(tmp_path, monkeypatch):
+    """Both reach the queries, also where the collection is encoded already."""
+    from mmembed import cli
+    from mmembed.inference import encoding
+
+    class Stop(Exception):
+        pass
+
+    seen = {}
+
+    def stop(embedder, entries, on_bad, report, **options):
+        seen["queries"], seen["on_bad"] = [entry.content for entry in entries], on_bad
+        raise Stop
+
+    def media(embedder, root):
+        seen["root"] = root
+        return embedder
+
+    target, queries = tmp_path / "photos.enc", tmp_path / "queries.jsonl"
+    target.mkdir()
+    (target / "encoding.json").write_text("{}")
+    queries.write_text(json.dumps({"text": "a red bus"}) + "\n{broken\n")
+    settled = encoding.Encoding("model", 8, "document", None, "float32", None)
+    monkeypatch.setattr(encoding, "open_collection", lambda folder: (settled, None))
+    monkeypatch.setattr(encoding, "check_model", lambda *arguments: None)
+    monkeypatch.setattr(encoding, "encode_entries", stop)
+    monkeypatch.setattr(cli, "_load", lambda *arguments: None)
+    monkeypatch.setattr(cli, "_load_media", media)
+    for flags, root in (([], tmp_path), (["--media-root", str(tmp_path / "other")], tmp_path / "other")):
+        with pytest.raises(Stop):
+            main(["search", str(target), "--queries", str(queries), "--on-bad-record", "skip", *flags])
+        assert seen["root"] == root
+        assert seen["on_bad"] == "skip"
+        assert seen["queries"] == ["a red bus"]
+
+
+def test_a_file_without_a_usable_query(encoded, tmp_path, capsys):
+    (tmp_path / "queries.jsonl").write_text("{broken\n")
+    error = refused(capsys, "search", encoded, "--queries", tmp_path / "queries.jsonl", "--on-bad-record", "skip")
+    assert "queries.jsonl: holds no usable query" in error
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "cudda", "meta"])
+def test_a_device_that_is_not_there(tmp_path, capsys, device):
+    (tmp_path / "corpus.jsonl").write_text('{"text": "a"}\n')
+    error = refused(capsys, "encode", tmp_path / "corpus.jsonl", "--output", tmp_path / "c.enc", "--device", device)
+    assert f"device: '{device}' is not there; known: cpu" in error
+
+
+def test_evaluation_names_the_devices_there_are(capsys):
+    from eval.run import main as evaluate
+
+    assert evaluate(["--model", "mmembed-nano", "--tasks", "squad-en", "--device", "cuda:99"]) == 2
+    assert "device: 'cuda:99' is not there" in capsys.readouterr().err
+
+
+def test_a_bare_backbone_has_nothing_to_verify(capsys):
+    error = refused(capsys, "verify", "mmembed-nano")
+    assert "mmembed-nano: a bare backbone has nothing to verify" in error
