@@ -21,7 +21,7 @@ from mmembed.preprocess import Item, Lengths, Preprocessor
 from mmembed.prompts import PROMPTS
 
 WORDS = st.text(alphabet=st.sampled_from(list("abc  \n.,:ßé日本🙂Ω1")), min_size=1, max_size=40)
-POOLED = ("last_token", "mean", "weighted_mean", "latent_attention", "multi_vector")
+POOLED = tuple(POOLINGS.classes())
 
 
 @functools.cache

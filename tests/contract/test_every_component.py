@@ -1,0 +1,241 @@
+"""What each family of components promises, asked of every class that is registered: a new file is picked up by itself.
+
+Written against the base classes alone. What a component computes is tested beside it, in tests/unit and tests/golden.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES as TINY_MODELS
+from families import build, items, vectors
+
+from mmembed.backbones import FAMILIES
+from mmembed.content import to_content
+from mmembed.data.format_base import FORMATS
+from mmembed.data.labels import BatchLabels
+from mmembed.embeddings import Embeddings
+from mmembed.errors import ConfigError
+from mmembed.losses import LOSSES, Loss, Scores
+from mmembed.models.checkpoint import load_checkpoint, save_checkpoint
+from mmembed.objectives import OBJECTIVES, build_objective
+from mmembed.pooling import POOLINGS
+from mmembed.preprocess import Item
+from mmembed.prompts import PROMPTS
+
+EXTEND = Path(__file__).parents[2] / "docs" / "extend.md"
+
+
+def documented_loss() -> type[Loss]:
+    """The class that docs/extend.md shows as the smallest case."""
+    (code,) = re.findall(r"^```python\n(.*?)^```", EXTEND.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    names: dict[str, object] = {"__name__": "documented"}
+    exec(code, names)
+    return next(one for one in names.values() if isinstance(one, type) and issubclass(one, Loss) and one is not Loss)
+
+
+LOSS_CLASSES = {**LOSSES.classes(), "docs/extend.md": documented_loss()}
+
+
+@pytest.mark.parametrize(
+    ("registry", "name"),
+    [(registry, name) for registry in (POOLINGS, LOSSES, OBJECTIVES, PROMPTS, FORMATS) for name in registry.classes()],
+    ids=lambda value: value if isinstance(value, str) else value.package,
+)
+def test_options_that_it_does_not_have_are_refused(registry, name: str) -> None:
+    """Nothing is swallowed by **options."""
+    with pytest.raises(ConfigError, match=f"{name}: unknown option 'no_such_option'"):
+        registry.build({"type": name, "no_such_option": 1}, hidden_size=8)
+
+
+# Poolings -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", POOLINGS.classes())
+def test_a_pooling_sees_the_mask_and_nothing_else(name: str) -> None:
+    torch.manual_seed(0)
+    pooling = POOLINGS.build(name, hidden_size=8)
+    hidden = torch.randn(3, 6, 8, requires_grad=True)  # (B, T, H)
+    mask = torch.tensor([[True] * 6, [False, True, False, True, False, False], [False] * 5 + [True]])  # (B, T)
+    pooled = pooling(hidden, mask)
+    assert pooled.shape == ((3, 6) if pooling.multi_vector else (3,)) + (pooling.embedding_size,)
+    assert pooled.dtype == torch.float32
+    assert pooling(hidden.bfloat16(), mask).dtype == torch.float32
+    (pooled * torch.randn_like(pooled)).sum().backward()
+    assert torch.isfinite(hidden.grad).all()
+    assert not hidden.grad[~mask].any()  # neither padding nor instruction reaches the vector
+    assert all(hidden.grad[row].any() for row in range(3))
+    for parameter_name, parameter in pooling.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), parameter_name
+    other = torch.where(mask.unsqueeze(-1), hidden, torch.full_like(hidden, 1e4))
+    torch.testing.assert_close(pooling(other, mask), pooled)
+
+
+@pytest.mark.parametrize("name", POOLINGS.classes())
+def test_a_pooling_comes_back_from_disk(name: str, family_folder, tmp_path) -> None:
+    model, preprocessor = build(family_folder("qwen3"), pooling=name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    save_checkpoint(tmp_path / "saved", model, preprocessor)
+    reloaded, preprocessor_of_it = load_checkpoint(tmp_path / "saved")
+    batch = items("qwen3")
+    assert torch.equal(vectors(model, preprocessor, batch), vectors(reloaded, preprocessor_of_it, batch))
+
+
+# Losses ---------------------------------------------------------------------------------------------------------------
+
+
+def scores(grades: bool = True) -> Scores:
+    """Rows with graded positives, with one positive; without a positive, without a negative, without a candidate."""
+    values = torch.randn(5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    relevance = torch.tensor(
+        [[2.0, 1, 0, 0, 0, 1], [1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0], [1, 1, 2, 0, 1, 1], [1, 0, 0, 0, 0, 0]]
+    ).double()
+    valid = torch.tensor([[True] * 5 + [False], [True] * 6, [True] * 6, [True] * 3 + [False] + [True] * 2, [False] * 6])
+    return Scores(values.requires_grad_(), relevance if grades else (relevance > 0).double(), valid)
+
+
+@pytest.mark.parametrize("name", LOSS_CLASSES)
+def test_a_loss_is_finite_and_sees_valid_candidates_only(name: str) -> None:
+    given, loss = scores(), LOSS_CLASSES[name]()
+    found = loss(given)
+    assert found.shape == (5,)
+    assert torch.isfinite(found).all()
+    found.sum().backward()
+    assert torch.isfinite(given.values.grad).all()
+    assert not given.values.grad[~given.valid].any()
+    for filler in (-50.0, 50.0):
+        other = Scores(given.values.detach().masked_fill(~given.valid, filler), given.relevance, given.valid)
+        torch.testing.assert_close(loss(other), found.detach())
+
+
+@pytest.mark.parametrize("name", LOSS_CLASSES)
+def test_a_loss_does_not_know_the_order_of_candidates(name: str) -> None:
+    given, loss = scores(), LOSS_CLASSES[name]()
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    mixed = Scores(given.values[:, order], given.relevance[:, order], given.valid[:, order])
+    torch.testing.assert_close(loss(mixed), loss(given))
+
+
+@pytest.mark.parametrize("name", LOSS_CLASSES)
+def test_a_loss_pulls_the_positive_up_and_pushes_the_negative_down(name: str) -> None:
+    values = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
+    loss = LOSS_CLASSES[name]()
+    loss(Scores(values, torch.tensor([[1.0, 0.0]]).double(), torch.ones(1, 2, dtype=torch.bool))).sum().backward()
+    positive, negative = values.grad[0].tolist()
+    assert positive < 0 < negative
+
+
+@pytest.mark.parametrize("name", LOSS_CLASSES)
+def test_a_loss_reads_grades_if_and_only_if_it_says_so(name: str) -> None:
+    """`reads` decides whether graded data is accepted: a wrong word there is an option that is ignored."""
+    loss = LOSS_CLASSES[name]()
+    graded, flat = loss(scores()), loss(scores(grades=False))
+    assert ("relevance" in loss.reads) == (not torch.allclose(graded, flat))
+
+
+# Objectives -----------------------------------------------------------------------------------------------------------
+
+
+def labels(queries: int, per_query: int) -> BatchLabels:
+    """The first document of each query is its positive."""
+    count = queries * per_query
+    keys = torch.arange(count).view(-1, 1).expand(-1, 2)  # (D, 2)
+    return BatchLabels(
+        owner=torch.arange(queries).repeat_interleave(per_query),
+        relevance=torch.tensor([1.0] + [0.0] * (per_query - 1)).repeat(queries),
+        document_keys=keys,
+        query_keys=torch.arange(1000, 1000 + queries),
+        positive_keys=keys[::per_query].unsqueeze(1),
+    )
+
+
+def embeddings(count: int, seed: int) -> Embeddings:
+    made = torch.randn(count, 8, generator=torch.Generator().manual_seed(seed))
+    return Embeddings(made.requires_grad_())
+
+
+@pytest.mark.parametrize("name", OBJECTIVES.classes())
+def test_an_objective_trains_what_goes_in(name: str) -> None:
+    objective, queries, documents = build_objective(name), embeddings(3, 0), embeddings(6, 1)
+    loss, metrics = objective(queries, documents, labels(3, 2))
+    assert loss.shape == () and torch.isfinite(loss)
+    assert metrics and all(value.shape == () and not value.requires_grad for value in metrics.values())
+    loss.backward()
+    learned = [("queries", queries.vectors), ("documents", documents.vectors), *objective.named_parameters()]
+    for what, tensor in learned:
+        assert tensor.grad is not None and torch.isfinite(tensor.grad).all() and tensor.grad.any(), what
+    assert objective.similarity_of(queries, documents).shape == (3, 6)
+    assert objective.reads <= {"relevance", "score"}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES.classes())
+def test_an_objective_can_be_cut_to_nested_dimensions(name: str) -> None:
+    """What matryoshka asks of it: the loss of truncated embeddings, gathered once."""
+    queries, documents = embeddings(3, 0), embeddings(6, 1)
+    whole, _ = build_objective({"type": name, "matryoshka": {"dims": [8, 2]}})(queries, documents, labels(3, 2))
+    of = [
+        build_objective(name)(
+            Embeddings(queries.vectors[:, :size]), Embeddings(documents.vectors[:, :size]), labels(3, 2)
+        )[0]
+        for size in (8, 2)
+    ]
+    torch.testing.assert_close(whole, sum(of))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES.classes())
+def test_an_objective_comes_back_from_its_tensors(name: str) -> None:
+    first, again, queries, documents = build_objective(name), build_objective(name), embeddings(3, 0), embeddings(6, 1)
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter.add_(0.1)
+    again.load_state_dict(first.state_dict())
+    assert torch.equal(*(one(queries, documents, labels(3, 2))[0] for one in (first, again)))
+
+
+# Prompts --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PROMPTS.classes())
+def test_a_prompt_keeps_the_content_and_masks_the_instruction(name: str, family_folder, tmp_path) -> None:
+    model, preprocessor = build(family_folder("qwen3_vl"), prompt=name, pooling="mean")
+    decode, image = preprocessor.tokenizer.decode, preprocessor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    batch = items("qwen3_vl")
+    plain = build(family_folder("qwen3_vl"), prompt="plain")[1].tokenize(batch)
+    for row, bare in zip(preprocessor.tokenize(batch), plain, strict=True):
+        assert list(row.ids).count(image) == list(bare.ids).count(image)
+    asked = Item(to_content("a red bus"), "query", "Find it")
+    (row,) = preprocessor.tokenize([asked])
+    assert "Find it" in decode(row.ids) and "a red bus" in decode(row.ids)
+    pooled = preprocessor([asked]).pool_mask[0].tolist()
+    assert decode([token for token, counts in zip(row.ids, pooled, strict=True) if counts]).strip() == "a red bus"
+    unmasked = build(family_folder("qwen3_vl"), prompt={"type": name, "mask_instruction": False}, pooling="mean")[1]
+    assert unmasked([asked]).pool_mask.all()
+    (document,) = preprocessor.tokenize([Item(to_content("a red bus"))])
+    assert "a red bus" in decode(document.ids) and "Find it" not in decode(document.ids)
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)
+    save_checkpoint(tmp_path / "saved", model, preprocessor)
+    assert load_checkpoint(tmp_path / "saved")[1].tokenize([*batch, asked]) == preprocessor.tokenize([*batch, asked])
+
+
+# Formats --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FORMATS.classes())
+def test_a_format_reads_with_its_defaults_and_names_a_missing_source(name: str, tmp_path) -> None:
+    with pytest.raises(ConfigError, match=re.escape(str(tmp_path / "nowhere"))):
+        list(FORMATS.build(name).read(tmp_path / "nowhere" / "x.parquet"))
+
+
+# Backbones ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES.classes())
+def test_a_backbone_family_has_a_tiny_model_that_the_tests_run(name: str) -> None:
+    """The tests of families go over tests/families.py, which needs a few lines to build the new one."""
+    assert set(FAMILIES.get(name).model_types) <= set(TINY_MODELS)
