@@ -70,7 +70,7 @@ def test_several_positives_among_all_candidates_is_supcon():
     other = ~torch.eye(len(views), dtype=torch.bool)
     relevance = ((label[:, None] == label[None, :]) & other).double()
     scores = Scores(views @ views.T / entry["params"]["temperature"], relevance, other)
-    loss = LOSSES.build({"type": "infonce", "rivals": "all"})(scores).mean()
+    loss = LOSSES.build({"type": "infonce", "negatives": "all"})(scores).mean()
     loss.backward()
     assert loss.item() == pytest.approx(entry["loss"], abs=TOLERANCE)
     assert features.grad.norm().item() == pytest.approx(entry["grad_norms"]["features"], abs=TOLERANCE)

@@ -127,7 +127,7 @@ def test_symmetric_is_the_mean_of_both_directions():
     assert both.item() == pytest.approx((there.item() + back.item()) / 2)
 
 
-def test_symmetric_leaves_out_the_direction_that_has_no_rivals():
+def test_symmetric_leaves_out_the_direction_that_has_no_negatives():
     """Without in-batch negatives a document meets its own query alone: averaging in that 0 would halve the gradient."""
     queries, documents = embed(3), embed(6, seed=1)
     labels = make_labels(OWNER, RELEVANCE, in_batch=False)
