@@ -1,4 +1,4 @@
-"""Opens images, video frames and audio, under limits of size and place.
+"""Opens images, frames of a video among them, under limits of size and place.
 
 Records name media that somebody else wrote, so nothing is trusted: a path may not leave the media folders (resolved, so
 neither `..` nor a symbolic link gets out), a URL is refused unless asked for, and the number of pixels is read from the
@@ -19,7 +19,6 @@ import os
 import re
 import shutil
 import urllib.request
-import wave
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 import PIL.Image
 
-from mmembed.content import Audio, Image, Video
+from mmembed.content import Image
 from mmembed.errors import CacheError, MediaError
 from mmembed.staging import staging
 
@@ -135,28 +134,9 @@ class MediaStore:
                 upright = header.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else header
                 return _to_rgb(upright)
             except (OSError, SyntaxError, ValueError, EOFError) as error:
-                found = f"the picture is truncated or damaged ({error})"
+                found = f"the image is truncated or damaged ({error})"
                 remedy = "replace the file or skip the record"
                 raise MediaError(f"{_label(image.source)}: {found}; {remedy}", kind="truncated or damaged") from None
-
-    def frames(self, video: Video) -> list[PIL.Image.Image]:
-        """The frames in order, each as `open`."""
-        return [self.open(frame) for frame in video.frames]
-
-    def waveform(self, audio: Audio) -> tuple[np.ndarray, int]:
-        """Mono samples (T,) float32 in [-1, 1], and their rate in Hz.
-
-        WAV files are read as they are; other formats need the `soundfile` package.
-        """
-        if isinstance(audio.source, np.ndarray):
-            if audio.sampling_rate is None:
-                raise MediaError("audio samples without a sampling rate; give sampling_rate in Hz")
-            return audio.source.astype(np.float32, copy=False), audio.sampling_rate
-        path = self._file(audio.source)
-        try:
-            return _read_wave(path) if path.suffix.lower() == ".wav" else _read_sound(path)
-        except (OSError, EOFError, wave.Error, RuntimeError) as error:
-            raise MediaError(f"{audio.source}: not a readable sound file ({error}); replace it") from None
 
     @contextmanager
     def _header(self, image: Image) -> Iterator[PIL.Image.Image]:
@@ -169,10 +149,10 @@ class MediaStore:
             try:
                 header = PIL.Image.open(stream)
             except PIL.Image.DecompressionBombError as error:
-                message = f"{_label(image.source)}: gigantic picture ({error}); scale it down"
+                message = f"{_label(image.source)}: gigantic image ({error}); scale it down"
                 raise MediaError(message, kind="gigantic") from None
             except (OSError, SyntaxError, ValueError) as error:
-                found = "an empty file" if not _length(stream) else f"not a readable picture ({error})"
+                found = "an empty file" if not _length(stream) else f"not a readable image ({error})"
                 raise MediaError(f"{_label(image.source)}: {found}; replace the file or skip the record") from None
             with header:
                 self._judge_pixels(header, image.source)
@@ -182,7 +162,7 @@ class MediaStore:
         width, height = header.size
         if width * height > self.limits.max_pixels_decoded:
             raise MediaError(
-                f"{_label(source)}: gigantic picture, {width} x {height} pixels; the limit is "
+                f"{_label(source)}: gigantic image, {width} x {height} pixels; the limit is "
                 f"{self.limits.max_pixels_decoded}. Scale it down or raise MediaLimits.max_pixels_decoded",
                 kind="gigantic",
             )
@@ -227,7 +207,7 @@ class MediaStore:
     def _file(self, source: str) -> Path:
         """The existing file that a path means. Raises MediaError when it leaves the media folders or is missing."""
         if _is_url(source):
-            raise MediaError(f"{_label(source)}: only pictures are fetched from URLs; download the file", kind="URL")
+            raise MediaError(f"{_label(source)}: only images are fetched from URLs; download the file", kind="URL")
         path = Path(source) if self.root is None else self.root / source
         try:
             resolved = path.resolve()
@@ -254,7 +234,7 @@ class MediaStore:
 def _label(source: Any) -> str:
     if isinstance(source, str):
         return source if len(source) <= 200 else f"{source[:200]}..."
-    return f"encoded picture of {len(source)} bytes" if isinstance(source, bytes) else "PIL image"
+    return f"encoded image of {len(source)} bytes" if isinstance(source, bytes) else "PIL image"
 
 
 def _is_url(source: str) -> bool:
@@ -313,28 +293,6 @@ def _ends_well(header: PIL.Image.Image) -> bool:
     return False
 
 
-def _read_wave(path: Path) -> tuple[np.ndarray, int]:
-    with wave.open(str(path), "rb") as sound:
-        width, channels, rate = sound.getsampwidth(), sound.getnchannels(), sound.getframerate()
-        raw = sound.readframes(sound.getnframes())
-    if width == 1:  # unsigned
-        samples: np.ndarray = (np.frombuffer(raw, np.uint8).astype(np.float32) - 128) / 128
-    elif width in (2, 4):
-        samples = np.frombuffer(raw, f"<i{width}").astype(np.float32) / float(2 ** (8 * width - 1))
-    else:
-        raise wave.Error(f"{8 * width}-bit samples; convert it to 16 bits")
-    return samples.reshape(-1, channels).mean(axis=1), rate  # (T,)
-
-
-def _read_sound(path: Path) -> tuple[np.ndarray, int]:
-    try:
-        import soundfile
-    except ImportError:
-        raise MediaError(f"{path}: only WAV is read without soundfile; pip install soundfile, or convert it") from None
-    samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    return samples.mean(axis=1), int(rate)  # (T,)
-
-
 class _PictureTable:
     """Random access to the encoded pictures of one parquet file, through a memory-mapped Arrow copy.
 
@@ -364,7 +322,7 @@ class _PictureTable:
                 raise MediaError(f"{self.path}#{reference}: the table has {self._rows.num_rows} rows", kind="missing")
         encoded = self._rows[column][row].as_py()
         if encoded is None:
-            raise MediaError(f"{self.path}#{reference}: the row has no picture bytes", kind="missing")
+            raise MediaError(f"{self.path}#{reference}: the row has no image bytes", kind="missing")
         return cast(bytes, encoded)
 
     def _find(self, reference: str) -> int | None:
@@ -379,7 +337,7 @@ class _PictureTable:
 
     def _hint(self) -> str:
         if self._ids.shape[1] == 0:
-            return f"it has no column image_id; name a picture as {self._rows.column_names[0]}[row]"
+            return f"it has no column image_id; name an image as {self._rows.column_names[0]}[row]"
         return f"its ids look like '{self._rows['image_id'][0].as_py()}'"
 
 
@@ -400,7 +358,7 @@ def _convert_table(path: Path, folder: Path) -> None:
     pictures = [field.name for field in schema if _holds_pictures(field.type)]
     names = [*pictures, *(["image_id"] if "image_id" in schema.names else [])]
     if not pictures:
-        raise MediaError(f"{path}: no column holds picture bytes; its columns are {', '.join(schema.names)}")
+        raise MediaError(f"{path}: no column holds image bytes; its columns are {', '.join(schema.names)}")
     target = pa.schema([(name, pa.large_binary() if name in pictures else pa.string()) for name in names])
     hashes: list[np.uint64] = []
     with pa.OSFile(str(folder / "pictures.arrow"), "wb") as file, pa.ipc.new_file(file, target) as writer:

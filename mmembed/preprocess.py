@@ -228,7 +228,7 @@ class Preprocessor:
                 parts.append(text)
             elif isinstance(part, Audio):
                 raise MmembedError(
-                    f"audio: the backbone '{self.family.config.model_type}' does not hear; drop the audio"
+                    f"audio: the backbone '{self.family.config.model_type}' has no audio encoder; drop the audio"
                 )
             else:
                 frames = part.frames if isinstance(part, Video) else (part,)

@@ -179,7 +179,7 @@ def name_record(error: MediaError, where: Sequence[str], attempt: Callable[[int]
             attempt(index)
         except MediaError as found:
             remedy = "To go on without such records set data.on_bad_record: skip"
-            return RecordError(origin, str(found), remedy, f"picture {found.kind}")
+            return RecordError(origin, str(found), remedy, f"image {found.kind}")
     return error
 
 

@@ -265,7 +265,7 @@ class _Builder:
             self.media.check(image, decode=self.on_bad_record == "skip")
         except MediaError as error:
             remedy = "To go on without such records set data.on_bad_record: skip"
-            raise RecordError(where, str(error), remedy, f"picture {error.kind}") from None
+            raise RecordError(where, str(error), remedy, f"image {error.kind}") from None
         if len(self.checked) >= _CHECKED:
             self.checked.clear()
         self.checked.add(reference)

@@ -81,11 +81,11 @@ def test_raise_names_the_line_and_skip_counts_the_reasons(tmp_path):
         "not JSON": 1,
         "empty text": 1,
         "unknown task": 1,
-        "picture missing": 2,
-        "picture outside the media folders": 1,
-        "picture URL": 1,
-        "picture unreadable": 1,
-        "picture truncated or damaged": 1,
+        "image missing": 2,
+        "image outside the media folders": 1,
+        "image URL": 1,
+        "image unreadable": 1,
+        "image truncated or damaged": 1,
     }
     again = build(tmp_path, media=media, on_bad_record="skip")  # from the cache
     assert again.skipped == data.skipped
