@@ -79,7 +79,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="mmembed-nano", help="what is fine-tuned (default: mmembed-nano)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the training configuration")
     options = parser.parse_intermixed_args(arguments)
-    options.output = options.output.absolute()
+    options.output = options.output.absolute()  # the steps run in the repository, wherever this was started
+    options.config, options.data_root = (str(Path(path).absolute()) for path in (options.config, options.data_root))
+    if Path(options.model).exists():  # else a name
+        options.model = str(Path(options.model).absolute())
     return options
 
 

@@ -11,8 +11,6 @@ from pathlib import Path
 import PIL.Image
 import pytest
 
-pytest.importorskip("mteb")
-
 from eval import report as reporting
 from recipes import demo
 
@@ -124,6 +122,20 @@ def reporting_queries(ranking):
 def test_texts_of_the_data_cannot_become_markup(report):
     picture = {"task": "t", "text": "<script>alert(1)</script>", "wanted": "data:,", "sides": []}
     assert "<script>" not in reporting.render(report, [picture])
+
+
+def test_relative_paths_are_of_the_folder_it_was_started_in(tmp_path, monkeypatch):
+    """Its steps run in the repository."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    options = demo.parse(["--data-root", "sets", "--config", "my.yaml", "--model", "base", "--output", "out"])
+    commands = {name: command for name, (_, command) in demo.steps(options).items()}
+    training = [f"model.name_or_path={tmp_path}/base", f"data.root={tmp_path}/sets"]
+    assert {*training, f"{tmp_path}/my.yaml", f"training.output_dir={tmp_path}/out/embedder"} < set(
+        commands["training"]
+    )
+    assert {f"{tmp_path}/base", f"{tmp_path}/sets", f"{tmp_path}/out/before.json"} < set(commands["before"])
+    assert demo.parse([]).model == "mmembed-nano"
 
 
 def test_a_run_without_results_is_named(tmp_path, capsys):
