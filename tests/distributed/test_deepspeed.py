@@ -8,7 +8,6 @@ from recipes.train_embedder import main
 from tests.recipes.conftest import backbone, config_file, data  # noqa: F401  (fixtures)
 from tests.runs import ROOT, in_two_processes, losses
 
-pytest.importorskip("deepspeed")
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 

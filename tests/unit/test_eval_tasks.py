@@ -5,12 +5,9 @@ import math
 from collections import Counter
 from pathlib import Path
 
+import mteb
 import numpy as np
 import pytest
-
-pytest.importorskip("mteb")
-
-import mteb
 
 from eval import run
 from eval.baselines import BM25, MiniLM, words

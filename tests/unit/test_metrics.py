@@ -4,14 +4,14 @@ import warnings
 
 import numpy as np
 import pytest
+import pytrec_eval
 import scipy.stats
+import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmembed import metrics
 from mmembed.errors import MmembedError
-
-pytrec_eval = pytest.importorskip("pytrec_eval")
 
 KS = (1, 3, 10)
 
@@ -51,14 +51,13 @@ def test_ranking_metrics_equal_trec_eval(data):
 
 
 def test_both_gains_equal_scikit_learn():
-    sklearn_metrics = pytest.importorskip("sklearn.metrics")
     generator = np.random.default_rng(0)
     scores = np.stack([generator.permutation(40) for _ in range(30)]).astype(float)  # (30, 40) without ties
     relevance = generator.integers(0, 4, scores.shape)
     ranked, judged = metrics.rank_by_score(scores, relevance)
     for gain, gains in (("linear", relevance), ("exponential", 2.0**relevance - 1)):
         ours = metrics.ndcg_at_k(ranked, judged, 10, gain=gain).mean()
-        assert ours == pytest.approx(sklearn_metrics.ndcg_score(gains, scores, k=10), abs=1e-9), gain
+        assert ours == pytest.approx(sklearn.metrics.ndcg_score(gains, scores, k=10), abs=1e-9), gain
 
 
 @settings(max_examples=100, deadline=None)
@@ -90,13 +89,12 @@ def test_correlations_equal_scipy(pairs):
 
 
 def test_pairwise_accuracy_equals_area_under_the_curve():
-    sklearn_metrics = pytest.importorskip("sklearn.metrics")
     generator = np.random.default_rng(1)
     scores, relevance = generator.integers(0, 5, (20, 9)).astype(float), generator.integers(0, 2, (20, 9))
     relevance[:, 0], relevance[:, 1] = 0, 1
     valid = np.ones_like(relevance, dtype=bool)
     valid[:, 8] = False
-    expected = [sklearn_metrics.roc_auc_score(relevance[row, :8], scores[row, :8]) for row in range(20)]
+    expected = [sklearn.metrics.roc_auc_score(relevance[row, :8], scores[row, :8]) for row in range(20)]
     np.testing.assert_allclose(metrics.pairwise_accuracy(scores, relevance, valid), expected)
     assert np.isnan(metrics.pairwise_accuracy([[1.0, 2.0]], [[1, 1]])[0])
 
