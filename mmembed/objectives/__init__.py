@@ -31,6 +31,11 @@ class Objective(nn.Module):
     def reads(self) -> frozenset[str]:
         return frozenset()
 
+    @property
+    def across_processes(self) -> bool:
+        """Whether a query meets the documents of other processes."""
+        return False
+
     def similarity_of(self, queries: Embeddings, documents: Embeddings) -> Tensor:
         """Q queries, C documents -> (Q, C) similarities as the objective compares them, without temperature."""
         raise NotImplementedError

@@ -80,6 +80,10 @@ class Contrastive(Objective):
     def reads(self) -> frozenset[str]:
         return self.loss.reads
 
+    @property
+    def across_processes(self) -> bool:
+        return self.cross_device_negatives
+
     def similarity_of(self, queries: Embeddings, documents: Embeddings) -> Tensor:
         similarity = self.similarity or get_similarity("cosine" if queries.mask is None else "maxsim")
         return similarity(queries, documents)  # (Q, C)

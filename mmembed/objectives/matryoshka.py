@@ -57,6 +57,10 @@ class Matryoshka(Objective):
     def reads(self) -> frozenset[str]:
         return self.objective.reads
 
+    @property
+    def across_processes(self) -> bool:
+        return self.objective.across_processes
+
     def similarity_of(self, queries: Embeddings, documents: Embeddings) -> Tensor:
         return self.objective.similarity_of(queries, documents)
 

@@ -75,6 +75,7 @@ def batch_report(
     plan: BatchPlan,
     first: Batch,
     model: nn.Module,
+    objective: Objective,
     preprocessor: Preprocessor,
     accumulation: int,
 ) -> Report:
@@ -101,7 +102,7 @@ def batch_report(
                 f"data source '{dataset.name}' ({tasks}) has in-batch negatives on: texts of one class are false "
                 "negatives of each other; set in_batch_negatives: false (NV-Embed, section 3)"
             )
-    lines += _batch_lines(config, plan, first, preprocessor, accumulation)
+    lines += _batch_lines(config, plan, first, objective, preprocessor, accumulation)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
     lines.append(f"parameters: {trained:,} trained of {total:,}")
@@ -117,12 +118,17 @@ def keep_tokens(config: EmbedderConfig) -> int | None:
 
 
 def _batch_lines(
-    config: EmbedderConfig, plan: BatchPlan, first: Batch, preprocessor: Preprocessor, accumulation: int
+    config: EmbedderConfig,
+    plan: BatchPlan,
+    first: Batch,
+    objective: Objective,
+    preprocessor: Preprocessor,
+    accumulation: int,
 ) -> list[str]:
     labels = first.labels
     own = int((labels.relevance <= 0).sum()) / first.n_queries
     others = (first.n_documents - first.n_documents / first.n_queries) if labels.in_batch else 0.0
-    remote = (plan.world_size - 1) * first.n_documents if labels.in_batch else 0.0
+    remote = (plan.world_size - 1) * first.n_documents if labels.in_batch and objective.across_processes else 0.0
     inputs = sum(len(chunk.rows) for chunk in first.chunks)
     pictured = [row for chunk in first.chunks for row in chunk.rows if row.images]
     family = preprocessor.family
@@ -133,7 +139,7 @@ def _batch_lines(
     lines = [
         f"batch: {plan.batch_size} queries x {plan.world_size} processes of one source",
         f"first batch ('{labels.source}'): {own:.1f} hard negatives a query, {others:.0f} in-batch negatives of this "
-        f"process and {remote:.0f} of others",
+        f"process and {remote:.0f} of others at most (duplicates and known positives do not count)",
         f"  {inputs:,} distinct inputs ({len(pictured):,} with pictures), {first.tokens:,} tokens ({visual:,} visual), "
         f"{first.padded_tokens / first.tokens - 1:.0%} padding, {len(first.chunks)} chunks, "
         f"{again / first.padded_tokens:.0%} encoded twice",

@@ -177,7 +177,14 @@ class EmbedderTrainer(Trainer):
         first = self.collator([self.train_dataset[index] for index in next(iter(self.plan))])
         accumulation = self.args.gradient_accumulation_steps
         return batch_report(
-            self.run_config, self.train_sources, self.plan, first, self.model, self.preprocessor, accumulation
+            self.run_config,
+            self.train_sources,
+            self.plan,
+            first,
+            self.model,
+            self.model.objective,
+            self.preprocessor,
+            accumulation,
         )
 
     # The step ---------------------------------------------------------------------------------------------------------

@@ -2,17 +2,21 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
 from mmembed.config import build_config
+from mmembed.data.collate import Batch, Chunk
 from mmembed.data.dataset import RecordDataset
+from mmembed.data.labels import BatchLabels
 from mmembed.errors import ConfigError
 from mmembed.losses import LOSSES, Scores
 from mmembed.objectives import build_objective
-from mmembed.training.batch_report import check_sources
+from mmembed.preprocess import Row
+from mmembed.training.batch_report import _batch_lines, check_sources
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,3 +71,21 @@ def test_the_sources_of_the_data_page_can_be_trained_on(tmp_path):
     config = build_config({"data": {**tree["data"], "train": sources, "root": str(ROOT / "data")}})
     datasets = [RecordDataset(source, root=config.data.root) for source in config.data.train]
     check_sources(datasets, config, build_objective(config.objective))
+
+
+@pytest.mark.parametrize("matryoshka", [{}, {"matryoshka": {"dims": [8]}}], ids=["plain", "matryoshka"])
+@pytest.mark.parametrize(("across", "in_batch", "remote"), [(True, True, 4), (False, True, 0), (True, False, 0)])
+def test_the_report_counts_negatives_that_a_query_meets(across, in_batch, remote, matryoshka):
+    """Two queries with a positive and a negative each, on each of two processes."""
+    keys = torch.arange(4)
+    owner, relevance = torch.tensor([0, 0, 1, 1]), torch.tensor([1.0, 0.0, 1.0, 0.0])
+    labels = BatchLabels(owner, relevance, keys[:, None].repeat(1, 2), keys[:2], keys[:2, None, None], in_batch, "some")
+    batch = Batch(2, 4, (Chunk(torch.tensor([0]), (Row([1, 2]),)),), torch.zeros(6, dtype=torch.long), labels)
+    objective = build_objective({"type": "contrastive", "cross_device_negatives": across, **matryoshka})
+    plan = SimpleNamespace(world_size=2, batch_size=2)
+    preprocessor = SimpleNamespace(family=SimpleNamespace(multimodal=False, tokenizer=None))
+    line = _batch_lines(build_config({}), plan, batch, objective, preprocessor, 1)[1]
+    own = 2 if in_batch else 0
+    assert (
+        f"1.0 hard negatives a query, {own} in-batch negatives of this process and {remote} of others at most" in line
+    )
