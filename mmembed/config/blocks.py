@@ -81,7 +81,7 @@ class AdapterConfig(_Block):
 
 
 class LengthsConfig(_Block):
-    """Limits of the text tokens (prompt included; images are never cut) and of the area of a picture, in pixels."""
+    """Limits of the text tokens (prompt included; images are never cut) and of the area of an image, in pixels."""
 
     query_max_length: Positive = 512
     document_max_length: Positive = 512

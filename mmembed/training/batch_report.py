@@ -140,7 +140,7 @@ def _batch_lines(
         f"batch: {plan.batch_size} queries x {plan.world_size} processes of one source",
         f"first batch ('{labels.source}'): {own:.1f} hard negatives a query, {others:.0f} in-batch negatives of this "
         f"process and {remote:.0f} of others at most (duplicates and known positives do not count)",
-        f"  {inputs:,} distinct inputs ({len(pictured):,} with pictures), {first.tokens:,} tokens ({visual:,} visual), "
+        f"  {inputs:,} distinct inputs ({len(pictured):,} with images), {first.tokens:,} tokens ({visual:,} visual), "
         f"{first.padded_tokens / first.tokens - 1:.0%} padding, {len(first.chunks)} chunks, "
         f"{again / first.padded_tokens:.0%} encoded twice",
     ]
@@ -172,7 +172,7 @@ def _refuse(dataset: RecordDataset, config: EmbedderConfig, unused: dict[str, st
 
 def _unread(config: EmbedderConfig, objective: Objective) -> dict[str, str]:
     """Field -> why groups and objective do not use it."""
-    unused = {"audio": "no offered backbone hears"}
+    unused = {"audio": "no offered backbone has an encoder for"}
     if config.data.positives_per_query == 1:  # a loss weighs the positives of a query against each other
         unused["relevance"] = (
             "(grades other than 0 and 1) has no effect with one positive a query, drawn whatever its grade: set "
