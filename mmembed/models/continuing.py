@@ -171,5 +171,7 @@ def _unequal(key: str, saved: Any, other: Any) -> Iterator[tuple[str, Any, Any]]
 def _spelt_out(block: str | dict[str, Any]) -> dict[str, Any]:
     """A pooling block with its defaults: `mean` and `{type: mean}` are one pooling."""
     written = {"type": block} if isinstance(block, str) else block
-    parameters = inspect.signature(POOLINGS.get(written["type"])).parameters.values()
-    return {one.name: one.default for one in parameters if one.default is not one.empty} | written
+    pooling = POOLINGS.get(written["type"])
+    parameters = inspect.signature(pooling).parameters.values()
+    block = {one.name: one.default for one in parameters if one.default is not one.empty} | written
+    return {key: pooling.unset.get(key) if value is None else value for key, value in block.items()}

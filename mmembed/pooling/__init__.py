@@ -7,7 +7,8 @@ One file per pooling; `POOLINGS.build("mean", hidden_size=H)`.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -16,10 +17,15 @@ from mmembed.registry import Registry
 
 
 class Pooling(nn.Module):
-    """Base of the poolings. `embedding_size` is the size of the vectors that come out."""
+    """Base of the poolings. `embedding_size` is the size of the vectors that come out.
+
+    `unset` says what None of an option stands for, where that is one value: a saved pooling that names it and a config
+    that leaves it out are the same.
+    """
 
     name: ClassVar[str]
     multi_vector: ClassVar[bool] = False
+    unset: ClassVar[Mapping[str, Any]] = {}
     embedding_size: int
 
     def __init__(self, hidden_size: int) -> None:

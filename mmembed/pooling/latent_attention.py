@@ -9,7 +9,7 @@ Cost a token: `num_heads * dim_head * (2 * hidden + 2 * num_latents)` multiply-a
 decoder layer's feed-forward.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
@@ -32,6 +32,7 @@ class LatentAttention(Pooling):
     """
 
     name = "latent_attention"
+    unset: ClassVar[dict[str, int]] = {"num_heads": 8}
 
     def __init__(
         self,
@@ -51,7 +52,7 @@ class LatentAttention(Pooling):
                     f"pooling.latent_attention.{option}: {value} has no effect with variant 'printed', which has one "
                     "head without projections; remove it, or use 'released'"
                 )
-        num_heads = 8 if num_heads is None else num_heads
+        num_heads = self.unset["num_heads"] if num_heads is None else num_heads
         self.variant, self.num_heads = variant, num_heads
         self.latents = nn.Parameter(torch.randn(num_latents, hidden_size))  # (R, H)
         inner = hidden_size * feed_forward_multiplier
