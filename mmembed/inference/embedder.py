@@ -31,6 +31,7 @@ from mmembed.content import ContentLike, Role, Text, to_content
 from mmembed.data.collate import plan_chunks
 from mmembed.errors import MmembedError, nearest
 from mmembed.inference.cpu import accelerate, cpu_capabilities
+from mmembed.inference.devices import check_device
 from mmembed.inference.quantize import (
     STORED_DTYPES,
     Precision,
@@ -90,7 +91,9 @@ class Embedder:
 
         Raises:
             CheckpointError, ConfigError: nothing loadable there.
+            MmembedError: this machine has no such device, or there is no such dtype.
         """
+        check_device(None if device is None else str(device))
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model, preprocessor = load_checkpoint(
             path_or_name, resolve_dtype(dtype, device), device, trust_remote_code=trust_remote_code

@@ -200,6 +200,11 @@ def test_bad_options(embedder, options, message):
         embedder.encode(["a"], **options)
 
 
+def test_a_device_that_is_not_there_is_named(family_folder):
+    with pytest.raises(MmembedError, match="cuda:99.*known: cpu"):
+        Embedder.from_pretrained(family_folder("qwen3"), device="cuda:99")
+
+
 def test_a_bare_string_is_refused(embedder):
     with pytest.raises(MmembedError, match=r"encode\(\[content\]\)"):
         embedder.encode("not a list")
