@@ -34,7 +34,7 @@ TEMPERATURE = 0.05
 LEARNING_RATE = 1e-4
 GOAL = 1.5
 PEER_SETTINGS = ("size=16", "size=32", "size=64", "tokens=4096", "tokens=8192")
-OUR_BUDGET = {"fp32": 8192, "bf16": 8192}
+OUR_BUDGET = {"fp32": 8192, "bf16": 4096}
 
 
 def main() -> None:
