@@ -457,12 +457,10 @@ def _load(arguments: argparse.Namespace, model: str) -> Embedder:
     """The embedder, its media confined to the folder of what is encoded."""
     from transformers.utils.logging import disable_progress_bar
 
-    from mmembed.inference.devices import check_device
     from mmembed.inference.embedder import Embedder
     from mmembed.inference.sources import media_root
     from mmembed.media import MediaStore
 
-    check_device(arguments.device)
     disable_progress_bar()  # a bar a file of weights says nothing
     root = arguments.media_root or media_root(vars(arguments).get("source") or arguments.target)
     embedder = Embedder.from_pretrained(
