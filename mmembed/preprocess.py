@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -84,6 +84,7 @@ class ModelInputs:
         num_tokens: tokens of the inputs, padding not counted.
         filler: rows at the end that are no inputs: a dummy image that keeps the vision tower in the graph. The model
             drops their vectors and adds them times 0.
+        shared: how many first tokens all rows have in common, fillers included.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -91,6 +92,7 @@ class ModelInputs:
     padding: Side | None = None
     num_tokens: int = 0
     filler: int = 0
+    shared: int = 0
 
     def __len__(self) -> int:
         return len(self.pool_mask) - self.filler
@@ -99,7 +101,7 @@ class ModelInputs:
         """A copy on `device`."""
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()}
         pool_mask = self.pool_mask.to(device, non_blocking=True)
-        return ModelInputs(moved, pool_mask, self.padding, self.num_tokens, self.filler)
+        return ModelInputs(moved, pool_mask, self.padding, self.num_tokens, self.filler, self.shared)
 
 
 class Preprocessor:
@@ -141,6 +143,7 @@ class Preprocessor:
         self.append_eos, self.touch_vision = append_eos, touch_vision
         self.pool_suffix = pool_suffix or not prompt.mask_instruction
         self._control = _control_tokens(family)
+        self._media_ids = {self.tokenizer.convert_tokens_to_ids(token) for token in family.reserved}
         self._start, self._end = self._special_ids()
         self._chats = _ChatLayouts(processor, family)
 
@@ -161,12 +164,24 @@ class Preprocessor:
             for item, encoding, (layout, images, sizes, chat) in zip(items, encodings, written, strict=True)
         ]
 
-    def collate(self, rows: Sequence[Row], padding_side: Side | None = None) -> ModelInputs:
-        """Pads rows (right by default) and opens their images."""
+    def shareable(self, row: Row) -> int:
+        """How many first tokens of a row other rows may share: what stands before its media, but not all of it.
+
+        Media tokens look alike and stand for different pictures. At least one token stays the row's own.
+        """
+        if self.family.unshared(bool(row.images)) is not None:
+            return 0
+        if not row.images:
+            return len(row) - 1
+        return next((at for at, token in enumerate(row.ids[:-1]) if token in self._media_ids), len(row) - 1)
+
+    def collate(self, rows: Sequence[Row], padding_side: Side | None = None, shared: int = 0) -> ModelInputs:
+        """Pads rows (right by default) and opens their images. `shared` first tokens of all rows are the same."""
         side: Side = padding_side or "right"
         filler = int(self.touch_vision and self.family.multimodal and not any(row.images for row in rows))
         if filler:
-            rows = [*rows, *self.tokenize([Item((Image(PIL.Image.new("RGB", (64, 64), (200, 100, 50))),))])]
+            (dummy,) = self.tokenize([Item((Image(PIL.Image.new("RGB", (64, 64), (200, 100, 50))),))])
+            rows = [*rows, replace(dummy, ids=[*rows[0].ids[:shared], *dummy.ids], hidden=())]
         longest = max(len(row) for row in rows)
         ids = np.full((len(rows), longest), self.tokenizer.pad_token_id, dtype=np.int64)  # (B, T)
         attended = np.zeros((len(rows), longest), dtype=bool)  # (B, T)
@@ -194,7 +209,7 @@ class Preprocessor:
             tensors |= self.family.image_tensors(pictures)
         padding = None if tokens == len(rows) * longest else side
         real_tokens = tokens - (len(rows[-1]) if filler else 0)
-        return ModelInputs(tensors, torch.from_numpy(pooled), padding, real_tokens, filler)
+        return ModelInputs(tensors, torch.from_numpy(pooled), padding, real_tokens, filler, shared)
 
     # Writing ----------------------------------------------------------------------------------------------------------
 

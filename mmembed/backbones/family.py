@@ -134,6 +134,14 @@ class Family:
         """Positions that the model would compute from the token ids, where they are not simply 0, 1, 2, ..."""
         return None
 
+    def unshared(self, has_images: bool) -> str | None:
+        """Why rows cannot share the keys and values of a common prefix; None where they can.
+
+        Args:
+            has_images: whether the rows hold images, behind the prefix.
+        """
+        return None if self.causal else "attention is bidirectional"
+
     def set_pixel_limits(self, min_pixels: int | None, max_pixels: int | None) -> None:
         """Bounds the area of an image before it is cut into patches, in pixels.
 

@@ -25,6 +25,9 @@ class Gemma3(Family):
     def image_markup(self, width: int, height: int, images_in_row: int) -> str:
         return self.processor.full_image_sequence
 
+    def unshared(self, has_images: bool) -> str | None:
+        return "image tokens attend to each other in both directions" if has_images else super().unshared(has_images)
+
     def token_tensors(self, input_ids: torch.Tensor, has_images: bool) -> dict[str, torch.Tensor]:
         if not has_images:
             return {}

@@ -37,5 +37,8 @@ class PaliGemma(Family):
             complete=True,
         )
 
+    def unshared(self, has_images: bool) -> str | None:
+        return "attention follows token types"
+
     def token_tensors(self, input_ids: torch.Tensor, has_images: bool) -> dict[str, torch.Tensor]:
         return {"token_type_ids": input_ids.new_full(input_ids.shape, int(self.causal))}  # (B, T)

@@ -155,6 +155,8 @@ class TrainingConfig(_Block):
     grad_cache: `auto` recomputes in a second pass only the chunks that the budget cannot keep; `true` recomputes all
         (least memory); `false` keeps all (one pass, whatever it takes).
     chunk_rows: at most so many inputs a chunk (default: bounded by tokens only).
+    share_prefix: `auto` computes the tokens that the inputs of a chunk begin with (an instruction, a system turn) once
+        a chunk, where the backbone allows it: same vectors and gradients. `off` computes them for each input.
     optimizer: by name; `training.optim` (transformers' own names) may be given instead.
     learning_rates: by tower (vision, projector, language, pooling, objective); others use `learning_rate`.
     """
@@ -165,10 +167,16 @@ class TrainingConfig(_Block):
     token_budget: Positive = 16384
     grad_cache: Literal["auto"] | bool = "auto"
     chunk_rows: Positive | None = None
+    share_prefix: Literal["auto", "off"] = "auto"
     optimizer: Literal["adamw", "adamw_8bit", "lion", "adafactor"] | None = None
     learning_rates: dict[Tower, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default_factory=dict)
     early_stopping_patience: Positive | None = None
     early_stopping_threshold: float = Field(default=0.0, ge=0)
+
+    @field_validator("share_prefix", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads an unquoted `off` as false
 
     @property
     def arguments(self) -> dict[str, Any]:

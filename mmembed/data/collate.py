@@ -24,6 +24,7 @@ from torch import Tensor
 from mmembed.config.blocks import SourceConfig
 from mmembed.content import Audio, Content, Document, Example, Image, Text
 from mmembed.data.labels import BatchLabels
+from mmembed.data.prefixes import Group, group_by_prefix
 from mmembed.data.records import is_untrainable_pair
 from mmembed.errors import MediaError, MmembedError, RecordError
 from mmembed.preprocess import Item, ModelInputs, Preprocessor, Row
@@ -40,16 +41,23 @@ class Chunk:
 
     index: (n,) long, their positions among the distinct inputs.
     where: `file:line` of a record each input is of, for error messages.
+    shared: how many first tokens all rows have in common, which the model computes once.
     """
 
     index: Tensor
     rows: tuple[Row, ...]
     where: tuple[str, ...] = ()
+    shared: int = 0
 
     @property
     def padded_tokens(self) -> int:
-        """Rows times the longest."""
-        return len(self.rows) * max(len(row) for row in self.rows)
+        """What is shared, and rows times the rest of the longest."""
+        return self.shared + len(self.rows) * (max(len(row) for row in self.rows) - self.shared)
+
+    @property
+    def saved_tokens(self) -> int:
+        """Tokens that the rows have and the model does not compute."""
+        return self.shared * (len(self.rows) - 1)
 
     def inputs(self, preprocessor: Preprocessor) -> ModelInputs:
         """Pads the rows and opens their media, now.
@@ -58,7 +66,7 @@ class Chunk:
             RecordError: a picture cannot be opened; a MediaError where the records are not known.
         """
         try:
-            return preprocessor.collate(self.rows)
+            return preprocessor.collate(self.rows, shared=self.shared)
         except MediaError as error:
             raise name_record(error, self.where, lambda index: preprocessor.collate([self.rows[index]])) from None
 
@@ -85,6 +93,11 @@ class Batch:
     def padded_tokens(self) -> int:
         return sum(chunk.padded_tokens for chunk in self.chunks)
 
+    @property
+    def saved_tokens(self) -> int:
+        """Tokens of shared prefixes that are not computed again."""
+        return sum(chunk.saved_tokens for chunk in self.chunks)
+
 
 class Collator:
     """list[Example] of one source -> Batch.
@@ -96,6 +109,7 @@ class Collator:
         chunk_rows: inputs a chunk, or no bound.
         train_group_size: documents a query; `positives_per_query` of them positive. Fewer where the record has fewer:
             nothing is repeated to fill a group.
+        share_prefix: plan chunks whose rows begin with the same tokens, for a model that computes these once.
     """
 
     def __init__(
@@ -107,8 +121,9 @@ class Collator:
         train_group_size: int = 8,
         positives_per_query: int = 1,
         seed: int = 0,
+        share_prefix: bool = False,
     ) -> None:
-        self.preprocessor, self.sources = preprocessor, sources
+        self.preprocessor, self.sources, self.share_prefix = preprocessor, sources, share_prefix
         self.chunk_tokens, self.chunk_rows = chunk_tokens, chunk_rows
         self.train_group_size, self.positives_per_query, self.seed = train_group_size, positives_per_query, seed
 
@@ -140,7 +155,8 @@ class Collator:
             in_batch=source.in_batch_negatives,
             source=examples[0].source,
         )
-        chunks = plan_chunks(rows, self.chunk_tokens, self.chunk_rows, where)
+        limits = [self.preprocessor.shareable(row) for row in rows] if self.share_prefix else None
+        chunks = plan_chunks(rows, self.chunk_tokens, self.chunk_rows, where, limits)
         return Batch(len(examples), len(documents), chunks, torch.tensor(place), labels)
 
     def _group(self, example: Example) -> list[Document]:
@@ -184,35 +200,59 @@ def name_record(error: MediaError, where: Sequence[str], attempt: Callable[[int]
 
 
 def plan_chunks(
-    rows: Sequence[Row], chunk_tokens: int, chunk_rows: int | None = None, where: Sequence[str] = ()
+    rows: Sequence[Row],
+    chunk_tokens: int,
+    chunk_rows: int | None = None,
+    where: Sequence[str] = (),
+    shareable: Sequence[int] | None = None,
 ) -> tuple[Chunk, ...]:
     """Cuts rows into chunks, longest first, rows with media apart from rows without.
 
     Args:
-        chunk_tokens: rows times the longest of a chunk stay below it; a longer row is a chunk of its own.
+        chunk_tokens: padded tokens of a chunk stay below it, a shared prefix counted once; a longer row is a chunk of
+            its own.
         chunk_rows: at most so many rows.
         where: the record each row is of.
+        shareable: of each row, how many first tokens it may share with others; None shares nothing.
     """
-    order = sorted(range(len(rows)), key=lambda index: (bool(rows[index].images), -len(rows[index])))
-    chunks: list[list[int]] = []
-    for index in order:
-        longest = rows[chunks[-1][0]] if chunks else None
-        if (
-            longest is None
-            or bool(longest.images) != bool(rows[index].images)
-            or (len(chunks[-1]) + 1) * len(longest) > chunk_tokens
-            or (chunk_rows is not None and len(chunks[-1]) >= chunk_rows)
-        ):
-            chunks.append([])
-        chunks[-1].append(index)
+    chunks: list[tuple[int, list[int]]] = []  # shared prefix, rows
+    for pictured in (False, True):
+        alike = [index for index, row in enumerate(rows) if bool(row.images) == pictured]
+        groups = [Group(0, tuple(range(len(alike))))]
+        if shareable is not None:
+            groups = group_by_prefix([rows[index].ids for index in alike], [shareable[index] for index in alike])
+        found = [
+            (group.prefix, cut)
+            for group in groups
+            for cut in _cut([alike[at] for at in group.rows], rows, group.prefix, chunk_tokens, chunk_rows)
+        ]
+        chunks += sorted(found, key=lambda chunk: -len(rows[chunk[1][0]]))
     return tuple(
         Chunk(
             torch.tensor(chunk),
             tuple(rows[index] for index in chunk),
             tuple(where[index] for index in chunk) if where else (),
+            shared if len(chunk) > 1 else 0,
         )
-        for chunk in chunks
+        for shared, chunk in chunks
     )
+
+
+def _cut(
+    indices: Sequence[int], rows: Sequence[Row], prefix: int, chunk_tokens: int, chunk_rows: int | None
+) -> list[list[int]]:
+    """Indices of rows that share `prefix` tokens, longest first, in lists that keep the two bounds."""
+    chunks: list[list[int]] = []
+    for index in sorted(indices, key=lambda index: -len(rows[index])):
+        longest = len(rows[chunks[-1][0]]) if chunks else 0
+        if (
+            not chunks
+            or prefix + (len(chunks[-1]) + 1) * (longest - prefix) > chunk_tokens
+            or (chunk_rows is not None and len(chunks[-1]) >= chunk_rows)
+        ):
+            chunks.append([])
+        chunks[-1].append(index)
+    return chunks
 
 
 def content_key(content: Content) -> int:

@@ -23,12 +23,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmembed.backbones import shared_prefix as sharing
+
 ATTENTION = "mmembed_cpu"
 QUERY_BLOCK = (
     64  # rows of the score matrix made at a time: half of a causal matrix is skipped, scores stay in the cache
 )
 WHOLE_BLOCK = 512  # the same without a causal mask, where nothing can be skipped
-_UNKNOWN_TO_US = ("position_bias", "cache", "softcap", "s_aux")  # attention variants left to the stock kernel
 
 
 def accelerate(model: nn.Module) -> None:
@@ -90,18 +91,22 @@ def attend(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    shared_prefix: sharing.SharedPrefix | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention in the interface of transformers: query (B, H, T, D), key and value (B, G, S, D) -> (B, T, H, D)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    fast = query.dtype == torch.bfloat16 and query.device.type == "cpu" and not torch.is_grad_enabled()
+    if sharing.follows(module, shared_prefix):
+        assert shared_prefix is not None
+        kernel = _causal_blocks if fast and options.get("sliding_window") is None else sharing.masked_attention
+        return sharing.attend_behind(shared_prefix, query, key, value, dropout, scaling, kernel, **options), None
     ours = (
-        query.dtype == torch.bfloat16
-        and query.device.type == "cpu"
+        fast
         and attention_mask is None
         and query.shape[2] == key.shape[2]
-        and not torch.is_grad_enabled()
-        and all(options.get(name) is None for name in _UNKNOWN_TO_US)
+        and all(options.get(name) is None for name in sharing.UNKNOWN_TO_US)
     )
     if not ours:
         return sdpa_attention_forward(
@@ -111,8 +116,15 @@ def attend(
     return _blocked_attention(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, causal), None
 
 
+def _causal_blocks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float, scaling: float) -> Tensor:
+    """In place of `masked_attention`, whose mask without a window is the one that blocks have anyway."""
+    return _blocked_attention(query, key, value, scaling, causal=True).transpose(1, 2)
+
+
 def _blocked_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, causal: bool) -> Tensor:
+    """query (B, H, T, D), key and value (B, G, S, D), the queries at the end of the keys -> (B, T, H, D)."""
     batch, heads, length, width = query.shape
+    before = key.shape[2] - length
     groups, value_width = key.shape[1], value.shape[-1]
     shared = heads // groups  # query heads that share a key head are rows of one product
     query = (query * scaling).reshape(batch, groups, shared, length, width)
@@ -121,11 +133,11 @@ def _blocked_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float
     block = QUERY_BLOCK if causal else WHOLE_BLOCK
     for start in range(0, length, block):
         stop = min(start + block, length)
-        seen = stop if causal else length
+        seen = before + (stop if causal else length)
         rows = query[:, :, :, start:stop].reshape(batch, groups, -1, width)  # (B, G, R, D)
         scores = torch.matmul(rows, keys[..., :seen]).view(batch, groups, shared, stop - start, seen)
         if causal:
-            scores[..., start:stop] += _future(stop - start, scores.dtype)
+            scores[..., before + start : seen] += _future(stop - start, scores.dtype)
         mixed = torch.matmul(scores.softmax(-1).view(batch, groups, -1, seen), value[:, :, :seen])  # (B, G, R, D)
         output[:, start:stop] = mixed.view(batch, groups, shared, stop - start, value_width).permute(0, 3, 1, 2, 4)
     return output.view(batch, length, heads, value_width)
@@ -145,5 +157,5 @@ def _use_attention(model: nn.Module) -> None:
     AttentionInterface.register(ATTENTION, attend)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and module.config._attn_implementation == "sdpa":
+        if isinstance(module, PreTrainedModel) and module.config._attn_implementation in ("sdpa", sharing.ATTENTION):
             module.set_attn_implementation(ATTENTION)

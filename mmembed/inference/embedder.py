@@ -4,7 +4,8 @@ What makes it fast, in the order of what it gains on a CPU:
 
 1. kernels that suit the processor (`mmembed.inference.cpu`);
 2. batches are cut from the contents sorted by length, under a budget of padded tokens that fits the processor's cache;
-3. texts go through the model without an attention mask where it allows that (right padding under causal attention);
+3. texts go through the model without an attention mask where it allows that (right padding under causal attention),
+   and what the texts of a batch begin with in common, an instruction above all, goes through it once;
 4. on a CPU with several threads, a narrow model computes several batches at once, one thread each: its products are too
    small to share between threads;
 5. all texts of a window are tokenized in one call, and threads open and resize images while the model computes;
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from mmembed.models.embedding_model import EmbeddingModel
 
 Batch = tuple[list[int], Tensor, Tensor | None]  # positions in the contents, vectors, mask; on the CPU
+Planned = tuple[list[int], Sequence[Row], int]  # positions in the contents, their rows, tokens of a shared prefix
 Vectors = Any  # (N, W) numpy array or tensor; a list of (T, W) for multi-vector models
 TOKEN_BUDGETS = {"cpu": 2048}  # padded tokens in a batch: what stays in the processor's cache (see docs/inference.md)
 TOKEN_BUDGET = 16384  # on accelerators
@@ -123,6 +125,7 @@ class Embedder:
         role: Role = "document",
         instruction: str | Sequence[str | None] | None = None,
         token_budget: int | None = None,
+        share_prefix: Literal["auto", "off"] = "auto",
         truncate_dim: int | None = None,
         output: Literal["numpy", "torch"] = "numpy",
         precision: Precision = "float32",
@@ -137,6 +140,8 @@ class Embedder:
             instruction: one for all contents, or one a content; a content that brings its own keeps it.
             token_budget: padded tokens in a batch, visual tokens included; a longer content is a batch of its own.
                 None: 2048 on a CPU, 16384 on an accelerator.
+            share_prefix: "auto" computes tokens that contents of a batch begin with (an instruction) once, where the
+                backbone allows it (see `EmbeddingModel.unshared`); "off" for each content. The same vectors.
             truncate_dim: keep the first dimensions (Matryoshka), normalised again where the model normalises.
             output: "numpy" or "torch" (on the CPU).
             precision: "float32", "float16", "int8" or "binary"; see `mmembed.inference.quantize`.
@@ -151,7 +156,11 @@ class Embedder:
         """
         if isinstance(contents, str | bytes | Mapping):
             raise MmembedError(f"contents: a single {type(contents).__name__}; give a list, encode([content])")
-        for name, value, known in (("role", role, ("query", "document")), ("output", output, ("numpy", "torch"))):
+        for name, value, known in (
+            ("role", role, ("query", "document")),
+            ("output", output, ("numpy", "torch")),
+            ("share_prefix", share_prefix, ("auto", "off")),
+        ):
             if value not in known:
                 raise MmembedError(f"{name}: there is no '{value}'; {nearest(value, known)}")
         if not (instruction is None or isinstance(instruction, str)) and len(instruction) != len(contents):
@@ -178,7 +187,8 @@ class Embedder:
             disable=None if show_progress is None else not show_progress,
         )
         with bar:
-            for positions, vectors, mask in self._batches(contents, role, instruction, token_budget):
+            share = share_prefix == "auto" and self.model.unshared() is None
+            for positions, vectors, mask in self._batches(contents, role, instruction, token_budget, share):
                 store.put(positions, vectors, mask)
                 bar.update(len(positions))
         return store.result(output)
@@ -210,9 +220,10 @@ class Embedder:
         role: Role,
         instruction: str | Sequence[str | None] | None,
         token_budget: int,
+        share_prefix: bool,
     ) -> Iterator[Batch]:
         """The vectors of each batch, wherever they were computed."""
-        plan = self._plan(contents, role, instruction, token_budget)
+        plan = self._plan(contents, role, instruction, token_budget, share_prefix)
         head = list(islice(plan, torch.get_num_threads()))  # as many batches as could be computed at once
         narrow = self.device.type == "cpu" and self.model.backbone.config.get_text_config().hidden_size <= NARROW
         batches = chain(head, plan)
@@ -221,10 +232,10 @@ class Embedder:
         else:
             yield from self._in_turn(batches)
 
-    def _in_turn(self, plan: Iterable[tuple[list[int], Sequence[Row]]]) -> Iterator[Batch]:
+    def _in_turn(self, plan: Iterable[Planned]) -> Iterator[Batch]:
         """Batch after batch through the model, while threads prepare the next ones."""
 
-        def prepare(planned: tuple[list[int], Sequence[Row]]) -> tuple[list[int], ModelInputs]:
+        def prepare(planned: Planned) -> tuple[list[int], ModelInputs]:
             return planned[0], self._collate(*planned)
 
         for positions, inputs in ahead(plan, prepare, threads=PREPARED):
@@ -241,7 +252,8 @@ class Embedder:
         role: Role,
         instruction: str | Sequence[str | None] | None,
         token_budget: int,
-    ) -> Iterator[tuple[list[int], Sequence[Row]]]:
+        share_prefix: bool,
+    ) -> Iterator[Planned]:
         """The rows of each batch, window after window; longest first, so that memory trouble shows at once."""
         for start in range(0, len(contents), WINDOW):
             items = []
@@ -250,8 +262,9 @@ class Embedder:
                 with _naming(index):
                     items.append(_item(contents[index], role, common))
             rows = self._tokenize(items, start)
-            for chunk in plan_chunks(rows, token_budget):
-                yield [start + index for index in chunk.index.tolist()], chunk.rows
+            shareable = [self.preprocessor.shareable(row) for row in rows] if share_prefix else None
+            for chunk in plan_chunks(rows, token_budget, shareable=shareable):
+                yield [start + index for index in chunk.index.tolist()], chunk.rows, chunk.shared
 
     def _tokenize(self, items: Sequence[Item], start: int) -> list[Row]:
         try:
@@ -262,9 +275,9 @@ class Embedder:
                     self.preprocessor.tokenize([item])
             raise
 
-    def _collate(self, positions: Sequence[int], rows: Sequence[Row]) -> ModelInputs:
+    def _collate(self, positions: Sequence[int], rows: Sequence[Row], shared: int) -> ModelInputs:
         try:
-            return self.preprocessor.collate(rows)
+            return self.preprocessor.collate(rows, shared=shared)
         except MmembedError:
             for position, row in zip(positions, rows, strict=True):
                 with _naming(position):

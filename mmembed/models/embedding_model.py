@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -19,8 +19,10 @@ from torch.nn import functional as F
 
 from mmembed.backbones import NANO, Backbone, Family, load_backbone
 from mmembed.backbones.adapters import adapted, apply_adapter, quantization_of, run
+from mmembed.backbones.shared_prefix import SharedPrefix, flatten, prepare, unflatten
 from mmembed.config.blocks import PROMPT_TYPES
 from mmembed.embeddings import Embeddings
+from mmembed.errors import MmembedError
 from mmembed.pooling import POOLINGS, Pooling
 from mmembed.preprocess import Lengths, ModelInputs, Preprocessor
 from mmembed.prompts import PROMPTS
@@ -86,6 +88,7 @@ class EmbeddingModel(nn.Module):
         self.family, self.settings = family, settings
         self._virtual_tokens = settings.adapter_type in PROMPT_TYPES
         self.fresh_head = head_sums(self)
+        self._unshared = self._prepare_sharing()
 
     @property
     def config(self) -> Any:
@@ -132,6 +135,22 @@ class EmbeddingModel(nn.Module):
             for name, _ in self.named_parameters()
         }
 
+    def unshared(self, has_images: bool = False) -> str | None:
+        """Why inputs that begin with the same tokens are computed one by one; None where that is computed once."""
+        return self._unshared or self.family.unshared(has_images)
+
+    def _prepare_sharing(self) -> str | None:
+        if self._virtual_tokens:
+            return f"adapter.type '{self.settings.adapter_type}' puts tokens of its own in front"
+        return prepare(self._base)
+
+    @property
+    def _base(self) -> PreTrainedModel:
+        """The backbone without what an adapter put around it."""
+        if self.settings.adapter_type == "none":
+            return cast("PreTrainedModel", self.backbone)
+        return cast("PreTrainedModel", adapted(self.backbone).get_base_model())
+
     def forward(self, inputs: ModelInputs) -> Embeddings:
         """Embeds a batch: -> vectors (B, E), or (B, T, E) and mask (B, T)."""
         tensors, pool_mask = _right_padded(inputs)
@@ -140,7 +159,10 @@ class EmbeddingModel(nn.Module):
         tensors = {
             name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()
         }
-        hidden = run(self.family, self.backbone, tensors, self.settings.adapter_type)  # (B, T, H)
+        if inputs.shared and self.unshared("pixel_values" in tensors) is None:
+            hidden, pool_mask = self._run_shared(tensors, pool_mask, inputs.shared)
+        else:
+            hidden = run(self.family, self.backbone, tensors, self.settings.adapter_type)  # (B, T, H)
         vectors = self.pooling(hidden, pool_mask)  # (B, H) or (B, T, H)
         if self.projection is not None:
             vectors = self.projection(vectors)
@@ -151,6 +173,39 @@ class EmbeddingModel(nn.Module):
             vectors = vectors[: -inputs.filler] + 0.0 * vectors[-inputs.filler :].sum()
             pool_mask = pool_mask[: -inputs.filler]
         return Embeddings(vectors, pool_mask if self.pooling.multi_vector else None)
+
+    def _run_shared(
+        self, tensors: dict[str, torch.Tensor], pool_mask: torch.Tensor, prefix: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states of rows that begin with the same `prefix` tokens, and their pool mask.
+
+        The prefix's own columns come back only where some of them are pooled.
+        """
+        ids = tensors["input_ids"]  # (B, P + T)
+        rows, length = ids.shape
+        positions = self.family.position_ids(self._base, tensors)  # (3, B, P + T) or None
+        if positions is None:
+            positions = torch.arange(length, device=ids.device).expand(rows, length)  # (B, P + T)
+        shared = SharedPrefix(self.config, prefix, rows)
+        media = {name: tensor for name, tensor in tensors.items() if name not in _SEQUENCE}
+        made = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)  # given in 4 dimensions: none is made
+        output = self.backbone(
+            input_ids=flatten(ids, prefix),
+            position_ids=flatten(positions, prefix),
+            attention_mask=made,
+            shared_prefix=shared,
+            **media,
+            return_dict=True,
+        ).last_hidden_state  # (1, P + B * T, H)
+        if shared.calls < self.config.num_hidden_layers:
+            raise MmembedError(
+                f"share_prefix: {shared.calls} of {self.config.num_hidden_layers} layers of "
+                f"'{self.family.config.model_type}' use the attention that shares a prefix; set share_prefix: off"
+            )
+        head, own = unflatten(output, prefix, rows)  # (P, H), (B, T, H)
+        if not pool_mask[:, :prefix].any():
+            return own, pool_mask[:, prefix:]
+        return torch.cat([head.expand(rows, -1, -1), own], dim=1), pool_mask
 
 
 def head_sums(model: EmbeddingModel) -> dict[str, float]:

@@ -78,12 +78,14 @@ def batch_report(
     objective: Objective,
     preprocessor: Preprocessor,
     accumulation: int,
+    unshared: str | None = None,
 ) -> Report:
     """Describes the run.
 
     Args:
         first: this process's first batch.
         accumulation: gradient accumulation steps, which enlarge no contrastive batch.
+        unshared: why no prefixes are shared, where that is so for the whole run.
     """
     lines = ["sources:"]
     warnings = []
@@ -103,6 +105,7 @@ def batch_report(
                 "negatives of each other; set in_batch_negatives: false (NV-Embed, section 3)"
             )
     lines += _batch_lines(config, plan, first, objective, preprocessor, accumulation)
+    lines.append("  " + _sharing(first, unshared))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
     lines.append(f"parameters: {trained:,} trained of {total:,}")
@@ -141,12 +144,26 @@ def _batch_lines(
         f"first batch ('{labels.source}'): {own:.1f} hard negatives a query, {others:.0f} in-batch negatives of this "
         f"process and {remote:.0f} of others at most (duplicates and known positives do not count)",
         f"  {inputs:,} distinct inputs ({len(pictured):,} with images), {first.tokens:,} tokens ({visual:,} visual), "
-        f"{first.padded_tokens / first.tokens - 1:.0%} padding, {len(first.chunks)} chunks, "
+        f"{first.padded_tokens / (first.tokens - first.saved_tokens) - 1:.0%} padding, {len(first.chunks)} chunks, "
         f"{again / first.padded_tokens:.0%} encoded twice",
     ]
     if accumulation > 1:
         lines.append(f"  {accumulation} accumulated batches a step: they average gradients, negatives do not add up")
     return lines
+
+
+def _sharing(first: Batch, unshared: str | None) -> str:
+    """How much of a batch is shared prefixes, or why nothing is."""
+    if unshared is not None:
+        return f"shared prefixes: none ({unshared})"
+    if not first.saved_tokens:
+        return "shared prefixes: none (no beginning that enough inputs have in common)"
+    sharing = [chunk for chunk in first.chunks if chunk.shared]
+    inputs = sum(len(chunk.rows) for chunk in sharing)
+    return (
+        f"shared prefixes: {inputs:,} inputs in {len(sharing)} chunks begin alike; {first.saved_tokens:,} tokens "
+        f"({first.saved_tokens / first.tokens:.0%}) are not computed again"
+    )
 
 
 def _memory(model: nn.Module, trained: int) -> str:

@@ -96,13 +96,15 @@ def evaluate(
     similarity: Similarity,
     preprocessor: Preprocessor,
     token_budget: int,
+    share_prefix: bool = False,
 ) -> dict[str, float]:
     """-> `{name}_ndcg_at_10`, `{name}_recall_at_10` or `{name}_spearman` a source, and their means without a name."""
     found: dict[str, list[float]] = {}
     metrics: dict[str, float] = {}
     for dev in dev_sets:
-        queries = _embed(dev.queries, dev.where, encode, preprocessor, token_budget)
-        documents = _embed(dev.documents, dev.where[len(dev.queries) :], encode, preprocessor, token_budget)
+        how = (encode, preprocessor, token_budget, share_prefix)
+        queries = _embed(dev.queries, dev.where, *how)
+        documents = _embed(dev.documents, dev.where[len(dev.queries) :], *how)
         values = _measure(dev, queries, documents, similarity)
         for key, value in values.items():
             metrics[f"{dev.name}_{key}"] = value
@@ -148,10 +150,13 @@ def _embed(
     encode: Callable[[Chunk], Embeddings],
     preprocessor: Preprocessor,
     token_budget: int,
+    share_prefix: bool,
 ) -> Embeddings:
     """Embeddings on the CPU in the order of items. Processes share the chunks."""
     where = where[: len(items)]
-    chunks = plan_chunks(tokenize(preprocessor, items, where), token_budget, where=where)
+    rows = tokenize(preprocessor, items, where)
+    shareable = [preprocessor.shareable(row) for row in rows] if share_prefix else None
+    chunks = plan_chunks(rows, token_budget, where=where, shareable=shareable)
     rank, size = world()
     mine = chunks[rank::size] or chunks[-1:]  # a process without a chunk repeats one: collectives need a shape
     embeddings = Embeddings.concatenate([encode(chunk) for chunk in mine])

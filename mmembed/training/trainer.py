@@ -165,6 +165,7 @@ class EmbedderTrainer(Trainer):
             train_group_size=config.data.train_group_size,
             positives_per_query=config.data.positives_per_query,
             seed=seed,
+            share_prefix=self._unshared() is None,
         )
 
     @property
@@ -185,7 +186,14 @@ class EmbedderTrainer(Trainer):
             self.model.objective,
             self.preprocessor,
             accumulation,
+            self._unshared(),
         )
+
+    def _unshared(self) -> str | None:
+        """Why prefixes are not shared; None where they are."""
+        if self.run_config.training.share_prefix == "off":
+            return "training.share_prefix is off"
+        return self.model.model.unshared()
 
     # The step ---------------------------------------------------------------------------------------------------------
 
@@ -383,7 +391,8 @@ class EmbedderTrainer(Trainer):
         encode = functools.partial(self._encode, model)
         budget = chunk_tokens(self.run_config)
         dev_sets = self.dev_sets if eval_dataset is None else eval_dataset
-        found = evaluate(dev_sets, encode, similarity, self.preprocessor, budget)
+        share = self.collator.share_prefix
+        found = evaluate(dev_sets, encode, similarity, self.preprocessor, budget, share)
         model.train(was_training)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         metrics[f"{metric_key_prefix}_seconds"] = round(time.perf_counter() - started, 2)

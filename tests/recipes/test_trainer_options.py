@@ -13,6 +13,8 @@ from mmembed.training.optimizers import Lion
 from recipes.train_embedder import main
 from tests.runs import build_trainer
 
+INSTRUCTION = "Find the one that a reader would look for after this question"
+
 
 @pytest.mark.parametrize(
     ("overrides", "kind", "expected"),
@@ -55,6 +57,32 @@ def test_adamw_8bit_keeps_its_moments_in_8_bits(config_file):
             if parameter.numel() >= 4096:
                 moments[id(parameter) in tables].add(optimizer.state[parameter]["state1"].dtype)
     assert moments == {False: {torch.uint8}, True: {torch.float32}}
+
+
+def test_a_shared_prefix_follows_the_same_trajectory(config_file, tmp_path, capsys):
+    """Text and pictures behind an instruction, four steps and dev evaluation."""
+    instruct = [
+        "prompt=instruct",
+        "adapter.dropout=0.0",
+        "training.eval_strategy=steps",
+        "training.eval_steps=4",
+        *(
+            f"data.{part}=[{', '.join(f'{{path: {name}, instruction: {INSTRUCTION}}}' for name in names)}]"
+            for part, names in (("train", ("text.jsonl", "pictures.jsonl")), ("dev", ("dev.jsonl",)))
+        ),
+    ]
+    found = {}
+    for share in ("auto", "off"):
+        out = tmp_path / share
+        options = [*instruct, f"training.share_prefix={share}", f"training.output_dir={out}"]
+        assert main(["--config", str(config_file), *options]) == 0
+        history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+        found[share] = [entry[key] for entry in history for key in ("loss", "eval_ndcg_at_10") if key in entry]
+        report = capsys.readouterr().out
+        assert ("begin alike" in report) == (share == "auto")
+        assert ("training.share_prefix is off" in report) == (share == "off")
+    assert len(found["off"]) == 5
+    assert found["auto"] == pytest.approx(found["off"], rel=1e-4)
 
 
 def test_gradient_checkpointing_runs_each_decoder_layer_twice(config_file):

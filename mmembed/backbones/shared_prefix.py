@@ -1,0 +1,157 @@
+"""Attention for rows that begin with the same tokens: the beginning is computed once for all of them.
+
+Under causal attention the first P tokens of a row see nothing behind them, so rows that share these tokens share their
+hidden states, keys and values in every layer. The B rows enter the backbone as one sequence of P + B * T tokens: the
+prefix, then each row's own T tokens (padded on the right). Norms, projections and feed-forwards work on tokens and need
+no change; `attend` gives the own tokens the keys and values of the prefix and of their row. One forward of the
+backbone, without a cache: gradients reach the prefix from every row, checkpointing and engines see nothing unusual.
+
+Own tokens keep the positions that they have in their row. Cost: P + B * T tokens instead of B * (P + T) everywhere but
+in attention, which copies the prefix's keys and values once a row and needs a mask of (T, P + T): forward and backward
+at P = 64, B = 64, T = 32 (4 heads of 64) take 14.8 ms on one core, of B whole rows 37.3 ms (docs/log.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmembed.errors import MmembedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ATTENTION = "mmembed_sdpa"
+UNKNOWN_TO_US = ("position_bias", "cache", "softcap", "s_aux")  # attention variants left to the stock kernel
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, float, float], Tensor]
+
+
+@dataclass
+class SharedPrefix:
+    """How one sequence is divided; goes to every attention layer as the argument `shared_prefix`.
+
+    Attributes:
+        config: of the decoder. An attention of another part of the model (a vision tower) is left alone.
+        tokens: P, of the prefix.
+        rows: B, behind it.
+        calls: attention layers that followed it so far.
+    """
+
+    config: Any
+    tokens: int
+    rows: int
+    calls: int = 0
+    _masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
+
+    def mask(self, before: int, length: int, window: int | None, device: torch.device) -> Tensor:
+        """(T, S) bool: what `length` T tokens see of the `before` tokens in front of them and of themselves."""
+        key = (before, length, window)
+        if key not in self._masks:
+            seen = torch.ones(length, before + length, dtype=torch.bool, device=device).tril(before)
+            self._masks[key] = seen if window is None else seen.triu(before - window + 1)
+        return self._masks[key]
+
+
+def prepare(model: PreTrainedModel) -> str | None:
+    """Points the decoder's attention to `attend`, in place. Returns why that cannot be, or None."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    config = model.config.get_text_config()
+    if config._attn_implementation not in ("sdpa", ATTENTION):
+        return f"attn_implementation is '{config._attn_implementation}', not 'sdpa'"
+    other = set(vars(config).get("layer_types") or ()) - LAYER_TYPES
+    if other:
+        return f"the backbone has layers of another kind ({', '.join(sorted(other))})"
+    AttentionInterface.register(ATTENTION, attend)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    config._attn_implementation_internal = ATTENTION  # of the decoder alone; the public name would tell the towers too
+    return None
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    shared_prefix: SharedPrefix | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention in the interface of transformers; transformers' own where nothing is shared."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if follows(module, shared_prefix):
+        assert shared_prefix is not None
+        return attend_behind(shared_prefix, query, key, value, dropout, scaling, masked_attention, **options), None
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+    )
+
+
+def follows(module: nn.Module, shared: SharedPrefix | None) -> bool:
+    """Whether this attention is one of the decoder that runs a shared prefix."""
+    return shared is not None and vars(module).get("config") is shared.config
+
+
+def attend_behind(
+    shared: SharedPrefix,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout: float,
+    scaling: float | None,
+    kernel: Kernel,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> Tensor:
+    """query (1, H, P + B * T, D), key and value (1, G, P + B * T, D) -> (1, P + B * T, H, D)."""
+    given = [name for name in UNKNOWN_TO_US if options.get(name) is not None]
+    if given:
+        raise MmembedError(f"share_prefix: this backbone's attention uses {', '.join(given)}; set share_prefix: off")
+    shared.calls += 1
+    prefix, rows = shared.tokens, shared.rows
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    length = (query.shape[2] - prefix) // rows  # T
+    window = sliding_window if sliding_window is not None and sliding_window < prefix + length else None
+    first_query, first_key, first_value = (tensor[:, :, :prefix] for tensor in (query, key, value))
+    mask = shared.mask(0, prefix, window, query.device)
+    head = kernel(first_query, first_key, first_value, mask, dropout, scaling)  # (1, H, P, D)
+
+    def own(tensor: Tensor) -> Tensor:
+        return tensor[0, :, prefix:].unflatten(1, (rows, length)).transpose(0, 1)  # (B, G, T, D)
+
+    def behind(tensor: Tensor) -> Tensor:
+        return torch.cat([tensor[:, :, :prefix].expand(rows, -1, -1, -1), own(tensor)], dim=2)  # (B, G, P + T, D)
+
+    mask = shared.mask(prefix, length, window, query.device)
+    tail = kernel(own(query), behind(key), behind(value), mask, dropout, scaling)  # (B, H, T, D)
+    heads, width = tail.shape[1], tail.shape[3]
+    return torch.cat([head.transpose(1, 2), tail.transpose(1, 2).reshape(1, -1, heads, width)], dim=1)
+
+
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float, scaling: float) -> Tensor:
+    """query (B, H, T, D), key and value (B, G, S, D), mask (T, S) bool -> (B, H, T, D)."""
+    shared = query.shape[1] // key.shape[1]
+    if shared > 1:  # with a mask, grouped heads run in no fused kernel of a GPU
+        key, value = (tensor.repeat_interleave(shared, dim=1) for tensor in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
+
+
+def flatten(tensor: Tensor, prefix: int) -> Tensor:
+    """(..., B, P + T) whose first P columns are alike -> (..., 1, P + B * T)."""
+    own = tensor[..., prefix:].flatten(-2)
+    return torch.cat([tensor[..., 0, :prefix], own], dim=-1).unsqueeze(-2)
+
+
+def unflatten(hidden: Tensor, prefix: int, rows: int) -> tuple[Tensor, Tensor]:
+    """(1, P + B * T, H) -> the prefix (P, H), and the rows' own tokens (B, T, H)."""
+    return hidden[0, :prefix], hidden[0, prefix:].unflatten(0, (rows, -1))

@@ -1,0 +1,243 @@
+"""A prefix computed once a chunk gives the vectors and gradients of a prefix computed in every row."""
+
+from functools import cache, partial
+
+import pytest
+import torch
+from families import FAMILIES, TEXT_FAMILIES, contents, picture
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mmembed import Embedder
+from mmembed.backbones import shared_prefix
+from mmembed.config.blocks import SourceConfig
+from mmembed.content import Document, Example, Image, Text, to_content
+from mmembed.data.collate import Collator, plan_chunks
+from mmembed.errors import MmembedError
+from mmembed.inference.cpu import _blocked_attention
+from mmembed.models.embedding_model import EmbedderSettings, build_from_settings
+from mmembed.objectives import build_objective
+from mmembed.preprocess import Item, Row
+from mmembed.training.gradcache import contrastive_step
+from tests.equivalence.toy import gradients, relative
+
+INSTRUCTION = "Given a question about a town, find the passage that answers it"
+LORA = {"type": "lora", "r": 4, "alpha": 8, "dropout": 0.0, "target_modules": "auto", "init": "gaussian"}
+POOLINGS = ("mean", "weighted_mean", "last_token", "multi_vector", {"type": "latent_attention", "num_latents": 8})
+
+
+def built(folder, **options):
+    model, preprocessor = build_from_settings(EmbedderSettings(str(folder), dtype="float32", **options))
+    return model.eval(), preprocessor
+
+
+@cache
+def cached(folder, pooling):
+    return built(folder, pooling=dict(pooling) if isinstance(pooling, tuple) else pooling)
+
+
+def both_ways(model, preprocessor, rows):
+    """(vectors sharing, vectors not sharing, tokens shared) of rows that go through the model together."""
+    (chunk,) = plan_chunks(rows, 10**6, shareable=[preprocessor.shareable(row) for row in rows])
+    plain = model(preprocessor.collate(chunk.rows))
+    return model(chunk.inputs(preprocessor)), plain, chunk.shared
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(family_folder, name):
+    """Text, and image behind the instruction. Where attention forbids it nothing is shared, and why is said."""
+    model, preprocessor = built(family_folder(name), prompt="instruct")
+    items = [Item(to_content(content), "query", INSTRUCTION) for content in contents(name)]
+    for has_images in (False, True):
+        part = [item for item in items if any(isinstance(piece, Image) for piece in item.content) == has_images]
+        if not part:
+            continue
+        with torch.no_grad():
+            shared, plain, count = both_ways(model, preprocessor, preprocessor.tokenize(part))
+        assert torch.allclose(shared.vectors, plain.vectors, atol=1e-5)
+        expected = name != "paligemma" and not (name == "gemma3" and has_images)
+        assert (model.unshared(has_images) is None) == expected
+        assert count > 20 if expected else count == 0
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(TEXT_FAMILIES),
+    pooling=st.sampled_from(POOLINGS),
+    prefix=st.integers(4, 60),
+    lengths=st.lists(st.integers(1, 40), min_size=2, max_size=6),
+    hidden=st.integers(0, 60),
+    seed=st.integers(0, 99),
+)
+def test_any_prefix(family_folder, name, pooling, prefix, lengths, hidden, seed):
+    """Random tokens; all, a part or nothing of the prefix is kept out of pooling; windows shorter than the prefix."""
+    torch.manual_seed(seed)
+    model, preprocessor = cached(family_folder(name), tuple(pooling.items()) if isinstance(pooling, dict) else pooling)
+    head = torch.randint(10, 300, (prefix,)).tolist()
+    out = ((0, min(hidden, prefix)),) if hidden else ()
+    rows = [Row(head + torch.randint(10, 300, (length,)).tolist(), out) for length in lengths]
+    with torch.no_grad():
+        plain = model(preprocessor.collate(rows))
+        shared = model(preprocessor.collate(rows, shared=prefix))
+    if plain.mask is None:
+        assert torch.allclose(shared.vectors, plain.vectors, atol=1e-5)
+    else:  # masked columns of the prefix need not come back
+        assert torch.equal(shared.mask.sum(1), plain.mask.sum(1))
+        assert torch.allclose(shared.vectors[shared.mask], plain.vectors[plain.mask], atol=1e-5)
+
+
+EXAMPLES = [
+    Example(
+        (Text(f"a question about {index} " + "and more words " * (index % 3)),),
+        (Document((Text(f"an answer {index} " * (1 + index)),)), Document((Text(f"no answer {index}"),), 0.0)),
+        instruction=INSTRUCTION,
+        source="s",
+        where=str(index),
+    )
+    for index in range(6)
+]
+PICTURED = [
+    Example((Image(picture(index)),), (Document((Text(f"picture {index}"),)),), instruction=INSTRUCTION, source="s")
+    for index in range(4)
+]
+
+
+def gradient(folder, share, chunk_tokens=10**6, keep_tokens=None, examples=EXAMPLES, checkpointing=False, **options):
+    torch.manual_seed(0)
+    model, preprocessor = built(folder, prompt="instruct", **options)
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    source = SourceConfig(path="s", document_instruction=INSTRUCTION)
+    batch = Collator(preprocessor, {"s": source}, chunk_tokens, train_group_size=2, share_prefix=share)(examples)
+    assert (batch.saved_tokens > 0) == share
+    block = {"type": "contrastive", "temperature": {"value": 0.1, "learn": True}}
+    if model.pooling.multi_vector:
+        block["similarity"] = "maxsim"
+    objective = build_objective(block)
+    loss, _ = contrastive_step(lambda chunk: model(chunk.inputs(preprocessor)), objective, batch, keep_tokens)
+    return loss, gradients(model, objective)
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("qwen3", {"adapter": {"type": "none"}}),
+        ("qwen3", {"adapter": LORA}),
+        ("qwen3", {"adapter": LORA, "pooling": POOLINGS[-1]}),
+        ("qwen3", {"adapter": LORA, "pooling": "last_token"}),
+        ("qwen3", {"adapter": LORA, "pooling": "multi_vector"}),
+        ("qwen3", {"adapter": {"type": "none"}, "pooling": "weighted_mean", "checkpointing": True}),
+        ("gemma3_text", {"adapter": {"type": "none"}}),
+        ("mistral", {"adapter": {"type": "none"}, "checkpointing": True}),
+        ("qwen3_vl", {"adapter": {"type": "none"}, "freeze": (), "examples": PICTURED}),
+        ("qwen2_vl", {"adapter": LORA, "examples": PICTURED, "checkpointing": True}),
+        ("smolvlm", {"adapter": {"type": "none"}, "freeze": (), "examples": PICTURED}),
+    ],
+)
+def test_gradients(family_folder, name, options):
+    """Kept, recomputed, or in small chunks: equal losses and gradients to rows computed one by one."""
+    step = partial(gradient, family_folder(name), **options)
+    loss, expected = step(False)
+    assert expected.norm() > 0
+    for chunk_tokens, keep_tokens in [(10**6, None), (150, 0), (150, 200)]:
+        found_loss, found = step(True, chunk_tokens, keep_tokens)
+        assert found_loss.item() == pytest.approx(loss.item(), rel=1e-5)
+        assert relative(found, expected) < 1e-5
+
+
+def test_gradients_under_a_prompt_that_is_pooled(family_folder):
+    """The prefix takes part in the mean of every row, so every row sends it a gradient twice."""
+    options = {"prompt": {"type": "instruct", "mask_instruction": False}, "adapter": {"type": "none"}}
+
+    def step(share):
+        model, preprocessor = built(family_folder("qwen3"), **options)
+        items = [Item(example.query, "query", INSTRUCTION) for example in EXAMPLES]
+        rows = preprocessor.tokenize(items)
+        shareable = [preprocessor.shareable(row) for row in rows] if share else None
+        (chunk,) = plan_chunks(rows, 10**6, shareable=shareable)
+        weights = torch.linspace(-1, 1, len(rows)).unsqueeze(1)
+        (model(chunk.inputs(preprocessor)).vectors * weights).sum().backward()
+        return gradients(model)
+
+    assert relative(step(True), step(False)) < 1e-5
+
+
+def test_a_filler_has_the_prefix_too(family_folder):
+    model, preprocessor = built(family_folder("qwen3_vl"), prompt="instruct", freeze=())
+    rows = preprocessor.tokenize([Item(to_content(text), "query", INSTRUCTION) for text in ("a bus", "two red buses")])
+    shared, plain, count = both_ways(model, preprocessor, rows)
+    preprocessor.touch_vision = True
+    touched, _, _ = both_ways(model, preprocessor, rows)
+    assert count > 20
+    assert torch.allclose(touched.vectors, plain.vectors, atol=1e-5)
+    assert touched.vectors.shape == shared.vectors.shape
+
+
+@pytest.mark.parametrize("precision, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_encode(precision, tolerance):
+    embedder = Embedder(*build_from_settings(EmbedderSettings("mmembed-nano", prompt="instruct", dtype=precision)))
+    texts = [f"{index} red buses in Prague " * (1 + index % 5) for index in range(40)]
+    pictures = [{"image": picture(seed)} for seed in range(4)]
+    for given_contents in (texts, texts + pictures):
+        shared, plain = (
+            embedder.encode(given_contents, role="query", instruction=INSTRUCTION, share_prefix=how)
+            for how in ("auto", "off")
+        )
+        assert abs(shared - plain).max() < tolerance
+    with pytest.raises(MmembedError, match="share_prefix"):
+        embedder.encode(texts, share_prefix="on")
+
+
+def test_blocks_of_queries_behind_other_keys():
+    """The kernel of bfloat16 inference, in float32 against a plain softmax: queries at the end of the keys."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 4, 150, 8), torch.randn(2, 2, 190, 8), torch.randn(2, 2, 190, 8)
+    mask = torch.ones(150, 190, dtype=torch.bool).tril(40)
+    expected = shared_prefix.masked_attention(query, key, value, mask, 0.0, 0.3)
+    assert torch.allclose(_blocked_attention(query, key, value, 0.3, True), expected.transpose(1, 2), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"attention": "bidirectional"}, "bidirectional"),
+        ({"attn_implementation": "eager"}, "'eager'"),
+        ({"adapter": {"type": "prefix", "num_virtual_tokens": 4}}, "'prefix'"),
+        ({"adapter": {"type": "prompt", "num_virtual_tokens": 4}}, "'prompt'"),
+    ],
+)
+def test_where_it_cannot_be(family_folder, options, reason):
+    """The reason is said, and inputs planned with a prefix are computed row by row all the same."""
+    model, preprocessor = built(family_folder("qwen3"), prompt="instruct", **options)
+    assert reason in model.unshared()
+    rows = preprocessor.tokenize([Item((Text(text),), "query", INSTRUCTION) for text in ("a bus", "two red buses")])
+    with torch.no_grad():
+        plain, planned = (model(preprocessor.collate(rows, shared=count)).vectors for count in (0, 20))
+    assert torch.equal(plain, planned)
+
+
+def test_a_backbone_that_ignores_the_prefix_is_noticed(family_folder, monkeypatch):
+    """As code brought by a model may: its attention takes the argument and does not look at it."""
+    model, preprocessor = built(family_folder("qwen3"), prompt="instruct")
+    rows = preprocessor.tokenize([Item((Text(text),), "query", INSTRUCTION) for text in ("a bus", "two red buses")])
+    monkeypatch.setattr(shared_prefix, "follows", lambda module, shared: False)
+    with pytest.raises(MmembedError, match=r"0 of 2 layers .* share_prefix: off"):
+        model(preprocessor.collate(rows, shared=20))
+
+
+def test_pictures_that_look_alike_as_tokens_are_not_shared(family_folder):
+    model, preprocessor = built(family_folder("qwen3_vl"))
+    rows = preprocessor.tokenize([Item((Image(picture(seed)), Text("what is it"))) for seed in range(3)])
+    assert len({tuple(row.ids) for row in rows}) == 1
+    assert {preprocessor.shareable(row) for row in rows} == {rows[0].ids.index(model.family.config.image_token_id)}
+
+
+def test_a_merged_token_at_the_border_ends_the_prefix(family_folder):
+    """`Find it: 1` and `Find it: 2` may be cut elsewhere than behind the instruction: what is equal is shared."""
+    model, preprocessor = built(family_folder("qwen3"), prompt={"type": "plain", "query_prefix": INSTRUCTION})
+    rows = preprocessor.tokenize([Item((Text(text),), "query") for text in ("s", "ing of it", " it", "")])
+    with torch.no_grad():
+        shared, plain, count = both_ways(model, preprocessor, rows)
+    assert 0 < count < min(map(len, rows))
+    assert torch.allclose(shared.vectors, plain.vectors, atol=1e-5)
