@@ -41,6 +41,14 @@ class CheckpointError(MmembedError):
     """A saved model that cannot be written, read, or does not fit."""
 
 
+class Preempted(MmembedError):
+    """A run that was asked to stop, did so with a complete checkpoint, and goes on when it is started again."""
+
+
+class WorkerLost(MmembedError):
+    """A process of a run is gone; the run goes on from its last checkpoint when it is started again."""
+
+
 class CacheError(MmembedError):
     """A cache folder that cannot be written, mostly because the disk is full."""
 

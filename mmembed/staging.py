@@ -1,8 +1,9 @@
 """A hidden sibling for what is being written, so that a destination is never half of anything.
 
-`.NAME.writing-HOST-PID` belongs to the process of that number on that host. A killed process leaves its sibling behind;
-the next write to the same destination sweeps what dead processes of this host left. What another host left stays: from
-here nobody can see whether it still writes (a shared disk, containers).
+Where the destination is a mount point (the volume of a container) it is a hidden child instead: nothing moves between
+file systems. `.NAME.writing-HOST-PID` belongs to the process of that number on that host. A killed process leaves its
+sibling behind; the next write to the same destination sweeps what dead processes of this host left. What another host
+left stays: from here nobody can see whether it still writes (a shared disk, containers).
 """
 
 from __future__ import annotations
@@ -55,10 +56,11 @@ def sweep(destination: Path, part: Part = "writing") -> None:
     A kill inside of `put_in_place` leaves the old folder as the only one: it comes back.
     """
     destination = destination.absolute()
-    if not destination.parent.is_dir():
+    home = _home(destination)
+    if not home.is_dir():
         return
     pattern = re.compile(rf"\.{re.escape(destination.name)}\.(\w+)-{re.escape(socket.gethostname())}-(\d+)")
-    for sibling in sorted(destination.parent.iterdir()):
+    for sibling in sorted(home.iterdir()):
         found = pattern.fullmatch(sibling.name)
         if found is None:
             continue
@@ -73,7 +75,12 @@ def sweep(destination: Path, part: Part = "writing") -> None:
 
 def _sibling(destination: Path, part: Part) -> Path:
     destination = destination.absolute()  # `.` has no name
-    return destination.with_name(f".{destination.name}.{part}-{socket.gethostname()}-{os.getpid()}")
+    return _home(destination) / f".{destination.name}.{part}-{socket.gethostname()}-{os.getpid()}"
+
+
+def _home(destination: Path) -> Path:
+    """A folder on the file system that the destination is on."""
+    return destination if os.path.ismount(destination) else destination.parent
 
 
 def _alive(pid: int) -> bool:

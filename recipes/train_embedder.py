@@ -4,8 +4,8 @@
     accelerate launch recipes/train_embedder.py --config recipes/configs/embedder/qwen3_vl_2b_lora.yaml
 
 Reads top to bottom: config, data, model, objective, report, training, saving, verifying. What comes out in
-`training.output_dir` loads with `Embedder.from_pretrained`. `training.resume_from_checkpoint=true` goes on from the
-last complete checkpoint.
+`training.output_dir` loads with `Embedder.from_pretrained`. The same command again goes on from the last complete
+checkpoint. Exit status: 0 done, 2 refused, 75 stopped (SIGTERM, SIGUSR1, a process lost): start the same command again.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ if __name__ == "__main__" and __package__ is None:  # run as a file: its folder 
 from mmembed.arguments import Parser
 from mmembed.config import load_config
 from mmembed.config.blocks import EmbedderConfig
-from mmembed.errors import ConfigError, MmembedError
+from mmembed.errors import ConfigError, MmembedError, Preempted, WorkerLost
 
 logger = logging.getLogger("train_embedder")
+TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         train(load_config(options.config, options.overrides))
+    except (Preempted, WorkerLost) as stop:
+        print(f"stopped: {stop}", file=sys.stderr)
+        return TRY_AGAIN
     except MmembedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -58,12 +62,14 @@ def train(config: EmbedderConfig) -> dict[str, float]:
     # 2. What can be refused before anything is read -------------------------------------------------------------------
     from mmembed.models.continuing import build_for_training, check_trainable, inherit_settings
     from mmembed.objectives import build_objective
+    from mmembed.training.checkpoints import checkpoint_to_resume, writing
     from mmembed.training.preflight import preflight
 
     if not config.data.train:
         raise ConfigError("data.train: there is no source; add one, for example {path: squad-en, format: beir}")
     config = inherit_settings(config)  # a second stage is what the first one was
     objective = preflight(config)
+    resume = checkpoint_to_resume(config, args)
 
     # 3. Data ----------------------------------------------------------------------------------------------------------
     from mmembed.data.dataset import RecordDataset, media_store
@@ -78,7 +84,7 @@ def train(config: EmbedderConfig) -> dict[str, float]:
     # 4. Model, objective, trainer -------------------------------------------------------------------------------------
     from mmembed.models.verification import verify_checkpoint
     from mmembed.training.batch_report import check_sources
-    from mmembed.training.trainer import EmbedderTrainer, last_checkpoint, writing
+    from mmembed.training.trainer import EmbedderTrainer
 
     check_sources(train_data, config, objective)
     args = with_metric(args, config, dev_data)
@@ -90,9 +96,6 @@ def train(config: EmbedderConfig) -> dict[str, float]:
         print(trainer.report(), flush=True)
 
     # 5. Train ---------------------------------------------------------------------------------------------------------
-    resume = args.resume_from_checkpoint
-    if resume is not None:
-        resume = str(last_checkpoint(output)) if str(resume).lower() == "true" else resume
     trainer.train(resume_from_checkpoint=resume)
 
     # 6. Save, verify, evaluate ----------------------------------------------------------------------------------------

@@ -9,10 +9,15 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
+def two_processes(module, *arguments):
+    """The command that starts two processes of a module."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    return [*command, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", module, *arguments]
+
+
 def in_two_processes(module, *arguments, timeout=180):
     """Runs `python -m module arguments` under torchrun, one thread a process; it has to succeed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", module, *arguments]
+    command = two_processes(module, *arguments)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -25,8 +30,8 @@ def losses(folder):
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
-def build_trainer(config):
-    """The trainer of a config, as the recipe builds it."""
+def build_trainer(config, objective=None):
+    """The trainer of a config, as the recipe builds it, or with another objective."""
     from mmembed.data.dataset import RecordDataset, media_store
     from mmembed.models.embedding_model import build_embedding_model
     from mmembed.objectives import build_objective
@@ -36,7 +41,7 @@ def build_trainer(config):
     media = media_store(config.data)
     set_seed(0)
     model, preprocessor = build_embedding_model(config, media)
-    objective = build_objective(config.objective, model.embedding_size)
+    objective = objective or build_objective(config.objective, model.embedding_size)
     train, dev = (
         [RecordDataset(source, media, root=config.data.root) for source in sources]
         for sources in (config.data.train, config.data.dev)

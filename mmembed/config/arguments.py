@@ -125,6 +125,8 @@ UNUSABLE_ARGUMENTS = {
     "ddp_find_unused_parameters": "gradients are reduced once a step, unused parameters included",
     "ddp_bucket_cap_mb": "gradients are reduced once a step",
     "ddp_static_graph": "gradients are reduced once a step",
+    "enable_jit_checkpoint": "SIGTERM and SIGUSR1 always write a checkpoint first",
+    "ignore_data_skip": "a resumed run goes on at its place in the data",
     "debug": "use torch's own tools",
     "local_rank": "the launcher sets it",
     "accelerator_config": "batches are planned for each process before they are loaded",

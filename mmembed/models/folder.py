@@ -43,16 +43,21 @@ def read_settings(path: str | Path) -> tuple[EmbedderSettings, dict[str, Any]]:
 
 def move_into_place(staged: Path, folder: Path) -> None:
     """From the rename on, the new checkpoint is the one that loads: `settle` finishes what a kill interrupts."""
-    for file in staged.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
+    to_disk(staged)
     if not folder.exists():
         os.replace(staged, folder)
         return
     settle(folder)
     os.replace(staged, folder / INCOMING)
     settle(folder)
+
+
+def to_disk(folder: Path) -> None:
+    """Waits until the content of every file in a folder is on the disk."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
 
 
 def settle(folder: Path) -> None:

@@ -26,6 +26,7 @@ DEFAULTS: dict[str, Any] = {
     "logging_first_step": True,
     "save_total_limit": 3,
     "warmup_steps": 0.05,  # below 1 it is a share of all steps
+    "restore_callback_states_from_checkpoint": True,  # or early stopping would forget what it counted
 }
 
 _CHOICES: dict[str, type[Enum]] = {

@@ -10,23 +10,25 @@ Resuming is exact: batches are a pure function of seed, epoch and position, rand
 
 from __future__ import annotations
 
+import copy
 import functools
+import hashlib
 import json
 import logging
 import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import seed_worker
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
+from transformers.trainer_utils import TrainOutput
 
 from mmembed.config.blocks import EmbedderConfig
 from mmembed.content import Example
@@ -39,6 +41,7 @@ from mmembed.errors import CheckpointError
 from mmembed.models.checkpoint import save_checkpoint
 from mmembed.models.continuing import restore_weights
 from mmembed.models.embedding_model import EmbeddingModel
+from mmembed.models.folder import read_tensors, to_disk
 from mmembed.objectives import Objective
 from mmembed.objectives.gather import gather_counts
 from mmembed.preprocess import ModelInputs, Preprocessor
@@ -46,12 +49,14 @@ from mmembed.staging import staging
 from mmembed.threads import NARROW
 from mmembed.training.arguments import output_folder, with_metric
 from mmembed.training.batch_report import Report, batch_report, check_fields, keep_tokens
+from mmembed.training.checkpoints import RUN, STATE, check_same_data, describe_run, read_run, writing
 from mmembed.training.evaluation import DevSet, build_dev_set, evaluate
 from mmembed.training.gradcache import Workers, contrastive_step, reduce_gradients
 from mmembed.training.optimizers import Lion, parameter_groups, refuse_idle_rates
+from mmembed.training.preemption import Preemption, SaveAfterEpochEnd, start_worker
 
 logger = logging.getLogger(__name__)
-OBJECTIVE, STATE = "objective.safetensors", "trainer_state.json"
+OBJECTIVE, SUMS = "objective.safetensors", "sums_{}.safetensors"
 CHUNKS_A_BUDGET = 4  # finer chunks have less padding but smaller products (docs/log.md, chunk size)
 
 
@@ -127,6 +132,7 @@ class EmbedderTrainer(Trainer):
         self._sums: dict[str, Tensor] = {}
         self._counts = {"steps": 0, "pairs": 0, "tokens": 0}
         self._since = time.perf_counter()
+        self.preemption = Preemption()
         early = config.training.early_stopping_patience
         if early is not None:
             stopping = EarlyStoppingCallback(early, config.training.early_stopping_threshold)
@@ -138,11 +144,16 @@ class EmbedderTrainer(Trainer):
             args=args,
             train_dataset=MixedDataset(train),
             eval_dataset=self.dev_sets or None,
-            callbacks=list(callbacks),
+            callbacks=[*callbacks, self.preemption, SaveAfterEpochEnd()],
         )
         # Under DeepSpeed a rank with images and a rank without would wait for each other for ever.
         preprocessor.touch_vision = self.is_deepspeed_enabled and args.world_size > 1
         seed = args.seed if args.data_seed is None else args.data_seed
+        keys = [source.keys() for source in train]
+        self._sources = [
+            {"name": source.name, "rows": len(source), "digest": _digest(of)}
+            for source, of in zip(train, keys, strict=True)
+        ]
         self.plan = BatchPlan(
             [len(source) for source in train],
             mixing_weights(
@@ -154,7 +165,7 @@ class EmbedderTrainer(Trainer):
             seed=seed,
             world_size=args.world_size,
             rank=args.process_index,
-            keys=[source.keys() for source in train],
+            keys=keys,
             names=[source.name for source in train],
         )
         self.collator = Collator(
@@ -194,6 +205,32 @@ class EmbedderTrainer(Trainer):
         if self.run_config.training.share_prefix == "off":
             return "training.share_prefix is off"
         return self.model.model.unshared()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *rest: Any, **more: Any) -> TrainOutput:
+        """The loop, from a checkpoint of `checkpoint_to_resume` or from the start.
+
+        Raises:
+            Preempted: SIGTERM or SIGUSR1 came; there is a complete checkpoint of the last step.
+            CheckpointError: the data are not those of the checkpoint, or a checkpoint cannot be written or read.
+        """
+        if resume_from_checkpoint:
+            check_same_data(Path(str(resume_from_checkpoint)), self._sources, self.run_config)
+            self.args = copy.copy(self.args)
+            self.args.eval_on_start = False  # was done at the start
+        with self.preemption:
+            return super().train(resume_from_checkpoint, *rest, **more)
+
+    def _init_training_state(
+        self, max_steps: int, steps_an_epoch: int, epochs: int, resume_from_checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        """(epoch, batch) to go on at. The base class would train on in an epoch that a finished run stopped in."""
+        place = super()._init_training_state(max_steps, steps_an_epoch, epochs, resume_from_checkpoint, trial)
+        if resume_from_checkpoint is None:
+            return place
+        saved = TrainerState.load_from_json(str(Path(resume_from_checkpoint, STATE)))
+        control = saved.stateful_callbacks.get("TrainerControl", {}).get("args", {})
+        stopped_early = control.get("should_training_stop", False) and saved.global_step < saved.max_steps
+        return (epochs, 0) if stopped_early or saved.global_step >= max_steps else place
 
     # The step ---------------------------------------------------------------------------------------------------------
 
@@ -288,7 +325,7 @@ class EmbedderTrainer(Trainer):
             multiprocessing_context=args.dataloader_multiprocessing_context,
             in_order=args.dataloader_in_order,
             worker_init_fn=functools.partial(
-                seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
+                start_worker, num_workers=args.dataloader_num_workers, rank=args.process_index
             ),
             generator=torch.Generator().manual_seed(args.seed),
         )
@@ -412,12 +449,67 @@ class EmbedderTrainer(Trainer):
         folder = Path(self.output, f"checkpoint-{self.state.global_step}")
         if self.args.should_save:
             (folder / STATE).unlink(missing_ok=True)  # of an earlier run
+        args = self.args
+        if self.preemption.stopping and args.save_only_model:  # a stop is there to go on from
+            self.args = copy.copy(args)
+            self.args.save_only_model = False
         try:
             with writing(folder, self.output):
                 super()._save_checkpoint(model, trial)
         except CheckpointError:
             shutil.rmtree(folder, ignore_errors=True)
             raise
+        finally:
+            self.args = args
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """What each process keeps for itself: random states, and its sums since the last log."""
+        from safetensors.torch import save_file
+
+        super()._save_rng_state(output_dir)
+        sums = {f"sum.{name}": value for name, value in self._sums.items()}
+        counted = torch.tensor([self._counts["steps"], self._globalstep_last_logged])
+        tensors = {"loss": self._tr_loss, "counted": counted, **sums}
+        save_file(
+            {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
+            Path(output_dir, SUMS.format(self.args.process_index)),
+        )
+        self.accelerator.wait_for_everyone()  # the state comes next, and says that all of it is there
+        if self.args.should_save:
+            to_disk(Path(output_dir))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Random states and sums as they were. Other processes than those that saved them draw new random numbers."""
+        if checkpoint is None:
+            return
+        processes = read_run(Path(checkpoint))["world_size"]
+        if processes == self.args.world_size:
+            super()._load_rng_state(checkpoint)
+            files = [SUMS.format(self.args.process_index)]
+        else:
+            seed = np.random.SeedSequence([self.args.seed, self.state.global_step, self.args.process_index])
+            set_seed(int(seed.generate_state(1)[0]))
+            files = [SUMS.format(index) for index in range(processes)]
+            logger.warning(
+                "%s: was written by %d processes, now there are %d: batches, weights, optimizer and schedule go on as "
+                "they were, dropout draws other numbers",
+                checkpoint,
+                processes,
+                self.args.world_size,
+            )
+        self._restore_sums([read_tensors(Path(checkpoint, file)) for file in files])
+
+    def _restore_sums(self, saved: Sequence[dict[str, Tensor]]) -> None:
+        """Means over the processes that saved them."""
+        self._tr_loss += torch.stack([one["loss"] for one in saved]).mean().to(self._tr_loss.device)
+        steps, self._globalstep_last_logged = saved[0]["counted"].tolist()
+        self._counts = {"steps": steps, "pairs": 0, "tokens": 0}  # throughput is of this process's own time
+        self._sums = {
+            name.removeprefix("sum."): torch.stack([one[name] for one in saved]).mean(0).to(self.args.device)
+            for name in saved[0]
+            if name.startswith("sum.")
+        }
+        self._since = time.perf_counter()
 
     def save_state(self) -> None:
         """Writes the log and position of the run into the output folder."""
@@ -441,8 +533,10 @@ class EmbedderTrainer(Trainer):
         of_model = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
         prefix = "objective."
         parameters = {
-            name.removeprefix(prefix): value.cpu() for name, value in state.items() if name.startswith(prefix)
-        }
+            name.removeprefix(prefix): value.detach().cpu().contiguous()
+            for name, value in state.items()
+            if name.startswith(prefix)
+        }  # buffers too: what an objective remembers
         with staging(folder, "objective") as staged:  # moved when the weights are there
             if parameters:
                 save_file(parameters, staged)
@@ -451,6 +545,8 @@ class EmbedderTrainer(Trainer):
                 os.replace(staged, folder / OBJECTIVE)
             else:
                 (folder / OBJECTIVE).unlink(missing_ok=True)  # of an earlier run
+        described = {**describe_run(self.run_config, self.args), "sources": self._sources}
+        (folder / RUN).write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._restore(Path(resume_from_checkpoint))
@@ -477,40 +573,6 @@ def chunk_tokens(config: EmbedderConfig) -> int:
     return max(training.token_budget // CHUNKS_A_BUDGET, min(longest, training.token_budget))
 
 
-@contextmanager
-def writing(path: Path, run: str) -> Iterator[None]:
-    """Raises CheckpointError for whatever fails while `path` is written: each library reports a full disk its own way.
-
-    The message names the checkpoint of `run` to go on from.
-    """
-    try:
-        yield
-    except (CheckpointError, OSError, RuntimeError, SafetensorError) as error:
-        known = isinstance(error, CheckpointError)
-        found = str(error) if known else f"{path}: could not be written ({error}). Free disk space"
-        try:
-            remedy = f"{last_checkpoint(run)} is complete: go on from it with training.resume_from_checkpoint=true"
-        except CheckpointError:
-            remedy = "There is no complete checkpoint before it: start again"
-        raise CheckpointError(f"{found}. {remedy}") from error
-
-
-def last_checkpoint(output_dir: str | Path) -> Path:
-    """The last complete checkpoint of a run: one whose trainer state, written last, is there.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    complete = [path.parent for path in Path(output_dir).glob(f"checkpoint-*/{STATE}") if _is_json(path)]
-    if not complete:
-        raise CheckpointError(f"{output_dir}: holds no complete checkpoint to resume from; start without resuming")
-    return max(complete, key=lambda path: int(path.name.rsplit("-", 1)[1]))
-
-
-def _is_json(path: Path) -> bool:
-    """Whether a file was written whole: a kill may have cut it."""
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return False
-    return True
+def _digest(keys: np.ndarray) -> str:
+    """Of the records of a source and their order, as far as their keys tell."""
+    return hashlib.blake2b(np.ascontiguousarray(keys).tobytes(), digest_size=16).hexdigest()

@@ -1,7 +1,9 @@
 """A tiny vision-language backbone and a little data, shared by the recipe tests."""
 
 import json
+import os
 import random
+import signal
 
 import pytest
 from families import picture
@@ -77,3 +79,23 @@ training:
 """
     )
     return path
+
+
+@pytest.fixture
+def stop_in_step(monkeypatch):
+    """stop_in_step(n): SIGTERM reaches this process while step n is computed, once."""
+
+    from mmembed.training.trainer import EmbedderTrainer
+
+    def stop(*numbers, number=signal.SIGTERM):
+        left, step = list(numbers), EmbedderTrainer.training_step
+
+        def stopped(self, *arguments, **options):
+            if left and self.state.global_step + 1 == left[0]:
+                left.pop(0)
+                os.kill(os.getpid(), number)
+            return step(self, *arguments, **options)
+
+        monkeypatch.setattr(EmbedderTrainer, "training_step", stopped)
+
+    return stop

@@ -2,12 +2,6 @@
 
 import dataclasses
 import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +11,7 @@ from safetensors.torch import load_file
 
 from mmembed.config import load_config
 from recipes.train_embedder import main
-from tests.runs import ROOT, build_trainer, in_two_processes, losses
+from tests.runs import build_trainer, in_two_processes, losses
 
 LEARNED = "objective.temperature={value: 0.1, learn: true}"
 
@@ -159,58 +153,6 @@ def test_accumulation_averages_gradients(config_file, tmp_path):
     )  # from zero, where LoRA starts
     assert moved.norm() > 0
     assert (2 * half - moved).norm() < 1e-3 * moved.norm()
-
-
-def test_resume_after_a_kill_is_the_uninterrupted_run(config_file, tmp_path):
-    """Dropout, two sources, learned temperature, an epoch border at step 6: bit for bit."""
-    steps = ["training.max_steps=8", "training.save_strategy=steps", "training.save_steps=3", "data.dev=[]"]
-    run(config_file, *steps, f"training.output_dir={tmp_path / 'whole'}")
-    killed = tmp_path / "killed"
-    command = [sys.executable, "-m", "recipes.train_embedder", "--config", str(config_file), *steps]
-    process = subprocess.Popen(
-        [*command, f"training.output_dir={killed}"], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    deadline = time.time() + 120
-    while not (killed / "checkpoint-3" / "trainer_state.json").exists() and time.time() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    for later in ("checkpoint-6", "checkpoint-8"):  # as if the kill had come in time on any machine
-        shutil.rmtree(killed / later, ignore_errors=True)
-    (killed / "checkpoint-5").mkdir()  # a checkpoint that the kill cut short is passed over
-    run(config_file, *steps, f"training.output_dir={killed}", "training.resume_from_checkpoint=true")
-    assert torch.equal(trained(killed), trained(tmp_path / "whole"))
-    assert losses(killed) == losses(tmp_path / "whole")
-
-
-FULL_DISK = """
-import resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-from recipes.train_embedder import main
-sys.exit(main({arguments!r}))
-"""
-
-
-def test_a_full_disk_leaves_the_previous_checkpoint_and_says_what_to_do(config_file, tmp_path):
-    """The operating system refuses to write past a number of bytes a file: the optimizer's state is the largest."""
-    out = tmp_path / "out"
-    steps = ["training.save_strategy=steps", "training.save_steps=2", "adapter.r=32", "data.dev=[]"]
-    run(config_file, *steps, "training.max_steps=2")
-    before = {file.name: file.read_bytes() for file in (out / "checkpoint-2").iterdir()}
-    limit = len(before["optimizer.pt"]) - 1
-    assert all(len(content) < limit for name, content in before.items() if name != "optimizer.pt")
-    arguments = ["--config", str(config_file), *steps, "training.resume_from_checkpoint=true"]
-    script = FULL_DISK.format(limit=limit, arguments=arguments)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr[-3000:]
-    error = done.stderr.splitlines()[-1]
-    assert "checkpoint-4" in error and "checkpoint-2 is complete" in error and "resume_from_checkpoint" in error
-    assert "Traceback" not in done.stderr
-    assert {file.name: file.read_bytes() for file in (out / "checkpoint-2").iterdir()} == before
-    assert not (out / "checkpoint-4").exists()
-    run(config_file, *steps, "training.resume_from_checkpoint=true")
-    assert (out / "checkpoint-4" / "trainer_state.json").exists()
 
 
 def test_a_loss_scale_leaves_the_gradient_as_it_is(config_file):

@@ -1,0 +1,234 @@
+"""Which checkpoint a run goes on from, and whether it is a checkpoint of this run at all.
+
+A checkpoint counts when its trainer state, written last, is there. Beside it stands `training_run.json`: the config,
+the rows of a global batch, the number of processes, and a digest of the data. A run goes on from a checkpoint only
+where all that decides its trajectory is what it was: otherwise the result would silently be another model. What decides
+nothing (folders, logging, how often is saved, workers) may change, and so may the number of processes while their
+batches together stay the same.
+
+`training.resume_from_checkpoint`:
+- auto (the default): the last complete checkpoint of `output_dir`, from the start where there is none;
+- true: the same, but there has to be one;
+- false: from the start, refused where there is a checkpoint: nothing is overwritten;
+- a path: that checkpoint; what differs is said as a warning, because it was asked for by name.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from safetensors import SafetensorError
+from transformers import TrainingArguments
+
+from mmembed.config.blocks import EmbedderConfig
+from mmembed.errors import CheckpointError, ConfigError
+from mmembed.objectives.gather import world
+
+logger = logging.getLogger(__name__)
+STATE, RUN = "trainer_state.json", "training_run.json"
+KEY = "training.resume_from_checkpoint"
+_FREE = frozenset(  # change no step of a trajectory; the batch of a process is compared as rows of all processes
+    f"training.{key}"
+    for key in (
+        *("output_dir", "resume_from_checkpoint", "per_device_train_batch_size", "ddp_timeout"),
+        *("logging_dir", "logging_steps", "logging_strategy", "logging_first_step", "report_to", "run_name", "project"),
+        *("disable_tqdm", "log_level", "log_level_replica", "log_on_each_node", "skip_memory_metrics"),
+        *("save_steps", "save_strategy", "save_total_limit", "save_on_each_node"),
+        *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
+        *("dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
+    )
+) | {"data.root", "data.media_root"}  # what lies there is compared by its records
+
+
+def describe_run(config: EmbedderConfig, args: TrainingArguments) -> dict[str, Any]:
+    """What `training_run.json` says, but for the `sources`: a name, the rows and a digest of each."""
+    return {
+        "config": config.model_dump(mode="json"),
+        "world_size": args.world_size,
+        "global_batch_size": args.world_size * args.per_device_train_batch_size,
+        "deepspeed": args.deepspeed is not None,
+    }
+
+
+def read_run(checkpoint: Path) -> dict[str, Any]:
+    """`training_run.json` of a checkpoint. Raises CheckpointError where it is missing or broken."""
+    file = checkpoint / RUN
+    try:
+        described: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(described["config"], dict):
+            raise ValueError("no config in it")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{file}: missing or broken ({error}), so nobody can tell which run the checkpoint is of; resume from "
+            "another one, or give another training.output_dir"
+        ) from error
+    return described
+
+
+def checkpoint_to_resume(config: EmbedderConfig, args: TrainingArguments) -> str | None:
+    """The checkpoint that the run goes on from; None: from the start. All processes get the answer of the first.
+
+    Raises:
+        CheckpointError: there is none where one is asked for, or it is not one of this run: with what differs.
+        ConfigError: `false`, and the output folder holds a checkpoint.
+    """
+    answer: list[Any] = [None, None]
+    if world()[0] == 0:
+        try:
+            found = _chosen(config, args)
+            answer = [None if found is None else str(found), None]
+        except (CheckpointError, ConfigError) as error:
+            answer = [None, error]
+    if world()[1] > 1:
+        dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    if answer[0] is not None and not Path(answer[0], STATE).exists():
+        raise CheckpointError(
+            f"process {args.process_index} does not see {answer[0]}, which the first process found; "
+            "training.output_dir has to lie on a file system that all hosts share"
+        )
+    return answer[0]
+
+
+def check_same_data(checkpoint: Path, sources: Sequence[dict[str, Any]], config: EmbedderConfig) -> None:
+    """Refuses to go on over other records than the checkpoint's run had: its place in them would mean nothing.
+
+    Raises:
+        CheckpointError: with the source, and what to do; a warning where the checkpoint was asked for by its path.
+    """
+    lines = []
+    for old, new in zip(read_run(checkpoint)["sources"], sources, strict=False):  # their number is of the config
+        if old["rows"] != new["rows"]:
+            lines.append(f"data source '{new['name']}': {old['rows']:,} records in the checkpoint, {new['rows']:,} now")
+        elif old["digest"] != new["digest"]:
+            lines.append(f"data source '{new['name']}': its records are others than they were, or in another order")
+    _refuse(checkpoint, lines, named=_asked(config) not in _WORDS)
+
+
+def last_checkpoint(output_dir: str | Path) -> Path:
+    """The last complete checkpoint of a run: one whose trainer state, written last, is there.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    complete = [path.parent for path in Path(output_dir).glob(f"checkpoint-*/{STATE}") if _is_json(path)]
+    if not complete:
+        raise CheckpointError(f"{output_dir}: holds no complete checkpoint to resume from; start without resuming")
+    return max(complete, key=lambda path: int(path.name.rsplit("-", 1)[1]))
+
+
+@contextmanager
+def writing(path: Path, run: str) -> Iterator[None]:
+    """Raises CheckpointError for whatever fails while `path` is written: each library reports a full disk its own way.
+
+    The message names the checkpoint of `run` to go on from.
+    """
+    try:
+        yield
+    except (CheckpointError, OSError, RuntimeError, SafetensorError) as error:
+        known = isinstance(error, CheckpointError)
+        found = str(error) if known else f"{path}: could not be written ({error}). Free disk space"
+        try:
+            remedy = f"{last_checkpoint(run)} is complete: the same command goes on from it"
+        except CheckpointError:
+            remedy = "There is no complete checkpoint before it: start again"
+        raise CheckpointError(f"{found}. {remedy}") from error
+
+
+_WORDS = ("auto", "true", "false")
+
+
+def _asked(config: EmbedderConfig) -> str:
+    asked = config.training.arguments.get("resume_from_checkpoint")
+    return "auto" if asked is None else str(asked).lower() if isinstance(asked, bool) else str(asked)
+
+
+def _chosen(config: EmbedderConfig, args: TrainingArguments) -> Path | None:
+    asked, run = _asked(config), describe_run(config, args)
+    if asked not in _WORDS:
+        found = Path(asked)
+        if not _is_json(found / STATE):
+            raise CheckpointError(f"{KEY}: {found} is no complete checkpoint; name a folder checkpoint-N of a run")
+    else:
+        try:
+            found = last_checkpoint(config.training.output_dir)
+        except CheckpointError:
+            if asked == "true":
+                raise
+            return None
+        if asked == "false":
+            raise ConfigError(
+                f"{KEY}: false, but {found} is a complete checkpoint, which a new run would replace; give another "
+                "training.output_dir, delete it, or leave the key out to go on from it"
+            )
+    saved = read_run(found)
+    if not list(found.glob("rng_state*")):  # of every process, the last but the state
+        raise CheckpointError(
+            f"{found}: holds weights alone (training.save_only_model), without optimizer and random states to go on "
+            "with; start another run from it (model.name_or_path) in another training.output_dir"
+        )
+    _check_batches(found, saved, run)
+    before, now = _flat(saved["config"]), _flat(run["config"])
+    lines = [
+        f"{key}: {before.get(key, '(not set)')!r} in the checkpoint, {now.get(key, '(not set)')!r} now"
+        for key in sorted(before.keys() | now.keys())
+        if key not in _FREE and before.get(key) != now.get(key)
+    ]
+    _refuse(found, lines, named=asked not in _WORDS)
+    logger.info("going on from %s", found)
+    return found
+
+
+def _refuse(checkpoint: Path, lines: Sequence[str], named: bool) -> None:
+    if lines and named:
+        logger.warning("%s: going on although it is of another run:\n  %s", checkpoint, "\n  ".join(lines))
+    elif lines:
+        raise CheckpointError(
+            f"{checkpoint}: is of another run:\n  " + "\n  ".join(lines) + "\nGive another training.output_dir, set "
+            f"these back, or name the checkpoint ({KEY}={checkpoint}) to go on from it under the new settings"
+        )
+
+
+def _check_batches(checkpoint: Path, saved: dict[str, Any], run: dict[str, Any]) -> None:
+    """The position in the data can be kept while a global batch has the same rows."""
+    processes, rows = saved["world_size"], saved["global_batch_size"]
+    if rows != run["global_batch_size"]:
+        remedy = (
+            f"set training.per_device_train_batch_size to {rows // run['world_size']}"
+            if rows % run["world_size"] == 0
+            else f"use a number of processes that divides {rows}"
+        )
+        raise CheckpointError(
+            f"{checkpoint}: a batch had {rows} rows ({processes} processes x {rows // processes}), now it would have "
+            f"{run['global_batch_size']} ({run['world_size']} x {run['global_batch_size'] // run['world_size']}): the "
+            f"run could not go on at the same place in its data. Instead {remedy}"
+        )
+    if processes != run["world_size"] and (saved["deepspeed"] or run["deepspeed"]):
+        raise CheckpointError(
+            f"{checkpoint}: DeepSpeed cut the optimizer's state into parts for {processes} processes, now there are "
+            f"{run['world_size']}; resume with {processes}"
+        )
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; lists by index; empty blocks are left out."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else None
+    if items is None:
+        return {prefix: tree}
+    return {key: value for name, inner in items for key, value in _flat(inner, f"{prefix}.{name}".lstrip(".")).items()}
+
+
+def _is_json(path: Path) -> bool:
+    """Whether a file was written whole: a kill may have cut it."""
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True

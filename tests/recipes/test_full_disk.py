@@ -1,0 +1,75 @@
+"""The disk is full while a checkpoint is written: the one before survives, one message says what to do."""
+
+import os
+import resource
+import subprocess
+from contextlib import contextmanager
+
+import pytest
+
+from recipes.train_embedder import main
+
+SMALL, LARGE = "small", "large"
+
+
+@contextmanager
+def tmpfs(folder):
+    """A file system of its own at `folder`; yields a function that makes it small or large."""
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"a file system can be mounted by root alone: {mounted.stderr.decode().strip()}")
+
+    def resize(to):
+        room = {LARGE: 64 * 2**20, SMALL: used(folder) + used(folder / "checkpoint-2") // 2}[to]
+        subprocess.run(["mount", "-o", f"remount,size={room // 1024}k", str(folder)], check=True)
+
+    try:
+        yield resize
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@contextmanager
+def file_size_limit(folder):
+    """The system refuses to write more than so many bytes into one file: the optimizer's state is the largest."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def resize(to):
+        largest = max((folder / "checkpoint-2").iterdir(), key=lambda file: file.stat().st_size)
+        assert largest.name == "optimizer.pt"
+        room = soft if to == LARGE else largest.stat().st_size - 1
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+
+    try:
+        yield resize
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def used(folder):
+    """Bytes in whole pages, as a file system in memory counts them."""
+    return sum(-(-file.stat().st_size // 4096) * 4096 + 4096 for file in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("limit", [tmpfs, file_size_limit], ids=lambda limit: limit.__name__)
+def test_a_full_disk_leaves_the_previous_checkpoint(config_file, tmp_path, stop_in_step, capsys, limit):
+    out = tmp_path / "out"
+    overrides = ["training.save_strategy=steps", "training.save_steps=2", "adapter.r=32", "data.dev=[]"]
+    command = ["--config", str(config_file), *overrides]
+    with limit(out) as resize:
+        stop_in_step(2)
+        assert main(command) == 75
+        before = {file.name: file.read_bytes() for file in (out / "checkpoint-2").iterdir()}
+        resize(SMALL)
+        capsys.readouterr()
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert error.count("error:") == 1 and "Traceback" not in error
+        message = error[error.index("error:") :]
+        assert "checkpoint-4" in message and "checkpoint-2 is complete: the same command goes on" in message
+        assert {file.name: file.read_bytes() for file in (out / "checkpoint-2").iterdir()} == before
+        assert [name for name in os.listdir(out) if "checkpoint" in name] == ["checkpoint-2"]
+        resize(LARGE)
+        assert main(command) == 0
+        assert (out / "checkpoint-4" / "trainer_state.json").exists()
