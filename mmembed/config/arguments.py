@@ -124,6 +124,7 @@ UNUSABLE_ARGUMENTS = {
     "parallelism_config": "tensor and context parallelism are not offered",
     "ddp_find_unused_parameters": "gradients are reduced once a step, unused parameters included",
     "ddp_bucket_cap_mb": "gradients are reduced once a step",
+    "ddp_broadcast_buffers": "buffers of these models are constants, the same in all processes",
     "ddp_static_graph": "gradients are reduced once a step",
     "enable_jit_checkpoint": "SIGTERM and SIGUSR1 always write a checkpoint first",
     "ignore_data_skip": "a resumed run goes on at its place in the data",

@@ -27,6 +27,7 @@ DEFAULTS: dict[str, Any] = {
     "save_total_limit": 3,
     "warmup_steps": 0.05,  # below 1 it is a share of all steps
     "restore_callback_states_from_checkpoint": True,  # or early stopping would forget what it counted
+    "ddp_broadcast_buffers": False,  # constants; a forward pass must hold no collective (out_of_memory)
 }
 
 _CHOICES: dict[str, type[Enum]] = {

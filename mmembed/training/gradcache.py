@@ -16,6 +16,7 @@ between processes, a parameter that one process did not use counts as zero there
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,7 @@ from mmembed.threads import beside_each_other
 BUCKET = 32 * 2**20  # gradient values reduced at once: large enough for bandwidth, small enough to be no memory
 Encode = Callable[[Chunk], Embeddings]
 Backward = Callable[[list[Tensor], list[Tensor], bool], None]
+Guard = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ def contrastive_step(
     backward: Backward | None = None,
     rounds: int | None = None,
     workers: Workers | None = None,
+    guard: Guard = nullcontext,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Adds the gradient of `scale * objective(batch)` to the parameters of the model and of the objective.
 
@@ -83,30 +86,33 @@ def contrastive_step(
             kept then.
         workers: compute chunks beside each other; `encode` must draw no random numbers then, and neither `backward` nor
             `rounds` can be given.
+        guard: entered around each pass over the chunks, where no process waits for another: `Halving.guard` lets all
+            processes know when one ran out of memory.
 
     Returns:
         The detached local loss and the objective's metrics.
     """
     backward = backward or _plain_backward
-    first_kept = len(batch.chunks) if rounds is not None else _first_kept(batch, keep_tokens)
+    kept_from = len(batch.chunks) if rounds is not None else first_kept(batch, keep_tokens)
     idle = max(0, (rounds or 0) - len(batch.chunks))
     states: list[RandomState] = []
     outputs: list[Embeddings] = []
 
     def first_pass(number: int) -> Embeddings:
-        with torch.set_grad_enabled(number >= first_kept):
+        with torch.set_grad_enabled(number >= kept_from):
             return encode(batch.chunks[number])
 
-    if workers is not None:
-        outputs = list(beside_each_other(range(len(batch.chunks)), first_pass, workers.count))
-    else:
-        for number in range(len(batch.chunks)):  # always in this order: dropout does not depend on what is kept
-            if number < first_kept:
-                states.append(RandomState.capture())
-            outputs.append(first_pass(number))
-    with torch.no_grad():
-        for _ in range(idle):
-            encode(batch.chunks[-1])
+    with guard():
+        if workers is not None:
+            outputs = list(beside_each_other(range(len(batch.chunks)), first_pass, workers.count))
+        else:
+            for number in range(len(batch.chunks)):  # always in this order: dropout does not depend on what is kept
+                if number < kept_from:
+                    states.append(RandomState.capture())
+                outputs.append(first_pass(number))
+        with torch.no_grad():
+            for _ in range(idle):
+                encode(batch.chunks[-1])
 
     leaves = [output.vectors.detach().requires_grad_() for output in outputs]
     vectors = _assemble(batch, [Embeddings(leaf, out.mask) for leaf, out in zip(leaves, outputs, strict=True)])
@@ -117,12 +123,12 @@ def contrastive_step(
     found = torch.autograd.grad(loss * scale, [*leaves, *learned])
     gradients, of_learned = list(found[: len(leaves)]), list(found[len(leaves) :])
 
-    order = [*range(first_kept, len(outputs)), *range(first_kept)]  # kept graphs first: then their memory is free
+    order = [*range(kept_from, len(outputs)), *range(kept_from)]  # kept graphs first: then their memory is free
     if workers is not None:
 
         def second_pass(number: int) -> Sequence[Tensor | None]:
             output, outputs[number] = outputs[number].vectors, Embeddings(leaves[number].detach())
-            if number < first_kept:
+            if number < kept_from:
                 output = encode(batch.chunks[number]).vectors
             if not output.requires_grad:
                 return []
@@ -134,19 +140,20 @@ def contrastive_step(
         return loss.detach(), metrics
 
     after = RandomState.capture()
-    for position, number in enumerate(order + [-1] * idle):
-        last = position == len(order) + idle - 1
-        if number < 0:
-            output = encode(batch.chunks[-1]).vectors
-            gradient = torch.zeros_like(output)
-        else:
-            gradient = gradients[number]
-            if number < first_kept:
-                states[number].restore()
-                output = encode(batch.chunks[number]).vectors
+    with guard():
+        for position, number in enumerate(order + [-1] * idle):
+            last = position == len(order) + idle - 1
+            if number < 0:
+                output = encode(batch.chunks[-1]).vectors
+                gradient = torch.zeros_like(output)
             else:
-                output, outputs[number] = outputs[number].vectors, Embeddings(leaves[number].detach())
-        backward([output, *learned] if last else [output], [gradient, *of_learned] if last else [gradient], last)
+                gradient = gradients[number]
+                if number < kept_from:
+                    states[number].restore()
+                    output = encode(batch.chunks[number]).vectors
+                else:
+                    output, outputs[number] = outputs[number].vectors, Embeddings(leaves[number].detach())
+            backward([output, *learned] if last else [output], [gradient, *of_learned] if last else [gradient], last)
     after.restore()
     return loss.detach(), metrics
 
@@ -186,8 +193,11 @@ def _device_module() -> Any:
     return None if device is None else torch.get_device_module(device)
 
 
-def _first_kept(batch: Batch, keep_tokens: int | None) -> int:
-    """Chunks from here on keep their graph: the last ones, so that what follows finds them in the cache."""
+def first_kept(batch: Batch, keep_tokens: int | None) -> int:
+    """Chunks from here on keep their graph: the last ones, so that what follows finds them in the cache.
+
+    `keep_tokens`: as in `contrastive_step`.
+    """
     first = len(batch.chunks)
     tokens = 0
     while first > 0:

@@ -53,6 +53,7 @@ from mmembed.training.checkpoints import RUN, STATE, check_same_data, describe_r
 from mmembed.training.evaluation import DevSet, build_dev_set, evaluate
 from mmembed.training.gradcache import Workers, contrastive_step, reduce_gradients
 from mmembed.training.optimizers import Lion, parameter_groups, refuse_idle_rates
+from mmembed.training.out_of_memory import Budget, Halving, smaller
 from mmembed.training.preemption import Preemption, SaveAfterEpochEnd, start_worker
 
 logger = logging.getLogger(__name__)
@@ -128,11 +129,11 @@ class EmbedderTrainer(Trainer):
         refuse_idle_rates(config.training.learning_rates, whole.trained_towers(), config.model.freeze)
         self.run_config, self.preprocessor, self.train_sources = config, preprocessor, tuple(train)
         self.dev_sets = [build_dev_set(data, source) for data, source in zip(dev, config.data.dev, strict=True)]
-        self.keep_tokens = keep_tokens(config)
         self._sums: dict[str, Tensor] = {}
         self._counts = {"steps": 0, "pairs": 0, "tokens": 0}
         self._since = time.perf_counter()
         self.preemption = Preemption()
+        self._begun = False
         early = config.training.early_stopping_patience
         if early is not None:
             stopping = EarlyStoppingCallback(early, config.training.early_stopping_threshold)
@@ -145,6 +146,12 @@ class EmbedderTrainer(Trainer):
             train_dataset=MixedDataset(train),
             eval_dataset=self.dev_sets or None,
             callbacks=[*callbacks, self.preemption, SaveAfterEpochEnd()],
+        )
+        self.halving = Halving(
+            Budget(chunk_tokens(config), config.training.chunk_rows, keep_tokens(config)),
+            self.args.device,
+            redo=not self.is_deepspeed_enabled,
+            remedy=smaller(config),
         )
         # Under DeepSpeed a rank with images and a rank without would wait for each other for ever.
         preprocessor.touch_vision = self.is_deepspeed_enabled and args.world_size > 1
@@ -217,6 +224,7 @@ class EmbedderTrainer(Trainer):
             check_same_data(Path(str(resume_from_checkpoint)), self._sources, self.run_config)
             self.args = copy.copy(self.args)
             self.args.eval_on_start = False  # was done at the start
+        self._begun = False
         with self.preemption:
             return super().train(resume_from_checkpoint, *rest, **more)
 
@@ -234,27 +242,42 @@ class EmbedderTrainer(Trainer):
 
     # The step ---------------------------------------------------------------------------------------------------------
 
+    def _begin(self) -> None:
+        """Before the first step of a loop, when a resumed run knows its log."""
+        self._begun = True
+        self.halving.resume(self.state.log_history)
+
     def training_step(  # type: ignore[override]  # the loop hands on whatever our loader makes
         self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None
     ) -> Tensor:
         """One batch: gradients are added to the parameters, and averaged over processes if a step follows."""
         model.train()
-        accumulation = self.current_gradient_accumulation_steps
-        with self._without_reduction(model):
-            loss, metrics = contrastive_step(
-                functools.partial(self._encode, model),
-                self.model.objective,
-                inputs,
-                self.keep_tokens,
-                scale=self._loss_scale() / accumulation,
-                backward=self._engine_backward if self.is_deepspeed_enabled else None,
-                rounds=max(gather_counts(len(inputs.chunks), self.args.device)) if self.is_deepspeed_enabled else None,
-                workers=self._workers(inputs),
-            )
-        if self.accelerator.sync_gradients and not self.is_deepspeed_enabled:
+        if not self._begun:
+            self._begin()
+        last = self.accelerator.sync_gradients
+        step = functools.partial(self._add_gradient, model)
+        (loss, metrics), halved = self.halving.run(inputs, step, functools.partial(_forget, model), last)
+        if halved:
+            self.log(self.halving.budget.logged())
+        if last and not self.is_deepspeed_enabled:
             reduce_gradients(model.parameters())
         self._count(inputs, metrics)
-        return loss / accumulation
+        return loss / self.current_gradient_accumulation_steps
+
+    def _add_gradient(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The step of one batch, in its chunks: loss and metrics."""
+        with self._without_reduction(model):
+            return contrastive_step(
+                functools.partial(self._encode, model),
+                self.model.objective,
+                batch,
+                self.halving.budget.keep_tokens,
+                scale=self._loss_scale() / self.current_gradient_accumulation_steps,
+                backward=self._engine_backward if self.is_deepspeed_enabled else None,
+                rounds=max(gather_counts(len(batch.chunks), self.args.device)) if self.is_deepspeed_enabled else None,
+                workers=self._workers(batch),
+                guard=self.halving.guard,
+            )
 
     def _workers(self, inputs: Batch) -> Workers | None:
         """Threads that compute chunks beside each other, in the memory of `token_budget`; None where that can not be.
@@ -272,7 +295,8 @@ class EmbedderTrainer(Trainer):
         if self.run_config.model.gradient_checkpointing or self.model.config.get_text_config().hidden_size > NARROW:
             return None
         largest = max(chunk.padded_tokens for chunk in inputs.chunks)
-        fitting = len(inputs.chunks) if self.keep_tokens is None else max(1, self.keep_tokens // largest)
+        keep = self.halving.budget.keep_tokens
+        fitting = len(inputs.chunks) if keep is None else max(1, keep // largest)
         count = min(torch.get_num_threads(), len(inputs.chunks), fitting)
         return Workers(count, self._trained) if count > 1 else None
 
@@ -426,7 +450,7 @@ class EmbedderTrainer(Trainer):
         model.eval()
         similarity = self.model.objective.similarity_of
         encode = functools.partial(self._encode, model)
-        budget = chunk_tokens(self.run_config)
+        budget = self.halving.budget.chunk_tokens
         dev_sets = self.dev_sets if eval_dataset is None else eval_dataset
         share = self.collator.share_prefix
         found = evaluate(dev_sets, encode, similarity, self.preprocessor, budget, share)
@@ -562,6 +586,12 @@ class EmbedderTrainer(Trainer):
         restore_weights(folder, self.model.model)
         if self.model.objective.state_dict():
             self.model.objective.load_state_dict(load_file(folder / OBJECTIVE))
+
+
+def _forget(model: nn.Module) -> None:
+    """Drops the gradients that this optimizer step has added."""
+    for parameter in model.parameters():
+        parameter.grad = None
 
 
 def chunk_tokens(config: EmbedderConfig) -> int:
