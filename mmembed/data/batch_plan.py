@@ -10,7 +10,8 @@ a positive would be false negatives of each other, so they are dealt out like ca
 of a group together, row i into batch i modulo the number of batches. A group meets itself only when it has more rows
 than a pass has batches.
 
-Costs: the order of one pass a source, 8 bytes and 0.2 us a row, while the source is being drawn from.
+Costs, a row: 4 bytes for its group, and 4 for the order of the pass that is being drawn from; 2 us to find the groups
+once, 0.5 us for an order (`python -m benchmarks.plan_scale`).
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ class BatchPlan(torch.utils.data.Sampler[list[Draw]]):
     ) -> None:
         self.sizes, self.batch_size, self.seed = tuple(sizes), batch_size, seed
         self.world_size, self.rank, self.epoch = world_size, rank, 0
-        self.keys = (None,) * len(self.sizes) if keys is None else tuple(keys)
-        self._check(names or [f"source {i}" for i in range(len(self.sizes))])
+        keys = [None] * len(self.sizes) if keys is None else keys
+        self._check(names or [f"source {i}" for i in range(len(self.sizes))], keys)
         self._passes = [size // self.global_batch_size for size in self.sizes]  # batches of one pass
         shares = self._passes if weights is None else tuple(weights)
         if len(shares) != len(self.sizes) or min(shares) <= 0:
@@ -70,7 +71,7 @@ class BatchPlan(torch.utils.data.Sampler[list[Draw]]):
                 f"batch plan: weights {list(shares)} for {len(self.sizes)} sources; give each one above 0"
             )
         self._counts = _share_out(sum(self._passes), shares)  # batches of each source in an epoch
-        self._groups = [None if item is None else _groups(item) for item in self.keys]
+        self._groups = [None if item is None else _groups(item) for item in keys]
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
 
     @property
@@ -112,17 +113,17 @@ class BatchPlan(torch.utils.data.Sampler[list[Draw]]):
         """(batches of a pass, global batch size) rows."""
         generator = self._generator(source, number, purpose=1)
         batches = self._passes[source]
-        order = generator.permutation(self.sizes[source])[: batches * self.global_batch_size]
+        order = _permutation(generator, self.sizes[source])[: batches * self.global_batch_size]
         groups = self._groups[source]
         if groups is not None:
-            place = generator.permutation(int(groups.max()) + 1)  # of each group in the deck
+            place = _permutation(generator, int(groups.max()) + 1)  # of each group in the deck
             order = order[np.argsort(place[groups[order]], kind="stable")]
         return order.reshape(self.global_batch_size, batches).T  # row i into batch i modulo batches
 
     def _generator(self, *numbers: int, purpose: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, purpose, *numbers))
 
-    def _check(self, names: Sequence[str]) -> None:
+    def _check(self, names: Sequence[str], keys: Sequence[np.ndarray | None]) -> None:
         if not self.sizes:
             raise ConfigError("batch plan: there is no source; add one to data.train")
         if not 0 <= self.rank < self.world_size or self.batch_size < 1:
@@ -134,9 +135,14 @@ class BatchPlan(torch.utils.data.Sampler[list[Draw]]):
                     f"({self.world_size} processes x {self.batch_size}); lower per_device_train_batch_size or use "
                     "fewer processes, or remove the source"
                 )
-        for name, size, keys in zip(names, self.sizes, self.keys, strict=True):
-            if keys is not None and len(keys) != size:
-                raise ConfigError(f"data source '{name}' has {size} rows and {len(keys)} keys")
+        for name, size, of in zip(names, self.sizes, keys, strict=True):
+            if of is not None and len(of) != size:
+                raise ConfigError(f"data source '{name}' has {size} rows and {len(of)} keys")
+
+
+def _permutation(generator: np.random.Generator, count: int) -> np.ndarray:
+    """Of row numbers, in 4 bytes each."""
+    return generator.permutation(count).astype(np.int32)
 
 
 def _share_out(total: int, shares: Sequence[float]) -> list[int]:
@@ -150,15 +156,45 @@ def _share_out(total: int, shares: Sequence[float]) -> list[int]:
 
 
 def _groups(keys: np.ndarray) -> np.ndarray:
-    """(N,) numbers of the groups of rows that are linked by equal keys in a column, directly or through others."""
-    columns = [np.unique(column, return_inverse=True)[1] for column in keys.T]
-    groups = columns[0]
+    """(N,) int32 numbers of the groups of rows that are linked by equal keys in a column, directly or through others.
+
+    Rows take the smallest row number that any row of equal key has, column by column, until nothing changes; following
+    that row's own number doubles the length of the chains that a round closes. Only rows that share a key take part.
+    """
+    links = [_shared(column) for column in keys.T]
+    smallest = np.arange(len(keys), dtype=np.int32)
     for _ in range(_ROUNDS):
-        before = groups
-        for column in columns:
-            smallest = np.full(len(keys), len(keys))
-            np.minimum.at(smallest, column, groups)
-            groups = smallest[column]
-        if np.array_equal(before, groups):
+        before = smallest.copy()
+        for rows, starts in links:
+            if len(rows):
+                found = np.minimum.reduceat(smallest[rows], starts)
+                smallest[rows] = np.repeat(found, np.diff(starts, append=len(rows)))
+        smallest = smallest[smallest]
+        if np.array_equal(before, smallest):
             break
-    return np.unique(groups, return_inverse=True)[1]
+    return _numbered(smallest, keys[:, 0])
+
+
+def _shared(column: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows whose key another row has too, equal ones side by side, and where each run of equal ones starts."""
+    order = np.argsort(column).astype(np.int32)
+    values = column[order]
+    same = values[1:] == values[:-1]
+    shared = np.zeros(len(column), dtype=bool)
+    shared[1:] = same
+    shared[:-1] |= same
+    rows, values = order[shared], values[shared]
+    return rows, np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]])) if len(rows) else rows
+
+
+def _numbered(smallest: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Groups from 0 on in the order of the smallest key in them, which is the order of plans made so far."""
+    order = np.argsort(keys).astype(np.int32)
+    values = keys[order]
+    rank = np.empty(len(keys), dtype=np.int32)
+    rank[order] = np.concatenate([[0], np.cumsum(values[1:] != values[:-1], dtype=np.int32)])
+    least = rank.copy()
+    np.minimum.at(least, smallest, rank)
+    used = np.zeros(len(keys), dtype=bool)
+    used[least[smallest]] = True
+    return (np.cumsum(used, dtype=np.int32) - 1)[least[smallest]]

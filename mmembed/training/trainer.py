@@ -605,4 +605,4 @@ def chunk_tokens(config: EmbedderConfig) -> int:
 
 def _digest(keys: np.ndarray) -> str:
     """Of the records of a source and their order, as far as their keys tell."""
-    return hashlib.blake2b(np.ascontiguousarray(keys).tobytes(), digest_size=16).hexdigest()
+    return hashlib.blake2b(np.ascontiguousarray(keys).data, digest_size=16).hexdigest()

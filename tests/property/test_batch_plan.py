@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmembed.data.batch_plan import BatchPlan
+from benchmarks.plan_scale import measure, mined_keys
+from mmembed.data.batch_plan import BatchPlan, _groups
 from mmembed.data.mixing import mixing_weights
 from mmembed.errors import ConfigError
 
@@ -125,6 +126,29 @@ def test_rows_linked_through_a_query_and_a_positive_are_one_group():
     for seed in range(30):
         for batch in BatchPlan([6], batch_size=2, seed=seed, keys=[keys]):
             assert len({0, 1, 2} & {row for _, row, _ in batch}) <= 1
+
+
+@given(st.lists(st.tuples(st.integers(-9, 9), st.integers(-9, 9)), min_size=1, max_size=60))
+def test_groups_are_the_connected_components(pairs):
+    """Against a loop that joins two sets at a time."""
+    sets = [{row} for row in range(len(pairs))]
+    for row, pair in enumerate(pairs):
+        for other in range(row):
+            if pair[0] == pairs[other][0] or pair[1] == pairs[other][1]:
+                joined = sets[row] | sets[other]
+                for member in joined:
+                    sets[member] = joined
+    groups = _groups(np.array(pairs))
+    assert sorted(set(groups.tolist())) == list(range(len({id(one) for one in sets})))
+    for row, group in enumerate(groups):
+        assert set(np.flatnonzero(groups == group).tolist()) == sets[row]
+
+
+def test_the_benchmark_of_planning_measures_what_it_says():
+    found = measure(20_000)
+    assert found.keys() == {"plan", "epoch", "limit", "peak_mb"} and all(value > 0 for value in found.values())
+    keys = mined_keys(20_000)
+    assert len(np.unique(keys[:, 0])) == 19_000 and 1000 < len(np.unique(keys[:, 1])) < 7000
 
 
 def test_what_must_repeat_is_spread_evenly():
