@@ -3,7 +3,7 @@
     python -m recipes.train_embedder --config recipes/configs/embedder/demo.yaml training.learning_rate=1e-4
     accelerate launch recipes/train_embedder.py --config recipes/configs/embedder/qwen3_vl_2b_lora.yaml
 
-Reads top to bottom: config, data, model, objective, report, training, saving, verifying. What comes out in
+Reads top to bottom: config, data, model, objective, report, training and saving. What comes out in
 `training.output_dir` loads with `Embedder.from_pretrained`. The same command again goes on from the last complete
 checkpoint. Exit status: 0 done, 2 refused, 75 stopped (SIGTERM, SIGUSR1, a process lost): start the same command again.
 """
@@ -62,7 +62,8 @@ def train(config: EmbedderConfig) -> dict[str, float]:
     # 2. What can be refused before anything is read -------------------------------------------------------------------
     from mmembed.models.continuing import build_for_training, check_trainable, inherit_settings
     from mmembed.objectives import build_objective
-    from mmembed.training.checkpoints import checkpoint_to_resume, writing
+    from mmembed.training.checkpoints import checkpoint_to_resume, how_to_go_on, writing
+    from mmembed.training.lost_worker import naming_lost_workers
     from mmembed.training.preflight import preflight
 
     if not config.data.train:
@@ -95,13 +96,12 @@ def train(config: EmbedderConfig) -> dict[str, float]:
     if main_process:
         print(trainer.report(), flush=True)
 
-    # 5. Train ---------------------------------------------------------------------------------------------------------
-    trainer.train(resume_from_checkpoint=resume)
-
-    # 6. Save, verify, evaluate ----------------------------------------------------------------------------------------
-    trainer.save_model()
-    trainer.save_state()
-    metrics = trainer.evaluate(metric_key_prefix="final") if dev_data else {}
+    # 5. Train, save, verify, evaluate ---------------------------------------------------------------------------------
+    with naming_lost_workers(lambda: how_to_go_on(output)):
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model()
+        trainer.save_state()
+        metrics = trainer.evaluate(metric_key_prefix="final") if dev_data else {}
     if main_process:
         difference = verify_checkpoint(output, model, preprocessor)
         results = Path(output, "metrics.json")

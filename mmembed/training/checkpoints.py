@@ -29,6 +29,7 @@ from transformers import TrainingArguments
 from mmembed.config.blocks import EmbedderConfig
 from mmembed.errors import CheckpointError, ConfigError
 from mmembed.objectives.gather import world
+from mmembed.training.lost_worker import is_of_connection
 
 logger = logging.getLogger(__name__)
 STATE, RUN = "trainer_state.json", "training_run.json"
@@ -133,13 +134,19 @@ def writing(path: Path, run: str) -> Iterator[None]:
     try:
         yield
     except (CheckpointError, OSError, RuntimeError, SafetensorError) as error:
+        if is_of_connection(error):
+            raise
         known = isinstance(error, CheckpointError)
         found = str(error) if known else f"{path}: could not be written ({error}). Free disk space"
-        try:
-            remedy = f"{last_checkpoint(run)} is complete: the same command goes on from it"
-        except CheckpointError:
-            remedy = "There is no complete checkpoint before it: start again"
-        raise CheckpointError(f"{found}. {remedy}") from error
+        raise CheckpointError(f"{found}. {how_to_go_on(run)}") from error
+
+
+def how_to_go_on(run: str | Path) -> str:
+    """What the same command would do after a stop."""
+    try:
+        return f"{last_checkpoint(run)} is complete: the same command goes on from it"
+    except CheckpointError:
+        return "There is no complete checkpoint: the same command begins at the start"
 
 
 _WORDS = ("auto", "true", "false")
