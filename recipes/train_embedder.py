@@ -83,7 +83,6 @@ def train(config: EmbedderConfig) -> dict[str, float]:
         )
 
     # 4. Model, objective, trainer -------------------------------------------------------------------------------------
-    from mmembed.models.verification import verify_checkpoint
     from mmembed.training.batch_report import check_sources
     from mmembed.training.trainer import EmbedderTrainer
 
@@ -102,8 +101,8 @@ def train(config: EmbedderConfig) -> dict[str, float]:
         trainer.save_model()
         trainer.save_state()
         metrics = trainer.evaluate(metric_key_prefix="final") if dev_data else {}
+        difference = trainer.verify()
     if main_process:
-        difference = verify_checkpoint(output, model, preprocessor)
         results = Path(output, "metrics.json")
         with writing(results, output):
             results.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")

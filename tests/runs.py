@@ -24,6 +24,22 @@ def in_two_processes(module, *arguments, timeout=180):
     return done
 
 
+def launch(strategy, *arguments, timeout=300, succeeds=True):
+    """`accelerate launch` with the shipped YAML of a strategy: two processes, gloo, one thread each."""
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        f"recipes/accelerate/{strategy}.yaml",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command += ["recipes/train_embedder.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    assert (done.returncode == 0) == succeeds, done.stdout[-2000:] + done.stderr[-5000:]
+    return done
+
+
 def losses(folder):
     """The logged loss of each step."""
     history = json.loads((Path(folder) / "trainer_state.json").read_text())["log_history"]

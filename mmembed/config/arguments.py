@@ -37,7 +37,7 @@ _RANGES = {
     **dict.fromkeys(("adam_beta1", "adam_beta2"), (0.0, True, 1.0)),
 }
 _WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "dict": "a mapping", "list": "a list"}
-_MORE = {"resume_from_checkpoint": "str | bool | None"}  # true: the last one
+_MORE = {"resume_from_checkpoint": "str | bool | None", "fsdp": "str | bool | None"}  # true: the last one; on
 
 
 class _Types(dict[str, Any]):
@@ -89,10 +89,6 @@ def _annotations() -> dict[str, str]:
     return {field.target.id: ast.unparse(field.annotation) for field in fields if isinstance(field.target, ast.Name)}
 
 
-_NO_FSDP = (
-    "processes hold the whole model (DDP); training.deepspeed with recipes/deepspeed/zero1.json or zero2.json shards "
-    "optimizer state and gradients, and parameters are not sharded in this version"
-)
 UNUSABLE_ARGUMENTS = {
     "auto_find_batch_size": "memory is bounded by training.token_budget, the batch stays as asked",
     "label_smoothing_factor": "it belongs to classification losses",
@@ -119,8 +115,6 @@ UNUSABLE_ARGUMENTS = {
     "do_train": "the recipe trains and evaluates on dev",
     "do_eval": "set training.eval_strategy",
     "do_predict": "use python -m eval.run",
-    "fsdp": _NO_FSDP,
-    "fsdp_config": _NO_FSDP,
     "parallelism_config": "tensor and context parallelism are not offered",
     "ddp_find_unused_parameters": "gradients are reduced once a step, unused parameters included",
     "ddp_bucket_cap_mb": "gradients are reduced once a step",

@@ -120,12 +120,8 @@ def check_trainable(model: EmbeddingModel, pictures: bool = True) -> None:
         )
 
 
-def restore_weights(folder: str | Path, model: EmbeddingModel) -> None:
-    """Puts the trained weights of a checkpoint into a model of the same settings, in place: for resuming a run.
-
-    Raises:
-        CheckpointError: files are missing or broken, or the weights belong to another architecture.
-    """
+def check_same_settings(folder: str | Path, model: EmbeddingModel) -> None:
+    """Refuses to resume from a checkpoint of another architecture. Raises CheckpointError."""
     folder = Path(folder)
     settle(folder)
     for key, value, wanted in _differences(read_settings(folder)[0], model.settings):
@@ -133,6 +129,16 @@ def restore_weights(folder: str | Path, model: EmbeddingModel) -> None:
             f"{folder}: was saved with {key} {value!r}, but the run has {wanted!r}; resume with the settings it was "
             "started with"
         )
+
+
+def restore_weights(folder: str | Path, model: EmbeddingModel) -> None:
+    """Puts the trained weights of a checkpoint into a model of the same settings, in place: for resuming a run.
+
+    Raises:
+        CheckpointError: files are missing or broken, or the weights belong to another architecture.
+    """
+    folder = Path(folder)
+    check_same_settings(folder, model)
     if model.settings.adapter_type != "none":
         read_adapter(folder / ADAPTER, model)
         read_head(folder / POOLING, model)

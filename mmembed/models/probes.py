@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import PIL.Image
@@ -10,10 +11,11 @@ import torch
 from torch.nn import functional as F
 
 from mmembed.content import Image, Text
+from mmembed.embeddings import Embeddings
 from mmembed.errors import CheckpointError
 from mmembed.models.embedding_model import EmbeddingModel
 from mmembed.models.folder import PROBES, read_tensors
-from mmembed.preprocess import Item, Preprocessor
+from mmembed.preprocess import Item, ModelInputs, Preprocessor
 
 HALF_TOLERANCE = 0.03  # of a unit vector, where weights are in 16 bits: kernels and merged adapters round otherwise
 _PROBES = ("a red bus", "What is the capital of France?", "Der Hund schläft. " * 8)
@@ -57,14 +59,21 @@ def check_recorded(
     return distance
 
 
-def vectors_of(model: EmbeddingModel, preprocessor: Preprocessor) -> torch.Tensor:
-    """Vectors of fixed inputs in evaluation mode: texts in both roles, and a picture where the backbone sees."""
+def vectors_of(
+    model: EmbeddingModel, preprocessor: Preprocessor, forward: Callable[[ModelInputs], Embeddings] | None = None
+) -> torch.Tensor:
+    """Vectors of fixed inputs in evaluation mode: texts in both roles, and a picture where the backbone sees.
+
+    Args:
+        forward: runs the model where it is called through a module around it.
+    """
     items = [Item((Text(text),), role) for text in _PROBES for role in ("query", "document")]
     if model.family.multimodal:
         picture = PIL.Image.linear_gradient("L").resize((96, 64)).convert("RGB")
         items.append(Item((Image(picture),)))
     was_training = model.training
-    vectors = _vectors(model.eval(), preprocessor, items)
+    inputs = preprocessor(items).to(model.eval().device)
+    vectors = _vectors(forward or model, inputs)
     model.train(was_training)
     return vectors
 
@@ -82,8 +91,8 @@ def record(folder: Path, model: EmbeddingModel, vectors: torch.Tensor) -> None:
     os.replace(staged, folder / PROBES)
 
 
-@torch.inference_mode()
-def _vectors(model: EmbeddingModel, preprocessor: Preprocessor, items: list[Item]) -> torch.Tensor:
-    embeddings = model(preprocessor(items).to(model.device))
+@torch.no_grad()
+def _vectors(forward: Callable[[ModelInputs], Embeddings], inputs: ModelInputs) -> torch.Tensor:
+    embeddings = forward(inputs)
     vectors = embeddings.vectors if embeddings.mask is None else embeddings.vectors * embeddings.mask.unsqueeze(-1)
     return vectors.cpu()

@@ -22,11 +22,18 @@ if TYPE_CHECKING:
 
 
 def verify_checkpoint(
-    folder: str | Path, model: EmbeddingModel, preprocessor: Preprocessor, tolerance: float = 1e-3
+    folder: str | Path,
+    model: EmbeddingModel,
+    preprocessor: Preprocessor,
+    tolerance: float = 1e-3,
+    vectors: torch.Tensor | None = None,
 ) -> float:
     """Reloads a saved folder and compares vectors of fixed texts (and a picture): equal to the model's; unequal to the
     bare backbone's, or, where only pooling and projection are trained, those unequal to their fresh state. Records the
     vectors in the folder where saving could not.
+
+    Args:
+        vectors: the model's, of `vectors_of`, where no process can run it alone.
 
     Returns:
         The largest difference of a vector element to the model in memory.
@@ -34,7 +41,7 @@ def verify_checkpoint(
     Raises:
         CheckpointError: the vectors differ by more than `tolerance`, or training changed nothing.
     """
-    ours = vectors_of(model, preprocessor)
+    ours = vectors_of(model, preprocessor) if vectors is None else vectors
     reloaded, loaded_preprocessor = load_checkpoint(
         folder, device=model.device, media=preprocessor.media, trust_remote_code=model.settings.trust_remote_code
     )

@@ -32,7 +32,8 @@ class Temperature(nn.Module):
         if self.learn and value < SMALLEST:
             raise ConfigError(f"objective.temperature: a learned one is kept at {SMALLEST} or above; start there")
         self.value = float(value)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / value))) if self.learn else None
+        # (1,) and no scalar: DeepSpeed sends parameters as bytes
+        self.log_scale = nn.Parameter(torch.tensor([math.log(1 / value)])) if self.learn else None
 
     def scale(self) -> Tensor | float:
         """What similarities are multiplied by."""
@@ -40,4 +41,4 @@ class Temperature(nn.Module):
             return 1 / self.value
         with torch.no_grad():  # the parameter itself, as CLIP does after each step: beyond a clamp it had no gradient
             self.log_scale.clamp_(max=math.log(1 / SMALLEST))
-        return self.log_scale.exp()
+        return self.log_scale.exp().squeeze(0)

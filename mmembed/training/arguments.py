@@ -16,6 +16,7 @@ from mmembed.config.blocks import EmbedderConfig
 from mmembed.data.dataset import RecordDataset
 from mmembed.errors import ConfigError, nearest
 from mmembed.training.evaluation import metric_names
+from mmembed.training.launch import check_launched, launched_with
 from mmembed.training.optimizers import OPTIM_NAMES
 
 __all__ = ["set_seed", "training_arguments"]
@@ -55,10 +56,7 @@ def training_arguments(config: EmbedderConfig) -> TrainingArguments:
         chosen.setdefault("greater_is_better", True)  # of all dev metrics
     if chosen.get("fp16") and chosen.get("use_cpu"):
         raise ConfigError("training.fp16: half precision on a CPU loses gradients; use training.bf16")
-    if chosen.get("deepspeed") and chosen.get("load_best_model_at_end"):
-        raise ConfigError(
-            "training.load_best_model_at_end: not with DeepSpeed; take the best checkpoint folder instead"
-        )
+    chosen = launched_with(config, chosen)
     for key, kind in _CHOICES.items():
         values = [choice.value for choice in kind]
         if key in chosen and chosen[key] not in values:
@@ -67,8 +65,7 @@ def training_arguments(config: EmbedderConfig) -> TrainingArguments:
         args = TrainingArguments(remove_unused_columns=False, label_names=[], **chosen)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"training: {error}") from error
-    if args.deepspeed_plugin is not None and args.deepspeed_plugin.hf_ds_config.is_zero3():
-        raise ConfigError("training.deepspeed: ZeRO-3 is not supported; use recipes/deepspeed/zero2.json")
+    check_launched(args, config)
     return args
 
 

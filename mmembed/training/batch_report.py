@@ -79,6 +79,7 @@ def batch_report(
     preprocessor: Preprocessor,
     accumulation: int,
     unshared: str | None = None,
+    lockstep: bool = False,
 ) -> Report:
     """Describes the run.
 
@@ -86,6 +87,7 @@ def batch_report(
         first: this process's first batch.
         accumulation: gradient accumulation steps, which enlarge no contrastive batch.
         unshared: why no prefixes are shared, where that is so for the whole run.
+        lockstep: all processes run as many chunks, and only the last one's graph is kept (DeepSpeed, FSDP2).
     """
     lines = ["sources:"]
     warnings = []
@@ -104,7 +106,7 @@ def batch_report(
                 f"data source '{dataset.name}' ({tasks}) has in-batch negatives on: texts of one class are false "
                 "negatives of each other; set in_batch_negatives: false (NV-Embed, section 3)"
             )
-    lines += _batch_lines(config, plan, first, objective, preprocessor, accumulation)
+    lines += _batch_lines(config, plan, first, objective, preprocessor, accumulation, lockstep)
     lines.append("  " + _sharing(first, unshared))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -127,6 +129,7 @@ def _batch_lines(
     objective: Objective,
     preprocessor: Preprocessor,
     accumulation: int,
+    lockstep: bool,
 ) -> list[str]:
     labels = first.labels
     own = int((labels.relevance <= 0).sum()) / first.n_queries
@@ -138,6 +141,8 @@ def _batch_lines(
     image_token = family.tokenizer.convert_tokens_to_ids(family.image_token) if family.multimodal else None
     visual = sum(token == image_token for row in pictured for token in row.ids)
     kept = keep_tokens(config)
+    if lockstep and kept != 0:
+        kept = first.chunks[-1].padded_tokens
     again = max(0, first.padded_tokens - kept) if kept is not None else 0
     lines = [
         f"batch: {plan.batch_size} queries x {plan.world_size} processes of one source",

@@ -158,7 +158,8 @@ def _embed(
     shareable = [preprocessor.shareable(row) for row in rows] if share_prefix else None
     chunks = plan_chunks(rows, token_budget, where=where, shareable=shareable)
     rank, size = world()
-    mine = chunks[rank::size] or chunks[-1:]  # a process without a chunk repeats one: collectives need a shape
+    rounds = -(-len(chunks) // size)  # of each process, as a forward may be a collective; the last chunk is repeated
+    mine = [chunks[min(number, len(chunks) - 1)] for number in range(rank, rounds * size, size)]
     embeddings = Embeddings.concatenate([encode(chunk) for chunk in mine])
     index = torch.cat([chunk.index for chunk in mine]).to(embeddings.vectors.device)  # (n,)
     counts = gather_counts(len(index), index.device)

@@ -81,9 +81,9 @@ def contrastive_step(
         scale: of the gradient (1 / accumulation steps, times a loss scale); not of the returned loss.
         backward: (outputs, their gradients, last) -> None, sends gradients back; `last` is true once, at the end.
             torch.autograd.backward if None.
-        rounds: run so many forwards a pass and backwards, repeating a chunk without effect: for engines whose forward
-            and backward are collectives (ZeRO-2, ZeRO-3), where processes must not run different numbers. Nothing is
-            kept then.
+        rounds: run so many forwards a pass and backwards, repeating the last chunk without effect: for engines whose
+            forward and backward are collectives (ZeRO-2, ZeRO-3, FSDP2), where processes must not run different
+            numbers. Only the graph of the last forward is kept then, if any.
         workers: compute chunks beside each other; `encode` must draw no random numbers then, and neither `backward` nor
             `rounds` can be given.
         guard: entered around each pass over the chunks, where no process waits for another: `Halving.guard` lets all
@@ -93,29 +93,30 @@ def contrastive_step(
         The detached local loss and the objective's metrics.
     """
     backward = backward or _plain_backward
-    kept_from = len(batch.chunks) if rounds is not None else first_kept(batch, keep_tokens)
-    idle = max(0, (rounds or 0) - len(batch.chunks))
+    count = len(batch.chunks)
+    idle = max(0, (rounds or 0) - count)
+    if rounds is None:
+        kept_from = first_kept(batch, keep_tokens)
+    else:
+        kept_from = count + idle - int(keep_tokens is None or keep_tokens > 0)
     states: list[RandomState] = []
     outputs: list[Embeddings] = []
 
     def first_pass(number: int) -> Embeddings:
         with torch.set_grad_enabled(number >= kept_from):
-            return encode(batch.chunks[number])
+            return encode(batch.chunks[min(number, count - 1)])
 
     with guard():
         if workers is not None:
-            outputs = list(beside_each_other(range(len(batch.chunks)), first_pass, workers.count))
+            outputs = list(beside_each_other(range(count), first_pass, workers.count))
         else:
-            for number in range(len(batch.chunks)):  # always in this order: dropout does not depend on what is kept
+            for number in range(count + idle):  # always in this order: dropout does not depend on what is kept
                 if number < kept_from:
                     states.append(RandomState.capture())
                 outputs.append(first_pass(number))
-        with torch.no_grad():
-            for _ in range(idle):
-                encode(batch.chunks[-1])
 
-    leaves = [output.vectors.detach().requires_grad_() for output in outputs]
-    vectors = _assemble(batch, [Embeddings(leaf, out.mask) for leaf, out in zip(leaves, outputs, strict=True)])
+    leaves = [output.vectors.detach().requires_grad_() for output in outputs[:count]]
+    vectors = _assemble(batch, [Embeddings(leaf, out.mask) for leaf, out in zip(leaves, outputs[:count], strict=True)])
     place = batch.place.to(leaves[0].device)
     queries, documents = vectors.rows(place[: batch.n_queries]), vectors.rows(place[batch.n_queries :])
     loss, metrics = objective(queries, documents, batch.labels.to(place.device))
@@ -123,7 +124,7 @@ def contrastive_step(
     found = torch.autograd.grad(loss * scale, [*leaves, *learned])
     gradients, of_learned = list(found[: len(leaves)]), list(found[len(leaves) :])
 
-    order = [*range(kept_from, len(outputs)), *range(kept_from)]  # kept graphs first: then their memory is free
+    order = [*range(kept_from, count + idle), *range(kept_from)]  # kept graphs first: then their memory is free
     if workers is not None:
 
         def second_pass(number: int) -> Sequence[Tensor | None]:
@@ -141,19 +142,19 @@ def contrastive_step(
 
     after = RandomState.capture()
     with guard():
-        for position, number in enumerate(order + [-1] * idle):
-            last = position == len(order) + idle - 1
-            if number < 0:
-                output = encode(batch.chunks[-1]).vectors
-                gradient = torch.zeros_like(output)
+        for number in order:
+            last = number == order[-1]
+            output, outputs[number] = outputs[number].vectors, Embeddings(outputs[number].vectors.detach())
+            if number < kept_from:
+                states[number].restore()
+                output = encode(batch.chunks[min(number, count - 1)]).vectors
+            gradient = gradients[number] if number < count else torch.zeros_like(output)
+            if last or rounds is not None:
+                # ZeRO-3 adds to the gradient of the step before where a parameter gets none in the first backward
+                backward([output, *learned], [gradient, *of_learned], last)
+                of_learned = [torch.zeros_like(of_one) for of_one in of_learned]
             else:
-                gradient = gradients[number]
-                if number < kept_from:
-                    states[number].restore()
-                    output = encode(batch.chunks[number]).vectors
-                else:
-                    output, outputs[number] = outputs[number].vectors, Embeddings(leaves[number].detach())
-            backward([output, *learned] if last else [output], [gradient, *of_learned] if last else [gradient], last)
+                backward([output], [gradient], last)
     after.restore()
     return loss.detach(), metrics
 

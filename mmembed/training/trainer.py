@@ -2,7 +2,7 @@
 
 Kept of the base class: the loop, TrainingArguments, callbacks, schedules, trackers, clipping, resume. Replaced:
 - batches come from a BatchPlan, already this process's share (accelerate must not shard them again);
-- the step is `contrastive_step`, gradients are reduced once after it;
+- the step is `contrastive_step`, whose gradients an engine reduces (`mmembed.training.engines`);
 - each tower has its learning rate; dev evaluation ranks; a checkpoint is `mmembed.json` + safetensors.
 
 Resuming is exact: batches are a pure function of seed, epoch and position, random states are restored.
@@ -11,6 +11,7 @@ Resuming is exact: batches are a pure function of seed, epoch and position, rand
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import hashlib
 import json
@@ -19,15 +20,18 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint, unset_hf_deepspeed_config
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import TrainOutput
 
 from mmembed.config.blocks import EmbedderConfig
@@ -38,10 +42,12 @@ from mmembed.data.dataset import MixedDataset, RecordDataset
 from mmembed.data.mixing import mixing_weights
 from mmembed.embeddings import Embeddings
 from mmembed.errors import CheckpointError
-from mmembed.models.checkpoint import save_checkpoint
-from mmembed.models.continuing import restore_weights
+from mmembed.models.checkpoint import load_checkpoint, save_checkpoint
+from mmembed.models.continuing import check_same_settings, restore_weights
 from mmembed.models.embedding_model import EmbeddingModel
 from mmembed.models.folder import read_tensors, to_disk
+from mmembed.models.probes import vectors_of
+from mmembed.models.verification import verify_checkpoint
 from mmembed.objectives import Objective
 from mmembed.objectives.gather import gather_counts
 from mmembed.preprocess import ModelInputs, Preprocessor
@@ -50,8 +56,9 @@ from mmembed.threads import NARROW
 from mmembed.training.arguments import output_folder, with_metric
 from mmembed.training.batch_report import Report, batch_report, check_fields, keep_tokens
 from mmembed.training.checkpoints import RUN, STATE, check_same_data, describe_run, read_run, writing
+from mmembed.training.engines import engine_of, offer_on_cpu
 from mmembed.training.evaluation import DevSet, build_dev_set, evaluate
-from mmembed.training.gradcache import Workers, contrastive_step, reduce_gradients
+from mmembed.training.gradcache import Workers, contrastive_step
 from mmembed.training.optimizers import Lion, parameter_groups, refuse_idle_rates
 from mmembed.training.out_of_memory import Budget, Halving, smaller
 from mmembed.training.preemption import Preemption, SaveAfterEpochEnd, start_worker
@@ -71,6 +78,11 @@ class Trained(nn.Module):
     @property
     def config(self) -> Any:
         return self.model.config
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The classes of the layers that FSDP gathers one at a time."""
+        return sorted(self.model.backbone._no_split_modules or ())
 
     def forward(self, inputs: ModelInputs) -> Embeddings:
         return self.model(inputs)
@@ -140,6 +152,7 @@ class EmbedderTrainer(Trainer):
             callbacks = [*callbacks, stopping]
         if config.model.gradient_checkpointing:
             model.gradient_checkpointing_enable()
+        offer_on_cpu(args)
         super().__init__(
             model=whole,
             args=args,
@@ -147,14 +160,20 @@ class EmbedderTrainer(Trainer):
             eval_dataset=self.dev_sets or None,
             callbacks=[*callbacks, self.preemption, SaveAfterEpochEnd()],
         )
+        self.engine = engine_of(self.accelerator, args)
+        # Only one graph is kept in lockstep, and each chunk may gather all weights: few large ones.
+        size = config.training.token_budget if self.engine.lockstep else chunk_tokens(config)
         self.halving = Halving(
-            Budget(chunk_tokens(config), config.training.chunk_rows, keep_tokens(config)),
+            Budget(size, config.training.chunk_rows, keep_tokens(config)),
             self.args.device,
-            redo=not self.is_deepspeed_enabled,
+            redo=not self.engine.lockstep,
             remedy=smaller(config),
         )
-        # Under DeepSpeed a rank with images and a rank without would wait for each other for ever.
-        preprocessor.touch_vision = self.is_deepspeed_enabled and args.world_size > 1
+        # Where a forward is a collective, a rank with images and a rank without would wait for each other for ever.
+        preprocessor.touch_vision = self.engine.lockstep and args.world_size > 1
+        if self.is_fsdp_enabled:
+            objective.to(args.device)
+            self.accelerator.state.fsdp_plugin.ignored_modules = [objective]
         seed = args.seed if args.data_seed is None else args.data_seed
         keys = [source.keys() for source in train]
         self._sources = [
@@ -178,7 +197,7 @@ class EmbedderTrainer(Trainer):
         self.collator = Collator(
             preprocessor,
             {source.name: source for source in config.data.train},
-            chunk_tokens=chunk_tokens(config),
+            chunk_tokens=size,
             chunk_rows=config.training.chunk_rows,
             train_group_size=config.data.train_group_size,
             positives_per_query=config.data.positives_per_query,
@@ -195,7 +214,7 @@ class EmbedderTrainer(Trainer):
         """The batch report of the first batch."""
         first = self.collator([self.train_dataset[index] for index in next(iter(self.plan))])
         accumulation = self.args.gradient_accumulation_steps
-        return batch_report(
+        report = batch_report(
             self.run_config,
             self.train_sources,
             self.plan,
@@ -205,7 +224,9 @@ class EmbedderTrainer(Trainer):
             self.preprocessor,
             accumulation,
             self._unshared(),
+            self.engine.lockstep,
         )
+        return dataclasses.replace(report, lines=(*report.lines, f"processes: {self.args.world_size}, {self.engine}"))
 
     def _unshared(self) -> str | None:
         """Why prefixes are not shared; None where they are."""
@@ -259,22 +280,22 @@ class EmbedderTrainer(Trainer):
         (loss, metrics), halved = self.halving.run(inputs, step, functools.partial(_forget, model), last)
         if halved:
             self.log(self.halving.budget.logged())
-        if last and not self.is_deepspeed_enabled:
-            reduce_gradients(model.parameters())
+        if last:
+            self.engine.reduce(model, self.model.objective)
         self._count(inputs, metrics)
         return loss / self.current_gradient_accumulation_steps
 
     def _add_gradient(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The step of one batch, in its chunks: loss and metrics."""
-        with self._without_reduction(model):
+        with self.engine.accumulating(model):
             return contrastive_step(
                 functools.partial(self._encode, model),
                 self.model.objective,
                 batch,
                 self.halving.budget.keep_tokens,
                 scale=self._loss_scale() / self.current_gradient_accumulation_steps,
-                backward=self._engine_backward if self.is_deepspeed_enabled else None,
-                rounds=max(gather_counts(len(batch.chunks), self.args.device)) if self.is_deepspeed_enabled else None,
+                backward=self.engine.backward(model),
+                rounds=max(gather_counts(len(batch.chunks), self.args.device)) if self.engine.lockstep else None,
                 workers=self._workers(batch),
                 guard=self.halving.guard,
             )
@@ -288,7 +309,7 @@ class EmbedderTrainer(Trainer):
         if (
             self.args.device.type != "cpu"
             or self.args.world_size > 1
-            or self.is_deepspeed_enabled
+            or self.engine.lockstep
             or self._draws_randomness
         ):
             return None
@@ -321,17 +342,6 @@ class EmbedderTrainer(Trainer):
 
     def _encode(self, model: nn.Module, chunk: Chunk) -> Embeddings:
         return model(chunk.inputs(self.preprocessor).to(self.args.device))
-
-    def _engine_backward(self, outputs: list[Tensor], gradients: list[Tensor], last: bool) -> None:
-        """Through DeepSpeed: it reduces (and steps) after the last chunk of the last accumulated batch."""
-        surrogate = sum((output * gradient).sum() for output, gradient in zip(outputs, gradients, strict=True))
-        boundary = last and self.accelerator.sync_gradients
-        self.accelerator.deepspeed_engine_wrapped.backward(surrogate, sync_gradients=boundary, scale_wrt_gas=False)
-
-    def _without_reduction(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """DDP must not reduce: processes may run another number of chunks, over other parameters."""
-        reduces = self.args.world_size > 1 and not self.is_deepspeed_enabled
-        return self.accelerator.no_sync(model) if reduces else nullcontext()
 
     # Data -------------------------------------------------------------------------------------------------------------
 
@@ -544,7 +554,9 @@ class EmbedderTrainer(Trainer):
         """Writes the embedder, by default into the output folder. Raises CheckpointError; what lay there stays."""
         folder = Path(output_dir or self.output)
         with nullcontext() if _internal_call else writing(folder, self.output):
-            super().save_model(output_dir, _internal_call)
+            self._save(
+                str(folder), self.engine.full_state(self.model, self.model.model.settings.adapter_type == "none")
+            )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Writes a self-describing embedder, and the objective's learned parameters beside it."""
@@ -553,7 +565,7 @@ class EmbedderTrainer(Trainer):
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.output)
-        state = dict(state_dict or self.model.state_dict())
+        state = self.model.state_dict() if state_dict is None else state_dict
         of_model = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
         prefix = "objective."
         parameters = {
@@ -572,13 +584,80 @@ class EmbedderTrainer(Trainer):
         described = {**describe_run(self.run_config, self.args), "sources": self._sources}
         (folder / RUN).write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Divided optimizers write a part a process, DeepSpeed also the trained weights: its loader wants them."""
+        if self.is_deepspeed_enabled:
+            self.accelerator.deepspeed_engine_wrapped.engine.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        elif self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        if self.args.should_save:
+            assert self.lr_scheduler is not None, "training made it"
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """Puts a checkpoint's weights into the model before FSDP2 divides it, and into DeepSpeed's engine once it is
+        there."""
+        if resume_from_checkpoint is not None and self.is_fsdp_enabled:
+            self._restore(Path(resume_from_checkpoint))
+        into_engine = resume_from_checkpoint if self.is_deepspeed_enabled else None
+        prepared = super()._prepare_for_training(
+            max_steps, train_dataloader, None if into_engine else resume_from_checkpoint
+        )
+        self.engine.prepared(self.model.objective)
+        if into_engine is not None:
+            self._load_into_engine(into_engine)
+            self._load_optimizer_and_scheduler(into_engine)
+        return prepared
+
+    def _load_into_engine(self, folder: str) -> None:
+        check_same_settings(folder, self.model.model)
+        deepspeed_load_checkpoint(self.model_wrapped, folder, load_module_strict=False)  # frozen weights are not in it
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._restore(Path(resume_from_checkpoint))
+        if not self.is_fsdp_enabled:  # there it happened before the model was divided
+            self._restore(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        assert self.state.best_model_checkpoint is not None, "the loop asks only where there is one"
-        logger.info("loading the best checkpoint %s (%s)", self.state.best_model_checkpoint, self.state.best_metric)
-        self._restore(Path(self.state.best_model_checkpoint))
+        best = self.state.best_model_checkpoint
+        assert best is not None, "the loop asks only where there is one"
+        logger.info("loading the best checkpoint %s (%s)", best, self.state.best_metric)
+        if self.is_deepspeed_enabled:
+            self._load_into_engine(best)
+        elif self.is_fsdp_enabled:
+            self._distribute(Path(best))
+        else:
+            self._restore(Path(best))
+
+    def _distribute(self, folder: Path) -> None:
+        """Loads a checkpoint into the divided model: the main process reads it whole, the others get their parts."""
+        from safetensors.torch import load_file
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+        check_same_settings(folder, self.model.model)
+        state: dict[str, Any] = {}
+        if self.accelerator.is_main_process:
+            saved, _ = load_checkpoint(folder, trust_remote_code=self.model.model.settings.trust_remote_code)
+            state = {f"model.{name}": value for name, value in saved.state_dict().items()}
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+        set_model_state_dict(self.model, state, options=options)
+        if self.model.objective.state_dict():
+            self.model.objective.load_state_dict(load_file(folder / OBJECTIVE))
+
+    def verify(self) -> float | None:
+        """Reads the saved embedder again on the main process and compares vectors, see `verify_checkpoint`; None on the
+        others, which are needed where the model is divided."""
+        model = self.model.model
+        ours = vectors_of(model, self.preprocessor, self.model) if self.engine.sharded else None
+        unset_hf_deepspeed_config()  # the copy is whole
+        return (
+            verify_checkpoint(self.output, model, self.preprocessor, vectors=ours)
+            if self.is_world_process_zero()
+            else None
+        )
 
     def _restore(self, folder: Path) -> None:
         from safetensors.torch import load_file

@@ -19,7 +19,8 @@ def backbone(family_folder):
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """Folder with `text.jsonl` (a hard negative each), `pictures.jsonl`, `dev.jsonl`, `sts.jsonl`."""
+    """Folder with `text.jsonl` (a hard negative each), `pictures.jsonl`, `mixed.jsonl` (every
+    third positive has one), `dev.jsonl`, `sts.jsonl`."""
     folder = tmp_path_factory.mktemp("data")
     generator = random.Random(0)
 
@@ -39,9 +40,16 @@ def data(tmp_path_factory):
         picture(index, 60 + 7 * index, 60).save(folder / f"{index}.png")
         return {"query": f"{sentence()} {index}", "documents": [{"content": {"image": f"{index}.png"}}]}
 
+    def mixed_record(index):
+        record = text_record(index)
+        if index % 3 == 0:
+            record["documents"][0]["content"] = [{"image": f"{index % 10}.png"}, f"{sentence()} {index}"]
+        return record
+
     files = {
         "text": [text_record(index) for index in range(40)],
         "pictures": [picture_record(index) for index in range(10)],
+        "mixed": [mixed_record(index) for index in range(40)],
         "dev": [text_record(index) for index in range(100, 108)],
         "sts": [
             {"query": sentence(), "documents": [{"content": sentence(), "relevance": index / 8}], "task": "sts"}

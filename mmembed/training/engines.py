@@ -1,0 +1,188 @@
+"""How processes share a model, for the step, for saving and for loading: each whole (DDP), DeepSpeed ZeRO, or FSDP2.
+
+An engine answers four questions of the trainer: whether a forward is a collective (then all processes have to run as
+many), how a chunk's gradient goes back and is reduced on the last chunk, what the whole weights are, and how they are
+put back. ZeRO-2 and ZeRO-3 reduce every chunk's gradient into their shards, as they keep no whole one; DDP, ZeRO-1 and
+FSDP2 reduce once a step, which costs FSDP2 the memory of whole gradients of the trained parameters.
+
+Parameters of the objective are used outside of the model's forward: FSDP2 does not shard them, ZeRO-3 keeps them whole.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mmembed.errors import ConfigError
+from mmembed.training.gradcache import Backward, reduce_gradients
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import TrainingArguments
+
+
+def offer_on_cpu(args: TrainingArguments) -> None:
+    """Lets accelerate use DeepSpeed and FSDP on CPU processes, which it otherwise trains with DDP, without a word.
+
+    It looks for the variable again when the trainer makes its Accelerator, and knows FSDP on several GPUs only; the
+    process group is there already, so nothing moves to a GPU.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    if args.device.type != "cpu" or not (args.deepspeed_plugin or args.fsdp):
+        return
+    os.environ.pop("ACCELERATE_USE_CPU", None)
+    if args.fsdp:
+        PartialState().distributed_type = DistributedType.MULTI_GPU
+
+
+def engine_of(accelerator: Accelerator, args: TrainingArguments) -> Engine:
+    """The engine that accelerate was set up with. Raises ConfigError where it is not the one that was asked for."""
+    from accelerate.utils import DistributedType
+
+    found = accelerator.distributed_type
+    wanted = DistributedType.DEEPSPEED if args.deepspeed_plugin else DistributedType.FSDP if args.fsdp else None
+    if wanted is not None and found is not wanted:
+        raise ConfigError(f"{wanted.value} was asked for, but accelerate would train with {found.value}")
+    if wanted is DistributedType.DEEPSPEED:
+        return DeepSpeed(accelerator)
+    return FSDP2(accelerator) if wanted is DistributedType.FSDP else Engine(accelerator)
+
+
+class Engine:
+    """One process, or several that each hold the whole model and average gradients once a step.
+
+    lockstep: forwards and backwards are collectives; processes must run as many of them, through the same parts.
+    sharded: no process holds all weights; `full_state` and `load` are collectives.
+    """
+
+    lockstep = False
+    sharded = False
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+
+    def __str__(self) -> str:
+        return "every process holds the whole model" if self.accelerator.num_processes > 1 else "one process"
+
+    def accumulating(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """DDP must not reduce by itself: processes may run another number of chunks, over other parameters."""
+        return self.accelerator.no_sync(model) if self.accelerator.num_processes > 1 else nullcontext()
+
+    def backward(self, model: nn.Module) -> Backward | None:
+        """How gradients go back into the model; None for plain autograd."""
+        return None
+
+    def reduce(self, model: nn.Module, objective: nn.Module) -> None:
+        """After the last chunk of a step: averages gradients that `backward` did not."""
+        reduce_gradients(model.parameters())
+
+    def prepared(self, objective: nn.Module) -> None:
+        """After the model was wrapped."""
+
+    def full_state(self, model: nn.Module, frozen: bool) -> dict[str, Tensor] | None:
+        """The whole weights on the CPU of the main process, {} on others; None where the model has them itself.
+
+        Args:
+            frozen: weights that are not trained too.
+        """
+        return None
+
+
+class DeepSpeed(Engine):
+    """ZeRO: the engine reduces, clips and steps in the backward of the last chunk. It reduces parameters as they become
+    ready, so every process has to send gradients to the same ones as often."""
+
+    lockstep = True
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        super().__init__(accelerator)
+        warnings.filterwarnings(
+            "ignore", r"`torch\.distributed\.\w+` is deprecated"
+        )  # DeepSpeed's own calls, each time
+        self.stage = int(accelerator.state.deepspeed_plugin.zero_stage)
+        self.sharded = self.stage == 3
+
+    def __str__(self) -> str:
+        held = {
+            0: "",
+            1: "optimizer state",
+            2: "optimizer state and gradients",
+            3: "optimizer state, gradients, weights",
+        }
+        return f"DeepSpeed ZeRO-{self.stage} divides {held[self.stage] or 'nothing'}"
+
+    def accumulating(self, model: nn.Module) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def backward(self, model: nn.Module) -> Backward:
+        def back(outputs: list[Tensor], gradients: list[Tensor], last: bool) -> None:
+            surrogate = sum((output * gradient).sum() for output, gradient in zip(outputs, gradients, strict=True))
+            boundary = last and self.accelerator.sync_gradients
+            engine = self.accelerator.deepspeed_engine_wrapped
+            engine.backward(surrogate, sync_gradients=boundary, scale_wrt_gas=False)
+
+        return back
+
+    def reduce(self, model: nn.Module, objective: nn.Module) -> None:
+        """The engine did."""
+
+    def prepared(self, objective: nn.Module) -> None:
+        if not self.sharded:
+            return
+        parameter: Any  # with what DeepSpeed adds
+        for parameter in objective.parameters():  # DeepSpeed gathers what a module's call uses; these are used outside
+            if not parameter.ds_persist:
+                raise ConfigError(
+                    "training.deepspeed: zero_optimization.stage3_param_persistence_threshold is too small to keep the "
+                    'learned temperature whole; write "auto", or a number above 1'
+                )
+            parameter.all_gather()
+
+    def full_state(self, model: nn.Module, frozen: bool) -> dict[str, Tensor] | None:
+        if not self.sharded:
+            return None
+        engine = self.accelerator.deepspeed_engine_wrapped.engine
+        return engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=not frozen) or {}
+
+
+class FSDP2(Engine):
+    """`fully_shard`: weights are gathered a decoder layer at a time; gradients scattered on the last chunk."""
+
+    lockstep = True
+    sharded = True
+
+    def __str__(self) -> str:
+        return "FSDP2 divides optimizer state, gradients, weights"
+
+    def accumulating(self, model: nn.Module) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def backward(self, model: nn.Module) -> Backward:
+        def back(outputs: list[Tensor], gradients: list[Tensor], last: bool) -> None:
+            model.set_requires_gradient_sync(last and self.accelerator.sync_gradients)  # type: ignore[operator]
+            torch.autograd.backward(outputs, gradients)
+
+        return back
+
+    def reduce(self, model: nn.Module, objective: nn.Module) -> None:
+        reduce_gradients(objective.parameters())
+
+    def full_state(self, model: nn.Module, frozen: bool) -> dict[str, Tensor]:
+        from torch.distributed.tensor import DTensor
+
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        parameters = {name for name, _ in model.named_parameters()}
+        state = {}
+        for name, value in model.state_dict().items():
+            if frozen or name in trained or name not in parameters:
+                whole = value.full_tensor() if isinstance(value, DTensor) else value  # all processes take part
+                if self.accelerator.is_main_process:
+                    state[name] = whole.detach().cpu()
+        return state

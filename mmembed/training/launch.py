@@ -1,0 +1,199 @@
+"""Which strategy a run was launched with: `accelerate launch`'s choice and the config's, as keys of TrainingArguments.
+
+`accelerate launch` hands its YAML over in environment variables. They are turned into the same keys that a config can
+set (`deepspeed`, `fsdp`, `fsdp_config`), so there is one path behind both, and what contradicts is refused here, before
+data or weights are read. Weights are always loaded whole by each process and divided afterwards (docs/decisions.md).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from mmembed.config.blocks import EmbedderConfig
+from mmembed.errors import ConfigError, nearest
+
+AUTO = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "bf16": {"enabled": "auto"},
+    "fp16": {"enabled": "auto"},
+}  # what a DeepSpeed file leaves out is what the config says, not DeepSpeed's default
+OF_FSDP = {
+    "version": 2,
+    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+    "transformer_layer_cls_to_wrap": None,
+    "min_num_params": 0,
+    "reshard_after_forward": True,
+    "state_dict_type": "FULL_STATE_DICT",
+}
+_NOT_OF_FSDP = {
+    "activation_checkpointing": "set model.gradient_checkpointing",
+    "cpu_offload": "weights stay on the device; ZeRO-3 offloads (zero_optimization.offload_param in its JSON file)",
+    "offload_params": "weights stay on the device; ZeRO-3 offloads (zero_optimization.offload_param in its JSON file)",
+    "ignored_modules": "what is not sharded is decided here: the objective's parameters",
+}
+_WHOLE_MATRICES = {
+    "adafactor": "its moments are row and column means of whole matrices",
+    "adamw_8bit": "it keeps moments of token tables in 32 bits, and shards no longer tell what they belong to",
+}
+
+
+def launched_with(config: EmbedderConfig, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with the strategy that the launcher asks for.
+
+    Raises:
+        ConfigError: launcher and config name two strategies, or one has a setting that is not offered.
+    """
+    arguments = dict(chosen)
+    by_launcher = {name for name in ("deepspeed", "fsdp") if _is_true(f"ACCELERATE_USE_{name.upper()}")}
+    by_config = {name for name in ("deepspeed", "fsdp") if arguments.get(name)}
+    if len(by_launcher | by_config) > 1:
+        raise ConfigError("deepspeed and fsdp are both asked for (accelerate's YAML, training.*); keep one")
+    if by_launcher & by_config:
+        (name,) = by_config
+        raise ConfigError(f"training.{name}: accelerate's YAML sets it too; keep one of the two")
+    _same_precision(arguments)
+    if by_launcher | by_config == {"deepspeed"}:
+        arguments["deepspeed"] = _deepspeed(arguments.get("deepspeed"))
+    elif by_launcher | by_config == {"fsdp"}:
+        given = _of_environment() if by_launcher else _of_config(arguments)
+        arguments |= {"fsdp": True, "fsdp_config": _fsdp(given)}
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # the launcher's default; transformers would obey it
+    elif arguments.get("fsdp_config") is not None:
+        raise ConfigError("training.fsdp_config has no effect without training.fsdp: true")
+    if arguments.get("fsdp") and arguments.get("optim") == "sgd":
+        raise ConfigError("training.optim 'sgd': FSDP2 cannot resume an optimizer without a state; use adamw")
+    optimizer = config.training.optimizer
+    if by_launcher | by_config and optimizer in _WHOLE_MATRICES:
+        raise ConfigError(
+            f"training.optimizer '{optimizer}': {_WHOLE_MATRICES[optimizer]}; use adamw or lion with DeepSpeed and "
+            "FSDP, or launch with recipes/accelerate/ddp.yaml"
+        )
+    return arguments
+
+
+def check_launched(args: TrainingArguments, config: EmbedderConfig) -> None:
+    """Refuses what only shows once the arguments are built.
+
+    Raises:
+        ConfigError: the DeepSpeed file contradicts the config, or what was asked for needs several processes.
+    """
+    if args.deepspeed_plugin is not None:
+        found = args.deepspeed_plugin.hf_ds_config
+        for mismatch in found.mismatches:
+            theirs, ours = mismatch.removeprefix("- ds ").split(" vs hf ")
+            raise ConfigError(
+                f'training.deepspeed: {theirs} contradicts training.{ours}; write "auto" in DeepSpeed\'s file, which '
+                "takes over the config's value, or make them equal"
+            )
+        for block, key in (("optimizer", "training.optimizer"), ("scheduler", "training.lr_scheduler_type")):
+            if block in found.config:
+                raise ConfigError(
+                    f"training.deepspeed: the block '{block}' would replace {key}, which knows a rate for each tower; "
+                    f"remove the block and set {key}"
+                )
+        if found.is_zero3() and config.adapter.type == "qlora":
+            raise ConfigError(
+                "adapter.type 'qlora' + ZeRO-3: 4-bit weights are packed bytes that ZeRO-3 cannot divide; they are "
+                "small, so use recipes/accelerate/zero2.yaml or ddp.yaml, or lora with ZeRO-3"
+            )
+        unset_hf_deepspeed_config()  # otherwise every model that is loaded from here on would be divided at once
+    if config.training.grad_cache is False and (args.deepspeed_plugin is not None or args.fsdp):
+        raise ConfigError(
+            "training.grad_cache: false keeps the graphs of all chunks, which DeepSpeed and FSDP cannot; write auto (a "
+            "batch that fits training.token_budget is one chunk and is encoded once)"
+        )
+    if args.fsdp and args.world_size == 1:
+        raise ConfigError(
+            "training.fsdp: there is one process and nothing to share; launch several (accelerate launch "
+            "--config_file recipes/accelerate/fsdp2.yaml), or remove it"
+        )
+
+
+def _same_precision(arguments: Mapping[str, Any]) -> None:
+    """Half precision is the config's business; a YAML of accelerate that says otherwise would be passed over."""
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launcher in ("bf16", "fp16") and not arguments.get(launcher):
+        raise ConfigError(
+            f"training.{launcher}: false, but accelerate's mixed_precision is '{launcher}'; set training.{launcher}: "
+            'true, or mixed_precision: "no"'
+        )
+
+
+def _deepspeed(given: Any) -> dict[str, Any]:
+    """The DeepSpeed config of a file, a mapping, or the launcher's environment."""
+    if given is None:
+        from accelerate.utils import DeepSpeedPlugin
+
+        named = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+        given = named if named != "none" else DeepSpeedPlugin().deepspeed_config
+    if not isinstance(given, Mapping):
+        path = Path(given)
+        if not path.is_file():
+            raise ConfigError(
+                f"training.deepspeed: there is no file '{path}' (from {Path.cwd()}); give a path to a JSON file, for "
+                "example recipes/deepspeed/zero2.json"
+            )
+        try:
+            given = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"training.deepspeed: {path} is no JSON ({error})") from None
+    if not isinstance(given.get("zero_optimization"), Mapping):
+        raise ConfigError('training.deepspeed: the file has no zero_optimization; give {"stage": 1}, 2 or 3')
+    return AUTO | dict(given)
+
+
+def _of_environment() -> dict[str, Any]:
+    """The launcher's FSDP settings under the names of `fsdp_config`; what has the launcher's default is left out."""
+    names = {
+        "version": "VERSION",
+        "auto_wrap_policy": "AUTO_WRAP_POLICY",
+        "transformer_layer_cls_to_wrap": "TRANSFORMER_CLS_TO_WRAP",
+        "min_num_params": "MIN_NUM_PARAMS",
+        "reshard_after_forward": "RESHARD_AFTER_FORWARD",
+        "state_dict_type": "STATE_DICT_TYPE",
+        "activation_checkpointing": "ACTIVATION_CHECKPOINTING",
+        "offload_params": "OFFLOAD_PARAMS",
+        "ignored_modules": "IGNORED_MODULES",
+    }
+    found = {key: os.environ.get(f"FSDP_{name}") for key, name in names.items()}
+    off = {"activation_checkpointing": "false", "offload_params": "false"}
+    return {key: value for key, value in found.items() if value is not None and value != off.get(key)}
+
+
+def _of_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    given = arguments.get("fsdp_config") or {}
+    if isinstance(given, str):
+        path = Path(given)
+        if not path.is_file():
+            raise ConfigError(f"training.fsdp_config: there is no file '{path}'; give a JSON file or a mapping")
+        given = json.loads(path.read_text(encoding="utf-8"))
+    if arguments["fsdp"] not in (True, "full_shard", "full_shard auto_wrap"):
+        raise ConfigError(
+            f"training.fsdp: found {arguments['fsdp']!r}; write true, and settings in training.fsdp_config"
+        )
+    return {key.removeprefix("fsdp_"): value for key, value in given.items()}
+
+
+def _fsdp(given: Mapping[str, Any]) -> dict[str, Any]:
+    for key in given:
+        if key in _NOT_OF_FSDP:
+            raise ConfigError(f"training.fsdp_config.{key}: not offered; {_NOT_OF_FSDP[key]}")
+        if key not in OF_FSDP:
+            raise ConfigError(f"training.fsdp_config: unknown key '{key}'; {nearest(key, OF_FSDP)}")
+    settings = {**OF_FSDP, **given}
+    if int(settings["version"]) != 2:
+        raise ConfigError("training.fsdp_config.version: FSDP1 is not offered; write fsdp_version: 2")
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def _is_true(name: str) -> bool:
+    return os.environ.get(name, "false").lower() == "true"

@@ -1,0 +1,91 @@
+"""Two processes under each shipped strategy follow the trajectory of one, through the real command.
+
+Chunks (one, many), adapter (LoRA, full), accumulation and clipping are crossed with the strategies; `python -m
+benchmarks.equivalence` runs all combinations. AdamW with an epsilon of 1, which is gradient descent with a state to
+resume: the usual one hides a factor in a gradient, and turns rounding into steps where a gradient is nearly zero.
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmembed.models.checkpoint import load_checkpoint
+from recipes.train_embedder import main
+from tests.recipes.conftest import backbone, config_file, data  # noqa: F401  (fixtures)
+from tests.runs import launch, losses
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
+PLAIN = ["training.adam_epsilon=1", "training.learning_rate=1e-2", "training.lr_scheduler_type=constant"]
+LORA = ["adapter.dropout=0.0"]
+HEADS = ["pooling={type: latent_attention, num_latents: 4}", "projection=16"]
+FULL = ["adapter={type: none}"]
+MANY, TWICE = ["training.token_budget=64"], ["training.gradient_accumulation_steps=2"]
+CASES = {
+    "ddp": ("every process holds the whole model", [*LORA, *MANY, "training.max_grad_norm=0"]),
+    "zero1": ("DeepSpeed ZeRO-1 divides optimizer state", [*LORA, *TWICE, "training.max_grad_norm=1"]),
+    "zero2": (
+        "DeepSpeed ZeRO-2 divides optimizer state and gradients",
+        [*FULL, *MANY, *TWICE, "training.max_grad_norm=0"],
+    ),
+    "zero3": (
+        "DeepSpeed ZeRO-3 divides optimizer state, gradients, weights",
+        [*LORA, *HEADS, *MANY, *TWICE, "training.max_grad_norm=0"],
+    ),
+    "fsdp2": ("FSDP2 divides optimizer state, gradients, weights", [*FULL, *MANY, *TWICE, "training.max_grad_norm=1"]),
+}
+
+
+def run_of(config_file, tmp_path, name, batch):  # noqa: F811
+    """Arguments of a run into `tmp_path / name`: pictures in some records, a checkpoint and a score every 2 steps."""
+    arguments = ["--config", str(config_file), *PLAIN, "data.train=[{path: mixed.jsonl}]"]
+    arguments += ["training.save_strategy=steps", "training.save_steps=2", "training.eval_strategy=steps"]
+    arguments += ["training.eval_steps=2", "training.load_best_model_at_end=true", "training.greater_is_better=false"]
+    arguments += ["training.metric_for_best_model=ndcg_at_10"]
+    return [*arguments, f"training.per_device_train_batch_size={batch}", f"training.output_dir={tmp_path / name}"]
+
+
+def weights(folder):
+    """Every saved tensor."""
+    files = [file for file in sorted(folder.glob("*.safetensors")) if file.name != "probes.safetensors"]
+    return {f"{file.name}: {name}": value for file in files for name, value in load_file(file).items()}
+
+
+def evaluations(folder):
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["eval_ndcg_at_10"] for entry in history if "eval_ndcg_at_10" in entry]
+
+
+@pytest.mark.parametrize("strategy", CASES)
+def test_one_trajectory(config_file, backbone, tmp_path, strategy):  # noqa: F811
+    """The same losses, dev scores, best checkpoint and weights; resumed from the middle, the same once more."""
+    says, case = CASES[strategy]
+    assert main([*run_of(config_file, tmp_path, "one", 8), *case]) == 0
+    arguments = [*run_of(config_file, tmp_path, "two", 4), *case]
+    done = launch(strategy, *arguments)
+    assert f"processes: 2, {says}\n" in done.stdout
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    assert evaluations(two) == pytest.approx(evaluations(one), abs=1e-6)
+    expected, found = weights(one), weights(two)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert found[name].numel() > 0
+        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-4, msg=name)
+    model, _ = load_checkpoint(two)
+    assert all(parameter.numel() for parameter in model.parameters())
+    if strategy in ("ddp", "zero2"):  # resuming is that of one process (tests/recipes), and that of ZeRO-1
+        return
+    for file in (two / "checkpoint-2").rglob("*model_states.pt"):
+        assert file.stat().st_size < (backbone / "model.safetensors").stat().st_size / 4, "the frozen backbone is in it"
+    logged = losses(two)
+    shutil.rmtree(two / "checkpoint-4")
+    for file in two.glob("*.safetensors"):
+        file.unlink()
+    launch(strategy, *arguments, "training.resume_from_checkpoint=true")
+    assert losses(two) == logged
+    for name, tensor in weights(two).items():
+        assert torch.equal(found[name], tensor), name
