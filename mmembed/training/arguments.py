@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
@@ -16,7 +17,7 @@ from mmembed.config.blocks import EmbedderConfig
 from mmembed.data.dataset import RecordDataset
 from mmembed.errors import ConfigError, nearest
 from mmembed.training.evaluation import metric_names
-from mmembed.training.launch import check_launched, launched_with
+from mmembed.training.launch import check_launched, launched_with, reach_first_process
 from mmembed.training.optimizers import OPTIM_NAMES
 
 __all__ = ["set_seed", "training_arguments"]
@@ -31,6 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "ddp_broadcast_buffers": False,  # constants; a forward pass must hold no collective (out_of_memory)
 }
 
+WAIT = 300  # seconds for the first process; hosts of a cluster do not start at once
 _CHOICES: dict[str, type[Enum]] = {
     "lr_scheduler_type": SchedulerType,
     "optim": OptimizerNames,
@@ -61,8 +63,14 @@ def training_arguments(config: EmbedderConfig) -> TrainingArguments:
         values = [choice.value for choice in kind]
         if key in chosen and chosen[key] not in values:
             raise ConfigError(f"training.{key}: there is no '{chosen[key]}'; {nearest(chosen[key], values)}")
+    reach_first_process(float(chosen.get("ddp_timeout", WAIT)))
     try:
         args = TrainingArguments(remove_unused_columns=False, label_names=[], **chosen)
+    except torch.distributed.DistError as error:
+        raise ConfigError(
+            f"not all {os.environ.get('WORLD_SIZE')} processes met at {os.environ.get('MASTER_ADDR')}:"
+            f"{os.environ.get('MASTER_PORT')} (MASTER_ADDR and MASTER_PORT, which the launcher sets): {error}"
+        ) from error
     except (ValueError, TypeError) as error:
         raise ConfigError(f"training: {error}") from error
     check_launched(args, config)

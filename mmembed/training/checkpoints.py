@@ -53,7 +53,7 @@ def describe_run(config: EmbedderConfig, args: TrainingArguments) -> dict[str, A
         "config": config.model_dump(mode="json"),
         "world_size": args.world_size,
         "global_batch_size": args.world_size * args.per_device_train_batch_size,
-        "deepspeed": args.deepspeed is not None,
+        "state": "deepspeed" if args.deepspeed else "fsdp" if args.fsdp else "whole",
     }
 
 
@@ -150,6 +150,7 @@ def how_to_go_on(run: str | Path) -> str:
 
 
 _WORDS = ("auto", "true", "false")
+_STATES = {"deepspeed": "DeepSpeed", "fsdp": "FSDP2", "whole": "one process or DDP"}
 
 
 def _asked(config: EmbedderConfig) -> str:
@@ -217,7 +218,12 @@ def _check_batches(checkpoint: Path, saved: dict[str, Any], run: dict[str, Any])
             f"{run['global_batch_size']} ({run['world_size']} x {run['global_batch_size'] // run['world_size']}): the "
             f"run could not go on at the same place in its data. Instead {remedy}"
         )
-    if processes != run["world_size"] and (saved["deepspeed"] or run["deepspeed"]):
+    if saved["state"] != run["state"]:
+        raise CheckpointError(
+            f"{checkpoint}: the optimizer's state was written by {_STATES[saved['state']]}, now there is "
+            f"{_STATES[run['state']]}, which cannot read it; launch the run as it was launched"
+        )
+    if processes != run["world_size"] and run["state"] == "deepspeed":
         raise CheckpointError(
             f"{checkpoint}: DeepSpeed cut the optimizer's state into parts for {processes} processes, now there are "
             f"{run['world_size']}; resume with {processes}"

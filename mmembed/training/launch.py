@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,38 @@ def launched_with(config: EmbedderConfig, chosen: Mapping[str, Any]) -> dict[str
             "FSDP, or launch with recipes/accelerate/ddp.yaml"
         )
     return arguments
+
+
+def reach_first_process(wait: float) -> None:
+    """Waits until the first process can be reached, which every other one has to do before it can do anything.
+
+    torch does so too, for half an hour, and then does not say what the address came from.
+
+    Args:
+        wait: seconds.
+
+    Raises:
+        ConfigError: with the address, and where it is set.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        return
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if host is None or port is None:
+        return  # no launcher's variables: torch says which one is missing
+    deadline = time.monotonic() + wait
+    while True:
+        try:
+            with socket.create_connection((host, int(port)), timeout=max(1.0, deadline - time.monotonic())):
+                return
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise ConfigError(
+                    f"process {os.environ['RANK']}: cannot reach the first process at {host}:{port} within {wait:g} s "
+                    f"({error}). The address is MASTER_ADDR and MASTER_PORT, which the launcher sets (accelerate: "
+                    "--main_process_ip, --main_process_port; torchrun: --master_addr, --master_port): check that the "
+                    "first process was started and that this host may connect to it; training.ddp_timeout waits longer"
+                ) from None
+            time.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
 
 
 def check_launched(args: TrainingArguments, config: EmbedderConfig) -> None:

@@ -306,12 +306,7 @@ class EmbedderTrainer(Trainer):
         That is: several threads of one process on a CPU, a narrow model, no random numbers, nothing that hooks into the
         backward pass.
         """
-        if (
-            self.args.device.type != "cpu"
-            or self.args.world_size > 1
-            or self.engine.lockstep
-            or self._draws_randomness
-        ):
+        if self.args.device.type != "cpu" or self.args.world_size > 1 or self.engine.lockstep or self._draws_randomness:
             return None
         if self.run_config.model.gradient_checkpointing or self.model.config.get_text_config().hidden_size > NARROW:
             return None

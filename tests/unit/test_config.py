@@ -111,7 +111,6 @@ def test_overrides_win_and_reach_into_lists():
         ({"training": {"hub_strategy": "end"}}, "uploaded"),
         ({"training": {"gradient_checkpointing_kwargs": {"use_reentrant": True}}}, "model.gradient_checkpointing"),
         ({"training": {"grad_cache": True}}, "token_budget"),
-        ({"training": {"fsdp": "full_shard"}}, "deepspeed"),
         ({"adapter": {"type": "prefix"}, "model": {"attention": "bidirectional"}}, "causal"),
         ({"adapter": {"type": "prompt"}, "model": {"gradient_checkpointing": True}}, "cache"),
         ({"adapter": {"type": "qlora"}, "model": {"dtype": "float32"}}, "bfloat16"),

@@ -1,0 +1,150 @@
+"""Strategies: what a launcher or a config asks for, what contradicts it, and the shipped files."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mmembed.config import build_config
+from mmembed.errors import ConfigError
+from mmembed.training.arguments import training_arguments
+
+ROOT = Path(__file__).parents[2]
+LAUNCHERS = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_MIXED_PRECISION")
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    for name in LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")  # the launcher's default; put back afterwards
+
+
+def arguments(tmp_path, adapter="lora", **training):
+    config = build_config({"adapter": {"type": adapter}, "training": {"output_dir": str(tmp_path), **training}})
+    return training_arguments(config)
+
+
+def deepspeed(tmp_path, **keys):
+    path = tmp_path / "deepspeed.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}} | keys))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("keys", "training", "message"),
+    [
+        (
+            {"train_micro_batch_size_per_gpu": 4},
+            {"per_device_train_batch_size": 8},
+            "train_micro_batch_size_per_gpu=4 contradicts training.per_device_train_batch_size=8",
+        ),
+        ({"train_batch_size": 7}, {"per_device_train_batch_size": 8}, "train_batch_size=7 contradicts"),
+        (
+            {"gradient_accumulation_steps": 4},
+            {"gradient_accumulation_steps": 2},
+            "gradient_accumulation_steps=4 contradicts training.gradient_accumulation_steps=2",
+        ),
+        ({"gradient_clipping": 0.5}, {}, "gradient_clipping=0.5 contradicts training.max_grad_norm=1.0"),
+        ({"bf16": {"enabled": True}}, {}, "bf16.enabled=True contradicts training.bf16"),
+        ({"fp16": {"enabled": True}}, {}, "fp16.enabled=True contradicts training.fp16"),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}},
+            {"learning_rate": 1e-4},
+            "optimizer.params.lr=0.001 contradicts training.learning_rate=0.0001",
+        ),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}},
+            {},
+            "'optimizer' would replace training.optimizer",
+        ),
+        ({"scheduler": {"type": "WarmupLR"}}, {}, "'scheduler' would replace training.lr_scheduler_type"),
+        ({"zero_optimization": {"stage": 3}}, {"adapter": "qlora"}, "adapter.type 'qlora' \\+ ZeRO-3"),
+        ({}, {"grad_cache": False}, "training.grad_cache: false"),
+        ({}, {"optimizer": "adafactor"}, "training.optimizer 'adafactor'"),
+        ({"zero_optimization": None}, {}, "zero_optimization"),
+    ],
+    ids=str,
+)
+def test_a_deepspeed_file_that_contradicts_the_config(tmp_path, keys, training, message):
+    with pytest.raises(ConfigError, match=message):
+        arguments(tmp_path, deepspeed=deepspeed(tmp_path, **keys), **training)
+
+
+def test_what_a_deepspeed_file_leaves_out_is_the_configs(tmp_path):
+    """DeepSpeed's own default clips nothing, whatever max_grad_norm says."""
+    args = arguments(tmp_path, deepspeed=deepspeed(tmp_path), max_grad_norm=0.5, gradient_accumulation_steps=3)
+    found = args.deepspeed_plugin.hf_ds_config.config
+    assert (found["gradient_clipping"], found["gradient_accumulation_steps"]) == (0.5, 3)
+
+
+def test_a_deepspeed_file_that_is_not_there(tmp_path):
+    with pytest.raises(ConfigError, match="training.deepspeed: there is no file 'zero9.json'"):
+        arguments(tmp_path, deepspeed="zero9.json")
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"fsdp": True}, "training.fsdp: there is one process"),
+        ({"fsdp_config": {"fsdp_version": 2}}, "no effect without training.fsdp"),
+        ({"fsdp": True, "fsdp_config": {"fsdp_version": 1}}, "FSDP1 is not offered"),
+        ({"fsdp": True, "fsdp_config": {"activation_checkpointing": True}}, "model.gradient_checkpointing"),
+        ({"fsdp": True, "fsdp_config": {"reshard_after_forwrad": True}}, "did you mean 'reshard_after_forward'"),
+        ({"fsdp": "hybrid_shard"}, "training.fsdp: found 'hybrid_shard'"),
+        ({"fsdp": True, "deepspeed": "recipes/deepspeed/zero2.json"}, "keep one"),
+        ({"fsdp": True, "optim": "sgd"}, "training.optim 'sgd'"),
+    ],
+    ids=str,
+)
+def test_what_fsdp_cannot_do_here(tmp_path, training, message):
+    with pytest.raises(ConfigError, match=message):
+        arguments(tmp_path, **training)
+
+
+@pytest.mark.parametrize(
+    ("environment", "training", "message"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, {"deepspeed": "recipes/deepspeed/zero2.json"}, "keep one"),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true"},
+            {"deepspeed": "recipes/deepspeed/zero2.json"},
+            "accelerate's YAML sets it",
+        ),
+        (
+            {"ACCELERATE_MIXED_PRECISION": "bf16"},
+            {},
+            "training.bf16: false, but accelerate's mixed_precision is 'bf16'",
+        ),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, {}, "FSDP1 is not offered"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, {}, "offload_params"),
+    ],
+    ids=str,
+)
+def test_what_a_launcher_asks_for(tmp_path, monkeypatch, environment, training, message):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        arguments(tmp_path, **training)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda file: file.stem)
+def test_shipped_launch_files(file):
+    """Which distributed type starts several processes is a trap (MULTI_CPU starts one); the runs are in
+    tests/distributed."""
+    settings = yaml.safe_load(file.read_text())
+    assert settings["distributed_type"] in ("MULTI_GPU", "DEEPSPEED", "FSDP")
+    assert settings["num_processes"] == 2 and settings["main_process_port"] == 0
+    assert f"--config_file recipes/accelerate/{file.name}" in file.read_text()
+    if settings["distributed_type"] == "DEEPSPEED":
+        assert (ROOT / settings["deepspeed_config"]["deepspeed_config_file"]).exists()
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_shipped_deepspeed_files_leave_everything_to_the_config(tmp_path, stage):
+    args = arguments(tmp_path, deepspeed=str(ROOT / "recipes" / "deepspeed" / f"zero{stage}.json"), max_grad_norm=0.3)
+    found = args.deepspeed_plugin.hf_ds_config
+    assert found.config["zero_optimization"]["stage"] == stage
+    assert found.config["gradient_clipping"] == 0.3
+    assert not found.mismatches
