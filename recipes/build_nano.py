@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mmembed.arguments import Parser
 from recipes.nano import card, data, evaluate
-from recipes.nano.batches import PictureData, TextData
+from recipes.nano.batches import PairData, PictureData, TextData
 from recipes.nano.model import HIDDEN, MEANING, build_model, build_processor, export, token_table
 from recipes.nano.teacher import Teacher, principal_basis, teacher_vectors
 from recipes.nano.tokenizer import train_tokenizer
@@ -58,35 +58,39 @@ def main() -> None:
     taught = sorted({t.teacher for t in texts if t.teacher})
     raw = teacher_vectors(taught, work)
     basis = principal_basis(raw, MEANING, seed=plan.seed)
-    vectors = project(raw, basis)  # (N, 192) unit rows
+    vectors = project(raw, basis)  # (N, 224) unit rows
     vectors = torch.nn.functional.pad(vectors, (0, HIDDEN - MEANING))
     rows = {text: row for row, text in enumerate(taught)}
 
     # -- 4. batches
     text_data = TextData(texts, tokenizer, vectors, rows)
+    pair_data = PairData(
+        data.train_pairs(options.data_root), data.train_passages(options.data_root), tokenizer, text_data
+    )
     processor = build_processor(tokenizer)
     picture_data = PictureData(options.data_root, work, pictures, tokenizer, processor, vectors, rows)
-    learnable = Data(text_data, picture_data)
+    learnable = Data(text_data, pair_data, picture_data)
 
-    # -- 5. the model: a static embedder first, its token table tuned while its blocks are the identity
+    # -- 5. it learns to see, in a process of its own
     model = build_model(tokenizer, plan.seed)
-    spoken = project(speak_tokens(tokenizer, plan.seed), basis).numpy()
-    table = token_table(tokenizer, spoken, text_data.token_counts(), plan.seed)
-    model.model.language_model.embed_tokens.weight.data.copy_(table)
-    learn_words(model, learnable, plan, work)
     if options.only == "sights":
         learn_sights(model, learnable, plan, work)
         return
-
-    # -- 6. it learns to see and to read, a process each
-    def on_save(step: int) -> None:
-        size = export(model, tokenizer, work / "export")
-        logger.info("checkpoint at step %d, weights %d bytes", step, size)
-
     torch.set_num_threads(max(1, options.threads // 2))
     sights = subprocess.Popen(
         [sys.executable, *sys.argv, "--only", "sights", "--threads", str(options.threads // 2 or 1)]
     )
+
+    # -- 6. and to read: a static embedder first, its token table tuned while its blocks are the identity
+    spoken = project(speak_tokens(tokenizer, plan.seed), basis).numpy()
+    table = token_table(tokenizer, spoken, text_data.token_counts(), plan.seed)
+    model.model.language_model.embed_tokens.weight.data.copy_(table)
+    learn_words(model, learnable, plan, work)
+
+    def on_save(step: int) -> None:
+        size = export(model, tokenizer, work / "export")
+        logger.info("checkpoint at step %d, weights %d bytes", step, size)
+
     seen = learn_language(model, learnable, plan, work, on_save)
     if sights.wait() != 0:
         raise SystemExit("build_nano: the sights process failed (its message is above); the same command goes on")

@@ -1,12 +1,14 @@
 """Batches as a pure function of (seed, step): nothing to save for an exact resume.
 
-Texts are drawn from buckets of similar length, so almost no position is padding. Pictures are stored once, resized, as
-one flat uint8 file, and changed a little at each visit, because a few thousand pictures are soon known by heart.
+Texts are drawn from buckets of similar length, so almost no position is padding; `mixed` batches, for the stage without
+blocks where padding costs nothing, from all of them. Half of the batches of passages are made of few articles, so that
+the wrong paragraphs are hard to tell from the right one. Pictures are stored once, resized, as one flat uint8 file, and
+changed a little at each visit, because a few thousand pictures are soon known by heart.
 """
 
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +39,9 @@ PREFIXES = (
     "Represent the document: ",
 )
 PREFIX_SHARE = 0.25
+HARD_SHARE = 0.5  # of batches of pairs and passages that are drawn from few groups
+MOST_OF_A_GROUP = 32
+WHOLE_SHARE = 0.3  # of inverse cloze: the sentence stays in its paragraph
 MIRRORED = ("noto-emoji", "story-pages", "openstax-figures", "clothing", "recipes")
 
 
@@ -57,6 +62,13 @@ class TextBatch:
         """(B, T - 1) True where the next token is content or end of text."""
         positions = torch.arange(self.ids.shape[1] - 1)
         return (positions >= max(self.start - 1, 0)) & (positions < self.ends.unsqueeze(1))
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    queries: TextBatch
+    documents: TextBatch
+    same: torch.Tensor  # (B, B) bool, True where another row has the same document or query
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,8 @@ class TextData:
         weights = np.array(
             [(1.0 if t.language == "en" else FOREIGN_WEIGHT) * SOURCE_WEIGHT.get(t.source, 1.0) for t in texts]
         )
+        self.taught = np.flatnonzero((self.teacher_row >= 0) & (lengths > 0))
+        self.taught_cumulative = np.cumsum((weights * np.sqrt(lengths.clip(4)))[self.taught])
         bucket = np.searchsorted(BUCKETS, lengths)
         self.members = [np.flatnonzero((bucket == b) & (lengths > 0)) for b in range(len(BUCKETS))]
         self.cumulative = [np.cumsum(weights[m]) for m in self.members]
@@ -105,14 +119,92 @@ class TextData:
         sequences = [self.flat[self.offsets[r] : self.offsets[r + 1]] for r in rows]
         return self.pack(sequences, self.teacher_row[rows], prefix)
 
+    def mixed(self, seed: int, step: int, size: int) -> TextBatch:
+        """Texts with a teacher, of any length, drawn by the root of their length."""
+        draws = np.random.default_rng([seed, step, 2]).random(size) * self.taught_cumulative[-1]
+        rows = self.taught[np.unique(np.searchsorted(self.taught_cumulative, draws))]
+        return self.pack([self.flat[self.offsets[r] : self.offsets[r + 1]] for r in rows], self.teacher_row[rows], [])
+
     def pack(self, sequences: list[np.ndarray], teacher_rows: np.ndarray, prefix: list[int]) -> TextBatch:
-        ends = torch.tensor([len(prefix) + len(s) for s in sequences])
-        ids = torch.full((len(sequences), int(ends.max()) + 1), self.pad)
+        ends = np.array([len(prefix) + len(s) for s in sequences])
+        ids = np.full((len(sequences), int(ends.max()) + 1), self.pad, dtype=np.int64)
+        ids[:, : len(prefix)] = prefix
         for row, sequence in enumerate(sequences):
-            ids[row, : ends[row] + 1] = torch.tensor([*prefix, *sequence.tolist(), self.eos])
+            ids[row, len(prefix) : ends[row]] = sequence
+        ids[np.arange(len(ids)), ends] = self.eos
         known = torch.from_numpy(teacher_rows >= 0)
         teacher = self.vectors[torch.from_numpy(teacher_rows.clip(0))] * known.unsqueeze(1)
-        return TextBatch(ids, len(prefix), ends, teacher, known)
+        return TextBatch(torch.from_numpy(ids), len(prefix), torch.from_numpy(ends), teacher, known)
+
+
+class PairData:
+    """Queries with their documents, and sentences with their paragraphs; a batch holds one source."""
+
+    def __init__(
+        self, pairs: list[data.Pair], passages: list[data.Passage], tokenizer: PreTrainedTokenizerFast, text: TextData
+    ):
+        self.text = text
+        queries, documents = (_tokens(tokenizer, [getattr(p, side) for p in pairs]) for side in ("query", "document"))
+        self.pairs = list(zip(queries, documents, strict=True))
+        self.query_number = np.unique([p.query for p in pairs], return_inverse=True)[1]
+        self.document_number = np.unique([f"{p.source} {p.document_id}" for p in pairs], return_inverse=True)[1]
+        self.passages = [_tokens(tokenizer, list(p.sentences)) for p in passages]
+        self.pair_sources = _by_source([(p.source, p.document_id) for p in pairs])
+        self.passage_sources = _by_source([(p.source, p.group) for p in passages])
+
+    def batch(self, seed: int, step: int, size: int = 10**9, tokens: int = 10**9) -> PairBatch:
+        """At most `size` pairs, and at most about `tokens` tokens in their documents together."""
+        random = np.random.default_rng([seed, step, 4])
+        rows = _draw(self.pair_sources, size, random)
+        rows = rows[: _fitting([len(self.pairs[r][1]) for r in rows], tokens)]
+        return self._pack([self.pairs[r] for r in rows], self.query_number[rows], self.document_number[rows])
+
+    def cloze(self, seed: int, step: int, size: int) -> PairBatch:
+        random = np.random.default_rng([seed, step, 5])
+        rows = _draw(self.passage_sources, size, random)
+        drawn = []
+        for sentences in (self.passages[r] for r in rows):
+            asked = random.integers(len(sentences))
+            kept = sentences if random.random() < WHOLE_SHARE else sentences[:asked] + sentences[asked + 1 :]
+            drawn.append((sentences[asked], np.concatenate(kept)[:MAX_TEXT_TOKENS]))
+        return self._pack(drawn, rows)
+
+    def _pack(self, drawn: list[tuple[np.ndarray, np.ndarray]], *numbers: np.ndarray) -> PairBatch:
+        """`numbers`: rows that agree in one of them are no negatives of each other."""
+        unknown = np.full(len(drawn), -1)
+        same = torch.from_numpy(np.any([n[:, None] == n for n in numbers], axis=0))
+        queries, documents = (self.text.pack(list(side), unknown, []) for side in zip(*drawn, strict=True))
+        return PairBatch(queries, documents, same & ~torch.eye(len(drawn), dtype=torch.bool))
+
+
+def _tokens(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[np.ndarray]:
+    encoded = tokenizer(texts, truncation=True, max_length=MAX_TEXT_TOKENS)["input_ids"]
+    return [np.array(ids, dtype=np.int32) for ids in encoded]
+
+
+def _by_source(places: Sequence[tuple[str, str]]) -> dict[str, list[np.ndarray]]:
+    """source -> row numbers of each of its groups, from the (source, group) of each row"""
+    sources: dict[str, dict[str, list[int]]] = {}
+    for row, (source, group) in enumerate(places):
+        sources.setdefault(source, {}).setdefault(group, []).append(row)
+    return {source: [np.array(rows) for rows in groups.values()] for source, groups in sources.items()}
+
+
+def _draw(sources: dict[str, list[np.ndarray]], size: int, random: np.random.Generator) -> np.ndarray:
+    """Rows of one source, drawn by the root of its size: of few groups, or of all."""
+    names = list(sources)
+    share = np.array([sum(map(len, sources[name])) for name in names]) ** 0.5
+    groups = sources[names[random.choice(len(names), p=share / share.sum())]]
+    if random.random() < HARD_SHARE:
+        chosen = [random.permutation(groups[g])[:MOST_OF_A_GROUP] for g in random.permutation(len(groups))[:size]]
+        return np.concatenate(chosen)[:size]
+    return random.permutation(np.concatenate(groups))[:size]
+
+
+def _fitting(lengths: list[int], tokens: int) -> int:
+    """How many from the front fit, padded to the longest of them; at least two."""
+    padded = np.maximum.accumulate(lengths) * np.arange(1, len(lengths) + 1)
+    return max(2, int(np.searchsorted(padded, tokens, side="right")))
 
 
 class PictureData:

@@ -4,6 +4,7 @@ from dataclasses import asdict
 
 from transformers import Qwen3VLForConditionalGeneration
 
+from recipes.nano.data import PAIR_SETS
 from recipes.nano.model import MEANING
 from recipes.nano.train import Plan
 
@@ -44,13 +45,17 @@ texts up to 256 tokens, bare or after `Instruct: ...\\nQuery: `, pictures of {vi
 1. Tokenizer: BPE on the train texts, with Qwen's splitting rule.
 2. Words: the token table starts as the vector that all-MiniLM-L6-v2 gives each token alone, in its {meaning}
    principal directions, weighted by smooth inverse frequency; {word_steps:,} steps bring plain averages of tokens
-   towards the teacher's vectors of {taught:,} train texts (and of the English side of their translations).
-3. Sights: {sight_steps:,} steps bring the mean visual token of a train picture towards the teacher's vector of its
-   caption.
-4. Language, beside sights: {language_steps:,} steps of next-token prediction and of the same distillation, now of the
-   mean last hidden state. The output matrix is not tied to the token table.
+   towards the teacher's vectors of {taught:,} train texts (and of the English side of their translations), sentences
+   towards the paragraphs they come from (squad-en, openstax-text, medquad), and train queries towards their documents
+   ({pair_sets}).
+3. Sights, beside words and language: {sight_steps:,} steps bring the mean visual token of a train picture towards the
+   teacher's vector of its caption.
+4. Language: {language_steps:,} steps of next-token prediction and of the same distillation, now of the mean last
+   hidden state; three steps in ten take queries and documents instead. The output matrix is not tied to the token
+   table.
 5. Together: {together_steps:,} steps of both, and of pictures and captions through the blocks. {seen:,} positions in
    steps 4 and 5.
+
 Settings: `{plan}`.
 
 ## Data
@@ -62,7 +67,11 @@ README):
 |---|---|
 {licences}
 
-## Numbers (zero-shot: before any fine-tuning)
+## Numbers (before any fine-tuning)
+Train queries with their documents were used of {pair_sets}, and captions with their pictures of all picture sets: on
+those sets the numbers are of a trained model on unseen queries. On the others they are zero-shot: texts were seen,
+which query belongs to which document was not.
+
 nDCG@10 of cosine search, English dev queries against the whole shared corpus of the set, bare prompts; perplexity a
 token on running text of articles and sections that were kept out of training.
 
@@ -92,6 +101,7 @@ def render(
         together_steps=plan.together_steps,
         taught=taught,
         seen=seen,
+        pair_sets=", ".join(PAIR_SETS),
         plan=", ".join(f"{k}={v}" for k, v in asdict(plan).items()),
         licences="\n".join(f"| {licence} | {sets} |" for licence, sets in LICENCES.items()),
         numbers="\n".join(f"| {name} | {value} |" for name, value in results.items()),

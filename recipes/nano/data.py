@@ -3,6 +3,8 @@
 A `Text` is one training unit: a string, its language, and the English string whose teacher vector its embedding
 should match (itself when it is English, its translation when one is known, empty when neither).
 A `Picture` is one image with its captions, each a `Text`.
+A `Pair` is a train query and a document that answers it, a `Passage` the sentences of one paragraph (inverse cloze:
+each sentence asks for the others).
 
 Hygiene: a dev query is never read here, and a document or picture that is relevant only to dev queries is left out
 (`squad` and `xquad` by article, OpenStax by section). Those documents give the text on which perplexity is reported.
@@ -21,6 +23,9 @@ from PIL import Image
 
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z“\"(])")
 XQUAD_LANGUAGES = ("ar", "de", "el", "es", "hi", "ro", "ru", "th", "tr", "vi", "zh")
+# none of the demo's sets: there, fine-tuning has to show its worth
+PAIR_SETS = ("medquad", "tldr-commands", "dbpedia-entity", "recipes")
+LEAST_SENTENCES = 3  # of a passage
 PICTURE_SETS = ("noto-emoji", "story-pages", "openstax-figures", "tech-figures", "vega-charts")
 
 
@@ -37,6 +42,21 @@ class Picture:
     source: str
     image_id: str
     captions: tuple[Text, ...]
+
+
+@dataclass(frozen=True)
+class Pair:
+    query: str
+    document: str
+    source: str
+    document_id: str
+
+
+@dataclass(frozen=True)
+class Passage:
+    sentences: tuple[str, ...]
+    source: str
+    group: str  # article, section or document
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -202,6 +222,40 @@ def _foreign_units(root: Path) -> Iterator[Text]:
     for query in train_queries(root / "odex"):
         if query["lang"] != "en":
             yield Text(query["text"], query["lang"], "", "odex")
+
+
+# ------------------------------------------------------------------------------------------ pairs and passages
+def train_pairs(root: Path) -> list[Pair]:
+    """English train queries with each document that answers them, unless that belongs to dev queries alone."""
+    pairs = []
+    for name in PAIR_SETS:
+        folder = root / name
+        documents = {d["_id"]: d for d in train_documents(folder)}
+        relevance = read_qrels(folder / "qrels/train.tsv")
+        for query in train_queries(folder):
+            if query["text"] and query.get("lang", "en") == "en":
+                for document_id, score in relevance[query["_id"]].items():
+                    if score > 0 and (document := documents.get(document_id)):
+                        pairs.append(Pair(query["text"], document_text(document), name, document_id))
+    return pairs
+
+
+def train_passages(root: Path) -> list[Passage]:
+    """Paragraphs of several sentences, by article or section; those that dev queries come from are left out."""
+    return [p for p in _all_passages(root) if len(p.sentences) >= LEAST_SENTENCES]
+
+
+def _all_passages(root: Path) -> Iterator[Passage]:
+    articles, sections = dev_articles(root), dev_sections(root)
+    for document in read_jsonl(root / "squad-en/corpus.jsonl"):
+        if document["title"] not in articles:
+            yield Passage(tuple(SENTENCE_END.split(document["text"])), "squad-en", document["title"])
+    for section in read_jsonl(root / "openstax-text/text.jsonl"):
+        if section["_id"] not in sections:
+            for paragraph in section["paragraphs"]:
+                yield Passage(tuple(SENTENCE_END.split(paragraph)), "openstax-text", section["_id"])
+    for document in train_documents(root / "medquad"):
+        yield Passage(tuple(SENTENCE_END.split(document["text"])), "medquad", document["_id"])
 
 
 # ------------------------------------------------------------------------------------------------- pictures

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 HIDDEN = 256
-LANGUAGE = 64
+LANGUAGE = 32
 MEANING = HIDDEN - LANGUAGE
 QUIET_GAIN = 0.05
 PATCH, MERGE = 16, 2
@@ -111,7 +111,7 @@ def token_table(
 ) -> torch.Tensor:
     """(V, 256) first token embeddings: rare tokens loud in the meaning dimensions, frequent ones in the others.
 
-    `token_vectors` (V, 192) are unit vectors of the teacher; `counts` (V,) token frequencies. The weight a / (a + p) is
+    `token_vectors` (V, 224) are unit vectors of the teacher; `counts` (V,) token frequencies. The weight a / (a + p) is
     smooth inverse frequency (Arora et al. 2017), with a = 1e-3.
     """
     generator = torch.Generator().manual_seed(seed)

@@ -1,11 +1,13 @@
 """The nano's training: four stages, each a short list of parameters and a loss, run by one resumable loop.
 
 words     the token table alone, blocks skipped: plain averages of tokens against the teacher's vectors of the texts
-          (their direction, and their similarities to the rest of the batch).
+          (their direction, and their similarities to the rest of the batch); train queries against their documents,
+          and sentences against their paragraphs, among the other documents of the batch.
 sights    the vision tower alone, blocks skipped: the mean visual token against the teacher's vector of the caption,
           among all captions of the set (as LiT, Zhai et al. 2022: the text side is locked).
 language  the blocks, the token table and the output matrix: the next token of every position, and the mean of the last
-          states against the teacher. It needs no picture, so it runs beside sights, a process each.
+          states against the teacher or, in some steps, queries against documents. It needs no picture, so sights run
+          beside it, a process each.
 together  everything: texts as in `language`, pictures through the blocks against their captions' vectors, and captions
           word by word after their picture.
 
@@ -25,11 +27,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch.nn.functional import cross_entropy, kl_div, log_softmax, normalize
+from torch.nn.functional import cross_entropy, embedding_bag, kl_div, log_softmax, normalize
 from tqdm import tqdm
 from transformers import Qwen3VLForConditionalGeneration
 
-from recipes.nano.batches import PictureBatch, PictureData, TextBatch, TextData
+from recipes.nano.batches import PairBatch, PairData, PictureBatch, PictureData, TextBatch, TextData
 
 logger = logging.getLogger(__name__)
 
@@ -42,16 +44,18 @@ OnSave = Callable[[int], None]
 class Plan:
     seed: int = 0
     vocabulary: int = 7680
-    word_steps: int = 4000
-    sight_steps: int = 6500
-    language_steps: int = 2700
-    together_steps: int = 500
-    word_tokens: int = 12288  # a step
+    word_steps: int = 1800
+    sight_steps: int = 2400
+    language_steps: int = 2000
+    together_steps: int = 160
+    word_texts: int = 512  # a step
+    word_pairs: int = 256  # a step, and as many sentences with their paragraphs
     sight_pictures: int = 64
     language_tokens: int = 4096
     together_tokens: int = 4096
     together_pictures: int = 48
     together_sight_share: float = 0.35  # of steps
+    pair_share: float = 0.3  # of the steps with text in the stages after words
     word_rate: float = 5e-2  # of the token table (RMS 1)
     sight_rate: float = 4e-3  # of matrices, Muon
     language_rate: float = 1e-3  # the same: 4e-3 lost what the words stage had learned
@@ -65,6 +69,7 @@ class Plan:
     speech_weight: float = 0.3
     direction_weight: float = 8.0
     similarity_weight: float = 2.0
+    pair_weight: float = 1.0
     temperature: float = 0.05
 
     def of_stage(self, name: str) -> dict[str, float]:
@@ -80,6 +85,7 @@ CHECKPOINT_SECONDS = 150.0
 @dataclass
 class Data:
     text: TextData
+    pairs: PairData
     pictures: PictureData
 
 
@@ -90,9 +96,18 @@ def learn_words(model: Qwen3VLForConditionalGeneration, data: Data, plan: Plan, 
     optimizer = torch.optim.Adam([language.embed_tokens.weight], lr=plan.word_rate)
 
     def loss_of(step: int) -> tuple[torch.Tensor, Parts, int]:
-        batch = data.text.batch(plan.seed + 1, step, plan.word_tokens)
-        hidden = language.norm(language.embed_tokens(batch.ids))  # (B, T, H)
-        return *distillation(pool(hidden, batch.content()), batch, plan), batch.ids.numel()
+        table = language.norm(language.embed_tokens.weight)  # (V, H), what a token's last state is without blocks
+        texts = data.text.mixed(plan.seed + 1, step, plan.word_texts)
+        loss, parts = distillation(pool_tokens(table, texts), texts, plan)
+        pairs = data.pairs.batch(plan.seed + 1, step, size=plan.word_pairs)
+        cloze = data.pairs.cloze(plan.seed + 1, step, size=plan.word_pairs)
+        found, placed = (
+            pair_match(pool_tokens(table, batch.queries), pool_tokens(table, batch.documents), batch, plan)
+            for batch in (pairs, cloze)
+        )
+        parts |= {"pair": found.item(), "cloze": placed.item()}
+        sides = (texts, pairs.queries, pairs.documents, cloze.queries, cloze.documents)
+        return loss + plan.pair_weight * (found + placed), parts, sum(int(side.content().sum()) for side in sides)
 
     return run_stage("words", model, [optimizer], loss_of, plan.word_steps, plan, folder)
 
@@ -118,7 +133,7 @@ def learn_language(
     model.model.visual.requires_grad_(False)
 
     def loss_of(step: int) -> tuple[torch.Tensor, Parts, int]:
-        return text_loss(model, data.text.batch(plan.seed, step, plan.language_tokens), plan)
+        return language_loss(model, data, plan.seed, step, plan.language_tokens, plan)
 
     optimizers = build_optimizers(model, plan, plan.language_rate)
     seen = run_stage("language", model, optimizers, loss_of, plan.language_steps, plan, folder, on_save)
@@ -134,7 +149,7 @@ def learn_together(
     def loss_of(step: int) -> tuple[torch.Tensor, Parts, int]:
         if torch.rand(()).item() < plan.together_sight_share:
             return picture_loss(model, data.pictures.batch(plan.seed, step, plan.together_pictures), plan)
-        return text_loss(model, data.text.batch(plan.seed + 4, step, plan.together_tokens), plan)
+        return language_loss(model, data, plan.seed + 4, step, plan.together_tokens, plan)
 
     optimizers = build_optimizers(model, plan, plan.together_rate)
     return run_stage("together", model, optimizers, loss_of, plan.together_steps, plan, folder, on_save)
@@ -200,6 +215,30 @@ def text_loss(model: Qwen3VLForConditionalGeneration, batch: TextBatch, plan: Pl
     return loss + plan.speech_weight * speech, {"text": speech.item(), **parts}, batch.ids.numel()
 
 
+def language_loss(
+    model: Qwen3VLForConditionalGeneration, data: Data, seed: int, step: int, tokens: int, plan: Plan
+) -> tuple[torch.Tensor, Parts, int]:
+    if torch.rand(()).item() < plan.pair_share:
+        return pair_loss(model, data.pairs.batch(seed, step, tokens=tokens), plan)
+    return text_loss(model, data.text.batch(seed, step, tokens), plan)
+
+
+def pair_loss(model: Qwen3VLForConditionalGeneration, batch: PairBatch, plan: Plan) -> tuple[torch.Tensor, Parts, int]:
+    """Queries against documents, and the next token of the documents."""
+    queries, documents = last_hidden(model, batch.queries.ids), last_hidden(model, batch.documents.ids)  # (B, T, H)
+    found = pair_match(pool(queries, batch.queries.content()), pool(documents, batch.documents.content()), batch, plan)
+    speech = next_token_loss(model, documents, batch.documents.ids, batch.documents.predicting(), plan.lm_share)
+    seen = batch.queries.ids.numel() + batch.documents.ids.numel()
+    return plan.pair_weight * found + plan.speech_weight * speech, {"text": speech.item(), "pair": found.item()}, seen
+
+
+def pair_match(queries: torch.Tensor, documents: torch.Tensor, batch: PairBatch, plan: Plan) -> torch.Tensor:
+    """InfoNCE in both directions over unit vectors (B, H); the same document or query elsewhere is no negative."""
+    logits = (queries @ documents.T).float().div(plan.temperature).masked_fill(batch.same, -1e4)  # (B, B)
+    own = torch.arange(len(queries))
+    return (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
+
+
 def picture_loss(
     model: Qwen3VLForConditionalGeneration, batch: PictureBatch, plan: Plan
 ) -> tuple[torch.Tensor, Parts, int]:
@@ -254,6 +293,13 @@ def pool(hidden: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
     """Unit mean of the hidden states `where` (B, T): (B, H)."""
     weight = where.unsqueeze(-1).float()
     return normalize((hidden.float() * weight).sum(1) / weight.sum(1), dim=-1)
+
+
+def pool_tokens(table: torch.Tensor, batch: TextBatch) -> torch.Tensor:
+    """`pool` where a token's state depends on the token alone, `table` (V, H): (B, H) without ever being (B, T, H)."""
+    content = batch.content()  # (B, T)
+    starts = torch.cat([torch.zeros(1, dtype=torch.long), content.sum(-1).cumsum(0)[:-1]])
+    return normalize(embedding_bag(batch.ids[content], table, starts, mode="mean"), dim=-1)
 
 
 # ------------------------------------------------------------------------------------ optimizers, checkpoints
