@@ -35,11 +35,21 @@ class ToyEncoder(nn.Module):
 
 
 def make_batch(
-    queries, per_query, chunk_tokens, chunk_rows=None, seed=0, first=0, count=None, in_batch=True, ragged=False
+    queries,
+    per_query,
+    chunk_tokens,
+    chunk_rows=None,
+    seed=0,
+    first=0,
+    count=None,
+    in_batch=True,
+    ragged=False,
+    twins=False,
 ):
     """A batch of `count` queries from `first` on, out of `queries`: the slice that one process would get.
 
-    One positive a query; `ragged`: all documents of query 0 are positive.
+    One positive a query; `ragged`: all documents of query 0 are positive; `twins`: the first and the last query
+    have the same positive.
     """
     generator = random.Random(seed)
     count = queries - first if count is None else count
@@ -51,7 +61,10 @@ def make_batch(
     document_rows = [[row() for _ in range(per_query)] for _ in range(queries)]
     chosen = range(first, first + count)
     rows = [query_rows[i] for i in chosen] + [document for i in chosen for document in document_rows[i]]
-    keys = torch.arange(1000, 1000 + queries * per_query).view(queries, per_query)[first : first + count]
+    keys = torch.arange(1000, 1000 + queries * per_query).view(queries, per_query)
+    if twins:
+        keys[-1, 0] = keys[0, 0]
+    keys = keys[first : first + count]
     relevance = torch.tensor([1.0] + [0.0] * (per_query - 1)).repeat(count)
     if ragged and first == 0:
         relevance[:per_query] = 1.0

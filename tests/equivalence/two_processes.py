@@ -13,6 +13,7 @@ CASES = {
     "learned temperature": ({"temperature": {"value": 0.1, "learn": True}}, False, {}),
     "symmetric": ({"temperature": 0.1, "symmetric": True}, False, {}),
     "symmetric, several positives": ({"temperature": 0.1, "symmetric": True}, False, {"ragged": True}),
+    "a false negative on the other process": ({"temperature": 0.1, "symmetric": True}, False, {"twins": True}),
     "late interaction": ({"temperature": 1.0}, True, {}),
     "own group only": ({"temperature": 0.1}, False, {"in_batch": False}),
     "matryoshka": ({"temperature": 0.1, "matryoshka": {"dims": [8, 4]}}, False, {}),
@@ -28,7 +29,9 @@ def main() -> None:
         encoder, objective = ToyEncoder(multi_vector=multi_vector), build_objective({"type": "contrastive", **options})
         # 3 queries each, in chunks of different sizes: the processes run a different number of forwards
         batch = make_batch(6, 3, 20 + 30 * rank, first=3 * rank, count=3, **labels)
-        loss, _ = contrastive_step(encoder, objective, batch, keep_tokens=30)
+        loss, metrics = contrastive_step(encoder, objective, batch, keep_tokens=30)
+        if labels.get("twins"):  # rank 0 holds the first query, rank 1 the last: 17 others, less the twin's positive
+            assert abs(metrics["negatives"].item() - 17 + 1 / 3) < 1e-5, metrics["negatives"]
         if rank == 0:  # used by one process alone
             encoder.unused.weight.sum().backward()
         reduce_gradients([*encoder.parameters(), *objective.parameters()])

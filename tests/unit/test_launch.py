@@ -2,13 +2,16 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from accelerate.utils import DistributedType
 
 from mmembed.config import build_config
 from mmembed.errors import ConfigError
 from mmembed.training.arguments import training_arguments
+from mmembed.training.engines import engine_of
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_MIXED_PRECISION")
@@ -127,6 +130,14 @@ def test_what_a_launcher_asks_for(tmp_path, monkeypatch, environment, training, 
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=message):
         arguments(tmp_path, **training)
+
+
+@pytest.mark.parametrize(("deepspeed_plugin", "fsdp"), [(object(), None), (None, True)])
+def test_training_with_another_strategy_than_asked_for(deepspeed_plugin, fsdp):
+    """What accelerate did with ACCELERATE_USE_CPU=true, and no test noticed."""
+    accelerator = SimpleNamespace(distributed_type=DistributedType.MULTI_CPU)
+    with pytest.raises(ConfigError, match="was asked for, but accelerate would train with MULTI_CPU"):
+        engine_of(accelerator, SimpleNamespace(deepspeed_plugin=deepspeed_plugin, fsdp=fsdp))
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda file: file.stem)
