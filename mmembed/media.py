@@ -138,6 +138,20 @@ class MediaStore:
                 remedy = "replace the file or skip the record"
                 raise MediaError(f"{_label(image.source)}: {found}; {remedy}", kind="truncated or damaged") from None
 
+    def digest(self, image: Image) -> bytes:
+        """16 bytes of a hash of what the picture is: of its encoded bytes, or of the pixels of a PIL image.
+
+        Raises MediaError as `open`, but not for damage.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        if isinstance(image.source, PIL.Image.Image):
+            picture = self.open(image)
+            digest.update(f"pixels {picture.size}".encode() + picture.tobytes())
+        else:
+            with self._stream(image.source) as stream:
+                digest.update(b"encoded" + stream.read())
+        return digest.digest()
+
     @contextmanager
     def _header(self, image: Image) -> Iterator[PIL.Image.Image]:
         """The picture, opened but not decoded, its pixel count judged."""

@@ -14,6 +14,7 @@ Cost: about 25 us a short text on one core; offsets are only computed where a pr
 
 from __future__ import annotations
 
+import hashlib
 import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,7 @@ from mmembed.prompts import PromptStyle, Rendered
 if TYPE_CHECKING:
     from tokenizers import Encoding
 
+    from mmembed.feature_store import FeatureStore
     from mmembed.media import MediaStore
 
 Range = tuple[int, int]
@@ -73,6 +75,22 @@ class Row:
         return len(self.ids)
 
 
+@dataclass(frozen=True, slots=True)
+class StoredImages:
+    """Images of a batch as a feature store knows them.
+
+    Attributes:
+        keys: of each image, in batch order.
+        found: key -> its features.
+        missing: keys of the images whose pixels are in the batch, in that order.
+    """
+
+    store: FeatureStore
+    keys: tuple[bytes, ...]
+    found: dict[bytes, dict[str, torch.Tensor]]
+    missing: tuple[bytes, ...]
+
+
 @dataclass
 class ModelInputs:
     """A padded batch.
@@ -85,6 +103,8 @@ class ModelInputs:
         filler: rows at the end that are no inputs: a dummy image that keeps the vision tower in the graph. The model
             drops their vectors and adds them times 0.
         shared: how many first tokens all rows have in common, fillers included.
+        images: features that a store has of the images, and those to compute, whose pixels are in `tensors`; None where
+            there is no store, or no image.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -93,6 +113,7 @@ class ModelInputs:
     num_tokens: int = 0
     filler: int = 0
     shared: int = 0
+    images: StoredImages | None = None
 
     def __len__(self) -> int:
         return len(self.pool_mask) - self.filler
@@ -101,7 +122,7 @@ class ModelInputs:
         """A copy on `device`."""
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()}
         pool_mask = self.pool_mask.to(device, non_blocking=True)
-        return ModelInputs(moved, pool_mask, self.padding, self.num_tokens, self.filler, self.shared)
+        return replace(self, tensors=moved, pool_mask=pool_mask)
 
 
 class Preprocessor:
@@ -113,6 +134,8 @@ class Preprocessor:
         append_eos: end each input that is not a chat with the tokenizer's end token.
         media: opens images; a default store (no root, default limits) where none is given.
         pool_suffix: whether what follows the content is pooled; the last token's pooling needs it.
+        features: a store of the features of images, from `mmembed.models.vision_cache`; only images that it does not
+            have are opened.
         touch_vision: append a dummy image to batches without any. Needed where the vision tower is trained on several
             processes: DDP and ZeRO crash when one rank has images and another none.
 
@@ -131,6 +154,7 @@ class Preprocessor:
         append_eos: bool = False,
         pool_suffix: bool = True,
         touch_vision: bool = False,
+        features: FeatureStore | None = None,
     ) -> None:
         if media is None:
             from mmembed.media import MediaStore
@@ -138,7 +162,7 @@ class Preprocessor:
             media = MediaStore()
         check_template(prompt, processor, family.config.model_type)
         self.processor, self.family, self.prompt, self.limits = processor, family, prompt, lengths
-        self.media = media
+        self.media, self.features = media, features
         self.tokenizer = family.tokenizer
         self.append_eos, self.touch_vision = append_eos, touch_vision
         self.pool_suffix = pool_suffix or not prompt.mask_instruction
@@ -199,17 +223,18 @@ class Preprocessor:
         tokens = sum(len(row) for row in rows)
         input_ids = torch.from_numpy(ids)
         tensors = {"input_ids": input_ids, "attention_mask": torch.from_numpy(attended).long()}
-        pictures = [
-            [self._open(image, size) for image, size in zip(row.images, row.sizes, strict=True)]
-            for row in rows
-            if row.images
-        ]
-        tensors |= self.family.token_tensors(input_ids, bool(pictures))
+        pictured = [row for row in rows if row.images]
+        tensors |= self.family.token_tensors(input_ids, bool(pictured))
+        stored = None
+        if pictured and self.features is not None:
+            stored, pictures = self._look_up(pictured, self.features)
+        else:
+            pictures = [list(map(self._open, row.images, row.sizes)) for row in pictured]
         if pictures:
             tensors |= self.family.image_tensors(pictures)
         padding = None if tokens == len(rows) * longest else side
         real_tokens = tokens - (len(rows[-1]) if filler else 0)
-        return ModelInputs(tensors, torch.from_numpy(pooled), padding, real_tokens, filler, shared)
+        return ModelInputs(tensors, torch.from_numpy(pooled), padding, real_tokens, filler, shared, stored)
 
     # Writing ----------------------------------------------------------------------------------------------------------
 
@@ -322,6 +347,23 @@ class Preprocessor:
                 raise ConfigError("prompt.append_eos: the tokenizer has no end token; set append_eos: false")
             end = [self.tokenizer.eos_token_id]
         return start, end
+
+    def _look_up(self, rows: Sequence[Row], store: FeatureStore) -> tuple[StoredImages, list[list[PIL.Image.Image]]]:
+        """What the store has of the images of rows, and the pictures that it does not have, each once."""
+        keys: list[bytes] = []
+        found: dict[bytes, dict[str, torch.Tensor]] = {}
+        missing: dict[bytes, PIL.Image.Image] = {}
+        for image, size in ((image, size) for row in rows for image, size in zip(row.images, row.sizes, strict=True)):
+            key = hashlib.blake2b(self.media.digest(image) + repr(size).encode(), digest_size=16).digest()
+            keys.append(key)
+            if key in found or key in missing:
+                continue
+            features = store.get(key)
+            if features is None:
+                missing[key] = self._open(image, size)
+            else:
+                found[key] = features
+        return StoredImages(store, tuple(keys), found, tuple(missing)), [[picture] for picture in missing.values()]
 
     def _open(self, image: Image, size: tuple[int, int]) -> Any:
         picture = self.media.open(image)

@@ -111,9 +111,7 @@ def adapted(model: PreTrainedModel | PeftModel) -> PeftModel:
     return model
 
 
-def run(
-    family: Family, model: PreTrainedModel | PeftModel, tensors: dict[str, torch.Tensor], adapter_type: str
-) -> torch.Tensor:
+def run(family: Family, model: PreTrainedModel | PeftModel, tensors: dict[str, Any], adapter_type: str) -> torch.Tensor:
     """Last hidden states (B, T, H) of a right-padded batch, through whatever `apply_adapter` returned."""
     if adapter_type == "prefix":
         positions = family.position_ids(adapted(model).get_base_model(), tensors)
@@ -123,7 +121,7 @@ def run(
     return model(**tensors, return_dict=True).last_hidden_state
 
 
-def _run_behind_prompt(family: Family, model: PeftModel, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+def _run_behind_prompt(family: Family, model: PeftModel, tensors: dict[str, Any]) -> torch.Tensor:
     """As peft's own forward, but image positions and token types survive the V virtual tokens in front."""
     base = cast("PreTrainedModel", model.get_base_model())
     positions = family.position_ids(base, tensors)

@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+
 from mmembed.errors import ConfigError, MmembedError
 from mmembed.registry import Registry
 
 if TYPE_CHECKING:
     import PIL.Image
-    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +142,24 @@ class Family:
             has_images: whether the rows hold images, behind the prefix.
         """
         return None if self.causal else "attention is bidirectional"
+
+    # Image features that are kept -------------------------------------------------------------------------------------
+
+    unstored: ClassVar[str | None] = "this family does not say how its image features divide into images"
+    image_rows: ClassVar[tuple[str, ...]] = ()  # of `image_tensors`, those with a row an image
+
+    def split_features(self, output: Any, tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """What the model's `get_image_features` gave -> the tensors of each image, with its rows of `image_rows`."""
+        rows = [{name: tensors[name][at] for name in self.image_rows} for at in range(len(output.pooler_output))]
+        return [{"pooled": pooled, **row} for pooled, row in zip(output.pooler_output, rows, strict=True)]
+
+    def join_features(self, images: Sequence[dict[str, torch.Tensor]]) -> Any:
+        """The tensors of each image of a batch -> what `get_image_features` would give."""
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        return BaseModelOutputWithPooling(pooler_output=torch.stack([image["pooled"] for image in images]))
+
+    # Limits and towers ------------------------------------------------------------------------------------------------
 
     def set_pixel_limits(self, min_pixels: int | None, max_pixels: int | None) -> None:
         """Bounds the area of an image before it is cut into patches, in pixels.

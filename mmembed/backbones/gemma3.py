@@ -17,6 +17,7 @@ class Gemma3(Family):
     name = "gemma3"
     model_types = ("gemma3",)
     prefix_tuning = False
+    unstored = None
 
     @property
     def reserved(self) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 class Idefics(Family):
     name = "idefics"
     model_types = ("idefics3", "smolvlm")
+    unstored = "the tiles of all images of a batch come out as one"
 
     def image_markup(self, width: int, height: int, images_in_row: int) -> str:
         _, rows, columns = self.processor.image_processor.get_number_of_image_patches(height, width)

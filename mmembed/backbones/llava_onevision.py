@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 class LlavaOneVision(Family):
     name = "llava_onevision"
     model_types = ("llava_onevision",)
+    unstored = "the tiles of an image depend on whether its input has others"
 
     def image_markup(self, width: int, height: int, images_in_row: int) -> str:
         if images_in_row == 1:

@@ -19,6 +19,7 @@ class PaliGemma(Family):
     name = "paligemma"
     model_types = ("paligemma",)
     prefix_tuning = False
+    unstored = None
 
     @property
     def causal(self) -> bool:

@@ -6,7 +6,8 @@ over rows and equals the plain positions.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from mmembed.backbones.family import Family
 from mmembed.errors import MediaError
@@ -29,6 +30,8 @@ class QwenVL(Family):
     model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
     vision_modules = r"visual(?!\.(deepstack_)?merger)"
     projector_modules = r"visual\.(deepstack_)?merger(_list)?"
+    unstored = None
+    image_rows = ("image_grid_thw",)
 
     def image_markup(self, width: int, height: int, images_in_row: int) -> str:
         if max(width, height) > _WIDEST * min(width, height):
@@ -54,6 +57,24 @@ class QwenVL(Family):
         names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
         given = {name: tensors[name] for name in names if name in tensors}
         return cast("_RotaryIn3D", model).get_rope_index(**given)[0]  # (3, B, T)
+
+    def split_features(self, output: Any, tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        images = super().split_features(output, tensors)
+        for layer, features in enumerate(output.get("deepstack_features") or ()):
+            for image, of_image in zip(images, features, strict=True):
+                image[f"deepstack.{layer}"] = of_image
+        return images
+
+    def join_features(self, images: Sequence[dict[str, torch.Tensor]]) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+        from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+
+        pooled: Any = tuple(image["pooled"] for image in images)
+        layers = [name for name in images[0] if name.startswith("deepstack.")]
+        if not layers:
+            return BaseModelOutputWithPooling(pooler_output=pooled)
+        deep: Any = [tuple(image[f"deepstack.{layer}"] for image in images) for layer in range(len(layers))]
+        return BaseModelOutputWithDeepstackFeatures(pooler_output=pooled, deepstack_features=deep)
 
     def set_pixel_limits(self, min_pixels: int | None, max_pixels: int | None) -> None:
         size = dict(self.processor.image_processor.size)

@@ -157,6 +157,9 @@ class TrainingConfig(_Block):
     chunk_rows: at most so many inputs a chunk (default: bounded by tokens only).
     share_prefix: `auto` computes the tokens that the inputs of a chunk begin with (an instruction, a system turn) once
         a chunk, where the backbone allows it: same vectors and gradients. `off` computes them for each input.
+    vision_cache: keep the features of images on disk where the vision tower and projector are frozen: `auto` in
+        mmembed's cache folder where that is possible, a folder to insist on it, `off`.
+    vision_cache_gb: what all features in that folder may take; then nothing is added.
     optimizer: by name; `training.optim` (transformers' own names) may be given instead.
     learning_rates: by tower (vision, projector, language, pooling, objective); others use `learning_rate`.
     """
@@ -168,12 +171,14 @@ class TrainingConfig(_Block):
     grad_cache: Literal["auto"] | bool = "auto"
     chunk_rows: Positive | None = None
     share_prefix: Literal["auto", "off"] = "auto"
+    vision_cache: str = "off"
+    vision_cache_gb: float = Field(default=20.0, gt=0, allow_inf_nan=False)
     optimizer: Literal["adamw", "adamw_8bit", "lion", "adafactor"] | None = None
     learning_rates: dict[Tower, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default_factory=dict)
     early_stopping_patience: Positive | None = None
     early_stopping_threshold: float = Field(default=0.0, ge=0)
 
-    @field_validator("share_prefix", mode="before")
+    @field_validator("share_prefix", "vision_cache", mode="before")
     @classmethod
     def _off(cls, value: Any) -> Any:
         return "off" if value is False else value  # YAML reads an unquoted `off` as false
@@ -206,6 +211,8 @@ class TrainingConfig(_Block):
             raise ConfigError(f"'{key}' has no effect with optimizer '{self.optimizer}'; remove it")
         if "early_stopping_threshold" in self.model_fields_set and self.early_stopping_patience is None:
             raise ConfigError("'early_stopping_threshold' has no effect without 'early_stopping_patience'")
+        if "vision_cache_gb" in self.model_fields_set and self.vision_cache == "off":
+            raise ConfigError("'vision_cache_gb' has no effect with vision_cache 'off'; set vision_cache, or remove it")
         if self.grad_cache is True and self.chunk_rows is None and "token_budget" not in self.model_fields_set:
             raise ConfigError(
                 "grad_cache: true recomputes every chunk; say how large a chunk is with token_budget "

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mmembed.config.blocks import SourceConfig
-from mmembed.content import Audio, Content, Document, Example, Image, Text
+from mmembed.content import Audio, Content, Document, Example, Image, Text, Video
 from mmembed.data.labels import BatchLabels
 from mmembed.data.prefixes import Group, group_by_prefix
 from mmembed.data.records import is_untrainable_pair
@@ -134,7 +134,9 @@ class Collator:
         documents = [document for group in groups for document in group]
         items = [Item(example.query, "query", example.instruction) for example in examples]
         items += [Item(document.content, "document", source.document_instruction) for document in documents]
-        keys = [content_key(item.content) for item in items]
+        origins = [example.where for example in examples]
+        origins += [example.where for example, group in zip(examples, groups, strict=True) for _ in group]
+        keys = [content_key(content) for content in self._by_content([item.content for item in items], origins)]
         distinct: dict[tuple[int, str, str | None], int] = {}
         place = [
             distinct.setdefault((key, item.role, item.instruction), len(distinct))
@@ -142,15 +144,13 @@ class Collator:
         ]
         first = {position: index for index, position in reversed(list(enumerate(place)))}
         chosen = [first[position] for position in range(len(distinct))]
-        origins = [example.where for example in examples]
-        origins += [example.where for example, group in zip(examples, groups, strict=True) for _ in group]
         where = [origins[index] for index in chosen]
         rows = tokenize(self.preprocessor, [items[index] for index in chosen], where)
         labels = BatchLabels(
             owner=torch.tensor([query for query, group in enumerate(groups) for _ in group]),
             relevance=torch.tensor([document.relevance for document in documents]),
             document_keys=torch.tensor([document_keys(document) for document in documents]),
-            query_keys=torch.tensor(keys[: len(examples)]),
+            query_keys=torch.tensor([content_key(example.query) for example in examples]),
             positive_keys=_positive_keys(examples),
             in_batch=source.in_batch_negatives,
             source=examples[0].source,
@@ -158,6 +158,32 @@ class Collator:
         limits = [self.preprocessor.shareable(row) for row in rows] if self.share_prefix else None
         chunks = plan_chunks(rows, self.chunk_tokens, self.chunk_rows, where, limits)
         return Batch(len(examples), len(documents), chunks, torch.tensor(place), labels)
+
+    def _by_content(self, contents: Sequence[Content], where: Sequence[str]) -> list[Content]:
+        """Contents with the digest of each picture in place of its source: one picture under two names is one input.
+
+        Reads the files, which the step will read again from the page cache (20 us each); URLs keep their names.
+        """
+        media = self.preprocessor.media
+
+        def named(image: Image) -> Image:
+            remote = isinstance(image.source, str) and "://" in image.source
+            return image if remote else Image(media.digest(image))
+
+        def read(index: int) -> Content:
+            return tuple(
+                named(part)
+                if isinstance(part, Image)
+                else Video(tuple(map(named, part.frames)))
+                if isinstance(part, Video)
+                else part
+                for part in contents[index]
+            )
+
+        try:
+            return [read(index) for index in range(len(contents))]
+        except MediaError as error:
+            raise name_record(error, where, read) from None
 
     def _group(self, example: Example) -> list[Document]:
         """The documents drawn for one query: positives first."""

@@ -24,7 +24,7 @@ from mmembed.config.blocks import PROMPT_TYPES
 from mmembed.embeddings import Embeddings
 from mmembed.errors import MmembedError
 from mmembed.pooling import POOLINGS, Pooling
-from mmembed.preprocess import Lengths, ModelInputs, Preprocessor
+from mmembed.preprocess import Lengths, ModelInputs, Preprocessor, StoredImages
 from mmembed.prompts import PROMPTS
 
 if TYPE_CHECKING:
@@ -142,10 +142,10 @@ class EmbeddingModel(nn.Module):
     def _prepare_sharing(self) -> str | None:
         if self._virtual_tokens:
             return f"adapter.type '{self.settings.adapter_type}' puts tokens of its own in front"
-        return prepare(self._base)
+        return prepare(self.base)
 
     @property
-    def _base(self) -> PreTrainedModel:
+    def base(self) -> PreTrainedModel:
         """The backbone without what an adapter put around it."""
         if self.settings.adapter_type == "none":
             return cast("PreTrainedModel", self.backbone)
@@ -159,7 +159,10 @@ class EmbeddingModel(nn.Module):
         tensors = {
             name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()
         }
-        if inputs.shared and self.unshared("pixel_values" in tensors) is None:
+        if inputs.images is not None:
+            tensors = self._with_features(tensors, inputs.images)
+        has_images = "pixel_values" in tensors or inputs.images is not None
+        if inputs.shared and self.unshared(has_images) is None:
             hidden, pool_mask = self._run_shared(tensors, pool_mask, inputs.shared)
         else:
             hidden = run(self.family, self.backbone, tensors, self.settings.adapter_type)  # (B, T, H)
@@ -174,8 +177,23 @@ class EmbeddingModel(nn.Module):
             pool_mask = pool_mask[: -inputs.filler]
         return Embeddings(vectors, pool_mask if self.pooling.multi_vector else None)
 
+    def _with_features(self, tensors: dict[str, Any], images: StoredImages) -> dict[str, Any]:
+        """The tensors with features of images in place of pixels; features that the store lacks are computed for it."""
+        features = dict(images.found)
+        if images.missing:
+            pixels = {name: tensors[name] for name in ("pixel_values", *self.family.image_rows)}
+            with torch.no_grad():
+                output = cast("Any", self.base).get_image_features(**pixels, return_dict=True)
+            for key, computed in zip(images.missing, self.family.split_features(output, pixels), strict=True):
+                images.store.put(key, computed)
+                features[key] = computed
+        in_order = [{name: one.to(self.device) for name, one in features[key].items()} for key in images.keys]
+        sequence = {name: tensor for name, tensor in tensors.items() if name in _SEQUENCE}
+        rows = {name: torch.stack([one[name] for one in in_order]) for name in self.family.image_rows}
+        return {**sequence, **rows, "mm_encoder_outputs": {"image": self.family.join_features(in_order)}}
+
     def _run_shared(
-        self, tensors: dict[str, torch.Tensor], pool_mask: torch.Tensor, prefix: int
+        self, tensors: dict[str, Any], pool_mask: torch.Tensor, prefix: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states of rows that begin with the same `prefix` tokens, and their pool mask.
 
@@ -183,7 +201,7 @@ class EmbeddingModel(nn.Module):
         """
         ids = tensors["input_ids"]  # (B, P + T)
         rows, length = ids.shape
-        positions = self.family.position_ids(self._base, tensors)  # (3, B, P + T) or None
+        positions = self.family.position_ids(self.base, tensors)  # (3, B, P + T) or None
         if positions is None:
             positions = torch.arange(length, device=ids.device).expand(rows, length)  # (B, P + T)
         shared = SharedPrefix(self.config, prefix, rows)

@@ -80,6 +80,7 @@ def batch_report(
     accumulation: int,
     unshared: str | None = None,
     lockstep: bool = False,
+    features: str = "",
 ) -> Report:
     """Describes the run.
 
@@ -88,6 +89,7 @@ def batch_report(
         accumulation: gradient accumulation steps, which enlarge no contrastive batch.
         unshared: why no prefixes are shared, where that is so for the whole run.
         lockstep: all processes run as many chunks, and only the last one's graph is kept (DeepSpeed, FSDP2).
+        features: what becomes of the features of images, a line; none where it is empty.
     """
     lines = ["sources:"]
     warnings = []
@@ -108,6 +110,7 @@ def batch_report(
             )
     lines += _batch_lines(config, plan, first, objective, preprocessor, accumulation, lockstep)
     lines.append("  " + _sharing(first, unshared))
+    lines += [features] if features and preprocessor.family.multimodal else []
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in model.parameters())
     lines.append(f"parameters: {trained:,} trained of {total:,}")

@@ -41,13 +41,14 @@ from mmembed.data.collate import Batch, Chunk, Collator
 from mmembed.data.dataset import MixedDataset, RecordDataset
 from mmembed.data.mixing import mixing_weights
 from mmembed.embeddings import Embeddings
-from mmembed.errors import CheckpointError
+from mmembed.errors import CheckpointError, ConfigError
 from mmembed.models.checkpoint import load_checkpoint, save_checkpoint
 from mmembed.models.continuing import check_same_settings, restore_weights
 from mmembed.models.embedding_model import EmbeddingModel
 from mmembed.models.folder import read_tensors, to_disk
 from mmembed.models.probes import vectors_of
 from mmembed.models.verification import verify_checkpoint
+from mmembed.models.vision_cache import open_features, uncached
 from mmembed.objectives import Objective
 from mmembed.objectives.gather import gather_counts
 from mmembed.preprocess import ModelInputs, Preprocessor
@@ -174,6 +175,7 @@ class EmbedderTrainer(Trainer):
         if self.is_fsdp_enabled:
             objective.to(args.device)
             self.accelerator.state.fsdp_plugin.ignored_modules = [objective]
+        self._uncached = self._keep_features()
         seed = args.seed if args.data_seed is None else args.data_seed
         keys = [source.keys() for source in train]
         self._sources = [
@@ -225,6 +227,7 @@ class EmbedderTrainer(Trainer):
             accumulation,
             self._unshared(),
             self.engine.lockstep,
+            self._features_line(),
         )
         return dataclasses.replace(report, lines=(*report.lines, f"processes: {self.args.world_size}, {self.engine}"))
 
@@ -260,6 +263,30 @@ class EmbedderTrainer(Trainer):
         control = saved.stateful_callbacks.get("TrainerControl", {}).get("args", {})
         stopped_early = control.get("should_training_stop", False) and saved.global_step < saved.max_steps
         return (epochs, 0) if stopped_early or saved.global_step >= max_steps else place
+
+    def _keep_features(self) -> str | None:
+        """Opens the store of image features; returns why there is none. ConfigError where one was insisted on."""
+        training = self.run_config.training
+        if training.vision_cache == "off":
+            return "training.vision_cache is off"
+        reason = uncached(self.model.model, training=True)
+        if reason is None and self.preprocessor.touch_vision:
+            reason = "under DeepSpeed and FSDP every process runs the vision tower in every chunk"
+        if reason is None:
+            precision = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else ""
+            limit = int(training.vision_cache_gb * 1e9)
+            self.preprocessor.features = open_features(
+                self.model.model, self.preprocessor, training.vision_cache, limit, precision
+            )
+        elif training.vision_cache != "auto":
+            raise ConfigError(f"training.vision_cache: features of images cannot be kept ({reason}), or remove it")
+        return reason
+
+    def _features_line(self) -> str:
+        store = self.preprocessor.features
+        if store is None:
+            return f"image features: not kept ({self._uncached})"
+        return f"image features: {len(store):,} in {store.folder}, {store.bytes_used / 1e9:.2f} GB used there"
 
     # The step ---------------------------------------------------------------------------------------------------------
 

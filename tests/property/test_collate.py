@@ -120,6 +120,25 @@ def test_an_input_that_occurs_twice_is_encoded_once(preprocessor):
     assert len(set(batch.place[4:].tolist())) == 1
 
 
+def test_a_picture_under_two_names_is_encoded_once(family_folder, tmp_path):
+    """Copies are one input, whether files or bytes; the same name with other pixels is another."""
+    preprocessor = build_from_settings(EmbedderSettings(str(family_folder("qwen3_vl"))), MediaStore(tmp_path))[1]
+    pictures = [PIL.Image.effect_noise((64, 64), 90 + index) for index in range(2)]
+    for name, picture in (("a", pictures[0]), ("copy of a", pictures[0]), ("b", pictures[1])):
+        picture.save(tmp_path / f"{name}.png")
+    sources = [str(tmp_path / "a.png"), str(tmp_path / "copy of a.png"), (tmp_path / "a.png").read_bytes()]
+    sources += [str(tmp_path / "b.png"), pictures[1], pictures[1].copy()]
+    records = [
+        Example((Text(f"query {index}"),), (Document((Image(source),)),), source="s", where=f"f:{index}")
+        for index, source in enumerate(sources)
+    ]
+    batch = collator(preprocessor)(records)
+    places = batch.place[len(sources) :].tolist()
+    assert places[0] == places[1] == places[2] and places[4] == places[5]
+    assert len({places[0], places[3], places[4]}) == 3  # encoded bytes and pixels of a picture are not compared
+    assert sum(len(chunk.rows) for chunk in batch.chunks) == len(sources) + 3
+
+
 @pytest.mark.parametrize("in_batch", [True, False])
 def test_what_a_source_says_reaches_labels_and_prompts(family_folder, in_batch):
     """`in_batch_negatives` the labels; `document_instruction` each document, and queries have their own."""

@@ -85,6 +85,38 @@ def test_a_shared_prefix_follows_the_same_trajectory(config_file, tmp_path, caps
     assert found["auto"] == pytest.approx(found["off"], rel=1e-4)
 
 
+def test_a_vision_cache_follows_the_same_trajectory(config_file, tmp_path, capsys):
+    """LoRA on pictures, two epochs of one batch and dev evaluation: the tower runs once a picture, then not at all."""
+    options = ["data.train=[{path: pictures.jsonl}]", "data.dev=[{path: pictures.jsonl, name: dev}]"]
+    options += ["training.eval_strategy=steps", "training.eval_steps=4"]
+    options += ["adapter.dropout=0.0", "training.token_budget=64"]
+    found = {}
+    for where in ("off", str(tmp_path / "cache"), str(tmp_path / "cache")):
+        given = [*options, f"training.vision_cache={where}", f"training.output_dir={tmp_path / 'run'}"]
+        assert main(["--config", str(config_file), *given]) == 0
+        history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+        values = [entry[key] for entry in history for key in ("loss", "eval_ndcg_at_10") if key in entry]
+        line = next(line for line in capsys.readouterr().out.splitlines() if "image features" in line)
+        found.setdefault("lines", []).append(line)
+        assert values == pytest.approx(found.setdefault("values", values), rel=1e-6)
+    assert len(found["values"]) == 5
+    assert "not kept (training.vision_cache is off)" in found["lines"][0]
+    kept = [line.split(" in ")[0] for line in found["lines"][1:]]
+    assert kept == ["image features: 0", "image features: 11"]  # ten, and the one that checks what was saved
+
+
+def test_a_vision_cache_of_what_is_trained(config_file, tmp_path, capsys):
+    """Insisted on it is refused; `auto` says why and goes on."""
+    options = ["adapter={type: none}", "data.dev=[]", "training.max_steps=1"]
+    assert main(["--config", str(config_file), *options, f"training.vision_cache={tmp_path / 'cache'}"]) == 2
+    error = capsys.readouterr().err
+    assert "projector is trained" in error and "model.freeze: [projector, vision]" in error
+    assert main(["--config", str(config_file), *options, "training.vision_cache=auto"]) == 0
+    assert "image features: not kept (the projector is trained" in capsys.readouterr().out
+    assert main(["--config", str(config_file), *options, "training.vision_cache_gb=3"]) == 2
+    assert "no effect with vision_cache 'off'" in capsys.readouterr().err
+
+
 def test_gradient_checkpointing_runs_each_decoder_layer_twice(config_file):
     """The option reaches the model; that it changes no gradient is in tests/unit/test_adapters.py.
 
