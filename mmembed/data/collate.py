@@ -246,7 +246,8 @@ def plan_chunks(
         alike = [index for index, row in enumerate(rows) if bool(row.images) == pictured]
         groups = [Group(0, tuple(range(len(alike))))]
         if shareable is not None:
-            groups = group_by_prefix([rows[index].ids for index in alike], [shareable[index] for index in alike])
+            limits = [shareable[index] for index in alike]
+            groups = group_by_prefix([rows[index].ids for index in alike], limits, chunk_tokens)
         found = [
             (group.prefix, cut)
             for group in groups

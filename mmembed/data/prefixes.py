@@ -17,6 +17,8 @@ import numpy as np
 # Below these the longer way through attention costs more than the tokens saved (docs/log.md, shared prefixes).
 SHORTEST = 4  # tokens of a prefix
 LEAST_SAVED = 0.1  # of the tokens of a group
+# A group is a chunk more: it has to save a part of a chunk, or of all tokens where these are few.
+LEAST_OF_CHUNK, LEAST_OF_ALL = 0.125, 0.1
 
 
 @dataclass(frozen=True)
@@ -27,16 +29,18 @@ class Group:
     rows: tuple[int, ...]
 
 
-def group_by_prefix(ids: Sequence[Sequence[int]], limits: Sequence[int]) -> list[Group]:
+def group_by_prefix(ids: Sequence[Sequence[int]], limits: Sequence[int], chunk_tokens: int) -> list[Group]:
     """Each row in one group; those that share nothing in the last one, of prefix 0.
 
     Args:
         limits: of each row, how many of its first tokens may be shared.
+        chunk_tokens: what a chunk holds.
     """
     order = sorted(range(len(ids)), key=lambda row: list(ids[row][: limits[row]]))
     common = _common([ids[row] for row in order], [limits[row] for row in order])
     tokens = np.cumsum([0, *(len(ids[row]) for row in order)])
-    groups = [Group(prefix, tuple(order[start:stop])) for start, stop, prefix in _best(common, tokens)]
+    least = min(LEAST_OF_CHUNK * chunk_tokens, LEAST_OF_ALL * tokens[-1])
+    groups = [Group(prefix, tuple(order[start:stop])) for start, stop, prefix in _best(common, tokens, least)]
     grouped = {row for group in groups for row in group.rows}
     return [*groups, Group(0, tuple(row for row in range(len(ids)) if row not in grouped))]
 
@@ -51,7 +55,7 @@ def _common(ids: Sequence[Sequence[int]], limits: Sequence[int]) -> np.ndarray:
     return np.logical_and.accumulate(alike, axis=1).sum(axis=1) if width else np.zeros(max(0, len(ids) - 1), int)
 
 
-def _best(common: np.ndarray, tokens: np.ndarray) -> list[tuple[int, int, int]]:
+def _best(common: np.ndarray, tokens: np.ndarray, least: float) -> list[tuple[int, int, int]]:
     """(start, stop, prefix) of the groups of neighbours that save the most tokens, where that is enough.
 
     The tree has a node for each run of neighbours with a common beginning; a node's children are the runs between its
@@ -60,6 +64,7 @@ def _best(common: np.ndarray, tokens: np.ndarray) -> list[tuple[int, int, int]]:
     Args:
         common: (n - 1,) tokens that neighbours have in common.
         tokens: (n + 1,) tokens of all rows before each.
+        least: tokens that a group has to save.
     """
     nodes: list[tuple[int, int, int, list[int]]] = []  # start, stop, prefix, children
     stack = [(0, len(tokens) - 1, -1)]
@@ -79,7 +84,7 @@ def _best(common: np.ndarray, tokens: np.ndarray) -> list[tuple[int, int, int]]:
     for number in range(len(nodes) - 1, -1, -1):  # children come after their parents
         first, last, prefix, children = nodes[number]
         own, theirs = prefix * (last - first - 1), sum(saved[child] for child in children)
-        pays = prefix >= SHORTEST and own >= LEAST_SAVED * (tokens[last] - tokens[first])
+        pays = prefix >= SHORTEST and own >= max(least, LEAST_SAVED * (tokens[last] - tokens[first]))
         if pays and own >= theirs:
             saved[number], chosen[number] = own, [(first, last, prefix)]
         else:

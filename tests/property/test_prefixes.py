@@ -35,11 +35,12 @@ def rows_with_beginnings(draw_seed, beginnings, count, own):
     beginnings=st.lists(st.integers(1, 40), max_size=4),
     count=st.integers(1, 40),
     own=st.integers(1, 30),
+    chunk_tokens=st.integers(1, 500),
 )
-def test_groups_are_exact(seed, beginnings, count, own):
+def test_groups_are_exact(seed, beginnings, count, own, chunk_tokens):
     ids = rows_with_beginnings(seed, beginnings, count, own)
     limits = [random.Random(seed + row).randint(0, len(tokens) - 1) for row, tokens in enumerate(ids)]
-    groups = group_by_prefix(ids, limits)
+    groups = group_by_prefix(ids, limits, chunk_tokens)
     assert sorted(row for group in groups for row in group.rows) == list(range(count))
     for group in groups[:-1]:
         assert len(group.rows) > 1
@@ -47,25 +48,32 @@ def test_groups_are_exact(seed, beginnings, count, own):
         assert group.prefix <= common([ids[row] for row in group.rows])
         saved = group.prefix * (len(group.rows) - 1)
         assert saved >= LEAST_SAVED * sum(len(ids[row]) for row in group.rows)
+        assert saved >= min(chunk_tokens / 8, sum(map(len, ids)) / 10)
     assert groups[-1].prefix == 0
 
 
 @settings(max_examples=60)
-@given(seed=st.integers(0, 999), beginnings=st.lists(st.integers(4, 20), max_size=3), count=st.integers(2, 9))
-def test_groups_save_as_much_as_the_best_cut_of_the_sorted_rows(seed, beginnings, count):
+@given(
+    seed=st.integers(0, 999),
+    beginnings=st.lists(st.integers(4, 20), max_size=3),
+    count=st.integers(2, 9),
+    chunk_tokens=st.integers(1, 300),
+)
+def test_groups_save_as_much_as_the_best_cut_of_the_sorted_rows(seed, beginnings, count, chunk_tokens):
     """Rows with a common beginning are neighbours when sorted, so every way to cut the sorted rows is every way."""
     ids = sorted(rows_with_beginnings(seed, beginnings, count, 6))
+    least = min(chunk_tokens / 8, sum(map(len, ids)) / 10)
 
     def saved(part):
         prefix = min(common(part), min(map(len, part)) - 1)
         value = prefix * (len(part) - 1)
-        return value if prefix >= SHORTEST and value >= LEAST_SAVED * sum(map(len, part)) else 0
+        return value if prefix >= SHORTEST and value >= max(least, LEAST_SAVED * sum(map(len, part))) else 0
 
     best = 0
     for cuts in range(2 ** (count - 1)):
         bounds = [0, *(at for at in range(1, count) if cuts >> (at - 1) & 1), count]
         best = max(best, sum(saved(ids[start:stop]) for start, stop in pairwise(bounds)))
-    found = group_by_prefix(ids, [len(row) - 1 for row in ids])
+    found = group_by_prefix(ids, [len(row) - 1 for row in ids], chunk_tokens)
     assert sum(group.prefix * (len(group.rows) - 1) for group in found if group.prefix) == best
 
 

@@ -107,7 +107,7 @@ def test_a_vision_cache_follows_the_same_trajectory(config_file, tmp_path, capsy
 
 def test_a_vision_cache_of_what_is_trained(config_file, tmp_path, capsys):
     """Insisted on it is refused; `auto` says why and goes on."""
-    options = ["adapter={type: none}", "data.dev=[]", "training.max_steps=1"]
+    options = ["adapter={type: none}", "data.dev=[]", "training.max_steps=2"]
     assert main(["--config", str(config_file), *options, f"training.vision_cache={tmp_path / 'cache'}"]) == 2
     error = capsys.readouterr().err
     assert "projector is trained" in error and "model.freeze: [projector, vision]" in error
