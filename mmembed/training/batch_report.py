@@ -132,7 +132,7 @@ def _batch_lines(
     objective: Objective,
     preprocessor: Preprocessor,
     accumulation: int,
-    lockstep: bool,
+    lockstep: bool = False,
 ) -> list[str]:
     labels = first.labels
     own = int((labels.relevance <= 0).sum()) / first.n_queries
