@@ -77,11 +77,12 @@ def main() -> int:
     parser.add_argument("--tolerance", type=float, default=1e-4, help="of both differences (default 1e-4)")
     parser.add_argument("--adapters", nargs="*", default=list(ADAPTERS), choices=list(ADAPTERS))
     parser.add_argument("--strategies", nargs="*", default=list(STRATEGIES), choices=list(STRATEGIES))
+    parser.add_argument("--accumulation", nargs="*", default=list(ACCUMULATION), choices=ACCUMULATION, type=int)
     options = parser.parse_args()
     work = options.work or Path(tempfile.mkdtemp(prefix="equivalence-"))
     prepare(work)
     cells: dict[tuple[str, str, str, int], Cell] = {}
-    for adapter, accumulation in itertools.product(options.adapters, ACCUMULATION):
+    for adapter, accumulation in itertools.product(options.adapters, options.accumulation):
         reference = work / run(work, "one process", adapter, "one chunk", accumulation)
         before = work / run(work, "one process", adapter, "one chunk", accumulation, still=True)
         for strategy, chunks in itertools.product(options.strategies, CHUNKS):
