@@ -22,6 +22,12 @@ from typing import Any
 from mmembed.arguments import Parser
 
 DATA = Path(__file__).resolve().parent.parent / "data"
+# 64 tokens of the nano tokenizer
+INSTRUCTION = (
+    "Instruct: Given a question somebody asked, find the passages of an encyclopedia or of a medical handbook that "
+    "answer it; a passage counts if a careful reader could give the answer from it alone, and not if it names the same "
+    "things.\nQuery: "
+)
 
 
 @dataclass

@@ -11,7 +11,9 @@ bfloat16) before anything is timed.
     limit  the backbone's forward alone, with the kernels that we use: inputs tokenized and resized beforehand, sorted
            by length, right-padded batches of 8192 tokens, no attention mask (exact under causal attention), no pooling
 
-`texts_bf16_default` compares our bfloat16 with the peer at its defaults: its own choice of dtype, batch size 32.
+`texts_bf16_default` compares our bfloat16 with the peer at its defaults: its own choice of dtype, batch size 32. In the
+`instruction` rows all texts are queries behind an instruction of 64 tokens, the peer's `prompt`; we compute it once a
+batch, the bare forward in every row, so there the limit is none.
 """
 
 from __future__ import annotations
@@ -20,7 +22,19 @@ import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks._common import Row, best_setting, compare, images, own_peak_mb, parser, peak_mb_of, set_up, show, texts
+from benchmarks._common import (
+    INSTRUCTION,
+    Row,
+    best_setting,
+    compare,
+    images,
+    own_peak_mb,
+    parser,
+    peak_mb_of,
+    set_up,
+    show,
+    texts,
+)
 
 MAX_LENGTH = 512
 LIMIT_BUDGET = 8192
@@ -29,6 +43,8 @@ CASES = {  # name -> (modality, our dtype, the peer's dtype, goal to the peer, g
     "texts_fp32": ("text", "float32", "float32", 1.35, 0.95),
     "texts_bf16": ("text", "bfloat16", "bfloat16", None, 0.95),
     "texts_bf16_default": ("text", "bfloat16", None, 2.0, None),
+    "texts_instruction_fp32": ("text", "float32", "float32", 2.5, None),
+    "texts_instruction_bf16": ("text", "bfloat16", "bfloat16", 2.5, None),
     "images_fp32": ("image", "float32", "float32", 1.35, 0.95),
     "images_bf16": ("image", "bfloat16", "bfloat16", None, 0.95),
 }
@@ -38,7 +54,7 @@ def main() -> None:
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--texts", type=int, default=1000)
     options.add_argument("--images", type=int, default=400)
-    options.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    options.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="rows (default all)")
     options.add_argument("--no-memory", action="store_true", help="skip the peak memory of each contender")
     options.add_argument(
         "--peak-of", nargs=3, metavar=("CONTENDER", "CASE", "BATCH"), help="used by the benchmark itself"
@@ -53,7 +69,7 @@ def main() -> None:
         print(own_peak_mb())
         return
     rows = []
-    for case in arguments.cases:
+    for case in arguments.only:
         rows.append(_measure(case, counts, arguments.rounds, threads, memory=not arguments.no_memory))
     show(rows, arguments.json)
 
@@ -86,26 +102,32 @@ def _measure(case: str, counts: dict[str, int], rounds: int, threads: int, memor
 
 def _contenders(case: str, counts: dict[str, int], only: str | None = None) -> dict[str, Callable[[int], Any]]:
     """Contender -> a function of the peer's batch size that does one full run."""
-    modality, dtype, peer_dtype, _, _ = CASES[case]
+    modality, _, peer_dtype, _, _ = CASES[case]
     contents: Sequence[Any] = texts(counts["text"]) if modality == "text" else _pictures(counts["image"])
     found: dict[str, Callable[[int], Any]] = {}
     if only in (None, "ours", "limit"):
-        embedder = _ours(modality, dtype)
-        found["ours"] = lambda batch: embedder.encode(contents, show_progress=False)
+        embedder = _ours(case)
+        how = {"role": "query"} if "instruction" in case else {}
+        found["ours"] = lambda batch: embedder.encode(contents, show_progress=False, **how)
         if only != "ours":
-            found["limit"] = _bare(embedder, contents)
+            found["limit"] = _bare(embedder, contents, **how)
     if only in (None, "peer"):
         peer = _peer(modality, peer_dtype)
-        found["peer"] = lambda batch: peer.encode(contents, batch_size=batch, show_progress_bar=False)
+        prompt = INSTRUCTION if "instruction" in case else None
+        found["peer"] = lambda batch: peer.encode(contents, prompt=prompt, batch_size=batch, show_progress_bar=False)
     return found
 
 
-def _ours(modality: str, dtype: str) -> Any:
+def _ours(case: str) -> Any:
     from mmembed import Embedder
     from mmembed.models.embedding_model import EmbedderSettings, build_from_settings
 
-    chat = {"type": "chat", "mask_instruction": False, "add_generation_prompt": False}
-    prompt = "plain" if modality == "text" else chat
+    modality, dtype, *_ = CASES[case]
+    prompt: dict[str, Any] = {"type": "plain", "mask_instruction": False}
+    if modality == "image":
+        prompt = {"type": "chat", "mask_instruction": False, "add_generation_prompt": False}
+    elif "instruction" in case:
+        prompt["query_prefix"] = INSTRUCTION
     return Embedder(*build_from_settings(EmbedderSettings("mmembed-nano", pooling="mean", prompt=prompt, dtype=dtype)))
 
 
@@ -128,7 +150,7 @@ def _peer(modality: str, dtype: str | None) -> Any:
     return SentenceTransformer(modules=[transformer, pooling, Normalize()], device="cpu").eval()
 
 
-def _bare(embedder: Any, contents: Sequence[Any]) -> Callable[[int], Any]:
+def _bare(embedder: Any, contents: Sequence[Any], role: Any = "document") -> Callable[[int], Any]:
     """The limit: batches made beforehand, then nothing but the backbone's forward."""
     import torch
 
@@ -136,7 +158,7 @@ def _bare(embedder: Any, contents: Sequence[Any]) -> Callable[[int], Any]:
     from mmembed.data.collate import plan_chunks
     from mmembed.preprocess import Item
 
-    rows = embedder.preprocessor.tokenize([Item(to_content(content)) for content in contents])
+    rows = embedder.preprocessor.tokenize([Item(to_content(content), role) for content in contents])
     batches = [chunk.inputs(embedder.preprocessor) for chunk in plan_chunks(rows, LIMIT_BUDGET)]
     backbone = embedder.model.backbone
     for inputs in batches:

@@ -1,14 +1,20 @@
-"""Training throughput and memory at batch 256, against sentence-transformers' GradCache.
+"""Training throughput and memory against sentence-transformers' GradCache: text, an instruction, images.
 
-    python -m benchmarks.train --json
+    python -m benchmarks.train --json [--only text_1024 ...]
 
-Both sides fine-tune the whole language tower of the nano weights (mean pooling, no prompt, vision frozen, AdamW,
-InfoNCE at temperature 0.05 over in-batch negatives) through their own trainers, on the same pairs in the same batches;
-the loss of the first step must agree (to 1e-4 in float32, 2e-2 under bfloat16 autocast) before anything counts. Real
-pairs: one question a SQuAD paragraph, one a MedQuAD answer, so lengths are skewed and no batch holds a passage twice.
+Both sides fine-tune the whole language tower of the nano weights (mean pooling, vision tower and its projector frozen,
+AdamW, InfoNCE at temperature 0.05 over in-batch negatives) through their own trainers, on the same pairs in the same
+batches; the loss of the first step must agree (to 1e-4 in float32, 2e-2 under bfloat16 autocast) before it counts.
+
+    train_fp32, train_bf16      batch 256: one question a SQuAD paragraph, one a MedQuAD answer, so lengths are skewed
+                                and no batch holds a passage twice
+    text_1024                   the same pairs at batch 1,024, float32
+    instruction_1024            and an instruction of 64 tokens before each question
+    images_1024_second_epoch    a caption and its picture; the second time that each picture is seen
 
     ours   recipes' trainer with a token budget whose memory stays under the peer's
-    peer   CachedMultipleNegativesRankingLoss, the fastest of its mini-batches (sizes, and its own token budget)
+    peer   CachedMultipleNegativesRankingLoss, the fastest of its mini-batches (sizes, and its own token budget), tried
+           on one step of 256 pairs of the same kind and kept for all rows of the kind; the instruction is its `prompts`
 
 Each run is a process of its own, because peak memory is; the sides take turns. A speed is that of the median step, the
 first step left out.
@@ -23,90 +29,136 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks._common import DATA, Row, own_peak_mb, parser, set_up, show
+from benchmarks._common import DATA, INSTRUCTION, Row, own_peak_mb, parser, set_up, show
 
-BATCH = 256
-QUERY_LENGTH, DOCUMENT_LENGTH = 64, 256
+SEARCHED = 256  # pairs of the steps that choose the peer's setting
+QUERY_LENGTHS, DOCUMENT_LENGTH = {"text": 64, "instruction": 128, "images": 256}, 256
 TEMPERATURE = 0.05
 LEARNING_RATE = 1e-4
-GOAL = 1.5
 PEER_SETTINGS = ("size=16", "size=32", "size=64", "tokens=4096", "tokens=8192")
-OUR_BUDGET = {"fp32": 8192, "bf16": 4096}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: what is trained on, how, and our token budget."""
+
+    kind: str
+    batch: int
+    precision: str
+    goal: float
+    budget: int
+    steps: int
+
+
+CASES = {
+    "train_fp32": Case("text", 256, "fp32", 1.5, 8192, 5),
+    "train_bf16": Case("text", 256, "bf16", 1.5, 4096, 5),
+    "text_1024": Case("text", 1024, "fp32", 1.5, 4096, 1),
+    "instruction_1024": Case("instruction", 1024, "fp32", 2.5, 4096, 1),
+    "images_1024_second_epoch": Case("images", 1024, "fp32", 3.0, 4096, 1),
+}
 
 
 def main() -> None:
     options = parser(__doc__.splitlines()[0])
-    options.add_argument("--steps", type=int, default=5, help="counted steps a run (default 5)")
-    options.add_argument("--precisions", nargs="+", choices=OUR_BUDGET, default=list(OUR_BUDGET))
-    options.add_argument(
-        "--worker", nargs=3, metavar=("SIDE", "PRECISION", "SETTING"), help="used by the benchmark itself"
-    )
+    options.set_defaults(rounds=2)
+    options.add_argument("--steps", type=int, help="counted steps a run (default 5 at batch 256, 1 at batch 1,024)")
+    options.add_argument("--batch", type=int, help="another batch size, for a short run")
+    options.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="rows (default all)")
+    options.add_argument("--peer-setting", choices=PEER_SETTINGS, help="the peer's mini-batch, instead of a search")
+    options.add_argument("--worker", nargs=3, metavar=("SIDE", "CASE", "SETTING"), help="used by the benchmark itself")
     arguments = options.parse_args()
     threads = set_up(arguments.threads)
     if arguments.worker:
-        print(json.dumps(_worker(*arguments.worker, steps=arguments.steps)))
+        side, name, setting = arguments.worker
+        print(json.dumps(_worker(side, CASES[name], setting, arguments.batch, arguments.steps)))
         return
-    rows = [_measure(precision, arguments.steps, arguments.rounds, threads) for precision in arguments.precisions]
+    rows = []
+    for name in arguments.only:
+        case = CASES[name]
+        batch, steps = arguments.batch or case.batch, arguments.steps or case.steps
+        peer = arguments.peer_setting or _best_peer(name, min(SEARCHED, batch), threads)
+        rows.append(_measure(name, batch, steps, arguments.rounds, peer, threads))
     show(rows, arguments.json)
 
 
-def _measure(precision: str, steps: int, rounds: int, threads: int) -> Row:
-    peer = max(PEER_SETTINGS, key=lambda setting: _run("peer", precision, setting, 2, threads)["pairs_per_second"])
+def _best_peer(name: str, batch: int, threads: int) -> str:
+    case = CASES[name]
+    of_kind = next(
+        other for other in CASES if (CASES[other].kind, CASES[other].precision) == (case.kind, case.precision)
+    )
+    return _search(of_kind, batch, threads)
+
+
+@cache
+def _search(name: str, batch: int, threads: int) -> str:
+    return max(PEER_SETTINGS, key=lambda one: _run("peer", name, one, batch, 1, threads)["pairs_per_second"])
+
+
+def _measure(name: str, batch: int, steps: int, rounds: int, peer: str, threads: int) -> Row:
+    case = CASES[name]
     runs: dict[str, list[dict[str, float]]] = {"ours": [], "peer": []}
-    settings = {"ours": str(OUR_BUDGET[precision]), "peer": peer}
+    settings = {"ours": str(case.budget), "peer": peer}
     for turn in range(rounds):
         for side in ("ours", "peer") if turn % 2 else ("peer", "ours"):
-            runs[side].append(_run(side, precision, settings[side], steps, threads))
+            runs[side].append(_run(side, name, settings[side], batch, steps, threads))
     first = {side: found[0]["first_loss"] for side, found in runs.items()}
-    tolerance = 1e-4 if precision == "fp32" else 2e-2
+    tolerance = 1e-4 if case.precision == "fp32" else 2e-2
     if abs(first["ours"] - first["peer"]) > tolerance:
-        raise SystemExit(f"{precision}: first-step losses differ: {first}; the timing would mean nothing")
+        raise SystemExit(f"{name}: first-step losses differ: {first}; the timing would mean nothing")
     speed = {side: statistics.median(run["pairs_per_second"] for run in found) for side, found in runs.items()}
     peak = {side: int(statistics.median(run["peak_mb"] for run in found)) for side, found in runs.items()}
     ratio = statistics.median(
         ours["pairs_per_second"] / other["pairs_per_second"] for ours, other in zip(*runs.values(), strict=True)
     )
     return Row(
-        f"train_{precision}",
+        name,
         "pairs/s",
         round(speed["ours"], 2),
         round(speed["peer"], 2),
         f"CachedMultipleNegativesRankingLoss, mini-batch {peer}",
         ratio_to_peer=round(ratio, 3),
-        goal_to_peer=GOAL,
+        goal_to_peer=case.goal,
         peak_mb_ours=peak["ours"],
         peak_mb_peer=peak["peer"],
-        meets=ratio >= GOAL and peak["ours"] <= peak["peer"],
+        meets=ratio >= case.goal and peak["ours"] <= peak["peer"],
     )
 
 
-def _run(side: str, precision: str, setting: str, steps: int, threads: int) -> dict[str, float]:
+def _run(side: str, name: str, setting: str, batch: int, steps: int, threads: int) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.train", "--threads", str(threads), "--steps", str(steps)]
     done = subprocess.run(
-        [*command, "--worker", side, precision, setting], check=True, stdout=subprocess.PIPE, text=True, cwd=DATA.parent
+        [*command, "--batch", str(batch), "--worker", side, name, setting],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=DATA.parent,
     )
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def _worker(side: str, precision: str, setting: str, steps: int) -> dict[str, float]:
+def _worker(side: str, case: Case, setting: str, batch: int, steps: int) -> dict[str, float]:
     """One run of one side: speed of its median step, loss of its first step, peak memory of the process."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = (_ours if side == "ours" else _peer)(precision, setting, steps + 1, folder)
-        clock = _clock()
+        trainer = (ours if side == "ours" else _peer)(case, setting, batch, steps + 1, folder)
+        clock = step_clock()
         trainer.add_callback(clock)
         trainer.train()
     first = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
     return {
-        "pairs_per_second": BATCH / statistics.median(clock.seconds[1:]),
+        "pairs_per_second": batch / statistics.median(clock.seconds[1:]),
         "first_loss": first,
         "peak_mb": own_peak_mb(),
     }
 
 
-def _clock() -> Any:
+def step_clock() -> Any:
+    """A callback whose `seconds` are those of each step."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
@@ -125,6 +177,9 @@ def _clock() -> Any:
             self.since = now
 
     return Clock()
+
+
+# Data -----------------------------------------------------------------------------------------------------------------
 
 
 def pairs(count: int) -> list[tuple[str, str]]:
@@ -146,22 +201,43 @@ def pairs(count: int) -> list[tuple[str, str]]:
     return [found[index * step % len(found)] for index in range(count)]
 
 
-def _arguments(precision: str, steps: int, folder: str) -> dict[str, Any]:
+def pictures(count: int) -> list[tuple[str, bytes]]:
+    """(caption, encoded picture), each once: figures of textbooks and manuals, then emoji by their names.
+
+    Captions are cut to 200 characters: the two sides truncate a chat at different places.
+    """
+    import pyarrow.parquet as parquet
+
+    found = []
+    for name, column in (("openstax-figures", "alt"), ("tech-figures", "alt"), ("noto-emoji", "name")):
+        table = parquet.read_table(DATA / name / "images.parquet", columns=["image", column])
+        rows = zip(table[column].to_pylist(), table["image"].to_pylist(), strict=True)
+        found += [(text[:200], picture["bytes"]) for text, picture in rows if text]
+    if count > len(found):
+        raise SystemExit(f"--batch: {count} pictures of {len(found)} there are; give a smaller batch")
+    return found[:count]
+
+
+def _arguments(case: Case, batch: int, steps: int, folder: str) -> dict[str, Any]:
     """What both trainers are told."""
     return {
         "output_dir": folder,
-        "per_device_train_batch_size": BATCH,
+        "per_device_train_batch_size": batch,
         "max_steps": steps,
         "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "constant",
-        "bf16": precision == "bf16",
+        "bf16": case.precision == "bf16",
         "save_strategy": "no",
         "logging_steps": 1,
         "disable_tqdm": True,
     }
 
 
-def _ours(precision: str, budget: str, steps: int, folder: str) -> Any:
+# Our side -------------------------------------------------------------------------------------------------------------
+
+
+def ours(case: Case, budget: str, batch: int, steps: int, folder: str) -> Any:
+    """Our trainer on `steps` batches of text, or on one batch of pictures again and again."""
     from mmembed.config import build_config
     from mmembed.content import Document, Example, to_content
     from mmembed.data.dataset import RecordDataset, media_store
@@ -172,16 +248,28 @@ def _ours(precision: str, budget: str, steps: int, folder: str) -> Any:
     from mmembed.training.trainer import EmbedderTrainer
 
     records = Path(folder, "pairs.jsonl")
-    examples = (Example(to_content(query), (Document(to_content(text)),)) for query, text in pairs(BATCH * steps))
-    write_records(records, examples)
+    given: list[tuple[str, Any]] = list(pairs(batch * steps))
+    if case.kind == "images":
+        given = []
+        for number, (caption, encoded) in enumerate(pictures(batch)):
+            Path(folder, f"{number}.webp").write_bytes(encoded)
+            given.append((caption, {"image": f"{number}.webp"}))
+    write_records(records, (Example(to_content(query), (Document(to_content(document)),)) for query, document in given))
+    prompt: dict[str, Any] = {"type": "plain", "mask_instruction": False}
+    if case.kind == "instruction":
+        prompt["query_prefix"] = INSTRUCTION
+    if case.kind == "images":
+        prompt = {"type": "chat", "mask_instruction": False, "add_generation_prompt": False}
+    keep = {"vision_cache": str(Path(folder, "features"))} if case.kind == "images" else {}
     config = build_config(
         {
-            "model": {"name_or_path": "mmembed-nano", "dtype": "float32"},
+            "model": {"name_or_path": "mmembed-nano", "dtype": "float32", "freeze": ["vision", "projector"]},
             "adapter": {"type": "none"},
-            "lengths": {"query_max_length": QUERY_LENGTH, "document_max_length": DOCUMENT_LENGTH},
+            "lengths": {"query_max_length": QUERY_LENGTHS[case.kind], "document_max_length": DOCUMENT_LENGTH},
+            "prompt": prompt,
             "data": {"train": [{"path": str(records)}], "train_group_size": 1},
             "objective": {"type": "contrastive", "temperature": TEMPERATURE, "mask_duplicates": False},
-            "training": {**_arguments(precision, steps, folder), "token_budget": int(budget)},
+            "training": {**_arguments(case, batch, steps, folder), "token_budget": int(budget), **keep},
         }
     )
     args = training_arguments(config)
@@ -190,32 +278,34 @@ def _ours(precision: str, budget: str, steps: int, folder: str) -> Any:
     objective = build_objective(config.objective, model.embedding_size)
     data = [RecordDataset(source, media, cache_dir=folder) for source in config.data.train]
     trainer = EmbedderTrainer(config, args, model, preprocessor, objective, data)
-    trainer.plan = _InOrder(len(data[0]))
+    trainer.plan = _InOrder(len(data[0]), batch)
     return trainer
 
 
 class _InOrder:
-    """Batches of our trainer in the order of the file, as the peer gets them."""
+    """Batches of our trainer in the order of the file, as the peer gets them, in every epoch."""
 
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
+    def __init__(self, rows: int, batch: int) -> None:
+        self.rows, self.batch = rows, batch
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        for start in range(0, self.rows, BATCH):
-            yield [(0, row, 0) for row in range(start, start + BATCH)]
+        for start in range(0, self.rows, self.batch):
+            yield [(0, row, 0) for row in range(start, start + self.batch)]
 
     def __len__(self) -> int:
-        return self.rows // BATCH
+        return self.rows // self.batch
 
     def set_epoch(self, epoch: int) -> None:
-        """One epoch only."""
+        """The same order again."""
 
 
-def _peer(precision: str, setting: str, steps: int, folder: str) -> Any:
+# The peer -------------------------------------------------------------------------------------------------------------
+
+
+def _peer(case: Case, setting: str, batch: int, steps: int, folder: str) -> Any:
     from mmembed.backbones import resolve_backbone  # isort: skip - makes torchvision importable on a CPU machine
 
     import torch
-    from datasets import Dataset
     from sentence_transformers import (
         SentenceTransformer,
         SentenceTransformerTrainer,
@@ -226,12 +316,15 @@ def _peer(precision: str, setting: str, steps: int, folder: str) -> Any:
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
     from torch.utils.data import SequentialSampler
 
+    of_text = {  # without the chat template, which pictures need
+        "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+        "module_output_name": "token_embeddings",
+    }
     transformer = Transformer(
         resolve_backbone("mmembed-nano"),
-        max_seq_length=DOCUMENT_LENGTH,  # questions of this data are all shorter than QUERY_LENGTH
+        max_seq_length=DOCUMENT_LENGTH,  # questions of this data are all shorter than our limit for queries
         model_kwargs={"dtype": torch.float32},
-        modality_config={"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
-        module_output_name="token_embeddings",
+        **(of_text if case.kind != "images" else {}),
     )
     for name, parameter in transformer.named_parameters():
         parameter.requires_grad_("visual" not in name)
@@ -242,15 +335,28 @@ def _peer(precision: str, setting: str, steps: int, folder: str) -> Any:
     loss = CachedMultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE, **size)
 
     class InOrder(DefaultBatchSampler):
-        def __init__(self, dataset: Dataset, **options: Any) -> None:
+        def __init__(self, dataset: Any, **options: Any) -> None:
             super().__init__(SequentialSampler(dataset), **options)
 
-    queries, documents = zip(*pairs(BATCH * steps), strict=True)
-    data = Dataset.from_dict({"anchor": list(queries), "positive": list(documents)})
     args = SentenceTransformerTrainingArguments(
-        **_arguments(precision, steps, folder), use_cpu=True, report_to="none", batch_sampler=InOrder
+        **_arguments(case, batch, steps, folder),
+        use_cpu=True,
+        report_to="none",
+        batch_sampler=InOrder,
+        prompts={"anchor": INSTRUCTION} if case.kind == "instruction" else None,
     )
-    return SentenceTransformerTrainer(model=model, args=args, train_dataset=data, loss=loss)
+    return SentenceTransformerTrainer(model=model, args=args, train_dataset=_peer_data(case, batch, steps), loss=loss)
+
+
+def _peer_data(case: Case, batch: int, steps: int) -> Any:
+    from datasets import Dataset, Features, Image, Value
+
+    if case.kind != "images":
+        queries, documents = zip(*pairs(batch * steps), strict=True)
+        return Dataset.from_dict({"anchor": list(queries), "positive": list(documents)})
+    captions, encoded = zip(*pictures(batch), strict=True)
+    columns = {"anchor": list(captions), "positive": [{"bytes": one, "path": None} for one in encoded]}
+    return Dataset.from_dict(columns, features=Features({"anchor": Value("string"), "positive": Image(mode="RGB")}))
 
 
 if __name__ == "__main__":
