@@ -74,13 +74,15 @@ def train(config: EmbedderConfig) -> dict[str, float]:
 
     # 3. Data ----------------------------------------------------------------------------------------------------------
     from mmembed.data.dataset import RecordDataset, media_store
+    from mmembed.data.streaming import open_source
 
     media = media_store(config.data)
+    seed = args.seed if args.data_seed is None else args.data_seed
     with args.main_process_first(desc="reading the data"):
-        train_data, dev_data = (
-            [RecordDataset(source, media, config.data.on_bad_record, root=config.data.root) for source in sources]
-            for sources in (config.data.train, config.data.dev)
-        )
+        train_data = [open_source(source, config.data, media, seed) for source in config.data.train]
+        dev_data = [
+            RecordDataset(source, media, config.data.on_bad_record, root=config.data.root) for source in config.data.dev
+        ]
 
     # 4. Model, objective, trainer -------------------------------------------------------------------------------------
     from mmembed.training.batch_report import check_sources

@@ -49,6 +49,7 @@ def losses(folder):
 def build_trainer(config, objective=None):
     """The trainer of a config, as the recipe builds it, or with another objective."""
     from mmembed.data.dataset import RecordDataset, media_store
+    from mmembed.data.streaming import open_source
     from mmembed.models.embedding_model import build_embedding_model
     from mmembed.objectives import build_objective
     from mmembed.training.arguments import set_seed, training_arguments
@@ -58,8 +59,6 @@ def build_trainer(config, objective=None):
     set_seed(0)
     model, preprocessor = build_embedding_model(config, media)
     objective = objective or build_objective(config.objective, model.embedding_size)
-    train, dev = (
-        [RecordDataset(source, media, root=config.data.root) for source in sources]
-        for sources in (config.data.train, config.data.dev)
-    )
+    train = [open_source(source, config.data, media) for source in config.data.train]
+    dev = [RecordDataset(source, media, root=config.data.root) for source in config.data.dev]
     return EmbedderTrainer(config, training_arguments(config), model, preprocessor, objective, train, dev)

@@ -97,7 +97,7 @@ class LengthsConfig(_Block):
 
 class SourceConfig(_Block):
     """One data source. `path` is relative to `data.root`; `options` go to the format's constructor; `name` is the path
-    unless given."""
+    unless given. `streaming` reads it while training goes on, shuffled through `shuffle_buffer` records (10,000)."""
 
     path: str
     format: str = "jsonl"
@@ -109,6 +109,16 @@ class SourceConfig(_Block):
     in_batch_negatives: bool = True
     task: Task | None = None
     max_examples: Positive | None = None
+    streaming: bool = False
+    shuffle_buffer: Positive | None = None
+
+    @model_validator(mode="after")
+    def _streamed(self) -> SourceConfig:
+        if self.streaming and self.max_examples is not None:
+            raise ConfigError("'max_examples' has no effect with 'streaming': training.max_steps says how much is read")
+        if self.shuffle_buffer is not None and not self.streaming:
+            raise ConfigError("'shuffle_buffer' has no effect without 'streaming': others are shuffled as a whole")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -277,7 +287,7 @@ def _clashes(config: EmbedderConfig) -> list[str]:
     pooling, objective = block_type(config.pooling), block_options(config.objective)
     similarity, matryoshka = objective.get("similarity"), objective.get("matryoshka")
     adapter, arguments = config.adapter.type, config.training.arguments
-    clashes = wrong_values(arguments)
+    clashes = wrong_values(arguments) + _stream_clashes(config)
     if adapter in PROMPT_TYPES and config.model.attention == "bidirectional":
         clashes.append(
             f"adapter.type '{adapter}' + model.attention 'bidirectional': virtual tokens live in the "
@@ -338,4 +348,18 @@ def _clashes(config: EmbedderConfig) -> list[str]:
             "training.early_stopping_patience: nothing is evaluated while training; set training.eval_strategy to "
             "steps or epoch"
         )
+    return clashes
+
+
+def _stream_clashes(config: EmbedderConfig) -> list[str]:
+    """What a source without a known length cannot go with."""
+    clashes = []
+    for source in config.data.dev:
+        if source.streaming:
+            clashes.append(f"data.dev '{source.name}': dev sources are ranked as a whole; remove streaming")
+    for source in config.data.train:
+        if source.streaming and int(config.training.arguments.get("max_steps", -1)) < 1:
+            clashes.append(f"data.train '{source.name}': nobody knows the length of a stream; set training.max_steps")
+        if source.streaming and source.weight is None and len(config.data.train) > 1:
+            clashes.append(f"data.train '{source.name}': a stream beside others needs a weight (1.0: an average one)")
     return clashes

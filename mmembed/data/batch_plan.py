@@ -2,7 +2,7 @@
 
 A batch holds one source only (negatives of another task teach a shortcut: telling the tasks apart), the same on all
 ranks, and the ranks take disjoint slices of it. Nothing is drawn while training, so a resumed run or another process
-gets the same batches by asking again.
+gets the same batches by asking again. A streamed source is dealt by positions (`mmembed.data.streaming`).
 
 A source is an endless stream: passes over its rows, each pass in a new order and cut into whole batches. A source that
 is drawn rarely goes on in the next epoch where it stopped; one that is drawn often repeats. Rows that share a query or
@@ -33,7 +33,7 @@ class BatchPlan(torch.utils.data.Sampler[list[Draw]]):
     """Yields this rank's [(source, row, visit), ...] of each step.
 
     Args:
-        sizes: rows of each source.
+        sizes: rows of each source; None of a stream, whose rows are positions of an endless sequence.
         weights: share of batches of each source (see `mixing_weights`); default: each source once, whole batches of it.
         batch_size: rows a rank and step.
         seed: of all orders.
@@ -41,9 +41,10 @@ class BatchPlan(torch.utils.data.Sampler[list[Draw]]):
         keys: a source's (N, 2) integers from `RecordDataset.keys`; rows that share one do not meet in a batch where
             avoidable. None: no rows share anything.
         names: of the sources, for messages.
+        batches: of an epoch; needed where a source is a stream.
 
-    An epoch has as many batches as whole global batches fit into the sources, shared out by weight; each source gets at
-    least one. Its length is the same on all ranks.
+    Else an epoch has as many batches as whole global batches fit into the sources. They are shared out by weight; each
+    source gets at least one. The length is the same on all ranks.
 
     Raises:
         ConfigError: no sources, a source with fewer rows than one global batch, weights that do not fit.
@@ -51,7 +52,7 @@ class BatchPlan(torch.utils.data.Sampler[list[Draw]]):
 
     def __init__(
         self,
-        sizes: Sequence[int],
+        sizes: Sequence[int | None],
         weights: Sequence[float] | None = None,
         batch_size: int = 32,
         seed: int = 0,
@@ -59,18 +60,23 @@ class BatchPlan(torch.utils.data.Sampler[list[Draw]]):
         rank: int = 0,
         keys: Sequence[np.ndarray | None] | None = None,
         names: Sequence[str] | None = None,
+        batches: int | None = None,
     ) -> None:
         self.sizes, self.batch_size, self.seed = tuple(sizes), batch_size, seed
         self.world_size, self.rank, self.epoch = world_size, rank, 0
         keys = [None] * len(self.sizes) if keys is None else keys
         self._check(names or [f"source {i}" for i in range(len(self.sizes))], keys)
-        self._passes = [size // self.global_batch_size for size in self.sizes]  # batches of one pass
-        shares = self._passes if weights is None else tuple(weights)
+        self._passes = [None if size is None else size // self.global_batch_size for size in self.sizes]  # in batches
+        known = [number for number in self._passes if number is not None]
+        if len(known) < len(self.sizes) and (batches is None or weights is None):
+            raise ConfigError("batch plan: a stream has no length; give weights and the batches of an epoch")
+        shares = known if weights is None else tuple(weights)
         if len(shares) != len(self.sizes) or min(shares) <= 0:
             raise ConfigError(
                 f"batch plan: weights {list(shares)} for {len(self.sizes)} sources; give each one above 0"
             )
-        self._counts = _share_out(sum(self._passes), shares)  # batches of each source in an epoch
+        total = sum(known) if batches is None else batches
+        self._counts = _share_out(total, shares)  # batches of each source in an epoch
         self._groups = [None if item is None else _groups(item) for item in keys]
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
 
@@ -97,10 +103,15 @@ class BatchPlan(torch.utils.data.Sampler[list[Draw]]):
         self._generator(epoch, purpose=0).shuffle(order)
         drawn = [epoch * count for count in self._counts]
         for source in order.tolist():
-            visit, place = divmod(drawn[source], self._passes[source])
-            rows = self._batch(source, visit, place)[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+            mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+            passes, number = self._passes[source], drawn[source]
             drawn[source] += 1
-            yield [(source, row, visit) for row in rows.tolist()]
+            if passes is None:
+                rows = range(number * self.global_batch_size, (number + 1) * self.global_batch_size)
+                yield [(source, row, 0) for row in rows[mine]]
+                continue
+            visit, place = divmod(number, passes)
+            yield [(source, row, visit) for row in self._batch(source, visit, place)[mine].tolist()]
 
     def _batch(self, source: int, number: int, place: int) -> np.ndarray:
         """The rows of all ranks of batch `place` of pass `number` over a source."""
@@ -112,8 +123,9 @@ class BatchPlan(torch.utils.data.Sampler[list[Draw]]):
     def _order(self, source: int, number: int) -> np.ndarray:
         """(batches of a pass, global batch size) rows."""
         generator = self._generator(source, number, purpose=1)
-        batches = self._passes[source]
-        order = _permutation(generator, self.sizes[source])[: batches * self.global_batch_size]
+        batches, size = self._passes[source], self.sizes[source]
+        assert batches is not None and size is not None, "a stream has no order"
+        order = _permutation(generator, size)[: batches * self.global_batch_size]
         groups = self._groups[source]
         if groups is not None:
             place = _permutation(generator, int(groups.max()) + 1)  # of each group in the deck
@@ -129,7 +141,7 @@ class BatchPlan(torch.utils.data.Sampler[list[Draw]]):
         if not 0 <= self.rank < self.world_size or self.batch_size < 1:
             raise ConfigError(f"batch plan: rank {self.rank} of {self.world_size}, batch size {self.batch_size}")
         for name, size in zip(names, self.sizes, strict=True):
-            if size < self.global_batch_size:
+            if size is not None and size < self.global_batch_size:
                 raise ConfigError(
                     f"data source '{name}' has {size} rows, one batch takes {self.global_batch_size} "
                     f"({self.world_size} processes x {self.batch_size}); lower per_device_train_batch_size or use "

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from mmembed.config.blocks import DataConfig, SourceConfig
+    from mmembed.data.streaming import RecordStream
 
 logger = logging.getLogger(__name__)
 PICTURES = "pictures.jsonl"
@@ -58,6 +59,11 @@ def locate(source: SourceConfig, root: str | Path | None) -> Path:
     if not path.exists():
         raise ConfigError(f"data source '{source.path}': there is no {path}; check the path, or set data.root")
     return path
+
+
+def base_folder(path: Path, media: MediaStore | None) -> Path:
+    """Where relative paths of pictures start."""
+    return media.root if media is not None and media.root is not None else _folder(path)
 
 
 class RecordDataset(torch.utils.data.Dataset[Example]):
@@ -98,7 +104,7 @@ class RecordDataset(torch.utils.data.Dataset[Example]):
         path = locate(source, root)
         self.name = source.name
         reader = FORMATS.build({"type": source.format, **source.options})
-        base = media.root if media is not None and media.root is not None else _folder(path)
+        base = base_folder(path, media)
         key = _fingerprint(source, reader, path, media, base, on_bad_record)
         builder = _Builder(source, reader, path, media, base, on_bad_record)
         folder = build_once(
@@ -117,6 +123,11 @@ class RecordDataset(torch.utils.data.Dataset[Example]):
         self._folder = folder
         self._rows = _open(folder)
         self._chosen = _sample(summary["rows"], source.max_examples)
+
+    @property
+    def size(self) -> int:
+        """Rows; None of a stream."""
+        return len(self)
 
     def __len__(self) -> int:
         return self._rows.num_rows if self._chosen is None else len(self._chosen)
@@ -139,6 +150,10 @@ class RecordDataset(torch.utils.data.Dataset[Example]):
         keys = np.stack(columns, axis=1)
         return keys if self._chosen is None else keys[self._chosen]
 
+    def digest(self) -> str:
+        """Of the records and their order, as far as their keys tell."""
+        return hashlib.blake2b(self.keys().data, digest_size=16).hexdigest()
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_rows": None}
 
@@ -147,17 +162,39 @@ class RecordDataset(torch.utils.data.Dataset[Example]):
 
 
 class MixedDataset(torch.utils.data.Dataset[Example]):
-    """Several sources under one index, (source, row, visit): what a BatchPlan yields."""
+    """Several sources under one index, (source, row, visit): what a BatchPlan yields. Streams have no length."""
 
-    def __init__(self, sources: Sequence[RecordDataset]) -> None:
+    def __init__(self, sources: Sequence[RecordDataset | RecordStream]) -> None:
         self.sources = tuple(sources)
 
     def __len__(self) -> int:
-        return sum(len(source) for source in self.sources)
+        return sum(source.size or 0 for source in self.sources)
 
     def __getitem__(self, index: Draw) -> Example:
         source, row, visit = index
-        return dataclasses.replace(self.sources[source][row], visit=visit)
+        example = self.sources[source][row]
+        return dataclasses.replace(example, visit=example.visit + visit)  # a stream knows its passes itself
+
+
+def settle(record: RawRecord, source: SourceConfig, base: Path) -> RawRecord:
+    """The record with absolute media paths and with the source's instruction and task; `where` is kept apart."""
+    settled = {key: value for key, value in record.items() if key != "where"}
+    if "query" in settled:
+        settled["query"] = resolve_media(settled["query"], base)
+    if isinstance(settled.get("documents"), list):
+        settled["documents"] = [
+            {**document, "content": resolve_media(document["content"], base)}
+            if isinstance(document, dict) and "content" in document
+            else document
+            for document in settled["documents"]
+        ]
+    if source.task is not None:
+        settled["task"] = source.task.value
+    query = settled.get("query")
+    own = settled.get("instruction") or (query.get("instruction") if isinstance(query, dict) else None)
+    if source.instruction is not None and own is None:
+        settled["instruction"] = source.instruction
+    return settled
 
 
 class _Builder:
@@ -216,11 +253,11 @@ class _Builder:
 
     def _row(self, record: RawRecord) -> dict[str, Any]:
         where = record["where"]
-        settled = self._settled(record)
+        settled = settle(record, self.source, self.base)
         example = parse_record(settled, where)
         self._check_media(example)
         self.tasks.add(example.task.value)
-        self.fields.update(_fields(example))
+        self.fields.update(fields_of(example))
         if is_untrainable_pair(example):
             self.untrainable = (self.untrainable[0] + 1, self.untrainable[1] or where)
         positive = max(example.documents, key=lambda document: document.relevance)
@@ -230,26 +267,6 @@ class _Builder:
             "query_key": _key(example.query),
             "positive_key": _key(positive.id if positive.id is not None else positive.content),
         }
-
-    def _settled(self, record: RawRecord) -> RawRecord:
-        """The record with absolute media paths and with the source's instruction and task; `where` is kept apart."""
-        settled = {key: value for key, value in record.items() if key != "where"}
-        if "query" in settled:
-            settled["query"] = resolve_media(settled["query"], self.base)
-        if isinstance(settled.get("documents"), list):
-            settled["documents"] = [
-                {**document, "content": resolve_media(document["content"], self.base)}
-                if isinstance(document, dict) and "content" in document
-                else document
-                for document in settled["documents"]
-            ]
-        if self.source.task is not None:
-            settled["task"] = self.source.task.value
-        query = settled.get("query")
-        own = settled.get("instruction") or (query.get("instruction") if isinstance(query, dict) else None)
-        if self.source.instruction is not None and own is None:
-            settled["instruction"] = self.source.instruction
-        return settled
 
     def _check_media(self, example: Example) -> None:
         for content in (example.query, *(document.content for document in example.documents)):
@@ -336,7 +353,8 @@ def _fingerprint(
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-def _fields(example: Example) -> Iterator[str]:
+def fields_of(example: Example) -> Iterator[str]:
+    """What an example carries, as `RecordDataset.fields` names it."""
     if example.instruction is not None:
         yield "instruction"
     for document in example.documents:

@@ -7,14 +7,16 @@ RecordError, not raised: a generator that raised is over, and `on_bad_record: sk
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 from mmembed.errors import ConfigError, RecordError, nearest
 from mmembed.registry import Registry
 
+COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
 RawRecord = dict[str, Any]  # a canonical record, and "where": "file:line"
 
 
@@ -22,6 +24,7 @@ class Format:
     """Base of all formats. The constructor's arguments are the format's options."""
 
     name: ClassVar[str]
+    streamable: ClassVar[bool] = False  # whether each of `files` can be given to `read` by itself
 
     def read(self, path: Path) -> Iterator[RawRecord | RecordError]:
         """Yields the records of the source at `path` in file order.
@@ -41,8 +44,8 @@ FORMATS: Registry[Format] = Registry("mmembed.data.formats", Format)
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | RecordError]]:
     """(`file:line`, object) of each non-blank line; a line that is not one JSON object comes as a RecordError."""
-    with existing(path).open("rb") as file:
-        for number, line in enumerate(file, start=1):
+    with _opened(path) as file:
+        for number, line in enumerate(_lines(file, path), start=1):
             if line.isspace():
                 continue
             where = f"{path}:{number}"
@@ -56,6 +59,25 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | RecordEr
             else:
                 found = f"a JSON {type(value).__name__}, not an object"
                 yield where, RecordError(where, found, "Write one {...} object a line", "not JSON")
+
+
+def _opened(path: Path) -> BinaryIO:
+    if existing(path).suffix not in COMPRESSED:
+        return path.open("rb")
+    import pyarrow as pa
+
+    return io.BufferedReader(pa.input_stream(str(path), buffer_size=2**20))
+
+
+def _lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    """Raises ConfigError where a compressed file is broken or cut short."""
+    if path.suffix not in COMPRESSED:
+        yield from file
+        return
+    try:
+        yield from file
+    except (OSError, ValueError) as error:  # Arrow's errors are of both kinds
+        raise ConfigError(f"{path}: not a readable {path.suffix} file ({error}); restore it") from error
 
 
 def existing(path: Path) -> Path:

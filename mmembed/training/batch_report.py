@@ -15,8 +15,8 @@ from mmembed.config.blocks import EmbedderConfig
 from mmembed.content import Task, Text
 from mmembed.data.batch_plan import BatchPlan
 from mmembed.data.collate import Batch
-from mmembed.data.dataset import RecordDataset
 from mmembed.data.records import STS_POSITIVE
+from mmembed.data.streaming import RecordStream, Source
 from mmembed.errors import ConfigError
 from mmembed.objectives import Objective
 from mmembed.preprocess import Preprocessor
@@ -35,7 +35,7 @@ class Report:
         return "\n".join([*self.lines, *(f"warning: {warning}" for warning in self.warnings)])
 
 
-def check_sources(datasets: Sequence[RecordDataset], config: EmbedderConfig, objective: Objective) -> None:
+def check_sources(datasets: Sequence[Source], config: EmbedderConfig, objective: Objective) -> None:
     """What the data alone tells, before weights are loaded: see `check_fields`, which calls it.
 
     Raises:
@@ -59,7 +59,10 @@ def check_sources(datasets: Sequence[RecordDataset], config: EmbedderConfig, obj
 
 
 def check_fields(
-    datasets: Sequence[RecordDataset], config: EmbedderConfig, objective: Objective, preprocessor: Preprocessor
+    datasets: Sequence[Source],
+    config: EmbedderConfig,
+    objective: Objective,
+    preprocessor: Preprocessor,
 ) -> None:
     """Raises ConfigError when the data carries a field that this run would not use, unless `ignore_fields` names it,
     and when a source has nothing to compare its positives with.
@@ -71,7 +74,7 @@ def check_fields(
 
 def batch_report(
     config: EmbedderConfig,
-    datasets: Sequence[RecordDataset],
+    datasets: Sequence[Source],
     plan: BatchPlan,
     first: Batch,
     model: nn.Module,
@@ -98,7 +101,7 @@ def batch_report(
         tasks = ", ".join(sorted(task.value for task in dataset.tasks))
         negatives = "on" if source.in_batch_negatives else "off"
         lines.append(
-            f"  {dataset.name}: {len(dataset):,} records ({tasks}), {batches:,} of {len(plan):,} batches an epoch, "
+            f"  {dataset.name}: {_extent(dataset)} ({tasks}), {batches:,} of {len(plan):,} batches an epoch, "
             f"in-batch negatives {negatives}"
         )
         if dataset.skipped:
@@ -174,6 +177,12 @@ def _sharing(first: Batch, unshared: str | None) -> str:
     )
 
 
+def _extent(dataset: Source) -> str:
+    if isinstance(dataset, RecordStream):
+        return f"a stream of {len(dataset.shards):,} files"
+    return f"{len(dataset):,} records"
+
+
 def _memory(model: nn.Module, trained: int) -> str:
     """Weights, gradients and two moments; activations follow training.token_budget."""
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
@@ -186,7 +195,7 @@ def _memory(model: nn.Module, trained: int) -> str:
     )
 
 
-def _refuse(dataset: RecordDataset, config: EmbedderConfig, unused: dict[str, str]) -> None:
+def _refuse(dataset: Source, config: EmbedderConfig, unused: dict[str, str]) -> None:
     for field, reason in unused.items():
         if field in dataset.fields and field not in config.data.ignore_fields:
             raise ConfigError(

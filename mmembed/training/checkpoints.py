@@ -107,7 +107,7 @@ def check_same_data(checkpoint: Path, sources: Sequence[dict[str, Any]], config:
     lines = []
     for old, new in zip(read_run(checkpoint)["sources"], sources, strict=False):  # their number is of the config
         if old["rows"] != new["rows"]:
-            lines.append(f"data source '{new['name']}': {old['rows']:,} records in the checkpoint, {new['rows']:,} now")
+            lines.append(f"data source '{new['name']}': {_rows(old)} in the checkpoint, {_rows(new)} now")
         elif old["digest"] != new["digest"]:
             lines.append(f"data source '{new['name']}': its records are others than they were, or in another order")
     _refuse(checkpoint, lines, named=_asked(config) not in _WORDS)
@@ -228,6 +228,10 @@ def _check_batches(checkpoint: Path, saved: dict[str, Any], run: dict[str, Any])
             f"{checkpoint}: DeepSpeed cut the optimizer's state into parts for {processes} processes, now there are "
             f"{run['world_size']}; resume with {processes}"
         )
+
+
+def _rows(source: dict[str, Any]) -> str:
+    return "a stream" if source["rows"] is None else f"{source['rows']:,} records"
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -40,6 +39,7 @@ from mmembed.data.batch_plan import BatchPlan
 from mmembed.data.collate import Batch, Chunk, Collator
 from mmembed.data.dataset import MixedDataset, RecordDataset
 from mmembed.data.mixing import mixing_weights
+from mmembed.data.streaming import RecordStream, Source
 from mmembed.embeddings import Embeddings
 from mmembed.errors import CheckpointError, ConfigError
 from mmembed.models.checkpoint import load_checkpoint, save_checkpoint
@@ -132,7 +132,7 @@ class EmbedderTrainer(Trainer):
         model: EmbeddingModel,
         preprocessor: Preprocessor,
         objective: Objective,
-        train: Sequence[RecordDataset],
+        train: Sequence[Source],
         dev: Sequence[RecordDataset] = (),
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
@@ -177,15 +177,19 @@ class EmbedderTrainer(Trainer):
             self.accelerator.state.fsdp_plugin.ignored_modules = [objective]
         self._uncached = self._keep_features()
         seed = args.seed if args.data_seed is None else args.data_seed
-        keys = [source.keys() for source in train]
+        streams = [source for source in train if isinstance(source, RecordStream)]
         self._sources = [
-            {"name": source.name, "rows": len(source), "digest": _digest(of)}
-            for source, of in zip(train, keys, strict=True)
+            {
+                "name": source.name,
+                "rows": source.size,
+                "digest": source.digest(),
+            }
+            for source in train
         ]
         self.plan = BatchPlan(
-            [len(source) for source in train],
+            [source.size for source in train],
             mixing_weights(
-                [len(source) for source in train],
+                [source.size for source in train],
                 [source.weight for source in config.data.train],
                 config.data.mixing_alpha,
             ),
@@ -193,9 +197,12 @@ class EmbedderTrainer(Trainer):
             seed=seed,
             world_size=args.world_size,
             rank=args.process_index,
-            keys=keys,
+            keys=[source.keys() for source in train],
             names=[source.name for source in train],
+            batches=args.max_steps * args.gradient_accumulation_steps if streams else None,
         )
+        for stream in streams:
+            stream.least = self.plan.global_batch_size
         self.collator = Collator(
             preprocessor,
             {source.name: source for source in config.data.train},
@@ -702,8 +709,3 @@ def chunk_tokens(config: EmbedderConfig) -> int:
         return training.token_budget
     longest = max(config.lengths.query_max_length, config.lengths.document_max_length)
     return max(training.token_budget // CHUNKS_A_BUDGET, min(longest, training.token_budget))
-
-
-def _digest(keys: np.ndarray) -> str:
-    """Of the records of a source and their order, as far as their keys tell."""
-    return hashlib.blake2b(np.ascontiguousarray(keys).data, digest_size=16).hexdigest()

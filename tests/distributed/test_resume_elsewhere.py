@@ -16,6 +16,7 @@ from tests.runs import ROOT, in_two_processes, losses, two_processes
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 STEPS = 10
 EXACT = ["adapter.dropout=0.0", "data.dev=[]", f"training.max_steps={STEPS}", "training.save_strategy=steps"]
+EXACT += ["data.train=[{path: text.jsonl, streaming: true, shuffle_buffer: 7, weight: 2}, {path: pictures.jsonl}]"]
 EXACT += ["training.learning_rate=1e-3", "training.logging_steps=2"]
 
 

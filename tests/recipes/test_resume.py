@@ -56,6 +56,7 @@ def assert_same_outcome(whole, stopped):
 
 EVALUATED = ["training.eval_strategy=steps", "training.eval_steps=2", "training.load_best_model_at_end=true"]
 EVALUATED += ["training.early_stopping_patience=3", "training.save_strategy=steps", "training.save_steps=2"]
+STREAMED = ["data.train=[{path: text.jsonl, streaming: true, shuffle_buffer: 7, weight: 2}, {path: pictures.jsonl}]"]
 BY_EPOCH = ["training.eval_strategy=epoch", "training.save_strategy=steps", "training.save_steps=2"]
 BY_EPOCH += ["training.early_stopping_patience=1", "training.metric_for_best_model=eval_recall_at_10"]
 
@@ -67,12 +68,23 @@ BY_EPOCH += ["training.early_stopping_patience=1", "training.metric_for_best_mod
         ((1, 2), ["training.max_steps=5", "training.gradient_accumulation_steps=4"]),
         ((6, 7), ["training.num_train_epochs=2", "training.max_steps=-1", *BY_EPOCH]),
         ((2, 6), ["training.max_steps=7", "training.dataloader_num_workers=1", "training.eval_on_start=true"]),
+        ((3, 5), ["training.max_steps=7", *STREAMED, "training.dataloader_num_workers=1"]),
         ((2,), ["training.optimizer=lion", "training.learning_rate=1e-3", "training.logging_steps=4"]),
         ((2,), ["training.optimizer=adafactor"]),
         ((2,), ["training.optimizer=adamw_8bit", "adapter={type: none}", "training.learning_rate=1e-3"]),
         ((3,), ["training.lr_scheduler_type=reduce_lr_on_plateau", "training.learning_rate=0.3", *EVALUATED]),
     ],
-    ids=["evaluated", "accumulated", "by epoch", "workers", "lion", "adafactor", "8 bits, all weights", "plateau"],
+    ids=[
+        "evaluated",
+        "accumulated",
+        "by epoch",
+        "workers",
+        "streamed",
+        "lion",
+        "adafactor",
+        "8 bits, all weights",
+        "plateau",
+    ],
 )
 def test_a_stopped_run_ends_where_the_uninterrupted_one_does(config_file, tmp_path, stop_in_step, stops, overrides):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -137,7 +149,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(config_file, d
     text.write_text("\n".join(lines[1:25]) + "\n")
     assert "others than they were" in refusal()
     text.write_text("\n".join(lines[:25]) + "\n")
-    assert "24 records in the checkpoint, 25 now" in refusal()
+    assert "24 records in the checkpoint, 25 records now" in refusal()
     text.write_text("\n".join(lines[:24]) + "\n")
     allowed = ["training.logging_steps=2", "training.save_total_limit=2", "training.save_steps=1"]
     assert main(command(config_file, out, *train, *allowed)) == 0

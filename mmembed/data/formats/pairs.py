@@ -20,6 +20,7 @@ class Pairs(Format):
     """
 
     name: ClassVar[str] = "pairs"
+    streamable: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -27,6 +27,7 @@ class Parquet(Format):
     """
 
     name: ClassVar[str] = "parquet"
+    streamable: ClassVar[bool] = True
 
     def __init__(
         self,
