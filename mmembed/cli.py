@@ -1,4 +1,4 @@
-"""The command `mmembed`: encode, search, verify, inspect.
+"""The command `mmembed`: encode, search, plan, verify, inspect.
 
 Everything heavy is imported by the command that needs it, after the arguments were read, so that `mmembed --help` and a
 misspelt flag answer at once. Results go to stdout, progress and errors to stderr; an error ends with exit code 2.
@@ -62,7 +62,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     parser.add_argument("--version", action="version", version=f"mmembed {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     commands = {}
-    for add in (_add_encode, _add_search, _add_verify, _add_inspect):
+    for add in (_add_encode, _add_search, _add_plan, _add_verify, _add_inspect):
         command = add(subparsers)
         commands[command.prog.split()[-1]] = command
     return parser, commands
@@ -255,6 +255,54 @@ def _line(content: dict[str, Any], width: int) -> str:
     pieces += [" ".join(content["text"].split())] if content.get("text") else []
     line = " ".join(pieces)
     return line if len(line) <= width else line[: width - 1] + "…"
+
+
+# plan ---------------------------------------------------------------------------------------------------------------
+
+
+def _add_plan(subparsers: Any) -> Parser:
+    command = _command(
+        subparsers,
+        "plan",
+        _plan,
+        help="say what a training run will need, without a GPU and without weights",
+        description="""\
+            Says what a training run will need: parameters, negatives, tokens, memory a device by ZeRO stage, steps,
+            time. Reads the config, the data, and config.json and processor of the backbone.
+
+              mmembed plan --config run.yaml --devices 8 --memory 80GB training.token_budget=32768""",
+    )
+    command.add_argument("--config", required=True, type=Path, help="YAML file of the run")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="win over the file")
+    command.add_argument("--devices", type=int, default=1, help="processes that train together (default 1)")
+    command.add_argument("--memory", help="of a device, for example 80GB: says what does not fit and what would")
+    speed = command.add_mutually_exclusive_group()
+    speed.add_argument("--throughput", type=float, help="tokens a second and device, for the time")
+    speed.add_argument("--measure", type=int, metavar="STEPS", help="train so many steps here for the throughput")
+    command.add_argument("--sample", type=int, default=8, help="batches that are tokenized (default 8)")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    return command
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    for flag in ("devices", "throughput", "measure", "sample"):
+        value = vars(arguments)[flag]
+        if value is not None and value <= 0:
+            raise MmembedError(f"--{flag}: found {value}; give a number above 0")
+    from mmembed.config import load_config
+    from mmembed.plan import as_json, plan_run, read_size, render
+
+    memory = None if arguments.memory is None else read_size(arguments.memory)
+    plan = plan_run(
+        load_config(arguments.config, arguments.overrides),
+        arguments.devices,
+        memory,
+        arguments.throughput,
+        arguments.measure,
+        arguments.sample,
+    )
+    print(json.dumps(as_json(plan)) if arguments.json else render(plan))
+    return 0
 
 
 # verify -------------------------------------------------------------------------------------------------------------

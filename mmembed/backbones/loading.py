@@ -77,10 +77,22 @@ def load_backbone(
     return Backbone(model, processor, family_of(model.config, processor), model.config)
 
 
-def outline_backbone(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Backbone:
+def outline_backbone(
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    attention: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    attn_implementation: str = "sdpa",
+    vision_layers: int | None = None,
+) -> Backbone:
     """As `load_backbone`, but without weights: what its layers are called and its processor writes, for checks.
 
     The layers are on torch's meta device: no memory, a fraction of a second. Raises ConfigError as `load_backbone`.
+
+    Args:
+        vision_layers: cut the vision tower to so many.
     """
     from transformers import AutoConfig, AutoModel
 
@@ -88,9 +100,20 @@ def outline_backbone(name_or_path: str, *, revision: str | None = None, trust_re
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
     with _explained(name_or_path, trust_remote_code):
         config = AutoConfig.from_pretrained(path, **common)
+        if vision_layers is not None:
+            depth = "depth" if "depth" in vars(config.vision_config) else "num_hidden_layers"
+            setattr(config.vision_config, depth, vision_layers)
+        wanted = _dtype(dtype)
+        kept = config.dtype or torch.float32
         with torch.device("meta"):
-            model = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
+            model = AutoModel.from_config(
+                config,
+                trust_remote_code=trust_remote_code,
+                dtype=kept if wanted == "auto" else wanted,
+                attn_implementation=attn_implementation,
+            )
         processor = load_processor(path, multimodal="vision_config" in config.to_dict(), **common)
+    set_attention(model, attention)
     return Backbone(model, processor, family_of(model.config, processor), model.config)
 
 

@@ -234,6 +234,7 @@ def head_sums(model: EmbeddingModel) -> dict[str, float]:
         for part, module in parts.items()
         if module is not None
         for name, tensor in module.state_dict().items()
+        if not tensor.is_meta  # of an outline, which is never trained
     }
 
 

@@ -9,6 +9,7 @@ appears anywhere. One file per objective; `build_objective(block)` reads the YAM
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -16,6 +17,24 @@ from torch import Tensor, nn
 from mmembed.data.labels import BatchLabels
 from mmembed.embeddings import Embeddings
 from mmembed.registry import Registry
+
+
+@dataclass(frozen=True)
+class View:
+    """What health monitors look at of one comparison: Q local queries, C candidates.
+
+    similarities, relevance, valid: (Q, C), without temperature; `valid` after all masks.
+    masked: why candidates were taken out -> the share of all cells.
+    chance: the loss if all scores were equal.
+    """
+
+    queries: Embeddings
+    candidates: Embeddings
+    similarities: Tensor
+    relevance: Tensor
+    valid: Tensor
+    masked: dict[str, Tensor]
+    chance: Tensor
 
 
 class Objective(nn.Module):
@@ -50,6 +69,10 @@ class Objective(nn.Module):
 
     def compare(self, gathered: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """-> scalar loss (mean over local queries), detached scalar metrics."""
+        raise NotImplementedError
+
+    def view(self, gathered: Any) -> View:
+        """What `gather` gave, for the health monitors."""
         raise NotImplementedError
 
     def forward(

@@ -19,7 +19,7 @@ from mmembed.data.labels import BatchLabels
 from mmembed.embeddings import Embeddings
 from mmembed.errors import ConfigError
 from mmembed.losses import LOSSES, Scores
-from mmembed.objectives import Objective
+from mmembed.objectives import Objective, View
 from mmembed.objectives.gather import gather_counts, gather_embeddings
 from mmembed.objectives.relations import Relations
 from mmembed.objectives.similarity import get_similarity
@@ -34,6 +34,7 @@ class Gathered:
     candidates: Embeddings  # C of all processes
     relevance: Tensor  # (Q, C)
     valid: Tensor  # (Q, C)
+    relations: Relations  # of the labels
     reverse: Gathered | None = None  # rows are local positive documents, columns are the queries of all processes
     weight: float = 1.0  # of the mean over rows: this process's share of the rows of all, times their number
 
@@ -94,7 +95,8 @@ class Contrastive(Objective):
         relations = Relations.gather(labels, across)
         local_queries = relations.local(relations.query_counts)
         candidates = gather_embeddings(documents, relations.document_counts)
-        forward = Gathered(queries, candidates, *relations.matrix(local_queries, slice(None), self.mask_duplicates))
+        matrices = relations.matrix(local_queries, slice(None), self.mask_duplicates)  # (Q, C) each
+        forward = Gathered(queries, candidates, *matrices, relations)
         if not self.symmetric or not labels.in_batch:
             return forward
         all_queries = gather_embeddings(queries, relations.query_counts)
@@ -104,7 +106,7 @@ class Contrastive(Objective):
         counts = gather_counts(len(positive), positive.device)
         weight = len(positive) * len(counts) / sum(counts)
         reverse = Gathered(
-            documents.rows(positive), all_queries, relevance.T[positive], valid.T[positive], None, weight
+            documents.rows(positive), all_queries, relevance.T[positive], valid.T[positive], relations, None, weight
         )
         return replace(forward, reverse=reverse)
 
@@ -121,6 +123,28 @@ class Contrastive(Objective):
         if gathered.reverse is not None:
             loss = (loss + self._direction(gathered.reverse)[0]) / 2
         return loss, metrics
+
+    def view(self, gathered: Gathered) -> View:
+        """Of the direction from queries to documents."""
+        similarities = self.similarity_of(gathered.queries, gathered.candidates)  # (Q, C)
+        relevance, valid = gathered.relevance.to(similarities.dtype), gathered.valid
+        masked: dict[str, Tensor] = {}
+        if self.mask_duplicates:
+            relations = gathered.relations
+            reasons = relations.reasons(relations.local(relations.query_counts), slice(None))
+            masked = {reason: cells.float().mean() for reason, cells in reasons.items()}
+        if self.false_negative_margin is not None:
+            above = valid & self._false_negatives(similarities, relevance, valid)
+            masked["margin"] = above.float().mean()
+            valid = valid & ~above
+        chance = self._chance(relevance, valid)
+        if gathered.reverse is not None:
+            reverse = gathered.reverse
+            chance = (chance + self._chance(reverse.relevance, reverse.valid) * reverse.weight) / 2
+        return View(gathered.queries, gathered.candidates, similarities, relevance, valid, masked, chance)
+
+    def _chance(self, relevance: Tensor, valid: Tensor) -> Tensor:
+        return self.loss(Scores(torch.zeros(relevance.shape, device=relevance.device), relevance, valid)).mean()
 
     def _direction(self, gathered: Gathered) -> tuple[Tensor, dict[str, Tensor]]:
         similarities = self.similarity_of(gathered.queries, gathered.candidates)  # (Q, C)

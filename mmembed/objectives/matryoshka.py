@@ -7,6 +7,7 @@ gathered across processes once. Cost: the score matrix once a dimension.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from mmembed.embeddings import Embeddings
 from mmembed.errors import ConfigError
-from mmembed.objectives import Objective
+from mmembed.objectives import Objective, View
 from mmembed.registry import check_options
 
 Weight = Annotated[float, Field(gt=0)]  # 0 would leave a dim out, below 0 its loss would grow
@@ -69,6 +70,11 @@ class Matryoshka(Objective):
 
     def truncate(self, gathered: Any, size: int) -> Any:
         return self.objective.truncate(gathered, size)
+
+    def view(self, gathered: Any) -> View:
+        """Of the whole vectors; the loss of equal scores is summed over dims like the loss."""
+        view = self.objective.view(gathered)
+        return replace(view, chance=view.chance * sum(self.weights))
 
     def compare(self, gathered: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Metrics are those of the largest dim, and each dim's loss."""

@@ -62,22 +62,40 @@ class Relations:
 
     def matrix(self, queries: slice, documents: slice, mask_duplicates: bool) -> tuple[Tensor, Tensor]:
         """-> relevance (Q, C) float, valid (Q, C) bool, for these queries and documents."""
-        query_index = torch.arange(len(self.query_keys), device=self.owner.device)[queries]  # (Q,)
-        owner, grade = self.owner[documents], self.relevance[documents]  # (C,), (C,)
-        own = query_index[:, None] == owner[None, :]  # (Q, C)
-        relevance = torch.where(own, grade[None, :], 0.0)  # (Q, C)
+        query_index, own, relevance = self._grid(queries, documents)
         valid = own if not self.in_batch else torch.ones_like(own)
         if mask_duplicates:
-            valid = valid & ((relevance > 0) | ~self._duplicates(query_index, documents, own))
+            masked = self._known_positives(query_index, documents) | self._same_query(query_index, documents, own)
+            valid = valid & ((relevance > 0) | ~masked)
         return relevance, valid
 
-    def _duplicates(self, query_index: Tensor, documents: slice, own: Tensor) -> Tensor:
-        """(Q, C) bool: content that the query already has as a positive, or as itself."""
-        keys, owner = self.document_keys[documents], self.owner[documents]  # (C, 2), (C,)
-        query_keys = self.query_keys[query_index][:, None]  # (Q, 1)
-        duplicates = keys[None, :, 0] == query_keys  # (Q, C)
+    def reasons(self, queries: slice, documents: slice) -> dict[str, Tensor]:
+        """Why `mask_duplicates` takes a candidate out -> (Q, C) bool; a cell has one reason."""
+        query_index, own, relevance = self._grid(queries, documents)
+        counts = (own if not self.in_batch else torch.ones_like(own)) & (relevance <= 0)
+        known = self._known_positives(query_index, documents)
+        same = self._same_query(query_index, documents, own)
+        return {"known_positive": counts & known, "duplicate": counts & same & ~known}
+
+    def _grid(self, queries: slice, documents: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Numbers of the queries (Q,), whose document a column is (Q, C) bool, relevance (Q, C)."""
+        query_index = torch.arange(len(self.query_keys), device=self.owner.device)[queries]  # (Q,)
+        own = query_index[:, None] == self.owner[documents][None, :]  # (Q, C)
+        return query_index, own, torch.where(own, self.relevance[documents][None, :], 0.0)
+
+    def _known_positives(self, query_index: Tensor, documents: slice) -> Tensor:
+        """(Q, C) bool: documents that the query has as a positive, by content or by id, drawn or not."""
+        keys = self.document_keys[documents]  # (C, 2)
+        known = torch.zeros(len(query_index), len(keys), dtype=torch.bool, device=keys.device)
         for positive_keys in self.positive_keys[query_index].unbind(1):  # (Q, 2) each; P is small
             for column in (0, 1):
-                duplicates |= keys[None, :, column] == positive_keys[:, None, column]
-        answers = (self.relevance[documents] > 0)[None, :] & (self.query_keys[owner][None, :] == query_keys)
-        return duplicates | (answers & ~own)
+                known |= keys[None, :, column] == positive_keys[:, None, column]
+        return known
+
+    def _same_query(self, query_index: Tensor, documents: slice, own: Tensor) -> Tensor:
+        """(Q, C) bool: the query's own content, and what answers another query of the same content."""
+        query_keys = self.query_keys[query_index][:, None]  # (Q, 1)
+        answers = (self.relevance[documents] > 0)[None, :] & (
+            self.query_keys[self.owner[documents]][None, :] == query_keys
+        )
+        return (self.document_keys[documents][None, :, 0] == query_keys) | (answers & ~own)

@@ -19,7 +19,7 @@ from mmembed.data.records import STS_POSITIVE
 from mmembed.data.streaming import RecordStream, Source
 from mmembed.errors import ConfigError
 from mmembed.objectives import Objective
-from mmembed.preprocess import Preprocessor
+from mmembed.preprocess import Preprocessor, Row
 
 LABELLED_TASKS = (Task.CLASSIFICATION, Task.CLUSTERING)
 
@@ -128,6 +128,24 @@ def keep_tokens(config: EmbedderConfig) -> int | None:
     return 0 if config.training.grad_cache else None
 
 
+def count_negatives(batch: Batch, objective: Objective, world_size: int) -> tuple[float, float, float]:
+    """Of a query: its own hard negatives, in-batch negatives of its process, and of all others, at most."""
+    labels = batch.labels
+    own = int((labels.relevance <= 0).sum()) / batch.n_queries
+    others = (batch.n_documents - batch.n_documents / batch.n_queries) if labels.in_batch else 0.0
+    remote = (world_size - 1) * batch.n_documents if labels.in_batch and objective.across_processes else 0.0
+    return own, others, remote
+
+
+def count_visual(rows: Sequence[Row], preprocessor: Preprocessor) -> int:
+    """Tokens that stand for pieces of pictures."""
+    family = preprocessor.family
+    if not family.multimodal:
+        return 0
+    image_token = family.tokenizer.convert_tokens_to_ids(family.image_token)
+    return sum(token == image_token for row in rows if row.images for token in row.ids)
+
+
 def _batch_lines(
     config: EmbedderConfig,
     plan: BatchPlan,
@@ -138,14 +156,10 @@ def _batch_lines(
     lockstep: bool = False,
 ) -> list[str]:
     labels = first.labels
-    own = int((labels.relevance <= 0).sum()) / first.n_queries
-    others = (first.n_documents - first.n_documents / first.n_queries) if labels.in_batch else 0.0
-    remote = (plan.world_size - 1) * first.n_documents if labels.in_batch and objective.across_processes else 0.0
+    own, others, remote = count_negatives(first, objective, plan.world_size)
     inputs = sum(len(chunk.rows) for chunk in first.chunks)
     pictured = [row for chunk in first.chunks for row in chunk.rows if row.images]
-    family = preprocessor.family
-    image_token = family.tokenizer.convert_tokens_to_ids(family.image_token) if family.multimodal else None
-    visual = sum(token == image_token for row in pictured for token in row.ids)
+    visual = count_visual(pictured, preprocessor)
     kept = keep_tokens(config)
     if lockstep and kept != 0:
         kept = first.chunks[-1].padded_tokens

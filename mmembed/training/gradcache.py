@@ -26,13 +26,14 @@ from torch import Tensor, nn
 
 from mmembed.data.collate import Batch, Chunk
 from mmembed.embeddings import Embeddings
-from mmembed.objectives import Objective
+from mmembed.objectives import Objective, View
 from mmembed.objectives.gather import world
 from mmembed.threads import beside_each_other
 
 BUCKET = 32 * 2**20  # gradient values reduced at once: large enough for bandwidth, small enough to be no memory
 Encode = Callable[[Chunk], Embeddings]
 Backward = Callable[[list[Tensor], list[Tensor], bool], None]
+Observe = Callable[[View, Embeddings, Embeddings], None]
 Guard = Callable[[], AbstractContextManager[None]]
 
 
@@ -72,6 +73,7 @@ def contrastive_step(
     rounds: int | None = None,
     workers: Workers | None = None,
     guard: Guard = nullcontext,
+    observe: Observe | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Adds the gradient of `scale * objective(batch)` to the parameters of the model and of the objective.
 
@@ -88,6 +90,7 @@ def contrastive_step(
             `rounds` can be given.
         guard: entered around each pass over the chunks, where no process waits for another: `Halving.guard` lets all
             processes know when one ran out of memory.
+        observe: (the objective's view, local queries, local documents) -> None, called without gradients.
 
     Returns:
         The detached local loss and the objective's metrics.
@@ -119,7 +122,11 @@ def contrastive_step(
     vectors = _assemble(batch, [Embeddings(leaf, out.mask) for leaf, out in zip(leaves, outputs[:count], strict=True)])
     place = batch.place.to(leaves[0].device)
     queries, documents = vectors.rows(place[: batch.n_queries]), vectors.rows(place[batch.n_queries :])
-    loss, metrics = objective(queries, documents, batch.labels.to(place.device))
+    gathered = objective.gather(queries, documents, batch.labels.to(place.device))
+    loss, metrics = objective.compare(gathered)
+    if observe is not None:
+        with torch.no_grad():
+            observe(objective.view(gathered), queries, documents)
     learned = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     found = torch.autograd.grad(loss * scale, [*leaves, *learned])
     gradients, of_learned = list(found[: len(leaves)]), list(found[len(leaves) :])

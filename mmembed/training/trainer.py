@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint, unset_hf_deepspeed_config
 from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import IntervalStrategy, TrainOutput
 
 from mmembed.config.blocks import EmbedderConfig
 from mmembed.content import Example
@@ -49,7 +49,7 @@ from mmembed.models.folder import read_tensors, to_disk
 from mmembed.models.probes import vectors_of
 from mmembed.models.verification import verify_checkpoint
 from mmembed.models.vision_cache import open_features, uncached
-from mmembed.objectives import Objective
+from mmembed.objectives import Objective, View
 from mmembed.objectives.gather import gather_counts
 from mmembed.preprocess import ModelInputs, Preprocessor
 from mmembed.staging import staging
@@ -60,9 +60,11 @@ from mmembed.training.checkpoints import RUN, STATE, check_same_data, describe_r
 from mmembed.training.engines import engine_of, offer_on_cpu
 from mmembed.training.evaluation import DevSet, build_dev_set, evaluate
 from mmembed.training.gradcache import Workers, contrastive_step
+from mmembed.training.health import RECENT, gradient_norms, judge, look_at, parts_of
 from mmembed.training.optimizers import Lion, parameter_groups, refuse_idle_rates
 from mmembed.training.out_of_memory import Budget, Halving, smaller
 from mmembed.training.preemption import Preemption, SaveAfterEpochEnd, start_worker
+from mmembed.training.report import write_report
 
 logger = logging.getLogger(__name__)
 OBJECTIVE, SUMS = "objective.safetensors", "sums_{}.safetensors"
@@ -145,6 +147,7 @@ class EmbedderTrainer(Trainer):
         self._sums: dict[str, Tensor] = {}
         self._counts = {"steps": 0, "pairs": 0, "tokens": 0}
         self._since = time.perf_counter()
+        self._health: dict[str, float] = {}
         self.preemption = Preemption()
         self._begun = False
         early = config.training.early_stopping_patience
@@ -316,6 +319,8 @@ class EmbedderTrainer(Trainer):
             self.log(self.halving.budget.logged())
         if last:
             self.engine.reduce(model, self.model.objective)
+            if self._logs_this_step and not self.engine.lockstep:  # such an engine holds its gradients itself
+                self._health |= gradient_norms(self._parts, self._loss_scale())
         self._count(inputs, metrics)
         return loss / self.current_gradient_accumulation_steps
 
@@ -332,7 +337,25 @@ class EmbedderTrainer(Trainer):
                 rounds=max(gather_counts(len(batch.chunks), self.args.device)) if self.engine.lockstep else None,
                 workers=self._workers(batch),
                 guard=self.halving.guard,
+                observe=functools.partial(self._observe, batch) if self._logs_this_step else None,
             )
+
+    @property
+    def _logs_this_step(self) -> bool:
+        """Whether the step in progress will be logged: only then the health monitors look."""
+        step, strategy = self.state.global_step + 1, IntervalStrategy(self.args.logging_strategy)
+        if step == 1 and self.args.logging_first_step:
+            return True
+        an_epoch = -(-len(self.plan) // self.args.gradient_accumulation_steps)
+        every = {IntervalStrategy.STEPS: self.state.logging_steps, IntervalStrategy.EPOCH: an_epoch}.get(strategy)
+        return every is not None and step % int(every) == 0
+
+    def _observe(self, batch: Batch, view: View, queries: Embeddings, documents: Embeddings) -> None:
+        self._health |= look_at(view, queries, documents, batch)
+
+    @functools.cached_property
+    def _parts(self) -> dict[str, list[nn.Parameter]]:
+        return parts_of(self.model.named_parameters(), self.model.towers(), self.run_config.adapter.type != "none")
 
     def _workers(self, inputs: Batch) -> Workers | None:
         """Threads that compute chunks beside each other, in the memory of `token_budget`; None where that can not be.
@@ -467,9 +490,14 @@ class EmbedderTrainer(Trainer):
             seconds = time.perf_counter() - self._since
             logs |= {name: float(value) / self._counts["steps"] for name, value in self._sums.items()}
             logs |= {f"{unit}_per_second": round(self._counts[unit] / seconds, 1) for unit in ("pairs", "tokens")}
-            self._sums, self._counts = {}, dict.fromkeys(self._counts, 0)
+            logs |= self._health
+            self._sums, self._counts, self._health = {}, dict.fromkeys(self._counts, 0), {}
             self._since = time.perf_counter()
         super().log(logs, start_time)
+        if "loss" in logs and self.args.should_log:
+            for finding in judge(self.state.log_history[-RECENT:]):
+                if finding.step == self.state.global_step:
+                    logger.warning("step %d: %s", finding.step, finding.message)
 
     # Evaluation -------------------------------------------------------------------------------------------------------
 
@@ -519,6 +547,7 @@ class EmbedderTrainer(Trainer):
         try:
             with writing(folder, self.output):
                 super()._save_checkpoint(model, trial)
+                self._write_report()
         except CheckpointError:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -578,6 +607,12 @@ class EmbedderTrainer(Trainer):
         """Writes the log and position of the run into the output folder."""
         with writing(Path(self.output, STATE), self.output):
             super().save_state()
+            self._write_report()
+
+    def _write_report(self) -> None:
+        """The page of the run so far."""
+        if self.args.should_save:
+            write_report(self.output, self.state.log_history)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the embedder, by default into the output folder. Raises CheckpointError; what lay there stays."""

@@ -1,0 +1,69 @@
+"""Line charts as SVG coordinates, and the frame of pages that show them: one file, nothing fetched, dark and light.
+
+`pages/chart.html` draws what `curve` gives, `pages/page.css` is the style that all reports share. jinja2 comes with
+torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+PAGES = Path(__file__).with_name("pages")
+
+
+def page_environment() -> jinja2.Environment:
+    """A jinja2 environment that finds the shared pages; a name that a page misspells is an error."""
+    return jinja2.Environment(
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        loader=jinja2.FileSystemLoader(PAGES),
+    )
+
+
+def curve(points: Sequence[tuple[float, float]], width: int = 640, height: int = 240) -> dict[str, Any] | None:
+    """A line chart as SVG coordinates: raw values, their running mean, ticks. None for fewer than two points."""
+    if len(points) < 2:
+        return None
+    left, right, top, bottom = 44, 12, 12, 34
+    steps, values = [step for step, _ in points], [value for _, value in points]
+    ticks = nice_ticks(min(0.0, min(values)), max(values))
+    low, high = ticks[0], max(ticks[-1], max(values))
+
+    def x(step: float) -> float:
+        return round(left + (step - steps[0]) / max(steps[-1] - steps[0], 1) * (width - left - right), 1)
+
+    def y(value: float) -> float:
+        return round(height - bottom - (value - low) / ((high - low) or 1) * (height - top - bottom), 1)
+
+    def path(series: Sequence[float]) -> str:
+        return " ".join(f"{x(step)},{y(value)}" for step, value in zip(steps, series, strict=True))
+
+    return {
+        "width": width, "height": height, "left": left, "right": width - right, "bottom": height - bottom,
+        "raw": path(values), "mean": path(running_mean(values, max(1, len(values) // 20))),
+        "y_ticks": [(y(tick), f"{tick:g}") for tick in ticks],
+        "x_ticks": [(x(tick), f"{tick:g}") for tick in nice_ticks(0, steps[-1]) if steps[0] <= tick <= steps[-1]],
+        "first": f"{values[0]:.2f}", "last": f"{running_mean(values, max(1, len(values) // 20))[-1]:.2f}",
+    }  # fmt: skip
+
+
+def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers from below `low` to about `high`."""
+    raw = max(high - low, 1e-9) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw)
+    start = math.floor(low / step)
+    return [round((start + number) * step, 10) for number in range(math.floor(high / step + 1e-9) - start + 1)]
+
+
+def running_mean(values: Sequence[float], reach: int) -> list[float]:
+    """Mean of each value with its `reach` neighbours on either side."""
+    windows = [values[max(0, place - reach) : place + reach + 1] for place in range(len(values))]
+    return [sum(window) / len(window) for window in windows]

@@ -1,0 +1,115 @@
+"""`mmembed plan`: numbers of a run from its config, its data and a folder without weights; equal to the run's own."""
+
+import json
+import shutil
+
+import pytest
+
+from mmembed.cli import main
+from mmembed.config import load_config
+from mmembed.plan import plan_run
+from tests.runs import build_trainer
+
+
+@pytest.fixture
+def without_weights(config_file, backbone, tmp_path):
+    """The config of the small run, its backbone without the weight files."""
+    shutil.copytree(backbone, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    return f"model.name_or_path={tmp_path / 'bare'}"
+
+
+def planned(capsys, *arguments):
+    assert main(["plan", *map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_numbers_are_those_of_the_run(config_file, without_weights, capsys):
+    """Parameters, steps, tokens and negatives, against the trainer that loads the weights."""
+    plan = planned(capsys, "--config", config_file, "--sample", 99, without_weights)
+    trainer = build_trainer(load_config(config_file))
+    parameters = list(trainer.model.parameters())
+    assert sum(mine for mine, _ in plan["parameters"].values()) == sum(p.numel() for p in parameters if p.requires_grad)
+    assert sum(every for _, every in plan["parameters"].values()) == sum(p.numel() for p in parameters)
+    batches = [trainer.collator([trainer.train_dataset[draw] for draw in draws]) for draws in trainer.plan]
+    assert plan["batches_sampled"] == len(batches)
+    assert plan["tokens"] == pytest.approx(sum(batch.tokens for batch in batches) / len(batches))
+    assert plan["largest_chunk"] == max(chunk.padded_tokens for batch in batches for chunk in batch.chunks)
+    assert plan["visual_tokens"] > 0
+    assert plan["steps"] == 4
+    assert plan["negatives"]["other_processes"] == 0
+    weights = sum(p.numel() * p.element_size() for p in parameters)
+    assert plan["stages"][0]["weights"] == weights
+    assert plan["seconds"] is None
+
+
+def test_devices_share_what_a_stage_shards(config_file, without_weights, capsys):
+    options = ["adapter={type: none}", "data.train=[{path: text.jsonl}]"]
+    one, two = (
+        planned(capsys, "--config", config_file, "--devices", count, without_weights, *options) for count in (1, 2)
+    )
+    for stage in (1, 2, 3):
+        assert two["stages"][stage]["optimizer"] == pytest.approx(one["stages"][stage]["optimizer"] / 2)
+    assert two["stages"][1]["gradients"] == one["stages"][1]["gradients"]
+    assert two["stages"][2]["gradients"] == pytest.approx(one["stages"][2]["gradients"] / 2)
+    assert two["stages"][3]["weights"] < two["stages"][2]["weights"]
+    assert two["negatives"]["other_processes"] > 0
+
+
+def test_the_time_is_that_of_the_stated_throughput(config_file, without_weights, capsys):
+    plan = planned(capsys, "--config", config_file, "--throughput", 100, without_weights)
+    assert plan["seconds"] == pytest.approx(4 * plan["tokens"] / 100)
+    assert plan["throughput_is"] == "stated"
+
+
+def test_measured_throughput_needs_weights(config_file, without_weights, capsys):
+    plan = planned(capsys, "--config", config_file, "--measure", 2, "data.dev=[]")
+    assert plan["tokens_per_second"] > 0 and "measured" in plan["throughput_is"]
+    assert main(["plan", "--config", str(config_file), "--measure", "2", without_weights]) == 2
+    assert "safetensors" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_named_with_what_would(config_file, without_weights, capsys):
+    """A budget that is advised fits, by the plan's own numbers."""
+    base = ["--config", str(config_file), without_weights, "adapter={type: none}", "training.token_budget=4096"]
+    held = planned(capsys, *base)["stages"][0]
+    memory = int(held["total"] - 0.5 * held["activations"])
+    assert main(["plan", *base, "--memory", f"{memory}B"]) == 0
+    text = capsys.readouterr().out
+    assert "ZeRO 0 (DDP) does not fit" in text
+    budget = next(line for line in text.splitlines() if "training.token_budget: " in line)
+    number = budget.split("training.token_budget: ")[1].split()[0]
+    options = [f"training.token_budget={number}"]
+    if "gradient_checkpointing" in budget:
+        options.append("model.gradient_checkpointing=true")
+    again = planned(capsys, *base, *options, "--memory", f"{memory}B")
+    assert again["stages"][0]["fits"] is True
+
+
+def test_little_memory_asks_for_another_way_to_train(config_file, without_weights, capsys):
+    assert main(["plan", "--config", str(config_file), without_weights, "adapter={type: none}", "--memory", "1MB"]) == 0
+    assert "weights, gradients and optimizer alone take" in capsys.readouterr().out
+
+
+def test_four_bits_take_what_bitsandbytes_takes(config_file, backbone):
+    """The base in NF4: the plan's bytes against those of the real quantised weights and their scales."""
+    config = load_config(config_file, ["adapter={type: qlora, r: 4}", "model.dtype=bfloat16", "data.dev=[]"])
+    plan = plan_run(config, sample=1)
+    model = build_trainer(config).model
+    real = 0
+    for parameter in model.parameters():
+        state = vars(parameter).get("quant_state")
+        real += parameter.numel() * parameter.element_size()
+        if state is not None:
+            real += state.absmax.numel() * state.absmax.element_size() + state.state2.absmax.numel() * 4
+    assert plan.stages[0].weights == pytest.approx(real, rel=0.02)
+
+
+def test_wrong_arguments_are_refused(config_file, capsys):
+    for wrong, message in (
+        (["--devices", "0"], "--devices: found 0"),
+        (["--memory", "much"], "80GB"),
+        (["--throughput", "-5"], "--throughput: found -5"),
+        (["training.token_budgt=5"], "token_budget"),
+    ):
+        assert main(["plan", "--config", str(config_file), *wrong]) == 2
+        assert message in capsys.readouterr().err
