@@ -35,9 +35,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a YAML file, for example recipes/configs/embedder/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="win over the file: training.max_steps=10")
+    parser.add_argument(
+        "--worst-batch-first", action="store_true", help="the batch with the most tokens before step 1, without effect"
+    )
     options = parser.parse_args(arguments)
     try:
-        train(load_config(options.config, options.overrides))
+        train(
+            load_config(
+                options.config, [*options.overrides, *(["training.worst_batch_first=true"] * options.worst_batch_first)]
+            )
+        )
     except (Preempted, WorkerLost) as stop:
         print(f"stopped: {stop}", file=sys.stderr)
         return TRY_AGAIN

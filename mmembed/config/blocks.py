@@ -170,6 +170,9 @@ class TrainingConfig(_Block):
     vision_cache: keep the features of images on disk where the vision tower and projector are frozen: `auto` in
         mmembed's cache folder where that is possible, a folder to insist on it, `off`.
     vision_cache_gb: what all features in that folder may take; then nothing is added.
+    worst_batch_first: before step 1 the planned batch with the most padded tokens goes forward and backward, and its
+        gradients are dropped: running out of memory shows at once. `true` looks at some 20,000 inputs, a number at so
+        many batches of the epoch.
     optimizer: by name; `training.optim` (transformers' own names) may be given instead.
     learning_rates: by tower (vision, projector, language, pooling, objective); others use `learning_rate`.
     """
@@ -183,6 +186,7 @@ class TrainingConfig(_Block):
     share_prefix: Literal["auto", "off"] = "auto"
     vision_cache: str = "off"
     vision_cache_gb: float = Field(default=20.0, gt=0, allow_inf_nan=False)
+    worst_batch_first: bool | Positive = False
     optimizer: Literal["adamw", "adamw_8bit", "lion", "adafactor"] | None = None
     learning_rates: dict[Tower, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(default_factory=dict)
     early_stopping_patience: Positive | None = None

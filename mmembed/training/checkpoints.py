@@ -41,6 +41,7 @@ _FREE = frozenset(  # change no step of a trajectory; the batch of a process is 
         *("logging_dir", "logging_steps", "logging_strategy", "logging_first_step", "report_to", "run_name", "project"),
         *("disable_tqdm", "log_level", "log_level_replica", "log_on_each_node", "skip_memory_metrics"),
         *("save_steps", "save_strategy", "save_total_limit", "save_on_each_node", "vision_cache", "vision_cache_gb"),
+        *("worst_batch_first",),
         *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
         *("dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
     )

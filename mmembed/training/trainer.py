@@ -32,6 +32,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traine
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint, unset_hf_deepspeed_config
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import IntervalStrategy, TrainOutput
+from transformers.training_args import OptimizerNames
 
 from mmembed.config.blocks import EmbedderConfig
 from mmembed.content import Example
@@ -59,11 +60,13 @@ from mmembed.training.batch_report import Report, batch_report, check_fields, ke
 from mmembed.training.checkpoints import RUN, STATE, check_same_data, describe_run, read_run, writing
 from mmembed.training.engines import engine_of, offer_on_cpu
 from mmembed.training.evaluation import DevSet, build_dev_set, evaluate
-from mmembed.training.gradcache import Workers, contrastive_step
+from mmembed.training.gradcache import RandomState, Workers, contrastive_step
 from mmembed.training.health import RECENT, gradient_norms, judge, look_at, parts_of
+from mmembed.training.memory import optimizer_bytes
 from mmembed.training.optimizers import Lion, parameter_groups, refuse_idle_rates
 from mmembed.training.out_of_memory import Budget, Halving, smaller
 from mmembed.training.preemption import Preemption, SaveAfterEpochEnd, start_worker
+from mmembed.training.rehearsal import worst_batch
 from mmembed.training.report import write_report
 
 logger = logging.getLogger(__name__)
@@ -165,6 +168,11 @@ class EmbedderTrainer(Trainer):
             callbacks=[*callbacks, self.preemption, SaveAfterEpochEnd()],
         )
         self.engine = engine_of(self.accelerator, args)
+        if config.training.worst_batch_first and self.engine.lockstep:
+            raise ConfigError(
+                "training.worst_batch_first: gradients that DeepSpeed or FSDP has taken cannot be dropped; remove it, "
+                "and ask `mmembed plan` what the run needs"
+            )
         # Only one graph is kept in lockstep, and each chunk may gather all weights: few large ones.
         size = config.training.token_budget if self.engine.lockstep else chunk_tokens(config)
         self.halving = Halving(
@@ -300,10 +308,40 @@ class EmbedderTrainer(Trainer):
 
     # The step ---------------------------------------------------------------------------------------------------------
 
-    def _begin(self) -> None:
+    def _begin(self, model: nn.Module) -> None:
         """Before the first step of a loop, when a resumed run knows its log."""
         self._begun = True
         self.halving.resume(self.state.log_history)
+        if self.run_config.training.worst_batch_first:
+            self._rehearse(model)
+
+    def _rehearse(self, model: nn.Module) -> None:
+        """The worst batch, forward and backward, without effect on what follows but for a halved budget."""
+        training, device = self.run_config.training, self.args.device
+        batch, number, seen = worst_batch(
+            self.plan,
+            lambda draws: self.collator([self.train_dataset[draw] for draw in draws]),
+            1 + self.run_config.data.train_group_size,
+            None if training.worst_batch_first is True else int(training.worst_batch_first),
+            device,
+        )
+        state = RandomState.capture()
+        trained = [(parameter, False) for parameter in model.parameters() if parameter.requires_grad]
+        later, _ = optimizer_bytes(training.optimizer or OptimizerNames(self.args.optim).value, trained)
+        stepped = self.optimizer is not None and bool(self.optimizer.state)  # of a resumed run: it is there already
+        held = torch.empty(0 if stepped else int(later), dtype=torch.uint8, device=device)
+        step, forget = functools.partial(self._add_gradient, model), functools.partial(_forget, model)
+        _, halved = self.halving.run(batch, step, forget, last=True)
+        del held
+        forget()
+        state.restore()
+        self._health, self._since = {}, time.perf_counter()
+        if halved:
+            self.log(self.halving.budget.logged())
+        logger.info(
+            "the worst of %d batches looked at (number %d of %d, %s padded tokens) fits",
+            *(seen, number + 1, len(self.plan), f"{batch.padded_tokens:,}"),
+        )
 
     def training_step(  # type: ignore[override]  # the loop hands on whatever our loader makes
         self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None
@@ -311,7 +349,7 @@ class EmbedderTrainer(Trainer):
         """One batch: gradients are added to the parameters, and averaged over processes if a step follows."""
         model.train()
         if not self._begun:
-            self._begin()
+            self._begin(model)
         last = self.accelerator.sync_gradients
         step = functools.partial(self._add_gradient, model)
         (loss, metrics), halved = self.halving.run(inputs, step, functools.partial(_forget, model), last)
