@@ -250,7 +250,7 @@ def test_killed_at_any_moment_and_started_again(config_file, tmp_path):
     overrides += ["training.gradient_accumulation_steps=2", "training.save_total_limit=2"]
     lives = {
         "whole": [],
-        "killed": ["write", "step", "write", "evaluation", "write", "write", "step", "write", "write"],
+        "killed": ["write", "step", "write", "evaluation", "write", "stop", "write", "step", "write", "write"],
     }
     for name, kinds in lives.items():
         arguments = command(config_file, tmp_path / name, *overrides)
