@@ -41,12 +41,14 @@ class Graph:
 
     fixed, per_token: kept between the passes: once a chunk (autocast's copies of weights), and a padded token.
     working_fixed, per_token_working: more than that at the height of its backward pass.
+    per_shared_token: kept for a token of a shared prefix and each row but one, which is not computed again.
     """
 
     fixed: float
     per_token: float
     working_fixed: float
     per_token_working: float
+    per_shared_token: float = 0.0
 
     def kept(self, tokens: int) -> float:
         return self.fixed + self.per_token * tokens
@@ -108,6 +110,15 @@ def measure_chunk(model: EmbeddingModel, length: int, autocast: torch.dtype | No
         max(0.0, one[1] - one[0] - working_a_row),
         working_a_row / length,
     )
+
+
+def prefix_copies(model: EmbeddingModel, autocast: torch.dtype | None = None) -> float:
+    """Bytes that attention keeps for a token of a shared prefix and a row behind it: copies of its keys and values, one
+    a query head, in each layer (`mmembed.backbones.shared_prefix`). With gradient checkpointing no layer keeps them."""
+    text = model.config.get_text_config()
+    width = vars(text).get("head_dim") or text.hidden_size // text.num_attention_heads
+    size = torch.empty((), dtype=autocast or model.dtype).element_size()
+    return float(2 * text.num_hidden_layers * text.num_attention_heads * width * size)
 
 
 def _run(model: EmbeddingModel, rows: int, length: int, autocast: torch.dtype | None) -> tuple[float, float]:

@@ -11,11 +11,13 @@ import logging
 import resource
 import sys
 
+import mmembed.backbones  # noqa: F401  (before transformers: torchvision on a CPU machine)
+
+# isort: split
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-import mmembed.backbones  # noqa: F401  declares the operators that torchvision misses
 from mmembed.config import load_config
 from tests.runs import build_trainer
 

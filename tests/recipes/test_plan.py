@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import islice
 
 import pytest
 
@@ -40,6 +41,53 @@ def test_the_numbers_are_those_of_the_run(config_file, without_weights, capsys):
     weights = sum(p.numel() * p.element_size() for p in parameters)
     assert plan["stages"][0]["weights"] == weights
     assert plan["seconds"] is None
+
+
+def test_a_stream_is_planned_as_it_is_trained(config_file, without_weights, capsys):
+    """The first batches of the run; how often the records pass is not known, and said so."""
+    options = ["data.train=[{path: text.jsonl, streaming: true}]", "training.data_seed=0"]
+    plan = planned(capsys, "--config", config_file, "--sample", 2, without_weights, *options)
+    trainer = build_trainer(load_config(config_file, options))
+    batches = [trainer.collator([trainer.train_dataset[draw] for draw in draws]) for draws in islice(trainer.plan, 2)]
+    assert plan["batches_sampled"] == 2
+    assert plan["tokens"] == sum(batch.tokens for batch in batches) / 2
+    assert plan["steps"] == 4 and plan["epochs"] is None
+    assert main(["plan", "--config", str(config_file), without_weights, *options]) == 0
+    assert "steps: 4 (training.max_steps; a stream has no length)" in capsys.readouterr().out
+    assert main(["plan", "--config", str(config_file), without_weights, *options, "training.max_steps=-1"]) == 2
+    assert "nobody knows the length of a stream; set training.max_steps" in capsys.readouterr().err
+
+
+def test_chunks_share_prefixes_as_in_training(config_file, without_weights, capsys):
+    """What is shared is not computed again and takes no memory again; where nothing is, the plan says why."""
+    prompt = "prompt={type: plain, query_prefix: 'Find the one that fits: ', document_prefix: 'The one that fits is: '}"
+    options = [prompt, "data.train=[{path: text.jsonl}]"]
+    plan = planned(capsys, "--config", config_file, "--sample", 99, without_weights, *options)
+    trainer = build_trainer(load_config(config_file, options))
+    batches = [trainer.collator([trainer.train_dataset[draw] for draw in draws]) for draws in trainer.plan]
+    assert plan["saved_tokens"] == sum(batch.saved_tokens for batch in batches) / len(batches) > 0
+    assert plan["padded_tokens"] == sum(batch.padded_tokens for batch in batches) / len(batches)
+    alone = planned(
+        capsys, "--config", config_file, "--sample", 99, without_weights, *options, "training.share_prefix=off"
+    )
+    assert alone["saved_tokens"] == 0 and alone["unshared"] == "training.share_prefix is off"
+    assert alone["tokens"] == plan["tokens"] and alone["padded_tokens"] > plan["padded_tokens"]
+    kernel = ("model.attn_implementation=eager",)
+    assert "eager" in planned(capsys, "--config", config_file, without_weights, *options, *kernel)["unshared"]
+
+
+def test_kept_features_of_images_are_told(config_file, without_weights, capsys):
+    def said(*options):
+        return planned(capsys, "--config", config_file, without_weights, *options)["features"]
+
+    assert said() == "not kept (training.vision_cache is off)"
+    assert said("training.vision_cache=auto") == "kept on disk: from the second epoch on the vision tower does not run"
+    assert said("data.train=[{path: text.jsonl}]") == ""
+    trained = ["model.freeze=[]", "adapter.target_modules=all-linear"]
+    assert "trained, so features change" in said("training.vision_cache=auto", *trained)
+    insisted = [without_weights, "training.vision_cache=features", *trained]
+    assert main(["plan", "--config", str(config_file), *insisted]) == 2
+    assert "training.vision_cache: features of images cannot be kept" in capsys.readouterr().err
 
 
 def test_devices_share_what_a_stage_shards(config_file, without_weights, capsys):

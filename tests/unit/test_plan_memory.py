@@ -10,11 +10,13 @@ from transformers import Adafactor
 
 from mmembed.config import build_config
 from mmembed.content import to_content
+from mmembed.data.collate import plan_chunks
 from mmembed.models.embedding_model import build_embedding_model
-from mmembed.plan import outline, read_size, vision_layers_of
+from mmembed.plan import read_size
 from mmembed.preprocess import Item
 from mmembed.training.batch_report import count_visual
-from mmembed.training.memory import measure_chunk, measure_vision, optimizer_bytes
+from mmembed.training.estimate import outline, vision_layers_of
+from mmembed.training.memory import measure_chunk, measure_vision, optimizer_bytes, prefix_copies
 from mmembed.training.optimizers import Lion
 
 LORA = {"type": "lora", "r": 4, "alpha": 8, "dropout": 0.1}
@@ -71,6 +73,21 @@ def test_kept_bytes_are_those_that_autograd_saves(family_folder, family, adapter
     graph = measure_chunk(outline(config, None)[0], 48)
     assert vectors.requires_grad
     assert graph.kept(6 * 48) == pytest.approx(saved.bytes, rel=0.01)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
+def test_a_shared_prefix_is_kept_once_but_for_keys_and_values(family_folder, family):
+    config = run_config(family_folder(family), LORA)
+    model, preprocessor = build_embedding_model(config)
+    rows = same_length(preprocessor, 6)
+    rows = [type(row)((*rows[0].ids[:32], *row.ids[32:])) for row in rows]
+    [chunk] = plan_chunks(rows, 10_000, shareable=[32] * 6)
+    with Saved(model) as saved:
+        vectors = model.train()(chunk.inputs(preprocessor)).vectors  # noqa: F841  keeps the graph
+    bare = outline(config, None)[0]
+    found = measure_chunk(bare, 48).kept(chunk.padded_tokens) + prefix_copies(bare) * chunk.saved_tokens
+    assert chunk.saved_tokens == 5 * 32
+    assert found == pytest.approx(saved.bytes, rel=0.1)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

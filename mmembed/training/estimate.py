@@ -1,0 +1,334 @@
+"""The memory of a training run, estimated from its outline and a sample of its batches.
+
+Activations are those of `mmembed.training.memory`: the real architecture runs without contents, and what stays alive is
+counted. What stands beside them (weights, gradients, optimizer state, ZeRO's shares) is arithmetic on the parameters of
+the outlined model. Costs two small forward and backward passes, and the vision tower two layers deep where pictures are
+read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmembed.backbones import resolve_backbone
+from mmembed.backbones.loading import outline_backbone
+from mmembed.config.blocks import EmbedderConfig, TrainingConfig
+from mmembed.data.collate import Batch, Chunk, plan_chunks
+from mmembed.media import MediaStore
+from mmembed.models.embedding_model import EmbeddingModel, assemble, settings_of
+from mmembed.models.folder import SETTINGS, read_settings
+from mmembed.objectives import build_objective
+from mmembed.preprocess import Preprocessor
+from mmembed.training.batch_report import count_visual, keep_tokens
+from mmembed.training.gradcache import BUCKET, first_kept
+from mmembed.training.memory import (
+    Graph,
+    Vision,
+    measure_chunk,
+    measure_objective,
+    measure_vision,
+    optimizer_bytes,
+    prefix_copies,
+)
+from mmembed.training.out_of_memory import Budget
+from mmembed.training.trainer import chunk_tokens
+
+PICTURES = 4  # that go through a vision tower
+_COMPARED = 256  # queries and documents of the comparison that is measured, and scaled
+_BYTES_4BIT = 0.5 + 1 / 64 + 4 / (64 * 256)  # a value: four bits, its scale in eight, the scales' scale (QLoRA)
+STAGES = ("0 (DDP)", "1", "2", "3")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Bytes a device under one ZeRO stage, by what takes them."""
+
+    name: str
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    comparison: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.comparison
+
+
+def outline(config: EmbedderConfig, media: MediaStore | None, vision_layers: int | None = None) -> Any:
+    """(EmbeddingModel, Preprocessor) of a run, its parameters on the meta device.
+
+    Args:
+        vision_layers: cut the vision tower to so many.
+    """
+    settings = settings_of(config)
+    folder = Path(resolve_backbone(settings.name_or_path))
+    if (folder / SETTINGS).exists():
+        saved, _ = read_settings(folder)
+        if saved.adapter_type != "none":  # the folder holds an adapter, its backbone lies elsewhere
+            settings = dataclasses.replace(settings, name_or_path=saved.name_or_path, revision=saved.revision)
+    adapter = settings.adapter
+    if adapter is not None and adapter["type"] == "qlora":  # the same layers; 4 bits are counted by `Estimate`
+        settings = dataclasses.replace(settings, adapter={**adapter, "type": "lora"})
+    backbone = outline_backbone(
+        settings.name_or_path,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+        attention=settings.attention,
+        dtype=settings.dtype,
+        attn_implementation="eager" if settings.attn_implementation == "eager" else "sdpa",  # kernels keep the same
+        vision_layers=vision_layers,
+    )
+    with torch.device("meta"):
+        model, preprocessor = assemble(backbone, settings, media=media)
+    if config.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model, preprocessor
+
+
+class Estimate:
+    """Memory of a run from its outlined model and its drawn batches."""
+
+    def __init__(
+        self,
+        config: EmbedderConfig,
+        model: EmbeddingModel,
+        preprocessor: Preprocessor,
+        batches: Sequence[Batch],
+        devices: int,
+        args: Any,
+        share_prefix: bool,
+    ) -> None:
+        self.config, self.model, self.batches, self.devices = config, model, batches, devices
+        self.preprocessor, self.args, self.share_prefix = preprocessor, args, share_prefix
+        self.objective = build_objective(config.objective, model.embedding_size)
+        self.notes: list[str] = []
+        self.half = bool(args.bf16 or args.fp16)
+        self.autocast = torch.bfloat16 if self.half else None
+        self.longest = max(max(len(row) for row in chunk.rows) for batch in batches for chunk in batch.chunks)
+        self._graphs: dict[bool, Graph] = {}
+        self.vision = self._vision()
+        self.comparison = self._comparison()
+        tables = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
+        self.trained = [(one, id(one) in tables) for one in model.parameters() if one.requires_grad]
+
+    def parameters(self) -> dict[str, tuple[int, int]]:
+        """Tower -> (trained, all)."""
+        counts: dict[str, tuple[int, int]] = {}
+        named = list(self.model.named_parameters())
+        towers = self.model.parameter_towers() | {"objective": "objective"}
+        for name, parameter in [*named, *(("objective", one) for one in self.objective.parameters())]:
+            trained, every = counts.get(towers[name], (0, 0))
+            counts[towers[name]] = (
+                trained + parameter.numel() * parameter.requires_grad,
+                every + parameter.numel(),
+            )
+        return counts
+
+    def stages(self, token_budget: int | None = None, checkpointing: bool | None = None) -> tuple[Stage, ...]:
+        """What each ZeRO stage takes a device, at this token budget (the run's own by default).
+
+        DDP keeps the graphs that the budget holds; ZeRO runs in lockstep: chunks of a whole budget, one graph alive.
+        """
+        config = self.config if token_budget is None else with_training(self.config, token_budget=token_budget)
+        rows = config.training.chunk_rows
+        activations = self.activations(Budget(chunk_tokens(config), rows, keep_tokens(config)), checkpointing)
+        lockstep = self.activations(Budget(config.training.token_budget, rows, 0), checkpointing, anew=True)
+        trained = sum(parameter.numel() for parameter, _ in self.trained)
+        name = str(self.args.optim.value if self.config.training.optimizer is None else self.config.training.optimizer)
+        gradients = float(sum(parameter.numel() * parameter.element_size() for parameter, _ in self.trained))
+        state, known = optimizer_bytes(name, self.trained)
+        if not known and not self.notes:
+            self.notes.append(f"the state of optimizer '{name}' is not known here; counted as AdamW's")
+        weights = self.weights(half=False)
+        copies = min(gradients, 4.0 * BUCKET) if self.devices > 1 else 0.0  # of reduce_gradients
+        found = [Stage(STAGES[0], weights, gradients + copies, state, activations, self.comparison)]
+        sharded, _ = optimizer_bytes(name, self.trained, master=True)
+        sharded += 4.0 * trained  # DeepSpeed steps on a copy in 32 bits, whatever the weights are
+        of_engine, of_gradients = self.weights(half=self.half), trained * (2.0 if self.half else 4.0)
+        for stage in (1, 2, 3):
+            share = of_gradients / self.devices if stage > 1 else of_gradients
+            held = of_engine if stage < 3 else of_engine / self.devices + 2 * self._largest_layer()
+            found.append(Stage(STAGES[stage], held, share, sharded / self.devices, lockstep, self.comparison))
+        return tuple(found)
+
+    def weights(self, half: bool) -> float:
+        """Bytes of all weights; `half`: as an engine holds them that casts the model to 16 bits."""
+        quantised = self._quantised()
+        total = sum(4.0 * one.numel() for one in self.objective.parameters())
+        for name, parameter in self.model.named_parameters():
+            size = 2.0 if half else float(parameter.element_size())
+            total += parameter.numel() * (_BYTES_4BIT if name in quantised else size)
+        return total
+
+    def activations(self, budget: Budget, checkpointing: bool | None = None, anew: bool = False) -> float:
+        """Bytes that live at the height of a step, for the worst of the drawn batches.
+
+        Kept graphs and the working memory of the first that is sent back; or one recomputed chunk, if that is more.
+
+        Args:
+            anew: plan the chunks again (larger ones) instead of cutting those of the run.
+        """
+        graph = self.graph(self.config.model.gradient_checkpointing if checkpointing is None else checkpointing)
+        batches = [self._planned_anew(batch, budget) if anew else budget.divide(batch) for batch in self.batches]
+        return max(self._of_batch(batch, budget.keep_tokens, graph) for batch in batches)
+
+    def _planned_anew(self, batch: Batch, budget: Budget) -> Batch:
+        rows = [row for chunk in batch.chunks for row in chunk.rows]
+        limits = [self.preprocessor.shareable(row) for row in rows] if self.share_prefix else None
+        chunks = plan_chunks(rows, budget.chunk_tokens, budget.chunk_rows, shareable=limits)
+        return dataclasses.replace(batch, chunks=chunks)
+
+    def _of_batch(self, batch: Batch, keep: int | None, graph: Graph) -> float:
+        start = first_kept(batch, keep)
+        held = [self._of_chunk(chunk, graph) for chunk in batch.chunks]
+        together = sum(kept for kept, _ in held[start:]) + max((working for _, working in held[start:]), default=0.0)
+        alone = max((kept + working for kept, working in held[:start]), default=0.0)
+        return max(together, alone)
+
+    def _of_chunk(self, chunk: Chunk, graph: Graph) -> tuple[float, float]:
+        """Bytes kept between the passes, and at work in its backward pass."""
+        tokens, visual = chunk.padded_tokens, count_visual(chunk.rows, self.preprocessor)
+        copies = graph.per_shared_token * chunk.saved_tokens
+        kept = graph.kept(tokens) + self.vision.kept * visual + copies
+        return kept, graph.working(tokens) + self.vision.working * visual
+
+    def graph(self, checkpointing: bool) -> Graph:
+        """Measured once with and once without gradient checkpointing."""
+        if checkpointing not in self._graphs:
+            model, _ = outline(self._with_checkpointing(checkpointing), None)
+            graph = measure_chunk(model, self.longest, self.autocast)
+            self._graphs[checkpointing] = dataclasses.replace(
+                graph, per_shared_token=0.0 if checkpointing else prefix_copies(model, self.autocast)
+            )
+        return self._graphs[checkpointing]
+
+    def advice(self, stages: Sequence[Stage], memory: float) -> tuple[str, ...]:
+        """What does not fit, and what would."""
+        lines = []
+        for place, stage in enumerate(stages):
+            if stage.total > memory:
+                lines.append(f"ZeRO {stage.name} does not fit: {size(stage.total)} of {size(memory)}")
+                lines += [f"  {remedy}" for remedy in self._remedies(place, memory)]
+        return tuple(lines)
+
+    def _remedies(self, place: int, memory: float) -> list[str]:
+        fitting = [stage.name for stage in self.stages()[place + 1 :] if stage.total <= memory]
+        found = [f"ZeRO {fitting[0]} fits"] if fitting and self.devices > 1 else []
+        for checkpointing in sorted({self.config.model.gradient_checkpointing, True}):
+            budget = self._fitting_budget(place, memory, checkpointing)
+            if budget is None:
+                continue
+            more = (
+                ""
+                if checkpointing == self.config.model.gradient_checkpointing
+                else ("model.gradient_checkpointing: true")
+            )
+            less = "" if budget == self.config.training.token_budget else f"training.token_budget: {budget}"
+            found.append(f"{' and '.join(one for one in (more, less) if one)} fits")
+            break
+        fixed = self.stages()[place].total - self.stages()[place].activations
+        if fixed > memory:
+            found.append(
+                f"weights, gradients and optimizer alone take {size(fixed)}: an adapter (adapter.type: lora, qlora), "
+                "an 8-bit optimizer, or more devices with a higher stage"
+            )
+        return found or ["no token budget fits: shorter lengths, or a higher stage on more devices"]
+
+    def _fitting_budget(self, place: int, memory: float, checkpointing: bool) -> int | None:
+        """The largest token budget of the form configured / 2^k that fits; None where none does."""
+        tokens = self.config.training.token_budget
+        while tokens >= min(self.longest, self.config.training.token_budget):
+            if self.stages(tokens, checkpointing)[place].total <= memory:
+                return tokens
+            tokens //= 2
+        return None
+
+    def _with_checkpointing(self, on: bool) -> EmbedderConfig:
+        model = self.config.model.model_copy(update={"gradient_checkpointing": on})
+        return self.config.model_copy(update={"model": model})
+
+    def _quantised(self) -> set[str]:
+        """Names of the weights that QLoRA keeps in 4 bits: linear layers of the language tower."""
+        if self.config.adapter.type != "qlora":
+            return set()
+        towers = self.model.parameter_towers()
+        linear = {f"{name}.weight": part for name, part in self.model.named_modules() if isinstance(part, nn.Linear)}
+        return {
+            name for name, part in linear.items() if towers.get(name) == "language" and not part.weight.requires_grad
+        }
+
+    def _largest_layer(self) -> float:
+        """Bytes of the largest decoder layer: what ZeRO-3 gathers while it runs, and the next one with it."""
+        layers: dict[str, float] = {}
+        for name, parameter in self.model.named_parameters():
+            found = re.search(r"^.*?\.(layers|blocks)\.\d+\.", name)
+            if found is not None:
+                held = parameter.numel() * (2.0 if self.half else parameter.element_size())
+                layers[found[0]] = layers.get(found[0], 0.0) + held
+        return max(layers.values(), default=0.0)
+
+    def _comparison(self) -> float:
+        """Bytes of the score matrix and what is made of it, scaled from a small comparison."""
+        batch = max(self.batches, key=lambda one: one.n_queries * one.n_documents)
+        queries, documents = min(batch.n_queries, _COMPARED), min(batch.n_documents, _COMPARED)
+        labels = dataclasses.replace(
+            batch.labels,
+            owner=batch.labels.owner[:documents].clamp_max(queries - 1),
+            relevance=batch.labels.relevance[:documents],
+            document_keys=batch.labels.document_keys[:documents],
+            query_keys=batch.labels.query_keys[:queries],
+            positive_keys=batch.labels.positive_keys[:queries],
+        )
+        many = self.longest if self.model.pooling.multi_vector else 1
+        found = measure_objective(self.objective, labels, self.model.embedding_size, many)
+        columns = batch.n_documents * (self.devices if self.objective.across_processes else 1)
+        return found * (batch.n_queries * columns) / (queries * documents)
+
+    def _vision(self) -> Vision:
+        """Of the pictures in the drawn batches; nothing where there are none."""
+        rows = [row for batch in self.batches for chunk in batch.chunks for row in chunk.rows if row.images]
+        layers = vision_layers_of(self.model.family.config)
+        if not rows or layers is None:
+            return Vision()
+        pictured = sorted(rows, key=len)[-PICTURES:]
+        tensors = self.preprocessor.collate(pictured).tensors
+        media = {name: tensor for name, tensor in tensors.items() if name not in ("input_ids", "attention_mask")}
+        seen = count_visual(pictured, self.preprocessor)
+
+        def build(depth: int) -> EmbeddingModel:
+            model, _ = outline(self.config, None, vision_layers=depth)
+            return model
+
+        found = measure_vision(build, layers, media, seen, self.autocast)
+        if self.config.model.gradient_checkpointing:
+            self.notes.append("the vision tower is counted without gradient checkpointing")
+        return found
+
+
+def vision_layers_of(config: Any) -> int | None:
+    """How many layers a vision tower has; None where there is none."""
+    vision = vars(config).get("vision_config")
+    if vision is None:
+        return None
+    return int(next(vars(vision)[key] for key in ("depth", "num_hidden_layers") if key in vars(vision)))
+
+
+def with_training(config: EmbedderConfig, without: Sequence[str] = (), **changes: Any) -> EmbedderConfig:
+    """The config with other keys in its training block."""
+    given = config.training.model_dump(exclude_unset=True)
+    kept = {key: value for key, value in given.items() if key not in without}
+    return config.model_copy(update={"training": TrainingConfig(**{**kept, **changes})})
+
+
+def size(count: float) -> str:
+    """Bytes in words."""
+    return f"{count / 2**30:.1f} GB" if count >= 2**30 else f"{count / 2**20:.1f} MB"
