@@ -12,6 +12,7 @@ import PIL.Image
 import pytest
 
 from eval import report as reporting
+from mmembed.charts import nice_ticks
 from recipes import demo
 
 DATA = Path(__file__).resolve().parents[2] / "data"
@@ -157,6 +158,6 @@ def test_thumbnails_put_transparency_on_white(tmp_path):
 
 @pytest.mark.parametrize(("low", "high"), [(0, 4.7), (0, 0.03), (0, 250), (-0.4, 1.1)])
 def test_ticks_are_round_and_cover_the_values(low, high):
-    ticks = reporting.nice_ticks(low, high)
+    ticks = nice_ticks(low, high)
     steps = {round(b - a, 9) for a, b in itertools.pairwise(ticks)}
     assert len(steps) == 1 and ticks[0] <= low and ticks[-1] <= high < ticks[-1] + steps.pop() and 3 <= len(ticks) <= 8
