@@ -24,6 +24,7 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -118,7 +119,7 @@ class RecordStream(torch.utils.data.Dataset[Example]):
         self.untrainable = (len(untrainable), untrainable[0] if untrainable else "")
 
     def __getitem__(self, position: int) -> Example:
-        if position < self._at:
+        if position < self._at or self._process != os.getpid():  # a forked worker would share the parent's open file
             self._begin(0)
         record, visit = self._next(position)
         example = self._example(record)
@@ -144,6 +145,7 @@ class RecordStream(torch.utils.data.Dataset[Example]):
 
     def _begin(self, number: int) -> None:
         """Goes to the start of a pass."""
+        self._process = os.getpid()
         self._at, self._rows = number * self._length, self._sequence(number)
 
     def keys(self) -> None:

@@ -573,7 +573,8 @@ class EmbedderTrainer(Trainer):
         """Weights, optimizer, random states, and last the trainer's state, without which a checkpoint does not count.
 
         Raises:
-            CheckpointError: it could not be written whole; what was written of it is gone, the one before is not.
+            CheckpointError: it could not be written whole; what was written of it is gone, the one before is not. Or
+                what comes after it failed (older ones are removed): then it is complete and stays.
         """
         folder = Path(self.output, f"checkpoint-{self.state.global_step}")
         if self.args.should_save:
@@ -585,12 +586,13 @@ class EmbedderTrainer(Trainer):
         try:
             with writing(folder, self.output):
                 super()._save_checkpoint(model, trial)
-                self._write_report()
         except CheckpointError:
-            shutil.rmtree(folder, ignore_errors=True)
+            if not (folder / STATE).exists():
+                shutil.rmtree(folder, ignore_errors=True)
             raise
         finally:
             self.args = args
+        self._write_report()
 
     def _save_rng_state(self, output_dir: str) -> None:
         """What each process keeps for itself: random states, and its sums since the last log."""
@@ -648,9 +650,15 @@ class EmbedderTrainer(Trainer):
             self._write_report()
 
     def _write_report(self) -> None:
-        """The page of the run so far."""
-        if self.args.should_save:
+        """The page of the run so far: a view of the log, which is no reason to end a run."""
+        if not self.args.should_save:
+            return
+        try:
             write_report(self.output, self.state.log_history)
+        except OSError as error:
+            logger.warning(
+                "the report of %s could not be written (%s); its log is in the checkpoints", self.output, error
+            )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the embedder, by default into the output folder. Raises CheckpointError; what lay there stays."""

@@ -12,6 +12,7 @@ import pyarrow.parquet as parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 from mmembed.config import build_config
 from mmembed.config.blocks import DataConfig, SourceConfig
@@ -195,3 +196,21 @@ def test_streams_mix_with_other_sources_by_weight(tmp_path):
     assert all(len({row.source for row in batch}) == 1 for batch in batches)
     streamed = [row.id for batch in batches for row in batch if row.source == "s"]
     assert len(set(streamed)) == len(streamed) == 12
+
+
+def test_forked_workers_do_not_go_on_in_the_file_that_the_parent_opened(tmp_path):
+    """The batch report reads the first batch in the parent; more workers than that begin behind it."""
+    shards(tmp_path / "many", [400])
+    plan = BatchPlan([None], [1.0], 8, 0, 1, 0, batches=30)
+    rows = MixedDataset([stream(tmp_path / "many", shuffle_buffer=20)])
+    expected = [[rows[draw].id for draw in batch] for batch in plan]
+    again = MixedDataset([stream(tmp_path / "many", shuffle_buffer=20)])
+    first = [again[draw].id for draw in next(iter(plan))]
+    loader = DataLoader(
+        again,
+        batch_sampler=plan,
+        num_workers=3,
+        multiprocessing_context="fork",
+        collate_fn=lambda examples: [one.id for one in examples],
+    )
+    assert first == expected[0] and list(loader) == expected

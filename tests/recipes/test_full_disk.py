@@ -73,3 +73,24 @@ def test_a_full_disk_leaves_the_previous_checkpoint(config_file, tmp_path, stop_
         resize(LARGE)
         assert main(command) == 0
         assert (out / "checkpoint-4" / "trainer_state.json").exists()
+
+
+def test_a_report_that_can_not_be_written_ends_no_run(config_file, tmp_path, monkeypatch, caplog):
+    """It comes after the checkpoint is complete and older ones are gone."""
+    from mmembed.training import trainer
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainer, "write_report", full)
+    steps = ["training.max_steps=2", "training.save_strategy=steps", "training.save_steps=1", "data.dev=[]"]
+    run = [
+        "--config",
+        str(config_file),
+        *steps,
+        "training.save_total_limit=1",
+        f"training.output_dir={tmp_path / 'out'}",
+    ]
+    assert main(run) == 0
+    assert (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").exists()
+    assert "report" in caplog.text and "No space left" in caplog.text
