@@ -9,6 +9,7 @@ into exit status 75. Before the first step and after the last one the signals do
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 from types import FrameType
@@ -105,7 +106,9 @@ class SaveAfterEpochEnd(TrainerCallback):
 
 def start_worker(worker: int, *, num_workers: int, rank: int) -> None:
     """Seeds a data worker. Signals to the whole process group are the trainer's business: a worker that died of one
-    would take the trainer with it before its checkpoint is written."""
+    would take the trainer with it before its checkpoint is written. The tokenizer's threads did not come along with the
+    fork: a worker that waited for them, as TOKENIZERS_PARALLELISM=true asks, would wait for ever."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     seed_worker(worker, num_workers=num_workers, rank=rank)
