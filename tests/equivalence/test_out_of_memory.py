@@ -143,8 +143,8 @@ def result(done):
 
 @pytest.mark.slow
 def test_under_a_real_limit_the_run_is_the_same(tmp_path):
-    """170 MB above what the process holds before step 1: gradients and AdamW take 96 of them, all graphs of 16 pairs more
-    than the rest."""
+    """170 MB above what the process holds before step 1: gradients and AdamW take 96 of them, all graphs of 16 pairs
+    more than the rest."""
     path = config(tmp_path)
     free, limited = under_a_limit(path, 0), under_a_limit(path, 170)
     expected, found = result(free), result(limited)
