@@ -3,7 +3,7 @@
     python -m tests.recipes.killing '{"seed": 0, "lives": ["write", "step"], "folder": ..., "arguments": [...]}'
 
 Imports cost most of a start, so this process imports everything once and forks: each life is a real process that
-begins with `main(arguments)`. Where it dies is drawn: some milliseconds after it began its n-th step, its n-th
+begins with `main(arguments)`. Where it dies is drawn: up to four milliseconds (less than a step, on any machine) after it began its n-th step, its n-th
 evaluation, or its n-th operation on a file of a checkpoint. One that is to `stop` sends SIGTERM to its whole process
 group in its n-th step instead, data workers included. Prints what each life left behind as JSON.
 """
@@ -24,7 +24,7 @@ def main() -> None:
     import_all()
     left = []
     for kind in [*job["lives"], None]:
-        status = life(job["arguments"], kind, draw.randint(1, 4), draw.uniform(0, 0.05), folder)
+        status = life(job["arguments"], kind, draw.randint(1, 4), draw.uniform(0, 0.004), folder)
         killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
         found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-")[1]))
         whole = [path.name for path in found if (path / "trainer_state.json").exists()]
