@@ -3,7 +3,7 @@
     python -m tests.recipes.killing '{"seed": 0, "lives": ["write", "step"], "folder": ..., "arguments": [...]}'
 
 Imports cost most of a start, so this process imports everything once and forks: each life is a real process that
-begins with `main(arguments)`. Where it dies is drawn: up to four milliseconds (less than a step, so that a quick machine
+begins with `main(arguments)`. Where it dies is drawn: up to four milliseconds (less than a step, so a quick machine
 gets no further) after it began its n-th step, its n-th evaluation, or its n-th operation on a file of a checkpoint. One
 that is to `stop` sends SIGTERM to its whole process
 group in its n-th step instead, data workers included. Prints what each life left behind as JSON.
