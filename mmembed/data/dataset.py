@@ -17,9 +17,9 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeVar
 
 import numpy as np
 import torch.utils.data
@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 PICTURES = "pictures.jsonl"
 _SAMPLE_SEED = 0
 _CHECKED = 1_000_000  # hashes, 60 MB
+Used = TypeVar("Used")
 _WARNINGS = 5  # bad records that are shown one by one
 
 
@@ -197,6 +198,32 @@ def settle(record: RawRecord, source: SourceConfig, base: Path) -> RawRecord:
     return settled
 
 
+def usable(
+    records: Iterable[RawRecord | RecordError],
+    use: Callable[[RawRecord], Used],
+    on_bad_record: str,
+    skipped: Counter[str],
+) -> Iterator[Used]:
+    """What `use` makes of each record; one that is bad, or that it refuses, is raised or counted in `skipped`.
+
+    Raises:
+        RecordError: of the first bad record under `raise`.
+    """
+    for record in records:
+        try:
+            if isinstance(record, RecordError):
+                raise record
+            used = use(record)
+        except RecordError as error:
+            if on_bad_record == "raise":
+                raise
+            skipped[error.kind] += 1
+            if sum(skipped.values()) <= _WARNINGS:
+                logger.warning("skipped %s", error)
+            continue
+        yield used
+
+
 class _Builder:
     """Reads a source once into `records.arrow`; returns the summary that is kept beside it."""
 
@@ -239,17 +266,7 @@ class _Builder:
         return {"rows": rows, "untrainable": self.untrainable, **parts}
 
     def _rows(self) -> Iterator[dict[str, Any]]:
-        for record in self.reader.read(self.path):
-            try:
-                if isinstance(record, RecordError):
-                    raise record
-                yield self._row(record)
-            except RecordError as error:
-                if self.on_bad_record == "raise":
-                    raise
-                self.skipped[error.kind] += 1
-                if sum(self.skipped.values()) <= _WARNINGS:
-                    logger.warning("skipped %s", error)
+        return usable(self.reader.read(self.path), self._row, self.on_bad_record, self.skipped)
 
     def _row(self, record: RawRecord) -> dict[str, Any]:
         where = record["where"]

@@ -23,7 +23,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,16 +35,14 @@ import torch.utils.data
 from mmembed.config.blocks import DataConfig, SourceConfig
 from mmembed.content import Example, Task
 from mmembed.data import dataset
-from mmembed.data.dataset import RecordDataset, base_folder, fields_of, locate, settle
+from mmembed.data.dataset import RecordDataset, base_folder, fields_of, locate, settle, usable
 from mmembed.data.format_base import FORMATS, RawRecord
 from mmembed.data.records import is_untrainable_pair, parse_record
 from mmembed.errors import ConfigError, RecordError
 from mmembed.media import MediaStore
 
-logger = logging.getLogger(__name__)
 SHUFFLE_BUFFER = 10_000
 _FIRST = 1_000  # records that are read to learn fields and tasks
-_WARNINGS = 5
 
 
 def open_source(source: SourceConfig, data: DataConfig, media: MediaStore | None = None, seed: int = 0) -> Source:
@@ -192,20 +189,13 @@ class RecordStream(torch.utils.data.Dataset[Example]):
 
     def _read(self, shards: Iterable[Path]) -> Iterator[RawRecord]:
         for shard in shards:
-            for record in self._reader.read(shard):
-                try:
-                    if isinstance(record, RecordError):
-                        raise record
-                    if self.on_bad_record == "skip":
-                        self._example(record)
-                except RecordError as error:
-                    if self.on_bad_record == "raise":
-                        raise
-                    self.skipped[error.kind] += 1
-                    if sum(self.skipped.values()) <= _WARNINGS:
-                        logger.warning("skipped %s", error)
-                    continue
-                yield record
+            yield from usable(self._reader.read(shard), self._checked, self.on_bad_record, self.skipped)
+
+    def _checked(self, record: RawRecord) -> RawRecord:
+        """The record; what is to be skipped has to show before it takes a place in the order."""
+        if self.on_bad_record == "skip":
+            self._example(record)
+        return record
 
     def _example(self, record: RawRecord) -> Example:
         return parse_record(settle(record, self.source, self._base), record["where"])
