@@ -24,9 +24,7 @@ from mmembed.errors import Preempted
 from mmembed.objectives.gather import world
 
 logger = logging.getLogger(__name__)
-SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)
-)  # Windows has no SIGUSR1
+SIGNALS = tuple(one for one in signal.Signals if one.name in ("SIGTERM", "SIGUSR1"))  # Windows has no SIGUSR1
 
 
 class Preemption(TrainerCallback):
