@@ -214,3 +214,12 @@ def test_forked_workers_do_not_go_on_in_the_file_that_the_parent_opened(tmp_path
         collate_fn=lambda examples: [one.id for one in examples],
     )
     assert first == expected[0] and list(loader) == expected
+
+
+def test_other_records_of_the_same_size_are_other_records(tmp_path):
+    shards(tmp_path / "one", [5])
+    before = stream(tmp_path / "one").digest()
+    assert stream(tmp_path / "one").digest() == before
+    file = tmp_path / "one" / "0.jsonl"
+    file.write_text(file.read_text().replace("query 0.3", "quern 0.3"))
+    assert stream(tmp_path / "one").digest() != before
