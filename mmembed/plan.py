@@ -42,6 +42,7 @@ from mmembed.training.preflight import preflight
 from mmembed.training.trainer import chunk_tokens
 
 SAMPLE = 8  # batches that are drawn and tokenized
+OF_THE_DEVICE = ("deepspeed", "fsdp", "fsdp_config", "tf32", "fp16")  # refused where it is not there
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ def plan_run(
     """
     config = inherit_settings(config)
     objective = preflight(config)
-    args = training_arguments(with_training(config, without=("deepspeed", "fsdp", "fsdp_config")))
+    half = {"bf16": True} if config.training.arguments.get("fp16") else {}  # as many bytes, on any device
+    args = training_arguments(with_training(config, without=OF_THE_DEVICE, **half))
     media = media_store(config.data)
     seed = args.seed if args.data_seed is None else args.data_seed
     data = [open_source(source, config.data, media, seed) for source in config.data.train]

@@ -85,11 +85,22 @@ class Halving:
         self._state: RandomState | None = None
 
     def resume(self, history: Sequence[Mapping[str, Any]]) -> None:
-        """Goes on with the last budget that a trainer's log tells of, so that a resumed run draws the same dropout."""
+        """Goes on with the last budget that a trainer's log tells of, so that a resumed run draws the same dropout.
+
+        A config that asks for less by now is obeyed.
+        """
         self.budget, self._batches = self.configured, []
         for entry in history:
             if "chunk_tokens" in entry:
-                self.budget = Budget(entry["chunk_tokens"], self.configured.chunk_rows, entry["keep_tokens"])
+                chunk, rows, keep = (
+                    self.configured.chunk_tokens,
+                    self.configured.chunk_rows,
+                    self.configured.keep_tokens,
+                )
+                logged = entry["keep_tokens"]
+                self.budget = Budget(
+                    min(chunk, entry["chunk_tokens"]), rows, logged if keep is None else min(keep, logged)
+                )
 
     def run(
         self, batch: Batch, step: Callable[[Batch], Result], forget: Callable[[], None], last: bool

@@ -42,7 +42,7 @@ from mmembed.data.dataset import MixedDataset, RecordDataset
 from mmembed.data.mixing import mixing_weights
 from mmembed.data.streaming import RecordStream, Source
 from mmembed.embeddings import Embeddings
-from mmembed.errors import CheckpointError, ConfigError
+from mmembed.errors import CheckpointError, ConfigError, MmembedError
 from mmembed.models.checkpoint import load_checkpoint, save_checkpoint
 from mmembed.models.continuing import check_same_settings, restore_weights
 from mmembed.models.embedding_model import EmbeddingModel
@@ -64,7 +64,7 @@ from mmembed.training.gradcache import RandomState, Workers, contrastive_step
 from mmembed.training.health import RECENT, gradient_norms, judge, look_at, parts_of
 from mmembed.training.memory import optimizer_bytes
 from mmembed.training.optimizers import Lion, parameter_groups, refuse_idle_rates
-from mmembed.training.out_of_memory import Budget, Halving, smaller
+from mmembed.training.out_of_memory import Budget, Halving, is_out_of_memory, smaller
 from mmembed.training.preemption import Preemption, SaveAfterEpochEnd, start_worker
 from mmembed.training.rehearsal import worst_batch
 from mmembed.training.report import write_report
@@ -329,7 +329,15 @@ class EmbedderTrainer(Trainer):
         trained = [(parameter, False) for parameter in model.parameters() if parameter.requires_grad]
         later, _ = optimizer_bytes(training.optimizer or OptimizerNames(self.args.optim).value, trained)
         stepped = self.optimizer is not None and bool(self.optimizer.state)  # of a resumed run: it is there already
-        held = torch.empty(0 if stepped else int(later), dtype=torch.uint8, device=device)
+        try:
+            held = torch.empty(0 if stepped else int(later), dtype=torch.uint8, device=device)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise MmembedError(
+                f"out of memory before step 1: the optimizer's state takes {later / 2**20:,.0f} MB beside the weights. "
+                f"{smaller(self.run_config)}"
+            ) from None
         step, forget = functools.partial(self._add_gradient, model), functools.partial(_forget, model)
         _, halved = self.halving.run(batch, step, forget, last=True)
         del held

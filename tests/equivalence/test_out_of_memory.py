@@ -109,6 +109,14 @@ def test_a_resumed_run_goes_on_with_the_smaller_budget():
     assert halving.budget == halving.configured
 
 
+def test_a_resumed_run_obeys_a_config_that_asks_for_less_than_its_log():
+    halving = Halving(Budget(20, 7, 24), torch.device("cpu"), redo=True, remedy="")
+    halving.resume([Budget(50, 7, 60).logged()])
+    assert halving.budget == Budget(20, 7, 24)
+    halving.resume([Budget(50, 7, 20).logged()])
+    assert halving.budget == Budget(20, 7, 20)
+
+
 # Real runs ------------------------------------------------------------------------------------------------------------
 
 

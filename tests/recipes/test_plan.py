@@ -152,6 +152,12 @@ def test_four_bits_take_what_bitsandbytes_takes(config_file, backbone):
     assert plan.stages[0].weights == pytest.approx(real, rel=0.02)
 
 
+def test_what_only_a_gpu_can_is_planned_without_one(config_file, without_weights, capsys):
+    half = planned(capsys, "--config", config_file, without_weights, "training.bf16=true")
+    asked = ("training.fp16=true", "training.tf32=true")
+    assert planned(capsys, "--config", config_file, without_weights, *asked) == half
+
+
 def test_wrong_arguments_are_refused(config_file, capsys):
     for wrong, message in (
         (["--devices", "0"], "--devices: found 0"),

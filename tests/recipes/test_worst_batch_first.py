@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mmembed.config import load_config
-from mmembed.errors import ConfigError
+from mmembed.errors import ConfigError, MmembedError
 from recipes import train_embedder
 from tests.runs import build_trainer
 
@@ -40,6 +40,13 @@ def test_a_number_bounds_the_batches_that_are_looked_at(config_file, caplog):
     with caplog.at_level("INFO"):
         trained(config_file, "training.worst_batch_first=2", "training.max_steps=1")
     assert "the worst of 2 batches looked at" in caplog.text
+
+
+def test_an_optimizer_that_does_not_fit_is_an_error_with_the_numbers(config_file, monkeypatch):
+    """The allocator refuses 2^60 bytes in earnest."""
+    monkeypatch.setattr("mmembed.training.trainer.optimizer_bytes", lambda *_: (2**60, 0))
+    with pytest.raises(MmembedError, match=r"optimizer's state takes 1,099,511,627,776 MB.*What needs less"):
+        trained(config_file, "training.worst_batch_first=true")
 
 
 def test_the_flag_sets_the_option(config_file, monkeypatch):
