@@ -9,6 +9,7 @@ half an hour on two quiet cores; runs that lie complete in --work are not run ag
 
 The optimizer is AdamW with an epsilon of 1: like gradient descent it shows a factor in a gradient, which the usual
 epsilon hides, and it does not turn rounding into a step where a gradient is nearly zero.
+Nothing is clipped: clipping to a norm would take the factor out again.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ lengths: {{query_max_length: 48, document_max_length: 96}}
 projection: 16
 data: {{root: {root}, train_group_size: 2, train: [{{path: mixed.jsonl}}]}}
 objective: {{type: contrastive, temperature: {{value: 0.1, learn: true}}}}
-training: {{max_steps: {steps}, learning_rate: 3e-2, adam_epsilon: 1.0, lr_scheduler_type: constant, warmup_steps: 0,
-  logging_steps: 1, save_strategy: "no", disable_tqdm: true}}
+training: {{max_steps: {steps}, learning_rate: 3e-2, adam_epsilon: 1.0, max_grad_norm: 0, warmup_steps: 0,
+  lr_scheduler_type: constant, logging_steps: 1, save_strategy: "no", disable_tqdm: true}}
 """
 
 
