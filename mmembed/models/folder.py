@@ -7,6 +7,7 @@ interrupted move).
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -53,11 +54,27 @@ def move_into_place(staged: Path, folder: Path) -> None:
 
 
 def to_disk(folder: Path) -> None:
-    """Waits until the content of every file in a folder is on the disk."""
-    for file in folder.rglob("*"):
+    """Waits until a folder is on the disk: the content of every file, then the names (POSIX), its own the last."""
+    found = list(folder.rglob("*"))
+    for file in found:
         if file.is_file():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
+    if os.name != "posix":  # elsewhere a folder cannot be opened
+        return
+    for inner in [*(path for path in found if path.is_dir()), folder, folder.absolute().parent]:
+        _names_to_disk(inner)
+
+
+def _names_to_disk(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems of networks that have no such call
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def settle(folder: Path) -> None:

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint, unset_hf_deepspeed_config
 from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_utils import IntervalStrategy, TrainOutput
+from transformers.trainer_utils import IntervalStrategy, TrainOutput, rotate_checkpoints
 from transformers.training_args import OptimizerNames
 
 from mmembed.config.blocks import EmbedderConfig
@@ -579,6 +579,7 @@ class EmbedderTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Weights, optimizer, random states, and last the trainer's state, without which a checkpoint does not count.
+        Older checkpoints are removed once all of that is on the disk: a power failure leaves one.
 
         Raises:
             CheckpointError: it could not be written whole; what was written of it is gone, the one before is not. Or
@@ -587,13 +588,18 @@ class EmbedderTrainer(Trainer):
         folder = Path(self.output, f"checkpoint-{self.state.global_step}")
         if self.args.should_save:
             (folder / STATE).unlink(missing_ok=True)  # of an earlier run
-        args = self.args
-        if self.preemption.stopping and args.save_only_model:  # a stop is there to go on from
-            self.args = copy.copy(args)
+        args, self.args = self.args, copy.copy(self.args)
+        self.args.save_total_limit = None
+        if self.preemption.stopping:  # a stop is there to go on from
             self.args.save_only_model = False
         try:
             with writing(folder, self.output):
                 super()._save_checkpoint(model, trial)
+                if args.should_save:
+                    to_disk(folder)
+                    rotate_checkpoints(
+                        self.output, args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
+                    )
         except CheckpointError:
             if not (folder / STATE).exists():
                 shutil.rmtree(folder, ignore_errors=True)

@@ -1,9 +1,11 @@
-"""The disk is full while a checkpoint is written: the one before survives, one message says what to do."""
+"""The disk is full or loses power while a checkpoint is written: the one before survives, one message says what to do."""
 
 import os
 import resource
+import shutil
 import subprocess
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -94,3 +96,30 @@ def test_a_report_that_can_not_be_written_ends_no_run(config_file, tmp_path, mon
     assert main(run) == 0
     assert (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").exists()
     assert "report" in caplog.text and "No space left" in caplog.text
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="descriptors are named by /proc")
+def test_older_checkpoints_go_when_the_new_one_is_on_the_disk(config_file, tmp_path, monkeypatch):
+    """The trainer's state, which makes it count, and the names of files and folder among it."""
+    out, synced, removed = tmp_path / "out", {}, []
+    fsync, rmtree = os.fsync, shutil.rmtree
+
+    def noted(descriptor):
+        fsync(descriptor)
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced[path] = path.read_bytes() if path.is_file() else sorted(os.listdir(path))
+
+    def remove(path, *rest, **options):
+        if Path(path).parent == out and Path(path).name.startswith("checkpoint-"):
+            newest = out / f"checkpoint-{1 + int(Path(path).name[-1])}"
+            assert synced[newest / "trainer_state.json"] == (newest / "trainer_state.json").read_bytes()
+            assert synced[newest] == sorted(os.listdir(newest)) and newest.name in synced[out]
+            removed.append(Path(path).name)
+        rmtree(path, *rest, **options)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    steps = ["training.max_steps=3", "training.save_strategy=steps", "training.save_steps=1"]
+    assert main(["--config", str(config_file), *steps, "training.save_total_limit=1", "data.dev=[]"]) == 0
+    assert removed == ["checkpoint-1", "checkpoint-2"]
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-3"]
