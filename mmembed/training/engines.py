@@ -86,6 +86,11 @@ class Engine:
     def prepared(self, objective: nn.Module) -> None:
         """After the model was wrapped."""
 
+    def loss_scale(self) -> float | None:
+        """What gradients are multiplied by in fp16; None elsewhere."""
+        scaler = self.accelerator.scaler  # starts when it is given something to scale
+        return None if scaler is None else float(scaler.scale(torch.ones((), device=self.accelerator.device)))
+
     def full_state(self, model: nn.Module, frozen: bool) -> dict[str, Tensor] | None:
         """The whole weights on the CPU of the main process, {} on others; None where the model has them itself.
 
@@ -144,6 +149,10 @@ class DeepSpeed(Engine):
                     'learned temperature whole; write "auto", or a number above 1'
                 )
             parameter.all_gather()
+
+    def loss_scale(self) -> float | None:
+        engine = self.accelerator.deepspeed_engine_wrapped.engine
+        return float(engine.optimizer.cur_scale) if engine.fp16_enabled() else None
 
     def full_state(self, model: nn.Module, frozen: bool) -> dict[str, Tensor] | None:
         if not self.sharded:

@@ -12,7 +12,8 @@ Thresholds, and why there:
 - positives less than .005 more similar than negatives: below the rounding of bfloat16 vectors (2^-8);
 - loss within 2 % of that of equal scores in five logs: nothing is told apart;
 - three documents of ten repeated: that share of the in-batch negatives is masked or false;
-- a gradient that is exactly 0, or not a number, never is an accident.
+- a gradient that is exactly 0, or not a number, never is an accident; but a loss scaler (fp16) finds its scale by
+  gradients that overflow, whose steps it drops, so there it takes five logs.
 The first three must hold in two logs in a row and not in a run's first log: a decoder that was never trained to embed
 begins with nearly equal vectors, and leaves them within a few steps.
 """
@@ -38,7 +39,7 @@ RANK, UNIFORMITY, GAP, CHANCE, DUPLICATES = 2.0, -0.1, 0.005, 0.02, 0.3
 FEWEST = 8  # candidates for which a low rank means something
 STUCK = 5  # logs in a row
 RECENT = 4 * STUCK  # entries of a log, evaluations among them, that tell what is ill now
-NORM = "grad_norm_"
+NORM, SCALE = "grad_norm_", "loss_scale"
 
 
 @dataclass(frozen=True)
@@ -131,9 +132,9 @@ def judge(history: Sequence[Mapping[str, Any]]) -> list[Finding]:
 def _ills(logs: Sequence[Mapping[str, Any]], first: bool) -> Iterable[tuple[str, str]]:
     """(kind, message) of what is ill at the last of these logs. `first`: the run's first log is one of the last two."""
     last = logs[-1]
-    for name, value in last.items():
+    for name in last:
         if name == "grad_norm" or name.startswith(NORM):
-            yield from _ill_gradient(name, float(value))
+            yield from _ill_gradient(name, logs)
     for name in ("loss", "effective_rank"):
         if not math.isfinite(float(last.get(name, 0.0))):
             yield (
@@ -159,9 +160,11 @@ def _ills(logs: Sequence[Mapping[str, Any]], first: bool) -> Iterable[tuple[str,
         )
 
 
-def _ill_gradient(name: str, value: float) -> Iterable[tuple[str, str]]:
-    part = name.removeprefix(NORM) if name.startswith(NORM) else "all"
+def _ill_gradient(name: str, logs: Sequence[Mapping[str, Any]]) -> Iterable[tuple[str, str]]:
+    part, value = name.removeprefix(NORM) if name.startswith(NORM) else "all", float(logs[-1][name])
     if not math.isfinite(value):
+        if SCALE in logs[-1] and not _overflows(name, logs):
+            return
         yield (
             f"gradient of {part}",
             f"the gradient of {part} parameters is not finite ({value}): lower training.learning_rate, set "
@@ -174,6 +177,11 @@ def _ill_gradient(name: str, value: float) -> Iterable[tuple[str, str]]:
             "change. Equal scores everywhere, saturated weights (lower training.learning_rate, go back to an earlier "
             "checkpoint), or a source without negatives: look at the batch report",
         )
+
+
+def _overflows(name: str, logs: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a gradient overflowed in STUCK logs: a loss scaler has no scale for it."""
+    return len(logs) == STUCK and not any(math.isfinite(float(log.get(name, 0.0))) for log in logs)
 
 
 def _collapse(logs: Sequence[Mapping[str, Any]]) -> Iterable[tuple[str, str]]:

@@ -32,6 +32,7 @@ CHARTS = {  # key of the log -> (title, what it says)
     "masked_margin": ("Masked: margin", "Share of cells above the best positive and the margin."),
     "temperature": ("Temperature", "Learned."),
     "learning_rate": ("Learning rate", ""),
+    "loss_scale": ("Loss scale", "Of fp16: halved where a gradient overflows, whose step is dropped."),
     "pairs_per_second": ("Pairs a second", "Of all processes."),
     "chunk_tokens": ("Tokens a chunk", "Halved when memory ran out."),
 }

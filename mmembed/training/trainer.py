@@ -61,7 +61,7 @@ from mmembed.training.checkpoints import RUN, STATE, check_same_data, describe_r
 from mmembed.training.engines import engine_of, offer_on_cpu
 from mmembed.training.evaluation import DevSet, build_dev_set, evaluate
 from mmembed.training.gradcache import RandomState, Workers, contrastive_step
-from mmembed.training.health import RECENT, gradient_norms, judge, look_at, parts_of
+from mmembed.training.health import RECENT, SCALE, gradient_norms, judge, look_at, parts_of
 from mmembed.training.memory import optimizer_bytes
 from mmembed.training.optimizers import Lion, parameter_groups, refuse_idle_rates
 from mmembed.training.out_of_memory import Budget, Halving, is_out_of_memory, smaller
@@ -365,8 +365,8 @@ class EmbedderTrainer(Trainer):
             self.log(self.halving.budget.logged())
         if last:
             self.engine.reduce(model, self.model.objective)
-            if self._logs_this_step and not self.engine.lockstep:  # such an engine holds its gradients itself
-                self._health |= gradient_norms(self._parts, self._loss_scale())
+            if self._logs_this_step:
+                self._health |= self._gradient_health()
         self._count(inputs, metrics)
         return loss / self.current_gradient_accumulation_steps
 
@@ -398,6 +398,12 @@ class EmbedderTrainer(Trainer):
 
     def _observe(self, batch: Batch, view: View, queries: Embeddings, documents: Embeddings) -> None:
         self._health |= look_at(view, queries, documents, batch)
+
+    def _gradient_health(self) -> dict[str, float]:
+        """The norms of the parts' gradients, where this process holds them, and what they are scaled by in fp16."""
+        scale = self.engine.loss_scale()
+        norms = {} if self.engine.lockstep else gradient_norms(self._parts, scale or 1.0)
+        return norms if scale is None else norms | {SCALE: scale}
 
     @functools.cached_property
     def _parts(self) -> dict[str, list[nn.Parameter]]:
@@ -434,9 +440,8 @@ class EmbedderTrainer(Trainer):
         )
 
     def _loss_scale(self) -> float:
-        """What fp16 multiplies gradients by; 1 elsewhere. The scaler starts when it is given something to scale."""
-        scaler = self.accelerator.scaler
-        return 1.0 if scaler is None else float(scaler.scale(torch.ones((), device=self.args.device)))
+        """What this step multiplies gradients by; DeepSpeed does that itself."""
+        return 1.0 if self.is_deepspeed_enabled else self.engine.loss_scale() or 1.0
 
     def _encode(self, model: nn.Module, chunk: Chunk) -> Embeddings:
         return model(chunk.inputs(self.preprocessor).to(self.args.device))

@@ -1,4 +1,4 @@
-"""The disk is full or loses power while a checkpoint is written: the one before survives, one message says what to do."""
+"""A full disk, or a power failure, while a checkpoint is written: the one before survives, a message says what next."""
 
 import os
 import resource

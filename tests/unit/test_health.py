@@ -145,6 +145,13 @@ def train(steps, learning_rate, change=lambda batch: batch):
     return log
 
 
+def diverge(steps):
+    """The log of a run whose encoder has no tanh: its saturation is a zero gradient or no number, as it is rounded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "tanh", torch.nn.Identity())
+        return train(steps, 1e20)
+
+
 def kinds(log):
     return {finding.kind for finding in judge(log)}
 
@@ -159,7 +166,7 @@ def test_pairs_that_have_nothing_in_common_collapse():
 
 
 def test_a_learning_rate_far_too_high_is_not_a_number():
-    findings = judge(train(6, 1e20))
+    findings = judge(diverge(6))
     assert findings[0].step == 2 and {"not a number", "gradient of language"} <= {one.kind for one in findings}
     assert "learning_rate" in next(one.message for one in findings if one.kind == "not a number")
 
@@ -191,11 +198,28 @@ def test_an_untrained_backbone_may_begin_with_equal_vectors():
     }  # fmt: skip
 
 
+def test_a_loss_scaler_that_settles_is_no_illness():
+    """It finds its scale by overflows; an overflow without a scaler, or one that does not end, is one."""
+
+    def log(finite, **keys):
+        norms = [1.0 if fine else float("inf") for fine in finite]
+        return [
+            {"loss": 1.0, "step": step, "grad_norm": norm, "grad_norm_adapter": norm, **keys}
+            for step, norm in enumerate(norms, start=1)
+        ]
+
+    settling = [False] * 4 + [True] * 6 + [False, True]
+    assert judge(log(settling, loss_scale=2.0**12)) == []
+    assert {one.step for one in judge(log(settling))} == {1, 11}
+    never = judge(log([True] + [False] * 6, loss_scale=1.0))
+    assert {(one.step, one.kind) for one in never} == {(6, "gradient of all"), (6, "gradient of adapter")}
+
+
 def test_the_page_shows_curves_and_warnings():
-    log = train(12, 1e20)
+    log = diverge(12)
     page = render(log, "run <1>")
     assert "Step 2: not a number" in page and "run &lt;1&gt;" in page
-    assert page.count("<polyline") >= 2 and "http" not in page.replace("http://www.w3.org", "")
     well = render(train(8, 0.01), "run")
+    assert well.count("<polyline") >= 2 and "http" not in (page + well).replace("http://www.w3.org", "")
     assert "Nothing ill was seen" in well and "Effective rank" in well
     assert "nothing to draw yet" in render([], "run")
