@@ -170,19 +170,31 @@ def _deepspeed(given: Any) -> dict[str, Any]:
         named = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
         given = named if named != "none" else DeepSpeedPlugin().deepspeed_config
     if not isinstance(given, Mapping):
-        path = Path(given)
-        if not path.is_file():
-            raise ConfigError(
-                f"training.deepspeed: there is no file '{path}' (from {Path.cwd()}); give a path to a JSON file, for "
-                "example recipes/deepspeed/zero2.json"
-            )
-        try:
-            given = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError(f"training.deepspeed: {path} is no JSON ({error})") from None
+        given = _read_object(given, "training.deepspeed", "recipes/deepspeed/zero2.json")
     if not isinstance(given.get("zero_optimization"), Mapping):
         raise ConfigError('training.deepspeed: the file has no zero_optimization; give {"stage": 1}, 2 or 3')
     return AUTO | dict(given)
+
+
+def _read_object(file: Any, key: str, example: str) -> dict[str, Any]:
+    """The object that a JSON file holds. Raises ConfigError with the file, and the line where it is broken."""
+    path = Path(str(file))
+    if not path.is_file():
+        raise ConfigError(
+            f"{key}: there is no file '{path}' (from {Path.cwd()}); give a path to a JSON file, for example {example}"
+        )
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{key}: {path}:{error.lineno}: no JSON from column {error.colno} on ({error.msg}); correct that line "
+            "(JSON has no comments, no comma behind the last entry, and double quotes)"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{key}: {path}: not written in UTF-8 ({error.reason}); save it as UTF-8") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{key}: {path}: holds a {type(found).__name__}; give an object, for example {example}")
+    return found
 
 
 def _of_environment() -> dict[str, Any]:
@@ -205,11 +217,8 @@ def _of_environment() -> dict[str, Any]:
 
 def _of_config(arguments: Mapping[str, Any]) -> dict[str, Any]:
     given = arguments.get("fsdp_config") or {}
-    if isinstance(given, str):
-        path = Path(given)
-        if not path.is_file():
-            raise ConfigError(f"training.fsdp_config: there is no file '{path}'; give a JSON file or a mapping")
-        given = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(given, Mapping):
+        given = _read_object(given, "training.fsdp_config", '{"reshard_after_forward": true}, or the mapping itself')
     if arguments["fsdp"] not in (True, "full_shard", "full_shard auto_wrap"):
         raise ConfigError(
             f"training.fsdp: found {arguments['fsdp']!r}; write true, and settings in training.fsdp_config"

@@ -1,17 +1,22 @@
 """Strategies: what a launcher or a config asks for, what contradicts it, and the shipped files."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch.distributed.run
 import yaml
+from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
 
-from mmembed.config import build_config
+from mmembed.config import build_config, load_config
 from mmembed.errors import ConfigError
 from mmembed.training.arguments import training_arguments
 from mmembed.training.engines import engine_of
+from mmembed.training.launch import launched_with
 
 ROOT = Path(__file__).parents[2]
 LAUNCHERS = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_MIXED_PRECISION")
@@ -87,6 +92,24 @@ def test_a_deepspeed_file_that_is_not_there(tmp_path):
         arguments(tmp_path, deepspeed="zero9.json")
 
 
+@pytest.mark.parametrize(("key", "others"), [("deepspeed", {}), ("fsdp_config", {"fsdp": True})])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{\n  "zero_optimization": {"stage": 2},\n}', r":3: no JSON from column 1 .*; correct that line"),
+        (b'{"stage": 2', r":1: no JSON from column 12 .*delimiter"),
+        (b"[1]", "holds a list; give an object"),
+        (b'{"a": "\xe4"}', "not written in UTF-8"),
+    ],
+    ids=["comma", "cut", "list", "latin-1"],
+)
+def test_a_file_of_settings_that_is_broken(tmp_path, key, others, content, message):
+    file = tmp_path / "settings.json"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"^training.{key}: {file}.*{message}"):
+        arguments(tmp_path, **{key: str(file)}, **others)
+
+
 @pytest.mark.parametrize(
     ("training", "message"),
     [
@@ -95,6 +118,7 @@ def test_a_deepspeed_file_that_is_not_there(tmp_path):
         ({"fsdp": True, "fsdp_config": {"fsdp_version": 1}}, "FSDP1 is not offered"),
         ({"fsdp": True, "fsdp_config": {"activation_checkpointing": True}}, "model.gradient_checkpointing"),
         ({"fsdp": True, "fsdp_config": {"reshard_after_forwrad": True}}, "did you mean 'reshard_after_forward'"),
+        ({"fsdp": True, "fsdp_config": "no.json"}, "training.fsdp_config: there is no file 'no.json'"),
         ({"fsdp": "hybrid_shard"}, "training.fsdp: found 'hybrid_shard'"),
         ({"fsdp": True, "deepspeed": "recipes/deepspeed/zero2.json"}, "keep one"),
         ({"fsdp": True, "optim": "sgd"}, "training.optim 'sgd'"),
@@ -159,3 +183,48 @@ def test_shipped_deepspeed_files_leave_everything_to_the_config(tmp_path, stage)
     assert found.config["zero_optimization"]["stage"] == stage
     assert found.config["gradient_clipping"] == 0.3
     assert not found.mismatches
+
+
+def commands():
+    """Every command of a shell block of the documents that starts the training recipe through a launcher."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    blocks = [block for page in pages for block in re.findall(r"```sh\n(.*?)```", page.read_text(), flags=re.S)]
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [one for one in words if "recipes/train_embedder.py" in one and one[0] in LAUNCH]
+
+
+def by_accelerate(words):
+    given = launch_command_parser().parse_args(words[1:])
+    file = {} if given.config_file is None else yaml.safe_load((ROOT / given.config_file).read_text())
+    precision = given.mixed_precision or file.get("mixed_precision", "no")
+    return given.training_script_args, {"ACCELERATE_MIXED_PRECISION": precision}
+
+
+def by_torchrun(words):
+    return torch.distributed.run.get_args_parser().parse_args(words).training_script_args, {}
+
+
+def by_deepspeed(words):
+    from deepspeed.launcher.runner import parse_args
+
+    return parse_args(words).user_args, {}
+
+
+LAUNCH = {"accelerate": by_accelerate, "torchrun": by_torchrun, "deepspeed": by_deepspeed}
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_documented_launches(words, monkeypatch):
+    """The launcher knows the options, and no run refuses what it is launched with. FILE is any config."""
+    monkeypatch.chdir(ROOT)
+    (_, file, *overrides), environment = LAUNCH[words[0]](words[1:])
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    overrides = [one for one in overrides if not one.startswith("--")]
+    config = build_config({}, overrides) if file == "FILE" else load_config(file, overrides)
+    launched_with(config, config.training.arguments)
+
+
+def test_launches_are_documented():
+    assert {words[0] for words in commands()} == set(LAUNCH)
