@@ -48,6 +48,7 @@ from mmembed.models.continuing import check_same_settings, restore_weights
 from mmembed.models.embedding_model import EmbeddingModel
 from mmembed.models.folder import read_tensors, to_disk
 from mmembed.models.probes import vectors_of
+from mmembed.models.randomness import draws
 from mmembed.models.verification import verify_checkpoint
 from mmembed.models.vision_cache import open_features, uncached
 from mmembed.objectives import Objective, View
@@ -291,7 +292,7 @@ class EmbedderTrainer(Trainer):
         if reason is None and self.preprocessor.touch_vision:
             reason = "under DeepSpeed and FSDP every process runs the vision tower in every chunk"
         if reason is None:
-            precision = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else ""
+            precision = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "tf32" if self.args.tf32 else ""
             limit = int(training.vision_cache_gb * 1e9)
             self.preprocessor.features = open_features(
                 self.model.model, self.preprocessor, training.vision_cache, limit, precision
@@ -433,11 +434,7 @@ class EmbedderTrainer(Trainer):
     @functools.cached_property
     def _draws_randomness(self) -> bool:
         """Whether the model's forward draws random numbers in training: any rate of dropout above zero."""
-        return any(
-            (isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0)
-            or any("drop" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items())
-            for module in self.model.modules()
-        )
+        return draws(self.model.named_modules()) is not None
 
     def _loss_scale(self) -> float:
         """What this step multiplies gradients by; DeepSpeed does that itself."""

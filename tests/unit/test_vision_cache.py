@@ -87,6 +87,7 @@ def test_nothing_is_stale(family_folder, tmp_path):
     first = fingerprint(model, preprocessor, "")
     assert first == fingerprint(*build(family_folder(name), dtype="float32"), "")
     others = [fingerprint(model, preprocessor, "bf16"), fingerprint(*build(family_folder(name), dtype="bfloat16"), "")]
+    others += [fingerprint(*build(family_folder(name), dtype="float32", attn_implementation="eager"), "")]
     lengths = {"query_max_length": 64, "document_max_length": 64, "max_pixels": 64 * 64}
     others += [fingerprint(*build(family_folder(name), dtype="float32", lengths=lengths), "")]
     for part in ("blocks.0.mlp.linear_fc1.bias", "merger.linear_fc2.weight", "deepstack_merger_list.0.norm.weight"):
@@ -114,10 +115,34 @@ def test_only_what_stands_still_is_kept(options, reason, family_folder):
     assert uncached(model, training=False) is None
 
 
-def test_dropout_in_the_tower_is_refused(family_folder):
+class DropPath(torch.nn.Module):
+    def __init__(self, drop_prob):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda visual: visual.blocks[0].add_module("drop", torch.nn.Dropout(0.1)), r"visual.blocks.0.drop.*p: 0.1"),
+        (lambda visual: visual.blocks[0].add_module("path", DropPath(0.2)), r"visual.blocks.0.path.*drop_prob: 0.2"),
+        (lambda visual: setattr(visual.blocks[1].attn, "attention_dropout", 0.3), r"blocks.1.attn.*attention_dropout"),
+        (lambda visual: setattr(visual.config, "attention_dropout", 0.3), r"vision_config.attention_dropout is 0.3"),
+        (
+            lambda visual: visual.blocks[0].add_module("norm3", torch.nn.BatchNorm1d(4, affine=False)),
+            r"norm3.*by the batch",
+        ),
+        (lambda visual: visual.blocks[0].add_module("drop", torch.nn.Dropout(0.0)), None),
+        (lambda visual: setattr(visual.config, "drop_path_rate", 0.0), None),
+    ],
+    ids=["module", "drop path", "attention", "configuration", "batch norm", "off", "configured off"],
+)
+def test_a_tower_that_is_another_in_training_is_refused(change, reason, family_folder):
     model, _ = build(family_folder("qwen3_vl"), adapter={"type": "none"}, freeze=("vision", "projector"))
-    model.base.get_submodule("visual.blocks.0").add_module("drop", torch.nn.Dropout(0.1))
-    assert "visual.blocks.0.drop" in uncached(model, training=True)
+    change(model.base.get_submodule("visual"))
+    found = uncached(model, training=True)
+    assert (found is None) if reason is None else re.search(reason, found)
+    assert uncached(model, training=False) is None
 
 
 def test_text_backbones_and_tiles_are_refused(family_folder, tmp_path):
