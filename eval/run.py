@@ -26,7 +26,7 @@ from typing import Any
 
 from eval.files import write_json
 from eval.tasks.local import Row, available, select
-from mmembed.arguments import Parser
+from mmembed.arguments import Parser, add_vision_cache, vision_cache_of
 from mmembed.errors import ConfigError, MmembedError, nearest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -110,6 +110,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", help="default: the first CUDA device, else the CPU")
     parser.add_argument("--token-budget", type=int, default=8192, help="padded tokens a batch (default: 8192)")
     parser.add_argument("--truncate-dim", type=int, help="keep the first dimensions (Matryoshka)")
+    add_vision_cache(parser)
     return parser.parse_args(arguments)  # fmt: skip
 
 
@@ -120,6 +121,7 @@ def evaluate(options: argparse.Namespace, rows: Sequence[Row]) -> dict[str, Any]
 
     started = time.monotonic()
     check_names(options.model)
+    check_vision_cache(options)
     check_device(options.device)
     tasks = {row.name: build(row, options) for row in rows}
     models = [load(name, options, rows) for name in options.model]
@@ -169,6 +171,13 @@ def check_names(names: Sequence[str]) -> None:
             )
 
 
+def check_vision_cache(options: argparse.Namespace) -> None:
+    """Raises MmembedError where the options of a store of image features have no effect."""
+    vision_cache_of(options)
+    if options.vision_cache != "off" and all(name in BASELINES for name in options.model):
+        raise ConfigError("--vision-cache: no effect on baselines, which see no pictures; remove it")
+
+
 def is_hub_name(name: str) -> bool:
     """Whether a model can only come from a hub: it is no folder, and neither packaged nor a baseline."""
     return name not in (*BASELINES, *PACKAGED) and not Path(name).is_dir()
@@ -199,7 +208,12 @@ def load(name: str, options: argparse.Namespace, rows: Sequence[Row]) -> Loaded:
 
     transformers_logging.disable_progress_bar()
     names = [row.name for row in rows]
-    embedder = Embedder.from_pretrained(name, device=options.device, dtype=options.dtype)
+    try:
+        embedder = Embedder.from_pretrained(
+            name, device=options.device, dtype=options.dtype, **vision_cache_of(options)
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
     prompt = vars(type(embedder.preprocessor.prompt))["name"]
     told = options.instructions == "always" or (options.instructions == "auto" and prompt != "plain")
     instructions = Instructions(use_tasks=told)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from mmembed.errors import nearest
+from mmembed.errors import MmembedError, nearest
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,3 +45,26 @@ class Parser(argparse.ArgumentParser):
             known = [name.strip(" ')") for name in message.split("choose from ")[1].split(",")]
             message = f"{message.split(': invalid')[0]}: there is no '{wrong}'; {nearest(wrong, known)}"
         super().error(message)
+
+
+def add_vision_cache(parser: argparse.ArgumentParser) -> None:
+    """The options of a store of image features, under their names in a config's training block."""
+    parser.add_argument(
+        "--vision-cache",
+        default="off",
+        metavar="FOLDER",
+        help="keep features of images in a folder, or auto (mmembed's cache folder, where the backbone allows it), and "
+        "read them the next time; default off",
+    )
+    parser.add_argument("--vision-cache-gb", type=float, metavar="GB", help="bound of that folder (default 20)")
+
+
+def vision_cache_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What was given, as arguments of `Embedder.from_pretrained`. Raises MmembedError where it has no effect."""
+    if options.vision_cache_gb is None:
+        return {"vision_cache": options.vision_cache}
+    if options.vision_cache == "off":
+        raise MmembedError("--vision-cache-gb: no effect without --vision-cache; give a folder, or remove it")
+    if not 0 < options.vision_cache_gb < float("inf"):
+        raise MmembedError(f"--vision-cache-gb: found {options.vision_cache_gb}; give a number above 0")
+    return {"vision_cache": options.vision_cache, "vision_cache_gb": options.vision_cache_gb}

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmembed.arguments import Parser
+from mmembed.arguments import Parser, add_vision_cache, vision_cache_of
 from mmembed.errors import MmembedError
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ def _add_encode(subparsers: Any) -> Parser:
     command.add_argument("--output", type=Path, required=True, help="folder to write")
     command.add_argument("--overwrite", action="store_true", help="replace an encoded folder")
     _add_model(command, NANO)
+    add_vision_cache(command)
     _add_encoding(command)
     return command
 
@@ -149,6 +150,7 @@ def _add_search(subparsers: Any) -> Parser:
     command.add_argument("--top-k", type=int, default=10, help="how many hits a query (default 10)")
     command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     _add_model(command, None)
+    add_vision_cache(command)
     command.add_argument("--instruction", help="instruction of the query")
     _add_on_bad_record(command)
     return command
@@ -220,6 +222,11 @@ def _refuse_without_entries(arguments: argparse.Namespace) -> None:
             raise MmembedError(
                 f"{flag}: no effect on {arguments.target}, which is encoded already, and on a single query; remove it"
             )
+    if arguments.vision_cache != "off" and arguments.image is None:
+        raise MmembedError(
+            f"--vision-cache: no effect on {arguments.target}, which is encoded already, and on a query without an "
+            "image; remove it"
+        )
 
 
 def _queries(arguments: argparse.Namespace) -> list[Entry]:
@@ -517,6 +524,7 @@ def _load(arguments: argparse.Namespace, model: str) -> Embedder:
         dtype=arguments.dtype,
         media=MediaStore(root),
         trust_remote_code=arguments.trust_remote_code,
+        **vision_cache_of(arguments),
     )
     if embedder.model.pooling.multi_vector:
         raise MmembedError(

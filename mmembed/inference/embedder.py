@@ -82,7 +82,7 @@ class Embedder:
         dtype: str | torch.dtype = "auto",
         media: MediaStore | None = None,
         trust_remote_code: bool = False,
-        vision_cache: str | Path | None = None,
+        vision_cache: str | Path = "off",
         vision_cache_gb: float = 20.0,
     ) -> Embedder:
         """Loads a checkpoint folder, a bare backbone (folder or hub name), or the packaged "mmembed-nano".
@@ -94,7 +94,8 @@ class Embedder:
             media: opens images; give a `MediaStore(root)` to resolve and confine relative paths.
             trust_remote_code: run the python code that the backbone brings; a checkpoint cannot ask for it.
             vision_cache: keep features of images on disk, so that a picture seen before runs no vision tower: a folder,
-                or "auto" for mmembed's cache folder where the backbone allows it. See `mmembed.models.vision_cache`.
+                "auto" for mmembed's cache folder where the backbone allows it, or "off". See
+                `mmembed.models.vision_cache`.
             vision_cache_gb: what all features in that folder may take.
 
         Raises:
@@ -110,7 +111,7 @@ class Embedder:
         model.merge_adapter()  # apart, LoRA takes 1.4 times as long in float32, 2.1 times in bfloat16 (nano)
         if media is not None:
             preprocessor.media = media
-        if vision_cache is not None:
+        if vision_cache != "off":
             reason = uncached(model, training=False)
             if reason is None:
                 preprocessor.features = open_features(model, preprocessor, vision_cache, int(vision_cache_gb * 1e9), "")

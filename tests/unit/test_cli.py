@@ -121,6 +121,38 @@ def test_encode_then_search_a_folder_of_images(model, photos, tmp_path, capsys):
     assert table.startswith("query: a red square") and len(table.splitlines()) == 2 + 3
 
 
+def test_a_second_encode_does_not_run_the_vision_tower(photos, tmp_path, capsys, monkeypatch):
+    """Nor does a search of the same pictures."""
+    from transformers import Qwen3VLModel
+
+    runs, original = [], Qwen3VLModel.get_image_features
+
+    def counted(self, *pixels, **rest):
+        output = original(self, *pixels, **rest)
+        runs.append(len(output.pooler_output))
+        return output
+
+    monkeypatch.setattr(Qwen3VLModel, "get_image_features", counted)
+
+    def encode(name, *options):
+        output = tmp_path / name
+        assert main(["encode", str(photos), "--output", str(output), "--dtype", "float32", *options]) == 0
+        return np.load(output / "vectors.npy")
+
+    cache = ["--vision-cache", str(tmp_path / "cache"), "--vision-cache-gb", "0.1"]
+    plain = encode("plain")
+    runs.clear()
+    first, second = encode("first", *cache), encode("second", *cache)
+    assert sum(runs) == 3
+    np.testing.assert_allclose(first, plain, atol=1e-5)
+    np.testing.assert_array_equal(first, second)
+    query = ["--image", str(photos / "red.png"), "--dtype", "float32"]
+    for target in (photos, tmp_path / "plain"):
+        assert main(["search", str(target), *query, *cache]) == 0
+    assert sum(runs) == 3
+    assert "sub/blue.png" in capsys.readouterr().out
+
+
 def test_search_a_folder_of_images_directly(model, photos, capsys):
     arguments = ["search", str(photos), "--model", str(model), "--image", str(photos / "sub" / "blue.png"), "--json"]
     assert main(arguments) == 0

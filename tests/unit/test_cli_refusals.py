@@ -24,11 +24,37 @@ def refused(capsys, *arguments):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--media-root", "/nonexistent"], ["--on-bad-record", "skip"]], ids=lambda flags: flags[0]
+    "flags",
+    [["--media-root", "/nonexistent"], ["--on-bad-record", "skip"], ["--vision-cache", "auto"]],
+    ids=lambda flags: flags[0],
 )
 def test_options_of_entries_with_an_encoded_folder(encoded, capsys, flags):
     error = refused(capsys, "search", encoded, "a red bus", *flags)
     assert flags[0] in error and "no effect" in error
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--vision-cache-gb", "3"], "--vision-cache-gb: no effect without --vision-cache"),
+        (["--vision-cache", "auto", "--vision-cache-gb", "0"], "--vision-cache-gb: found 0.0; give a number above 0"),
+    ],
+)
+def test_a_bound_of_a_vision_cache(tmp_path, capsys, flags, message):
+    from eval import run
+
+    file = tmp_path / "texts.jsonl"
+    file.write_text('{"text": "a"}\n')
+    assert message in refused(capsys, "encode", file, "--output", tmp_path / "out", *flags)
+    assert run.main(["--model", "mmembed-nano", "--tasks", "stsb-en", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_vision_cache_of_baselines(capsys):
+    from eval import run
+
+    assert run.main(["--model", "bm25", "--tasks", "stsb-en", "--vision-cache", "auto"]) == 2
+    assert "no effect on baselines" in capsys.readouterr().err
 
 
 def test_media_root_and_bad_records_of_a_file_of_queries(tmp_path, monkeypatch):

@@ -230,6 +230,18 @@ def test_command_writes_results_with_provenance(tmp_path, capsys):
     assert "mbpp" in printed and f"{mbpp['scores']['bm25']['main']:.3f}" in printed
 
 
+def test_a_second_evaluation_reads_the_features_of_the_first(tmp_path):
+    """Same scores, and nothing is added to the store."""
+    numbers, sizes = [], []
+    for turn in range(2):
+        output, cache = tmp_path / f"{turn}.json", tmp_path / "cache"
+        command = ["--model", "mmembed-nano", "--tasks", "vega-charts", "--output", str(output), "--dtype", "float32"]
+        assert run.main([*command, "--vision-cache", str(cache)]) == 0
+        numbers.append(json.loads(output.read_text())["tasks"]["vega-charts"]["scores"]["mmembed-nano"]["main"])
+        sizes.append(sum(file.stat().st_size for file in cache.glob("*/*.features")))
+    assert numbers[0] == numbers[1] and sizes[0] == sizes[1] > 0
+
+
 def test_unknown_names_suggest_the_nearest(capsys, tmp_path):
     for arguments, hint in (
         (["--model", "bm52", "--tasks", "mbpp"], "did you mean 'bm25'?"),
