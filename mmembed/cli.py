@@ -274,7 +274,7 @@ def _add_plan(subparsers: Any) -> Parser:
         _plan,
         help="say what a training run will need, without a GPU and without weights",
         description="""\
-            Says what a training run will need: parameters, negatives, tokens, memory a device by ZeRO stage, steps,
+            Says what a training run will need: parameters, negatives, tokens, memory a device by strategy, steps,
             time. Reads the config, the data, and config.json and processor of the backbone.
 
               mmembed plan --config run.yaml --devices 8 --memory 80GB training.token_budget=32768""",

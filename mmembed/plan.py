@@ -62,6 +62,7 @@ class RunPlan:
     visual_tokens: float
     features: str  # what becomes of the features of images; empty without images
     longest_input: int
+    longest_allowed: int  # text tokens of an input, by `lengths`
     largest_chunk: int
     chunks: float
     steps: int
@@ -126,6 +127,7 @@ def plan_run(
     return RunPlan(
         devices=devices,
         parameters=estimate.parameters(),
+        longest_allowed=max(config.lengths.query_max_length, config.lengths.document_max_length),
         queries_a_batch=plan.batch_size,
         accumulation=args.gradient_accumulation_steps,
         unshared=unshared,
@@ -286,9 +288,10 @@ def render(plan: RunPlan) -> str:
         f"{plan.chunks:.0f} chunks a batch",
         f"  shared prefixes: {_sharing(plan)}",
         *([f"  image features: {plan.features}"] if plan.features else []),
-        f"  largest chunk {plan.largest_chunk:,} tokens, longest input {plan.longest_input:,}",
-        "memory a device, estimated:",
-        f"  {'ZeRO':<9} " + " ".join(f"{head:>10}" for head in _HEADS),
+        f"  largest chunk {plan.largest_chunk:,} tokens, longest input {plan.longest_input:,} of the sample; `lengths` "
+        f"allow {plan.longest_allowed:,} text tokens",
+        "memory a device, estimated for the largest of the sampled batches (a lower bound: others may be larger):",
+        f"  {'':<9} " + " ".join(f"{head:>10}" for head in _HEADS),
     ]  # fmt: skip
     for stage in plan.stages:
         parts = (stage.weights, stage.gradients, stage.optimizer, stage.activations, stage.comparison, stage.total)
@@ -298,7 +301,7 @@ def render(plan: RunPlan) -> str:
     lines += [f"  note: {note}" for note in plan.notes]
     lines += list(plan.advice)
     if plan.memory is not None and not plan.advice:
-        lines.append(f"all stages fit into {size(plan.memory)}")
+        lines.append(f"all of them fit into {size(plan.memory)}")
     epochs = "training.max_steps; a stream has no length" if plan.epochs is None else f"{plan.epochs:.3g} epochs"
     lines.append(f"steps: {plan.steps:,} ({epochs})")
     if plan.seconds is None:

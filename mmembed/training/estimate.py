@@ -1,16 +1,16 @@
 """The memory of a training run, estimated from its outline and a sample of its batches.
 
 Activations are those of `mmembed.training.memory`: the real architecture runs without contents, and what stays alive is
-counted. What stands beside them (weights, gradients, optimizer state, ZeRO's shares) is arithmetic on the parameters of
-the outlined model. Costs two small forward and backward passes, and the vision tower two layers deep where pictures are
-read.
+counted. What stands beside them (weights, gradients, optimizer state, shares of ZeRO and FSDP2) is arithmetic on the
+parameters of the outlined model. Costs two small forward and backward passes, and the vision tower two layers deep
+where pictures are read.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from mmembed.objectives import build_objective
 from mmembed.preprocess import Preprocessor
 from mmembed.training.batch_report import count_visual, keep_tokens
 from mmembed.training.gradcache import BUCKET, first_kept
+from mmembed.training.launch import WHOLE_MATRICES
 from mmembed.training.memory import (
     Graph,
     Vision,
@@ -44,12 +45,13 @@ from mmembed.training.trainer import chunk_tokens
 PICTURES = 4  # that go through a vision tower
 _COMPARED = 256  # queries and documents of the comparison that is measured, and scaled
 _BYTES_4BIT = 0.5 + 1 / 64 + 4 / (64 * 256)  # a value: four bits, its scale in eight, the scales' scale (QLoRA)
-STAGES = ("0 (DDP)", "1", "2", "3")
+DDP, FSDP2 = "DDP", "FSDP2"
+STRATEGIES = (DDP, "ZeRO-1", "ZeRO-2", "ZeRO-3", FSDP2)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Bytes a device under one ZeRO stage, by what takes them."""
+    """Bytes a device under one strategy, by what takes them."""
 
     name: str
     weights: float
@@ -110,7 +112,8 @@ class Estimate:
         self.config, self.model, self.batches, self.devices = config, model, batches, devices
         self.preprocessor, self.args, self.share_prefix = preprocessor, args, share_prefix
         self.objective = build_objective(config.objective, model.embedding_size)
-        self.notes: list[str] = []
+        self.refused = refused(config, devices)
+        self.notes = [f"no {', '.join(names)}: {why}" for why, names in _by_reason(self.refused).items()]
         self.half = bool(args.bf16 or args.fp16)
         self.autocast = torch.bfloat16 if self.half else None
         self.longest = max(max(len(row) for row in chunk.rows) for batch in batches for chunk in batch.chunks)
@@ -134,31 +137,64 @@ class Estimate:
         return counts
 
     def stages(self, token_budget: int | None = None, checkpointing: bool | None = None) -> tuple[Stage, ...]:
-        """What each ZeRO stage takes a device, at this token budget (the run's own by default).
+        """What each strategy that the run can take takes a device, at this token budget (the run's own by default).
 
-        DDP keeps the graphs that the budget holds; ZeRO runs in lockstep: chunks of a whole budget, one graph alive.
+        DDP keeps the graphs that the budget holds; ZeRO and FSDP2 run in lockstep: chunks of a whole budget, one graph
+        alive.
         """
         config = self.config if token_budget is None else with_training(self.config, token_budget=token_budget)
         rows = config.training.chunk_rows
         activations = self.activations(Budget(chunk_tokens(config), rows, keep_tokens(config)), checkpointing)
-        lockstep = self.activations(Budget(config.training.token_budget, rows, 0), checkpointing, anew=True)
-        trained = sum(parameter.numel() for parameter, _ in self.trained)
-        name = str(self.args.optim.value if self.config.training.optimizer is None else self.config.training.optimizer)
-        gradients = float(sum(parameter.numel() * parameter.element_size() for parameter, _ in self.trained))
-        state, known = optimizer_bytes(name, self.trained)
-        if not known and not self.notes:
-            self.notes.append(f"the state of optimizer '{name}' is not known here; counted as AdamW's")
-        weights = self.weights(half=False)
-        copies = min(gradients, 4.0 * BUCKET) if self.devices > 1 else 0.0  # of reduce_gradients
-        found = [Stage(STAGES[0], weights, gradients + copies, state, activations, self.comparison)]
-        sharded, _ = optimizer_bytes(name, self.trained, master=True)
-        sharded += 4.0 * trained  # DeepSpeed steps on a copy in 32 bits, whatever the weights are
-        of_engine, of_gradients = self.weights(half=self.half), trained * (2.0 if self.half else 4.0)
-        for stage in (1, 2, 3):
-            share = of_gradients / self.devices if stage > 1 else of_gradients
-            held = of_engine if stage < 3 else of_engine / self.devices + 2 * self._largest_layer()
-            found.append(Stage(STAGES[stage], held, share, sharded / self.devices, lockstep, self.comparison))
+        found = [self._whole(activations)]
+        strategies = [name for name in STRATEGIES[1:] if name not in self.refused]
+        if strategies:
+            lockstep = self.activations(Budget(config.training.token_budget, rows, 0), checkpointing, anew=True)
+            found += [
+                self._fsdp2(lockstep) if name == FSDP2 else self._zero(int(name[-1]), lockstep) for name in strategies
+            ]
         return tuple(found)
+
+    def _whole(self, activations: float) -> Stage:
+        gradients = float(sum(parameter.numel() * parameter.element_size() for parameter, _ in self.trained))
+        copies = min(gradients, 4.0 * BUCKET) if self.devices > 1 else 0.0  # of reduce_gradients
+        held, state = self.weights(half=False), self._state(master=False)
+        return Stage(DDP, held, gradients + copies, state, activations, self.comparison)
+
+    def _zero(self, stage: int, activations: float) -> Stage:
+        trained = sum(parameter.numel() for parameter, _ in self.trained)
+        state = self._state(master=True) + 4.0 * trained  # it steps on a copy in 32 bits, whatever the weights are
+        held, gradients = self.weights(half=self.half), trained * (2.0 if self.half else 4.0)
+        if stage > 1:
+            gradients /= self.devices
+        if stage == 3:
+            held = held / self.devices + 2 * self._gathered()[0]
+        return Stage(f"ZeRO-{stage}", held, gradients, state / self.devices, activations, self.comparison)
+
+    def _fsdp2(self, activations: float) -> Stage:
+        """In half precision the trained weights are kept in 32 bits, what is gathered and its gradients are in 16.
+
+        4-bit weights stay whole, what is no layer (token tables, norms) is gathered as one, and gradients are whole
+        until the last chunk.
+        """
+        quantised, half = self._quantised(), 2.0 if self.half else None
+        whole = sum(_BYTES_4BIT * one.numel() for name, one in self.model.named_parameters() if name in quantised)
+        rest = self.weights(half=False) - whole
+        if self.half:
+            rest += sum((4.0 - one.element_size()) * one.numel() for one, _ in self.trained)
+        layer, others = self._gathered()
+        gradients = sum(one.numel() * (half or one.element_size()) for one, _ in self.trained)
+        state = self._state(master=self.half) / self.devices
+        held = whole + rest / self.devices + 2 * layer + others
+        return Stage(FSDP2, held, gradients * (1 + 1 / self.devices), state, activations, self.comparison)
+
+    def _state(self, master: bool) -> float:
+        """Bytes of the optimizer's state. `master`: in 32 bits whatever the weights are."""
+        name = str(self.args.optim.value if self.config.training.optimizer is None else self.config.training.optimizer)
+        state, known = optimizer_bytes(name, self.trained, master=master)
+        note = f"the state of optimizer '{name}' is not known here; counted as AdamW's"
+        if not known and note not in self.notes:
+            self.notes.append(note)
+        return state
 
     def weights(self, half: bool) -> float:
         """Bytes of all weights; `half`: as an engine holds them that casts the model to 16 bits."""
@@ -216,13 +252,13 @@ class Estimate:
         lines = []
         for place, stage in enumerate(stages):
             if stage.total > memory:
-                lines.append(f"ZeRO {stage.name} does not fit: {size(stage.total)} of {size(memory)}")
+                lines.append(f"{stage.name} does not fit: {size(stage.total)} of {size(memory)}")
                 lines += [f"  {remedy}" for remedy in self._remedies(place, memory)]
         return tuple(lines)
 
     def _remedies(self, place: int, memory: float) -> list[str]:
         fitting = [stage.name for stage in self.stages()[place + 1 :] if stage.total <= memory]
-        found = [f"ZeRO {fitting[0]} fits"] if fitting and self.devices > 1 else []
+        found = [f"{fitting[0]} fits"] if fitting and self.devices > 1 else []
         for checkpointing in sorted({self.config.model.gradient_checkpointing, True}):
             budget = self._fitting_budget(place, memory, checkpointing)
             if budget is None:
@@ -239,9 +275,9 @@ class Estimate:
         if fixed > memory:
             found.append(
                 f"weights, gradients and optimizer alone take {size(fixed)}: an adapter (adapter.type: lora, qlora), "
-                "an 8-bit optimizer, or more devices with a higher stage"
+                "an 8-bit optimizer, or more devices that divide more"
             )
-        return found or ["no token budget fits: shorter lengths, or a higher stage on more devices"]
+        return found or ["no token budget fits: shorter lengths, or more devices that divide more"]
 
     def _fitting_budget(self, place: int, memory: float, checkpointing: bool) -> int | None:
         """The largest token budget of the form configured / 2^k that fits; None where none does."""
@@ -266,15 +302,18 @@ class Estimate:
             name for name, part in linear.items() if towers.get(name) == "language" and not part.weight.requires_grad
         }
 
-    def _largest_layer(self) -> float:
-        """Bytes of the largest decoder layer: what ZeRO-3 gathers while it runs, and the next one with it."""
+    def _gathered(self) -> tuple[float, float]:
+        """Bytes of the largest decoder layer, which is gathered while it runs, and the next one with it; and of all
+        that is in no layer. 4-bit weights are left out: no strategy that divides weights divides them."""
         layers: dict[str, float] = {}
+        quantised = self._quantised()
         for name, parameter in self.model.named_parameters():
-            found = re.search(r"^.*?\.(layers|blocks)\.\d+\.", name)
-            if found is not None:
+            if name not in quantised:
+                found = re.search(r"^.*?\.(layers|blocks)\.\d+\.", name)
                 held = parameter.numel() * (2.0 if self.half else parameter.element_size())
-                layers[found[0]] = layers.get(found[0], 0.0) + held
-        return max(layers.values(), default=0.0)
+                layer = "" if found is None else found[0]
+                layers[layer] = layers.get(layer, 0.0) + held
+        return max((held for layer, held in layers.items() if layer), default=0.0), layers.get("", 0.0)
 
     def _comparison(self) -> float:
         """Bytes of the score matrix and what is made of it, scaled from a small comparison."""
@@ -312,6 +351,32 @@ class Estimate:
         if self.config.model.gradient_checkpointing:
             self.notes.append("the vision tower is counted without gradient checkpointing")
         return found
+
+
+def refused(config: EmbedderConfig, devices: int) -> dict[str, str]:
+    """Strategy -> why a run of this config would be refused under it (`mmembed.training.launch`, the trainer)."""
+    training, found = config.training, {}
+    if devices == 1:
+        found[FSDP2] = "there is one process and nothing to share"
+    if str(training.arguments.get("optim")) == "sgd":
+        found[FSDP2] = "training.optim 'sgd'"
+    if config.adapter.type == "qlora":
+        found["ZeRO-3"] = "adapter.type 'qlora', whose packed bytes it cannot divide"
+    for key, is_so in (
+        (
+            f"training.optimizer '{training.optimizer}', which needs whole matrices",
+            training.optimizer in WHOLE_MATRICES,
+        ),
+        ("training.grad_cache: false", training.grad_cache is False),
+        ("training.worst_batch_first", bool(training.worst_batch_first)),
+    ):
+        if is_so:
+            found |= dict.fromkeys(STRATEGIES[1:], key)
+    return found
+
+
+def _by_reason(found: Mapping[str, str]) -> dict[str, list[str]]:
+    return {why: [name for name in STRATEGIES if found.get(name) == why] for why in found.values()}
 
 
 def vision_layers_of(config: Any) -> int | None:

@@ -42,7 +42,7 @@ _NOT_OF_FSDP = {
     "offload_params": "weights stay on the device; ZeRO-3 offloads (zero_optimization.offload_param in its JSON file)",
     "ignored_modules": "what is not sharded is decided here: the objective's parameters",
 }
-_WHOLE_MATRICES = {
+WHOLE_MATRICES = {
     "adafactor": "its moments are row and column means of whole matrices",
     "adamw_8bit": "it keeps moments of token tables in 32 bits, and shards no longer tell what they belong to",
 }
@@ -74,9 +74,9 @@ def launched_with(config: EmbedderConfig, chosen: Mapping[str, Any]) -> dict[str
     if arguments.get("fsdp") and arguments.get("optim") == "sgd":
         raise ConfigError("training.optim 'sgd': FSDP2 cannot resume an optimizer without a state; use adamw")
     optimizer = config.training.optimizer
-    if by_launcher | by_config and optimizer in _WHOLE_MATRICES:
+    if by_launcher | by_config and optimizer in WHOLE_MATRICES:
         raise ConfigError(
-            f"training.optimizer '{optimizer}': {_WHOLE_MATRICES[optimizer]}; use adamw or lion with DeepSpeed and "
+            f"training.optimizer '{optimizer}': {WHOLE_MATRICES[optimizer]}; use adamw or lion with DeepSpeed and "
             "FSDP, or launch with recipes/accelerate/ddp.yaml"
         )
     return arguments

@@ -11,6 +11,8 @@ from mmembed.config import load_config
 from mmembed.plan import plan_run
 from tests.runs import build_trainer
 
+TEXT = "data.train=[{path: text.jsonl}]"
+
 
 @pytest.fixture
 def without_weights(config_file, backbone, tmp_path):
@@ -100,7 +102,56 @@ def test_devices_share_what_a_stage_shards(config_file, without_weights, capsys)
     assert two["stages"][1]["gradients"] == one["stages"][1]["gradients"]
     assert two["stages"][2]["gradients"] == pytest.approx(one["stages"][2]["gradients"] / 2)
     assert two["stages"][3]["weights"] < two["stages"][2]["weights"]
+    assert [stage["name"] for stage in two["stages"]] == ["DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2"]
+    assert [stage["name"] for stage in one["stages"]] == ["DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3"]  # nothing to share
+    whole, divided = two["stages"][0], two["stages"][4]
+    four = planned(capsys, "--config", config_file, "--devices", 4, without_weights, *options)["stages"][4]
+    assert divided["weights"] - four["weights"] == pytest.approx(whole["weights"] / 4)  # what is gathered stays
+    assert divided["optimizer"] == pytest.approx(whole["optimizer"] / 2)
+    assert divided["gradients"] == pytest.approx(
+        1.5 * sum(mine for mine, _ in two["parameters"].values()) * 4, rel=0.01
+    )
     assert two["negatives"]["other_processes"] > 0
+
+
+@pytest.mark.parametrize(
+    "option, missing",
+    [
+        ("adapter={type: qlora}", ["ZeRO-3"]),
+        ("training.optimizer=adafactor", ["ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2"]),
+        ("training.grad_cache=false", ["ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2"]),
+        ("training.worst_batch_first=true", ["ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2"]),
+        ("training.optim=sgd", ["FSDP2"]),
+    ],
+)
+def test_what_a_launch_would_refuse_is_not_planned(config_file, without_weights, capsys, option, missing):
+    """With the reason; `tests/unit/test_launch.py` and `tests/recipes` have the refusals."""
+    command = ["--config", config_file, "--devices", 2, without_weights, TEXT, option, "model.dtype=auto"]
+    plan = planned(capsys, *command)
+    every = ["DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2"]
+    assert [stage["name"] for stage in plan["stages"]] == [name for name in every if name not in missing]
+    (note,) = [note for note in plan["notes"] if note.startswith("no ")]
+    assert note.startswith(f"no {', '.join(missing)}: ") and note.split(": ")[1]
+
+
+def test_four_bits_stay_whole_under_fsdp2(config_file, without_weights, capsys):
+    """Of the weights only the others are divided."""
+    command = ["--config", config_file, without_weights, TEXT, "model.dtype=bfloat16"]
+    by_count = {
+        count: planned(capsys, *command, "adapter={type: qlora}", "--devices", count)["stages"] for count in (2, 4)
+    }
+    divided = 4 * (by_count[2][-1]["weights"] - by_count[4][-1]["weights"])
+    in_four_bits = by_count[2][0]["weights"] - divided
+    of_lora = planned(capsys, *command, "adapter={type: lora}", "--devices", 2)["stages"][0]["weights"]
+    values = (of_lora - divided) / 2  # the same ones, in 16 bits
+    assert in_four_bits / values == pytest.approx(0.5, rel=0.05)
+
+
+def test_the_sample_is_called_a_lower_bound(config_file, without_weights, capsys):
+    command = ["--config", str(config_file), without_weights, "lengths={document_max_length: 200}", "--sample", "1"]
+    assert main(["plan", *command]) == 0
+    text = capsys.readouterr().out
+    assert "a lower bound" in text and "`lengths` allow 512 text tokens" in text
 
 
 def test_the_time_is_that_of_the_stated_throughput(config_file, without_weights, capsys):
@@ -123,7 +174,7 @@ def test_what_does_not_fit_is_named_with_what_would(config_file, without_weights
     memory = int(held["total"] - 0.5 * held["activations"])
     assert main(["plan", *base, "--memory", f"{memory}B"]) == 0
     text = capsys.readouterr().out
-    assert "ZeRO 0 (DDP) does not fit" in text
+    assert "DDP does not fit" in text
     budget = next(line for line in text.splitlines() if "training.token_budget: " in line)
     number = budget.split("training.token_budget: ")[1].split()[0]
     options = [f"training.token_budget={number}"]
