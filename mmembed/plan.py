@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import torch
+
 from mmembed.config.blocks import EmbedderConfig
 from mmembed.data.batch_plan import BatchPlan
 from mmembed.data.collate import Batch, Collator
@@ -115,7 +117,8 @@ def plan_run(
     plan = _batch_plan(config, data, args, seed, devices)
     model, preprocessor = outline(config, media)
     unshared = _unshared(config, model)
-    batches = _draw(config, data, plan, preprocessor, seed, sample, share_prefix=unshared is None)
+    packed = _packed(config, model)
+    batches = _draw(config, data, plan, preprocessor, seed, sample, share_prefix=unshared is None, packed=packed)
     throughput_is = "stated"
     if measure is not None:
         throughput, throughput_is = _measured(config, measure, media), f"measured here over {measure} steps"
@@ -189,6 +192,7 @@ def _draw(
     seed: int,
     sample: int,
     share_prefix: bool,
+    packed: bool,
 ) -> list[Batch]:
     """Batches evenly spread over the first epoch; the first ones where a later one takes reading a stream up to it."""
     collator = Collator(
@@ -200,6 +204,7 @@ def _draw(
         positives_per_query=config.data.positives_per_query,
         seed=seed,
         share_prefix=share_prefix,
+        packed=packed,
     )
     streamed = any(isinstance(source, RecordStream) for source in data)
     step = 1 if streamed else max(1, len(plan) // sample)
@@ -211,8 +216,22 @@ def _unshared(config: EmbedderConfig, model: EmbeddingModel) -> str | None:
     """Why the run shares no prefixes; None where it does."""
     if config.training.share_prefix == "off":
         return "training.share_prefix is off"
+    return _other_attention(config) or model.unshared()
+
+
+def _packed(config: EmbedderConfig, model: EmbeddingModel) -> bool:
+    """Whether the run computes no padding on any device. ConfigError where it insists on that and cannot."""
+    if config.training.attention_kernel != "packed":
+        return False
+    other = _other_attention(config)
+    if other is not None:
+        raise ConfigError(f"attention_kernel: 'packed' cannot be ({other}); set it to auto or padded")
+    return model.unpacked("packed", torch.device("cpu"), model.dtype) is None
+
+
+def _other_attention(config: EmbedderConfig) -> str | None:
     kernel = config.model.attn_implementation  # the outline has sdpa in the place of kernels
-    return model.unshared() if kernel == "sdpa" else f"attn_implementation is '{kernel}', not 'sdpa'"
+    return None if kernel == "sdpa" else f"attn_implementation is '{kernel}', not 'sdpa'"
 
 
 def _features(config: EmbedderConfig, model: EmbeddingModel, devices: int) -> str:

@@ -105,6 +105,7 @@ class ModelInputs:
         shared: how many first tokens all rows have in common, fillers included.
         images: features that a store has of the images, and those to compute, whose pixels are in `tensors`; None where
             there is no store, or no image.
+        lengths: tokens of each row, where the model is to compute no padding (`mmembed.backbones.packed`); else empty.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -114,6 +115,7 @@ class ModelInputs:
     filler: int = 0
     shared: int = 0
     images: StoredImages | None = None
+    lengths: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.pool_mask) - self.filler
@@ -199,8 +201,13 @@ class Preprocessor:
             return len(row) - 1
         return next((at for at, token in enumerate(row.ids[:-1]) if token in self._media_ids), len(row) - 1)
 
-    def collate(self, rows: Sequence[Row], padding_side: Side | None = None, shared: int = 0) -> ModelInputs:
-        """Pads rows (right by default) and opens their images. `shared` first tokens of all rows are the same."""
+    def collate(
+        self, rows: Sequence[Row], padding_side: Side | None = None, shared: int = 0, packed: bool = False
+    ) -> ModelInputs:
+        """Pads rows (right by default) and opens their images. `shared` first tokens of all rows are the same.
+
+        `packed` tells the model to compute nothing of the padding; the tensors are the same.
+        """
         side: Side = padding_side or "right"
         filler = int(self.touch_vision and self.family.multimodal and not any(row.images for row in rows))
         if filler:
@@ -234,7 +241,8 @@ class Preprocessor:
             tensors |= self.family.image_tensors(pictures)
         padding = None if tokens == len(rows) * longest else side
         real_tokens = tokens - (len(rows[-1]) if filler else 0)
-        return ModelInputs(tensors, torch.from_numpy(pooled), padding, real_tokens, filler, shared, stored)
+        lengths = tuple(map(len, rows)) if packed and padding else ()
+        return ModelInputs(tensors, torch.from_numpy(pooled), padding, real_tokens, filler, shared, stored, lengths)
 
     # Writing ----------------------------------------------------------------------------------------------------------
 

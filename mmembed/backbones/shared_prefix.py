@@ -3,7 +3,7 @@
 Under causal attention the first P tokens of a row see nothing behind them, so rows that share these tokens share their
 hidden states, keys and values in every layer. The B rows enter the backbone as one sequence of P + B * T tokens: the
 prefix, then each row's own T tokens (padded on the right). Norms, projections and feed-forwards work on tokens and need
-no change; `attend` gives the own tokens the keys and values of the prefix and of their row. One forward of the
+no change; `attend_behind` gives the own tokens the keys and values of the prefix and of their row. One forward of the
 backbone, without a cache: gradients reach the prefix from every row, checkpointing and engines see nothing unusual.
 
 Own tokens keep the positions that they have in their row. Cost: P + B * T tokens instead of B * (P + T) everywhere but
@@ -15,20 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from mmembed.errors import MmembedError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-ATTENTION = "mmembed_sdpa"
 UNKNOWN_TO_US = ("position_bias", "cache", "softcap", "s_aux")  # attention variants left to the stock kernel
-LAYER_TYPES = {"full_attention", "sliding_attention"}
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, float, float], Tensor]
 
 
@@ -56,50 +51,6 @@ class SharedPrefix:
             seen = torch.ones(length, before + length, dtype=torch.bool, device=device).tril(before)
             self._masks[key] = seen if window is None else seen.triu(before - window + 1)
         return self._masks[key]
-
-
-def prepare(model: PreTrainedModel) -> str | None:
-    """Points the decoder's attention to `attend`, in place. Returns why that cannot be, or None."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    config = model.config.get_text_config()
-    if config._attn_implementation not in ("sdpa", ATTENTION):
-        return f"attn_implementation is '{config._attn_implementation}', not 'sdpa'"
-    other = set(vars(config).get("layer_types") or ()) - LAYER_TYPES
-    if other:
-        return f"the backbone has layers of another kind ({', '.join(sorted(other))})"
-    AttentionInterface.register(ATTENTION, attend)
-    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-    config._attn_implementation_internal = ATTENTION  # of the decoder alone; the public name would tell the towers too
-    return None
-
-
-def attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    shared_prefix: SharedPrefix | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """Attention in the interface of transformers; transformers' own where nothing is shared."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    if follows(module, shared_prefix):
-        assert shared_prefix is not None
-        return attend_behind(shared_prefix, query, key, value, dropout, scaling, masked_attention, **options), None
-    return sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
-    )
-
-
-def follows(module: nn.Module, shared: SharedPrefix | None) -> bool:
-    """Whether this attention is one of the decoder that runs a shared prefix."""
-    return shared is not None and vars(module).get("config") is shared.config
 
 
 def attend_behind(

@@ -167,6 +167,8 @@ class TrainingConfig(_Block):
     chunk_rows: at most so many inputs a chunk (default: bounded by tokens only).
     share_prefix: `auto` computes the tokens that the inputs of a chunk begin with (an instruction, a system turn) once
         a chunk, where the backbone allows it: same vectors and gradients. `off` computes them for each input.
+    attention_kernel: `packed` computes texts without padding, `padded` with it: same vectors and gradients. `auto`
+        packs where torch has a kernel for it (CUDA, bf16 or fp16) and the backbone is known to allow it.
     vision_cache: keep the features of images on disk where the vision tower and projector are frozen: `auto` in
         mmembed's cache folder where that is possible, a folder to insist on it, `off`.
     vision_cache_gb: what all features in that folder may take; then nothing is added.
@@ -184,6 +186,7 @@ class TrainingConfig(_Block):
     grad_cache: Literal["auto"] | bool = "auto"
     chunk_rows: Positive | None = None
     share_prefix: Literal["auto", "off"] = "auto"
+    attention_kernel: Literal["auto", "padded", "packed"] = "auto"
     vision_cache: str = "off"
     vision_cache_gb: float = Field(default=20.0, gt=0, allow_inf_nan=False)
     worst_batch_first: bool | Positive = False

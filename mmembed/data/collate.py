@@ -42,16 +42,20 @@ class Chunk:
     index: (n,) long, their positions among the distinct inputs.
     where: `file:line` of a record each input is of, for error messages.
     shared: how many first tokens all rows have in common, which the model computes once.
+    packed: whether the model computes no padding: rows of different lengths stand one behind the other.
     """
 
     index: Tensor
     rows: tuple[Row, ...]
     where: tuple[str, ...] = ()
     shared: int = 0
+    packed: bool = False
 
     @property
     def padded_tokens(self) -> int:
-        """What is shared, and rows times the rest of the longest."""
+        """What is shared, and rows times the rest of the longest; of a packed chunk its tokens."""
+        if self.packed:
+            return sum(map(len, self.rows))
         return self.shared + len(self.rows) * (max(len(row) for row in self.rows) - self.shared)
 
     @property
@@ -66,7 +70,7 @@ class Chunk:
             RecordError: a picture cannot be opened; a MediaError where the records are not known.
         """
         try:
-            return preprocessor.collate(self.rows, shared=self.shared)
+            return preprocessor.collate(self.rows, shared=self.shared, packed=self.packed)
         except MediaError as error:
             raise name_record(error, self.where, lambda index: preprocessor.collate([self.rows[index]])) from None
 
@@ -110,6 +114,7 @@ class Collator:
         train_group_size: documents a query; `positives_per_query` of them positive. Fewer where the record has fewer:
             nothing is repeated to fill a group.
         share_prefix: plan chunks whose rows begin with the same tokens, for a model that computes these once.
+        packed: plan chunks of texts that share nothing without their padding, for a model that computes none.
     """
 
     def __init__(
@@ -122,8 +127,10 @@ class Collator:
         positives_per_query: int = 1,
         seed: int = 0,
         share_prefix: bool = False,
+        packed: bool = False,
     ) -> None:
-        self.preprocessor, self.sources, self.share_prefix = preprocessor, sources, share_prefix
+        self.preprocessor, self.sources = preprocessor, sources
+        self.share_prefix, self.packed = share_prefix, packed
         self.chunk_tokens, self.chunk_rows = chunk_tokens, chunk_rows
         self.train_group_size, self.positives_per_query, self.seed = train_group_size, positives_per_query, seed
 
@@ -156,7 +163,7 @@ class Collator:
             source=examples[0].source,
         )
         limits = [self.preprocessor.shareable(row) for row in rows] if self.share_prefix else None
-        chunks = plan_chunks(rows, self.chunk_tokens, self.chunk_rows, where, limits)
+        chunks = plan_chunks(rows, self.chunk_tokens, self.chunk_rows, where, limits, self.packed)
         return Batch(len(examples), len(documents), chunks, torch.tensor(place), labels)
 
     def _by_content(self, contents: Sequence[Content], where: Sequence[str]) -> list[Content]:
@@ -231,6 +238,7 @@ def plan_chunks(
     chunk_rows: int | None = None,
     where: Sequence[str] = (),
     shareable: Sequence[int] | None = None,
+    packed: bool = False,
 ) -> tuple[Chunk, ...]:
     """Cuts rows into chunks, longest first, rows with media apart from rows without.
 
@@ -240,8 +248,9 @@ def plan_chunks(
         chunk_rows: at most so many rows.
         where: the record each row is of.
         shareable: of each row, how many first tokens it may share with others; None shares nothing.
+        packed: rows without media that share nothing go through the model without padding, and none is counted.
     """
-    chunks: list[tuple[int, list[int]]] = []  # shared prefix, rows
+    chunks: list[tuple[int, list[int], bool]] = []  # shared prefix, rows, packed
     for pictured in (False, True):
         alike = [index for index, row in enumerate(rows) if bool(row.images) == pictured]
         groups = [Group(0, tuple(range(len(alike))))]
@@ -249,9 +258,16 @@ def plan_chunks(
             limits = [shareable[index] for index in alike]
             groups = group_by_prefix([rows[index].ids for index in alike], limits, chunk_tokens)
         found = [
-            (group.prefix, cut)
+            (group.prefix, cut, packed and not pictured and not group.prefix)
             for group in groups
-            for cut in _cut([alike[at] for at in group.rows], rows, group.prefix, chunk_tokens, chunk_rows)
+            for cut in _cut(
+                [alike[at] for at in group.rows],
+                rows,
+                group.prefix,
+                chunk_tokens,
+                chunk_rows,
+                packed and not pictured and not group.prefix,
+            )
         ]
         chunks += sorted(found, key=lambda chunk: -len(rows[chunk[1][0]]))
     return tuple(
@@ -260,25 +276,30 @@ def plan_chunks(
             tuple(rows[index] for index in chunk),
             tuple(where[index] for index in chunk) if where else (),
             shared if len(chunk) > 1 else 0,
+            without_padding,
         )
-        for shared, chunk in chunks
+        for shared, chunk, without_padding in chunks
     )
 
 
 def _cut(
-    indices: Sequence[int], rows: Sequence[Row], prefix: int, chunk_tokens: int, chunk_rows: int | None
+    indices: Sequence[int],
+    rows: Sequence[Row],
+    prefix: int,
+    chunk_tokens: int,
+    chunk_rows: int | None,
+    packed: bool = False,
 ) -> list[list[int]]:
     """Indices of rows that share `prefix` tokens, longest first, in lists that keep the two bounds."""
     chunks: list[list[int]] = []
+    tokens = prefix  # of the last chunk
     for index in sorted(indices, key=lambda index: -len(rows[index])):
-        longest = len(rows[chunks[-1][0]]) if chunks else 0
-        if (
-            not chunks
-            or prefix + (len(chunks[-1]) + 1) * (longest - prefix) > chunk_tokens
-            or (chunk_rows is not None and len(chunks[-1]) >= chunk_rows)
-        ):
+        own = len(rows[index if packed or not chunks else chunks[-1][0]]) - prefix
+        if not chunks or tokens + own > chunk_tokens or (chunk_rows is not None and len(chunks[-1]) >= chunk_rows):
             chunks.append([])
+            tokens, own = prefix, len(rows[index]) - prefix
         chunks[-1].append(index)
+        tokens += own
     return chunks
 
 

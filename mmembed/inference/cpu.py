@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmembed.backbones import attention as attending
 from mmembed.backbones import shared_prefix as sharing
+from mmembed.backbones.packed import Packed, attend_packed
 
 ATTENTION = "mmembed_cpu"
 QUERY_BLOCK = (
@@ -92,13 +94,17 @@ def attend(
     scaling: float | None = None,
     is_causal: bool | None = None,
     shared_prefix: sharing.SharedPrefix | None = None,
+    packed_sequences: Packed | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention in the interface of transformers: query (B, H, T, D), key and value (B, G, S, D) -> (B, T, H, D)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     fast = query.dtype == torch.bfloat16 and query.device.type == "cpu" and not torch.is_grad_enabled()
-    if sharing.follows(module, shared_prefix):
+    if attending.follows(module, packed_sequences):
+        assert packed_sequences is not None
+        return attend_packed(packed_sequences, query, key, value, dropout, scaling, **options), None
+    if attending.follows(module, shared_prefix):
         assert shared_prefix is not None
         kernel = _causal_blocks if fast and options.get("sliding_window") is None else sharing.masked_attention
         return sharing.attend_behind(shared_prefix, query, key, value, dropout, scaling, kernel, **options), None
@@ -157,5 +163,5 @@ def _use_attention(model: nn.Module) -> None:
     AttentionInterface.register(ATTENTION, attend)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and module.config._attn_implementation in ("sdpa", sharing.ATTENTION):
+        if isinstance(module, PreTrainedModel) and module.config._attn_implementation in ("sdpa", attending.ATTENTION):
             module.set_attn_implementation(ATTENTION)

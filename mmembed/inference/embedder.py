@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mmembed.backbones.loading import DTYPES
+from mmembed.backbones.packed import ATTENTION_KERNELS, AttentionKernel
 from mmembed.content import ContentLike, Role, Text, to_content
 from mmembed.data.collate import plan_chunks
 from mmembed.errors import ConfigError, MmembedError, nearest
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
     from mmembed.models.embedding_model import EmbeddingModel
 
 Batch = tuple[list[int], Tensor, Tensor | None]  # positions in the contents, vectors, mask; on the CPU
-Planned = tuple[list[int], Sequence[Row], int]  # positions in the contents, their rows, tokens of a shared prefix
+Planned = tuple[list[int], Sequence[Row], int, bool]  # positions in the contents, rows, shared tokens, packed
 Vectors = Any  # (N, W) numpy array or tensor; a list of (T, W) for multi-vector models
 TOKEN_BUDGETS = {"cpu": 2048}  # padded tokens in a batch: what stays in the processor's cache (see docs/inference.md)
 TOKEN_BUDGET = 16384  # on accelerators
@@ -140,6 +141,7 @@ class Embedder:
         instruction: str | Sequence[str | None] | None = None,
         token_budget: int | None = None,
         share_prefix: Literal["auto", "off"] = "auto",
+        attention_kernel: AttentionKernel = "auto",
         truncate_dim: int | None = None,
         output: Literal["numpy", "torch"] = "numpy",
         precision: Precision = "float32",
@@ -156,6 +158,8 @@ class Embedder:
                 None: 2048 on a CPU, 16384 on an accelerator.
             share_prefix: "auto" computes tokens that contents of a batch begin with (an instruction) once, where the
                 backbone allows it (see `EmbeddingModel.unshared`); "off" for each content. The same vectors.
+            attention_kernel: "packed" computes texts without padding, "padded" with it; the same vectors. "auto" packs
+                where torch has a kernel for it (CUDA, bfloat16 or float16) and the backbone is known to allow it.
             truncate_dim: keep the first dimensions (Matryoshka), normalised again where the model normalises.
             output: "numpy" or "torch" (on the CPU).
             precision: "float32", "float16", "int8" or "binary"; see `mmembed.inference.quantize`.
@@ -174,6 +178,7 @@ class Embedder:
             ("role", role, ("query", "document")),
             ("output", output, ("numpy", "torch")),
             ("share_prefix", share_prefix, ("auto", "off")),
+            ("attention_kernel", attention_kernel, ATTENTION_KERNELS),
         ):
             if value not in known:
                 raise MmembedError(f"{name}: there is no '{value}'; {nearest(value, known)}")
@@ -202,7 +207,8 @@ class Embedder:
         )
         with bar:
             share = share_prefix == "auto" and self.model.unshared() is None
-            for positions, vectors, mask in self._batches(contents, role, instruction, token_budget, share):
+            packed = self.model.unpacked(attention_kernel, self.device, self.model.dtype) is None
+            for positions, vectors, mask in self._batches(contents, role, instruction, token_budget, share, packed):
                 store.put(positions, vectors, mask)
                 bar.update(len(positions))
         return store.result(output)
@@ -235,9 +241,10 @@ class Embedder:
         instruction: str | Sequence[str | None] | None,
         token_budget: int,
         share_prefix: bool,
+        packed: bool,
     ) -> Iterator[Batch]:
         """The vectors of each batch, wherever they were computed."""
-        plan = self._plan(contents, role, instruction, token_budget, share_prefix)
+        plan = self._plan(contents, role, instruction, token_budget, share_prefix, packed)
         head = list(islice(plan, torch.get_num_threads()))  # as many batches as could be computed at once
         narrow = self.device.type == "cpu" and self.model.backbone.config.get_text_config().hidden_size <= NARROW
         batches = chain(head, plan)
@@ -267,6 +274,7 @@ class Embedder:
         instruction: str | Sequence[str | None] | None,
         token_budget: int,
         share_prefix: bool,
+        packed: bool,
     ) -> Iterator[Planned]:
         """The rows of each batch, window after window; longest first, so that memory trouble shows at once."""
         for start in range(0, len(contents), WINDOW):
@@ -277,8 +285,8 @@ class Embedder:
                     items.append(_item(contents[index], role, common))
             rows = self._tokenize(items, start)
             shareable = [self.preprocessor.shareable(row) for row in rows] if share_prefix else None
-            for chunk in plan_chunks(rows, token_budget, shareable=shareable):
-                yield [start + index for index in chunk.index.tolist()], chunk.rows, chunk.shared
+            for chunk in plan_chunks(rows, token_budget, shareable=shareable, packed=packed):
+                yield [start + index for index in chunk.index.tolist()], chunk.rows, chunk.shared, chunk.packed
 
     def _tokenize(self, items: Sequence[Item], start: int) -> list[Row]:
         try:
@@ -289,9 +297,9 @@ class Embedder:
                     self.preprocessor.tokenize([item])
             raise
 
-    def _collate(self, positions: Sequence[int], rows: Sequence[Row], shared: int) -> ModelInputs:
+    def _collate(self, positions: Sequence[int], rows: Sequence[Row], shared: int, packed: bool) -> ModelInputs:
         try:
-            return self.preprocessor.collate(rows, shared=shared)
+            return self.preprocessor.collate(rows, shared=shared, packed=packed)
         except MmembedError:
             for position, row in zip(positions, rows, strict=True):
                 with _naming(position):

@@ -19,10 +19,12 @@ from torch.nn import functional as F
 
 from mmembed.backbones import NANO, Backbone, Family, load_backbone
 from mmembed.backbones.adapters import adapted, apply_adapter, quantization_of, run
-from mmembed.backbones.shared_prefix import SharedPrefix, flatten, prepare, unflatten
+from mmembed.backbones.attention import prepare
+from mmembed.backbones.packed import AttentionKernel, Packed, no_kernel, unknown
+from mmembed.backbones.shared_prefix import SharedPrefix, flatten, unflatten
 from mmembed.config.blocks import PROMPT_TYPES
 from mmembed.embeddings import Embeddings
-from mmembed.errors import MmembedError
+from mmembed.errors import ConfigError, MmembedError
 from mmembed.pooling import POOLINGS, Pooling
 from mmembed.preprocess import Lengths, ModelInputs, Preprocessor, StoredImages
 from mmembed.prompts import PROMPTS
@@ -139,6 +141,26 @@ class EmbeddingModel(nn.Module):
         """Why inputs that begin with the same tokens are computed one by one; None where that is computed once."""
         return self._unshared or self.family.unshared(has_images)
 
+    def unpacked(self, kernel: AttentionKernel, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why texts of a batch are computed with their padding; None where they are packed.
+
+        Args:
+            kernel: "auto" packs where that is known to be exact and torch has a kernel for it.
+            dtype: that attention computes in.
+
+        Raises:
+            ConfigError: "packed" was asked for, and is not known to be exact for this model.
+        """
+        if kernel == "padded":
+            return "attention_kernel is padded"
+        reason = self._unpackable()
+        if kernel == "packed" and reason is not None:
+            raise ConfigError(f"attention_kernel: 'packed' cannot be ({reason}); set it to auto or padded")
+        return reason or (no_kernel(self.config, device, dtype) if kernel == "auto" else None)
+
+    def _unpackable(self) -> str | None:
+        return self._unshared or unknown(self.config, self.family.causal)
+
     def _prepare_sharing(self) -> str | None:
         if self._virtual_tokens:
             return f"adapter.type '{self.settings.adapter_type}' puts tokens of its own in front"
@@ -164,6 +186,8 @@ class EmbeddingModel(nn.Module):
         has_images = "pixel_values" in tensors or inputs.images is not None
         if inputs.shared and self.unshared(has_images) is None:
             hidden, pool_mask = self._run_shared(tensors, pool_mask, inputs.shared)
+        elif inputs.lengths and not has_images and self._unpackable() is None:
+            hidden = self._run_packed(tensors["input_ids"], inputs.lengths)  # (B, T, H)
         else:
             hidden = run(self.family, self.backbone, tensors, self.settings.adapter_type)  # (B, T, H)
         vectors = self.pooling(hidden, pool_mask)  # (B, H) or (B, T, H)
@@ -215,15 +239,32 @@ class EmbeddingModel(nn.Module):
             **media,
             return_dict=True,
         ).last_hidden_state  # (1, P + B * T, H)
-        if shared.calls < self.config.num_hidden_layers:
-            raise MmembedError(
-                f"share_prefix: {shared.calls} of {self.config.num_hidden_layers} layers of "
-                f"'{self.family.config.model_type}' use the attention that shares a prefix; set share_prefix: off"
-            )
+        self._check_followed(shared, "share_prefix", "off")
         head, own = unflatten(output, prefix, rows)  # (P, H), (B, T, H)
         if not pool_mask[:, :prefix].any():
             return own, pool_mask[:, prefix:]
         return torch.cat([head.expand(rows, -1, -1), own], dim=1), pool_mask
+
+    def _run_packed(self, ids: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
+        """Hidden states (B, T, H) of right-padded texts (B, T); nothing is computed of the padding."""
+        packed = Packed(self.config, lengths, self.family.causal, ids.device)
+        output = self.backbone(
+            input_ids=packed.pack(ids),
+            position_ids=packed.positions.unsqueeze(0),
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),  # as in `_run_shared`
+            packed_sequences=packed,
+            return_dict=True,
+        ).last_hidden_state  # (1, N, H)
+        self._check_followed(packed, "attention_kernel", "padded")
+        return packed.unpack(output)
+
+    def _check_followed(self, layout: SharedPrefix | Packed, option: str, remedy: str) -> None:
+        """Raises MmembedError where layers have another attention than ours: code that a model brings may."""
+        if layout.calls < self.config.num_hidden_layers:
+            raise MmembedError(
+                f"{option}: {layout.calls} of {self.config.num_hidden_layers} layers of "
+                f"'{self.family.config.model_type}' use the attention that it needs; set {option}: {remedy}"
+            )
 
 
 def head_sums(model: EmbeddingModel) -> dict[str, float]:

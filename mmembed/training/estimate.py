@@ -220,7 +220,8 @@ class Estimate:
     def _planned_anew(self, batch: Batch, budget: Budget) -> Batch:
         rows = [row for chunk in batch.chunks for row in chunk.rows]
         limits = [self.preprocessor.shareable(row) for row in rows] if self.share_prefix else None
-        chunks = plan_chunks(rows, budget.chunk_tokens, budget.chunk_rows, shareable=limits)
+        packed = any(chunk.packed for chunk in batch.chunks)
+        chunks = plan_chunks(rows, budget.chunk_tokens, budget.chunk_rows, shareable=limits, packed=packed)
         return dataclasses.replace(batch, chunks=chunks)
 
     def _of_batch(self, batch: Batch, keep: int | None, graph: Graph) -> float:

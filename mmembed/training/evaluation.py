@@ -97,12 +97,13 @@ def evaluate(
     preprocessor: Preprocessor,
     token_budget: int,
     share_prefix: bool = False,
+    packed: bool = False,
 ) -> dict[str, float]:
     """-> `{name}_ndcg_at_10`, `{name}_recall_at_10` or `{name}_spearman` a source, and their means without a name."""
     found: dict[str, list[float]] = {}
     metrics: dict[str, float] = {}
     for dev in dev_sets:
-        how = (encode, preprocessor, token_budget, share_prefix)
+        how = (encode, preprocessor, token_budget, share_prefix, packed)
         queries = _embed(dev.queries, dev.where, *how)
         documents = _embed(dev.documents, dev.where[len(dev.queries) :], *how)
         values = _measure(dev, queries, documents, similarity)
@@ -151,12 +152,13 @@ def _embed(
     preprocessor: Preprocessor,
     token_budget: int,
     share_prefix: bool,
+    packed: bool,
 ) -> Embeddings:
     """Embeddings on the CPU in the order of items. Processes share the chunks."""
     where = where[: len(items)]
     rows = tokenize(preprocessor, items, where)
     shareable = [preprocessor.shareable(row) for row in rows] if share_prefix else None
-    chunks = plan_chunks(rows, token_budget, where=where, shareable=shareable)
+    chunks = plan_chunks(rows, token_budget, where=where, shareable=shareable, packed=packed)
     rank, size = world()
     rounds = -(-len(chunks) // size)  # of each process, as a forward may be a collective; the last chunk is repeated
     mine = [chunks[min(number, len(chunks) - 1)] for number in range(rank, rounds * size, size)]

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from mmembed.backbones.adapters import adapted
-from mmembed.backbones.shared_prefix import ATTENTION
+from mmembed.backbones.attention import ATTENTION
 from mmembed.config.blocks import PROMPT_TYPES
 from mmembed.data.labels import BatchLabels
 from mmembed.embeddings import Embeddings

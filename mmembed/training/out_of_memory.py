@@ -60,7 +60,7 @@ class Budget:
 
     def _cut(self, chunk: Chunk) -> list[Chunk]:
         shareable = [chunk.shared] * len(chunk.rows) if chunk.shared else None
-        parts = plan_chunks(chunk.rows, self.chunk_tokens, self.chunk_rows, chunk.where, shareable)
+        parts = plan_chunks(chunk.rows, self.chunk_tokens, self.chunk_rows, chunk.where, shareable, chunk.packed)
         return [replace(part, index=chunk.index[part.index]) for part in parts]
 
     def divisible(self, batch: Batch) -> bool:

@@ -224,6 +224,7 @@ class EmbedderTrainer(Trainer):
             positives_per_query=config.data.positives_per_query,
             seed=seed,
             share_prefix=self._unshared() is None,
+            packed=self._unpacked() is None,
         )
 
     @property
@@ -248,13 +249,29 @@ class EmbedderTrainer(Trainer):
             self.engine.lockstep,
             self._features_line(),
         )
-        return dataclasses.replace(report, lines=(*report.lines, f"processes: {self.args.world_size}, {self.engine}"))
+        reason = self._unpacked()
+        lines = (
+            "padding: none is computed, texts are packed" if reason is None else f"padding: computed ({reason})",
+            f"processes: {self.args.world_size}, {self.engine}",
+        )
+        return dataclasses.replace(report, lines=(*report.lines, *lines))
 
     def _unshared(self) -> str | None:
         """Why prefixes are not shared; None where they are."""
         if self.run_config.training.share_prefix == "off":
             return "training.share_prefix is off"
         return self.model.model.unshared()
+
+    def _unpacked(self) -> str | None:
+        """Why texts are computed with their padding; None where not. ConfigError where that was insisted on."""
+        kernel = self.run_config.training.attention_kernel
+        half = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.model.dtype
+        reason = self.model.model.unpacked(kernel, self.args.device, half)
+        if reason is None and self.preprocessor.touch_vision and self.preprocessor.family.multimodal:
+            reason = "each chunk of texts has a picture with it, for the other processes"
+            if kernel == "packed":
+                raise ConfigError(f"training.attention_kernel: 'packed' cannot be ({reason}); set it to auto or padded")
+        return reason
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *rest: Any, **more: Any) -> TrainOutput:
         """The loop, from a checkpoint of `checkpoint_to_resume` or from the start.
@@ -568,7 +585,8 @@ class EmbedderTrainer(Trainer):
         budget = self.halving.budget.chunk_tokens
         dev_sets = self.dev_sets if eval_dataset is None else eval_dataset
         share = self.collator.share_prefix
-        found = evaluate(dev_sets, encode, similarity, self.preprocessor, budget, share)
+        packed = self.collator.packed
+        found = evaluate(dev_sets, encode, similarity, self.preprocessor, budget, share, packed)
         model.train(was_training)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         metrics[f"{metric_key_prefix}_seconds"] = round(time.perf_counter() - started, 2)

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mmembed import Embedder
-from mmembed.backbones import shared_prefix
+from mmembed.backbones import attention, shared_prefix
 from mmembed.config.blocks import SourceConfig
 from mmembed.content import Document, Example, Image, Text, to_content
 from mmembed.data.collate import Collator, plan_chunks
@@ -221,7 +221,7 @@ def test_a_backbone_that_ignores_the_prefix_is_noticed(family_folder, monkeypatc
     """As code brought by a model may: its attention takes the argument and does not look at it."""
     model, preprocessor = built(family_folder("qwen3"), prompt="instruct")
     rows = preprocessor.tokenize([Item((Text(text),), "query", INSTRUCTION) for text in ("a bus", "two red buses")])
-    monkeypatch.setattr(shared_prefix, "follows", lambda module, shared: False)
+    monkeypatch.setattr(attention, "follows", lambda module, layout: False)
     with pytest.raises(MmembedError, match=r"0 of 2 layers .* share_prefix: off"):
         model(preprocessor.collate(rows, shared=20))
 

@@ -78,6 +78,19 @@ def test_chunks_share_prefixes_as_in_training(config_file, without_weights, caps
     assert "eager" in planned(capsys, "--config", config_file, without_weights, *options, *kernel)["unshared"]
 
 
+def test_packed_texts_have_no_padding(config_file, without_weights, capsys):
+    """Where the run packs on any device; `auto` is planned padded, and what the run refuses is refused."""
+    options = ["data.train=[{path: text.jsonl}]", "training.token_budget=64", "training.share_prefix=off"]
+    packed = planned(capsys, "--config", config_file, without_weights, *options, "training.attention_kernel=packed")
+    assert packed["padded_tokens"] == packed["tokens"]
+    plain = planned(capsys, "--config", config_file, without_weights, *options)
+    assert plain["tokens"] == packed["tokens"] < plain["padded_tokens"]
+    for other in ("model.attn_implementation=flash_attention_2", "model.attention=bidirectional"):
+        given = [without_weights, *options, "training.attention_kernel=packed", other]
+        assert main(["plan", "--config", str(config_file), *given]) == (2 if "flash" in other else 0)
+    assert "'packed' cannot be (attn_implementation is 'flash_attention_2'" in capsys.readouterr().err
+
+
 def test_kept_features_of_images_are_told(config_file, without_weights, capsys):
     def said(*options):
         return planned(capsys, "--config", config_file, without_weights, *options)["features"]

@@ -9,6 +9,7 @@ import transformers
 
 from mmembed.config import load_config
 from mmembed.data.collate import content_key
+from mmembed.errors import ConfigError
 from mmembed.training.optimizers import Lion
 from recipes.train_embedder import main
 from tests.runs import build_trainer
@@ -83,6 +84,29 @@ def test_a_shared_prefix_follows_the_same_trajectory(config_file, tmp_path, caps
         assert ("training.share_prefix is off" in report) == (share == "off")
     assert len(found["off"]) == 5
     assert found["auto"] == pytest.approx(found["off"], rel=1e-4)
+
+
+def test_packed_texts_follow_the_same_trajectory(config_file, tmp_path, capsys):
+    """Text and pictures, four steps and dev evaluation; `auto` stays padded where there is no kernel."""
+    options = ["prompt=instruct", "adapter.dropout=0.0", "training.eval_strategy=steps", "training.eval_steps=4"]
+    found = {}
+    for kernel in ("packed", "padded", "auto"):
+        out = tmp_path / kernel
+        given = [*options, f"training.attention_kernel={kernel}", f"training.output_dir={out}"]
+        assert main(["--config", str(config_file), *given]) == 0
+        history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+        found[kernel] = [entry[key] for entry in history for key in ("loss", "eval_ndcg_at_10") if key in entry]
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("padding: ")]
+        assert {"packed": "none is computed", "padded": "is padded", "auto": "float32"}[kernel] in line
+    assert len(found["padded"]) == 5
+    assert found["packed"] == pytest.approx(found["padded"], rel=1e-4)
+    assert found["auto"] == found["padded"]
+
+
+def test_packing_that_cannot_be_is_refused(config_file):
+    options = ["training.attention_kernel=packed", "model.attn_implementation=eager", "data.dev=[]"]
+    with pytest.raises(ConfigError, match=r"'packed' cannot be \(attn_implementation is 'eager'"):
+        build_trainer(load_config(config_file, options))
 
 
 def test_a_vision_cache_follows_the_same_trajectory(config_file, tmp_path, capsys):
