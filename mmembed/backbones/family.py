@@ -55,6 +55,7 @@ class Family:
     projector_modules: ClassVar[str] = r"multi_modal_projector|connector"
     prefix_tuning: ClassVar[bool] = True  # False where attention follows token types, which a cache does not know
     language_modules: ClassVar[str] = r"language_model|text_model"
+    vision_depth: ClassVar[str] = "num_hidden_layers"  # key of `vision_config`: how many layers the tower has
 
     def __init__(self, config: Any, processor: Any) -> None:
         self.config, self.processor = config, processor
@@ -66,6 +67,18 @@ class Family:
         """Whether no token sees a later one (image tokens among themselves aside)."""
         text_config = vars(self.config.get_text_config())
         return text_config.get("is_causal") is not False and text_config.get("use_bidirectional_attention") is not True
+
+    @property
+    def vision_layers(self) -> int | None:
+        """How many layers the vision tower has; None where there is none."""
+        return int(self.config.vision_config.to_dict()[self.vision_depth]) if self.multimodal else None
+
+    @property
+    def head_width(self) -> int:
+        """Values of one head's key; configurations name it where it does not follow from the hidden size."""
+        text = self.config.get_text_config()
+        named = text.to_dict().get("head_dim")
+        return int(text.hidden_size // text.num_attention_heads if named is None else named)
 
     # What a prompt looks like -----------------------------------------------------------------------------------------
 
@@ -188,7 +201,10 @@ FAMILIES: Registry[Family] = Registry("mmembed.backbones", Family)
 
 def family_of(config: Any, processor: Any) -> Family:
     """The family that claims `config.model_type`, or the generic one."""
-    for cls in FAMILIES.classes().values():
-        if config.model_type in cls.model_types:
-            return cls(config, processor)
-    return Family(config, processor)
+    return family_class(config)(config, processor)
+
+
+def family_class(config: Any) -> type[Family]:
+    """As `family_of`, before there is a processor."""
+    claiming = (cls for cls in FAMILIES.classes().values() if config.model_type in cls.model_types)
+    return next(claiming, Family)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mmembed.backbones.family import Family, family_of
+from mmembed.backbones.family import Family, family_class, family_of
 from mmembed.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -101,8 +101,7 @@ def outline_backbone(
     with _explained(name_or_path, trust_remote_code):
         config = AutoConfig.from_pretrained(path, **common)
         if vision_layers is not None:
-            depth = "depth" if "depth" in vars(config.vision_config) else "num_hidden_layers"
-            setattr(config.vision_config, depth, vision_layers)
+            setattr(config.vision_config, family_class(config).vision_depth, vision_layers)
         wanted = _dtype(dtype)
         kept = config.dtype or torch.float32
         with torch.device("meta"):

@@ -28,6 +28,7 @@ _WIDEST = 200  # the image processor's own limit
 class QwenVL(Family):
     name = "qwen_vl"
     model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+    vision_depth = "depth"
     vision_modules = r"visual(?!\.(deepstack_)?merger)"
     projector_modules = r"visual\.(deepstack_)?merger(_list)?"
     unstored = None

@@ -20,6 +20,7 @@ from mmembed.data.streaming import RecordStream, Source
 from mmembed.errors import ConfigError
 from mmembed.objectives import Objective
 from mmembed.preprocess import Preprocessor, Row
+from mmembed.training.memory import gradient_bytes, optimizer_bytes, trained_parameters
 
 LABELLED_TASKS = (Task.CLASSIFICATION, Task.CLUSTERING)
 
@@ -84,6 +85,7 @@ def batch_report(
     unshared: str | None = None,
     lockstep: bool = False,
     features: str = "",
+    optimizer: str = "adamw",
 ) -> Report:
     """Describes the run.
 
@@ -93,6 +95,7 @@ def batch_report(
         unshared: why no prefixes are shared, where that is so for the whole run.
         lockstep: all processes run as many chunks, and only the last one's graph is kept (DeepSpeed, FSDP2).
         features: what becomes of the features of images, a line; none where it is empty.
+        optimizer: of `optimizer_name`.
     """
     lines = ["sources:"]
     warnings = []
@@ -114,10 +117,16 @@ def batch_report(
     lines += _batch_lines(config, plan, first, objective, preprocessor, accumulation, lockstep)
     lines.append("  " + _sharing(first, unshared))
     lines += [features] if features and preprocessor.family.multimodal else []
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trained = trained_parameters(model)
     total = sum(parameter.numel() for parameter in model.parameters())
-    lines.append(f"parameters: {trained:,} trained of {total:,}")
-    lines.append("memory: " + _memory(model, trained))
+    lines.append(f"parameters: {sum(parameter.numel() for parameter, _ in trained):,} trained of {total:,}")
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    held = (weights, gradient_bytes(trained), optimizer_bytes(optimizer, trained)[0])
+    weights_mb, gradients_mb, state_mb = (f"{count / 2**20:,.0f} MB" for count in held)
+    lines.append(
+        f"memory: weights {weights_mb}, gradients {gradients_mb}, state of {optimizer} {state_mb}, and the activations "
+        "of training.token_budget tokens"
+    )
     return Report(tuple(lines), tuple(warnings))
 
 
@@ -195,18 +204,6 @@ def _extent(dataset: Source) -> str:
     if isinstance(dataset, RecordStream):
         return f"a stream of {len(dataset.shards):,} files"
     return f"{len(dataset):,} records"
-
-
-def _memory(model: nn.Module, trained: int) -> str:
-    """Weights, gradients and two moments; activations follow training.token_budget."""
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    gradients = sum(
-        parameter.numel() * parameter.element_size() for parameter in model.parameters() if parameter.requires_grad
-    )
-    return (
-        f"weights {weights / 2**20:,.0f} MB, gradients {gradients / 2**20:,.0f} MB, AdamW state "
-        f"{8 * trained / 2**20:,.0f} MB, and the activations of training.token_budget tokens"
-    )
 
 
 def _refuse(dataset: Source, config: EmbedderConfig, unused: dict[str, str]) -> None:

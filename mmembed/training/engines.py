@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,6 +72,11 @@ class Engine:
     def __str__(self) -> str:
         return "every process holds the whole model" if self.accelerator.num_processes > 1 else "one process"
 
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Around what calls into the engine again and again: nobody can act on the warnings about its own code."""
+        yield
+
     def accumulating(self, model: nn.Module) -> AbstractContextManager[Any]:
         """DDP must not reduce by itself: processes may run another number of chunks, over other parameters."""
         return self.accelerator.no_sync(model) if self.accelerator.num_processes > 1 else nullcontext()
@@ -108,9 +114,6 @@ class DeepSpeed(Engine):
 
     def __init__(self, accelerator: Accelerator) -> None:
         super().__init__(accelerator)
-        warnings.filterwarnings(
-            "ignore", r"`torch\.distributed\.\w+` is deprecated"
-        )  # DeepSpeed's own calls, each time
         self.stage = int(accelerator.state.deepspeed_plugin.zero_stage)
         self.sharded = self.stage == 3
 
@@ -122,6 +125,12 @@ class DeepSpeed(Engine):
             3: "optimizer state, gradients, weights",
         }
         return f"DeepSpeed ZeRO-{self.stage} divides {held[self.stage] or 'nothing'}"
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated")  # its calls, each time
+            yield
 
     def accumulating(self, model: nn.Module) -> AbstractContextManager[Any]:
         return nullcontext()
@@ -158,7 +167,8 @@ class DeepSpeed(Engine):
         if not self.sharded:
             return None
         engine = self.accelerator.deepspeed_engine_wrapped.engine
-        return engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=not frozen) or {}
+        with self.quiet():
+            return engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=not frozen) or {}
 
 
 class FSDP2(Engine):

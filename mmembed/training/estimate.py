@@ -33,12 +33,15 @@ from mmembed.training.launch import WHOLE_MATRICES
 from mmembed.training.memory import (
     Graph,
     Vision,
+    gradient_bytes,
     measure_chunk,
     measure_objective,
     measure_vision,
     optimizer_bytes,
     prefix_copies,
+    trained_parameters,
 )
+from mmembed.training.optimizers import optimizer_name
 from mmembed.training.out_of_memory import Budget
 from mmembed.training.trainer import chunk_tokens
 
@@ -120,8 +123,7 @@ class Estimate:
         self._graphs: dict[bool, Graph] = {}
         self.vision = self._vision()
         self.comparison = self._comparison()
-        tables = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
-        self.trained = [(one, id(one) in tables) for one in model.parameters() if one.requires_grad]
+        self.trained = trained_parameters(model)
 
     def parameters(self) -> dict[str, tuple[int, int]]:
         """Tower -> (trained, all)."""
@@ -155,7 +157,7 @@ class Estimate:
         return tuple(found)
 
     def _whole(self, activations: float) -> Stage:
-        gradients = float(sum(parameter.numel() * parameter.element_size() for parameter, _ in self.trained))
+        gradients = gradient_bytes(self.trained)
         copies = min(gradients, 4.0 * BUCKET) if self.devices > 1 else 0.0  # of reduce_gradients
         held, state = self.weights(half=False), self._state(master=False)
         return Stage(DDP, held, gradients + copies, state, activations, self.comparison)
@@ -189,7 +191,7 @@ class Estimate:
 
     def _state(self, master: bool) -> float:
         """Bytes of the optimizer's state. `master`: in 32 bits whatever the weights are."""
-        name = str(self.args.optim.value if self.config.training.optimizer is None else self.config.training.optimizer)
+        name = optimizer_name(self.config, self.args)
         state, known = optimizer_bytes(name, self.trained, master=master)
         note = f"the state of optimizer '{name}' is not known here; counted as AdamW's"
         if not known and note not in self.notes:
@@ -336,7 +338,7 @@ class Estimate:
     def _vision(self) -> Vision:
         """Of the pictures in the drawn batches; nothing where there are none."""
         rows = [row for batch in self.batches for chunk in batch.chunks for row in chunk.rows if row.images]
-        layers = vision_layers_of(self.model.family.config)
+        layers = self.model.family.vision_layers
         if not rows or layers is None:
             return Vision()
         pictured = sorted(rows, key=len)[-PICTURES:]
@@ -378,14 +380,6 @@ def refused(config: EmbedderConfig, devices: int) -> dict[str, str]:
 
 def _by_reason(found: Mapping[str, str]) -> dict[str, list[str]]:
     return {why: [name for name in STRATEGIES if found.get(name) == why] for why in found.values()}
-
-
-def vision_layers_of(config: Any) -> int | None:
-    """How many layers a vision tower has; None where there is none."""
-    vision = vars(config).get("vision_config")
-    if vision is None:
-        return None
-    return int(next(vars(vision)[key] for key in ("depth", "num_hidden_layers") if key in vars(vision)))
 
 
 def with_training(config: EmbedderConfig, without: Sequence[str] = (), **changes: Any) -> EmbedderConfig:

@@ -116,7 +116,7 @@ def prefix_copies(model: EmbeddingModel, autocast: torch.dtype | None = None) ->
     """Bytes that attention keeps for a token of a shared prefix and a row behind it: copies of its keys and values, one
     a query head, in each layer (`mmembed.backbones.shared_prefix`). With gradient checkpointing no layer keeps them."""
     text = model.config.get_text_config()
-    width = vars(text).get("head_dim") or text.hidden_size // text.num_attention_heads
+    width = model.family.head_width
     size = torch.empty((), dtype=autocast or model.dtype).element_size()
     return float(2 * text.num_hidden_layers * text.num_attention_heads * width * size)
 
@@ -282,6 +282,17 @@ def measure_objective(objective: Objective, labels: BatchLabels, size: int, vect
         loss, _ = objective(queries, documents, labels)
         torch.autograd.grad(loss, [queries.vectors, documents.vectors])
     return float(meter.peak)
+
+
+def trained_parameters(model: nn.Module) -> list[tuple[Tensor, bool]]:
+    """(parameter, whether it is a token table) of those that are trained."""
+    tables = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
+    return [(one, id(one) in tables) for one in model.parameters() if one.requires_grad]
+
+
+def gradient_bytes(parameters: Sequence[tuple[Tensor, bool]]) -> float:
+    """Bytes of the gradients of `trained_parameters`, of the parameters' own type."""
+    return float(sum(parameter.numel() * parameter.element_size() for parameter, _ in parameters))
 
 
 def optimizer_bytes(name: str, parameters: Sequence[tuple[Tensor, bool]], master: bool = False) -> tuple[float, bool]:

@@ -8,16 +8,25 @@ transformers.TrainingArguments.optim knows.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
+from transformers.training_args import OptimizerNames
 
-from mmembed.config.blocks import frozen_rate
+from mmembed.config.blocks import EmbedderConfig, frozen_rate
 from mmembed.errors import ConfigError
 
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
 OPTIM_NAMES = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "adafactor": "adafactor"}
+
+
+def optimizer_name(config: EmbedderConfig, args: TrainingArguments) -> str:
+    """The run's optimizer under the name that was given, or transformers' name of its default."""
+    return config.training.optimizer or OptimizerNames(args.optim).value
 
 
 class Lion(torch.optim.Optimizer):

@@ -32,7 +32,6 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traine
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint, unset_hf_deepspeed_config
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import IntervalStrategy, TrainOutput, rotate_checkpoints
-from transformers.training_args import OptimizerNames
 
 from mmembed.config.blocks import EmbedderConfig
 from mmembed.content import Example
@@ -63,8 +62,8 @@ from mmembed.training.engines import engine_of, offer_on_cpu
 from mmembed.training.evaluation import DevSet, build_dev_set, evaluate
 from mmembed.training.gradcache import RandomState, Workers, contrastive_step
 from mmembed.training.health import RECENT, SCALE, gradient_norms, judge, look_at, parts_of
-from mmembed.training.memory import optimizer_bytes
-from mmembed.training.optimizers import Lion, parameter_groups, refuse_idle_rates
+from mmembed.training.memory import optimizer_bytes, trained_parameters
+from mmembed.training.optimizers import Lion, optimizer_name, parameter_groups, refuse_idle_rates
 from mmembed.training.out_of_memory import Budget, Halving, is_out_of_memory, smaller
 from mmembed.training.preemption import Preemption, SaveAfterEpochEnd, start_worker
 from mmembed.training.rehearsal import worst_batch
@@ -248,6 +247,7 @@ class EmbedderTrainer(Trainer):
             self._unshared(),
             self.engine.lockstep,
             self._features_line(),
+            optimizer_name(self.run_config, self.args),
         )
         reason = self._unpacked()
         lines = (
@@ -285,7 +285,7 @@ class EmbedderTrainer(Trainer):
             self.args = copy.copy(self.args)
             self.args.eval_on_start = False  # was done at the start
         self._begun = False
-        with self.preemption:
+        with self.preemption, self.engine.quiet():
             return super().train(resume_from_checkpoint, *rest, **more)
 
     def _init_training_state(
@@ -344,8 +344,7 @@ class EmbedderTrainer(Trainer):
             device,
         )
         state = RandomState.capture()
-        trained = [(parameter, False) for parameter in model.parameters() if parameter.requires_grad]
-        later, _ = optimizer_bytes(training.optimizer or OptimizerNames(self.args.optim).value, trained)
+        later, _ = optimizer_bytes(optimizer_name(self.run_config, self.args), trained_parameters(model))
         stepped = self.optimizer is not None and bool(self.optimizer.state)  # of a resumed run: it is there already
         try:
             held = torch.empty(0 if stepped else int(later), dtype=torch.uint8, device=device)
@@ -586,7 +585,8 @@ class EmbedderTrainer(Trainer):
         dev_sets = self.dev_sets if eval_dataset is None else eval_dataset
         share = self.collator.share_prefix
         packed = self.collator.packed
-        found = evaluate(dev_sets, encode, similarity, self.preprocessor, budget, share, packed)
+        with self.engine.quiet():
+            found = evaluate(dev_sets, encode, similarity, self.preprocessor, budget, share, packed)
         model.train(was_training)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         metrics[f"{metric_key_prefix}_seconds"] = round(time.perf_counter() - started, 2)

@@ -167,6 +167,15 @@ def test_the_sample_is_called_a_lower_bound(config_file, without_weights, capsys
     assert "a lower bound" in text and "`lengths` allow 512 text tokens" in text
 
 
+@pytest.mark.parametrize("optimizer", ["lion", "adamw_8bit"])
+def test_the_batch_report_says_what_the_plan_says(config_file, without_weights, capsys, optimizer):
+    options = [TEXT, f"training.optimizer={optimizer}", "adapter={type: none}", "data.dev=[]"]
+    held = planned(capsys, "--config", config_file, without_weights, *options)["stages"][0]
+    weights, gradients, state = (f"{held[name] / 2**20:,.0f} MB" for name in ("weights", "gradients", "optimizer"))
+    report = str(build_trainer(load_config(config_file, options)).report())
+    assert f"weights {weights}, gradients {gradients}, state of {optimizer} {state}, " in report
+
+
 def test_the_time_is_that_of_the_stated_throughput(config_file, without_weights, capsys):
     plan = planned(capsys, "--config", config_file, "--throughput", 100, without_weights)
     assert plan["seconds"] == pytest.approx(4 * plan["tokens"] / 100)

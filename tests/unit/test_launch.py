@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from accelerate.utils import DistributedType
 from mmembed.config import build_config, load_config
 from mmembed.errors import ConfigError
 from mmembed.training.arguments import training_arguments
-from mmembed.training.engines import engine_of
+from mmembed.training.engines import DeepSpeed, engine_of
 from mmembed.training.launch import launched_with
 
 ROOT = Path(__file__).parents[2]
@@ -162,6 +163,22 @@ def test_training_with_another_strategy_than_asked_for(deepspeed_plugin, fsdp):
     accelerator = SimpleNamespace(distributed_type=DistributedType.MULTI_CPU)
     with pytest.raises(ConfigError, match="was asked for, but accelerate would train with MULTI_CPU"):
         engine_of(accelerator, SimpleNamespace(deepspeed_plugin=deepspeed_plugin, fsdp=fsdp))
+
+
+def test_warnings_of_deepspeed_are_hushed_while_it_runs_alone():
+    """And those of others are told."""
+    plugin = SimpleNamespace(zero_stage=2)
+    before = list(warnings.filters)
+    engine = DeepSpeed(SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)))
+    assert warnings.filters == before
+    text = "`torch.distributed.reduce_op` is deprecated"
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with engine.quiet():
+            warnings.warn(text, FutureWarning, stacklevel=1)
+            warnings.warn("another", FutureWarning, stacklevel=1)
+        warnings.warn(text, FutureWarning, stacklevel=1)
+    assert [str(one.message) for one in told] == ["another", text]
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda file: file.stem)

@@ -15,7 +15,7 @@ from mmembed.models.embedding_model import build_embedding_model
 from mmembed.plan import read_size
 from mmembed.preprocess import Item
 from mmembed.training.batch_report import count_visual
-from mmembed.training.estimate import outline, vision_layers_of
+from mmembed.training.estimate import outline
 from mmembed.training.memory import measure_chunk, measure_vision, optimizer_bytes, prefix_copies
 from mmembed.training.optimizers import Lion
 
@@ -123,7 +123,7 @@ def test_a_trained_vision_tower_keeps_what_autograd_saves(family_folder, family)
         given = {"pixel_values": given["pixel_values"]}
     with Saved(model) as saved:
         features = base.train().get_image_features(**given)  # noqa: F841  keeps the graph
-    layers = vision_layers_of(model.family.config)
+    layers = model.family.vision_layers
     found = measure_vision(lambda depth: outline(config, None, vision_layers=depth)[0], layers, media, seen, None)
     assert found.kept * seen == pytest.approx(saved.bytes, rel=0.06)  # and the features, which come out
 
