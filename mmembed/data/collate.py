@@ -32,6 +32,7 @@ from mmembed.preprocess import Item, ModelInputs, Preprocessor, Row
 if TYPE_CHECKING:
     import PIL.Image
 
+UNPACKED = 2  # budgets that the last hidden states of a packed chunk may take: these are padded again, for the pooling
 KNOWN_POSITIVES = 64  # at most so many positives of a query are compared with each candidate
 
 
@@ -248,7 +249,8 @@ def plan_chunks(
         chunk_rows: at most so many rows.
         where: the record each row is of.
         shareable: of each row, how many first tokens it may share with others; None shares nothing.
-        packed: rows without media that share nothing go through the model without padding, and none is counted.
+        packed: rows without media that share nothing go through the model without padding, and none is counted as long
+            as the rows would fit `UNPACKED` budgets with it.
     """
     chunks: list[tuple[int, list[int], bool]] = []  # shared prefix, rows, packed
     for pictured in (False, True):
@@ -294,8 +296,15 @@ def _cut(
     chunks: list[list[int]] = []
     tokens = prefix  # of the last chunk
     for index in sorted(indices, key=lambda index: -len(rows[index])):
-        own = len(rows[index if packed or not chunks else chunks[-1][0]]) - prefix
-        if not chunks or tokens + own > chunk_tokens or (chunk_rows is not None and len(chunks[-1]) >= chunk_rows):
+        last = chunks[-1] if chunks else [index]
+        longest = len(rows[last[0]])
+        own = (len(rows[index]) if packed else longest) - prefix
+        if (
+            not chunks
+            or tokens + own > chunk_tokens
+            or (packed and (len(last) + 1) * longest > UNPACKED * chunk_tokens)
+            or (chunk_rows is not None and len(last) >= chunk_rows)
+        ):
             chunks.append([])
             tokens, own = prefix, len(rows[index]) - prefix
         chunks[-1].append(index)

@@ -199,12 +199,18 @@ def test_a_sequence_does_not_see_its_neighbours(family_folder):
 
 
 def test_a_packed_chunk_counts_its_tokens():
-    rows = [Row([1] * length) for length in (9, 1, 1, 1, 8)]
+    rows = [Row([1] * length) for length in (9, 1, 1, 8)]
     padded, packed_ones = plan_chunks(rows, 20), plan_chunks(rows, 20, packed=True)
-    assert [chunk.index.tolist() for chunk in padded] == [[0, 4], [1, 2, 3]]
-    assert [chunk.index.tolist() for chunk in packed_ones] == [[0, 4, 1, 2, 3]]
-    assert [chunk.padded_tokens for chunk in packed_ones] == [20]
+    assert [chunk.index.tolist() for chunk in padded] == [[0, 3], [1, 2]]
+    assert [chunk.index.tolist() for chunk in packed_ones] == [[0, 3, 1, 2]]
+    assert [chunk.padded_tokens for chunk in packed_ones] == [19]
     assert all(chunk.packed for chunk in packed_ones)
+
+
+def test_hidden_states_that_are_padded_again_stay_small():
+    """One long text among many short ones: 300 rows of 100 columns would be 75 budgets."""
+    chunks = plan_chunks([Row([1] * length) for length in (100, *[1] * 300)], 400, packed=True)
+    assert [len(chunk.rows) for chunk in chunks] == [8, 293]
 
 
 @pytest.mark.parametrize("precision, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
