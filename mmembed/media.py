@@ -94,8 +94,11 @@ class MediaStore:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_sizes": {}, "_tables": {}}
 
-    def size(self, image: Image) -> tuple[int, int]:
+    def size(self, image: Image, encoded: bytes | None = None) -> tuple[int, int]:
         """(width, height) in pixels after EXIF rotation, from the header only.
+
+        Args:
+            encoded: of `read`, where the picture was read already.
 
         Raises:
             MediaError: as `open`, but for damage that only decoding shows.
@@ -103,7 +106,7 @@ class MediaStore:
         source = image.source
         if isinstance(source, str) and source in self._sizes:
             return self._sizes[source]
-        with self._header(image) as header:
+        with self._header(image, encoded) as header:
             size = _upright_size(header)
         if isinstance(source, str):
             if len(self._sizes) >= _CACHED_SIZES:
@@ -121,13 +124,23 @@ class MediaStore:
         if decode or not whole:
             self.open(image)
 
-    def open(self, image: Image) -> PIL.Image.Image:
+    def read(self, image: Image) -> bytes | None:
+        """The encoded bytes of a picture; None of a PIL image. Raises MediaError as `open`, but not for damage."""
+        if isinstance(image.source, PIL.Image.Image):
+            return None
+        with self._stream(image.source) as stream:
+            return stream.read()
+
+    def open(self, image: Image, encoded: bytes | None = None) -> PIL.Image.Image:
         """The picture as RGB, EXIF-rotated, transparency on white.
+
+        Args:
+            encoded: of `read`, where the picture was read already.
 
         Raises:
             MediaError: missing, not an image, truncated, too many pixels or bytes, outside the media folders, a URL.
         """
-        with self._header(image) as header:
+        with self._header(image, encoded) as header:
             orientation = _orientation(header)
             try:
                 header.load()
@@ -138,28 +151,35 @@ class MediaStore:
                 remedy = "replace the file or skip the record"
                 raise MediaError(f"{_label(image.source)}: {found}; {remedy}", kind="truncated or damaged") from None
 
-    def digest(self, image: Image) -> bytes:
+    def digest(self, image: Image, encoded: bytes | None = None) -> bytes:
         """16 bytes of a hash of what the picture is: of its encoded bytes, or of the pixels of a PIL image.
 
-        Raises MediaError as `open`, but not for damage.
+        The size is learned on the way: `size` need not read the file once more.
+
+        Args:
+            encoded: of `read`, where the picture was read already.
+
+        Raises:
+            MediaError: as `size`.
         """
         digest = hashlib.blake2b(digest_size=16)
         if isinstance(image.source, PIL.Image.Image):
             picture = self.open(image)
             digest.update(f"pixels {picture.size}".encode() + picture.tobytes())
         else:
-            with self._stream(image.source) as stream:
-                digest.update(b"encoded" + stream.read())
+            encoded = self.read(image) if encoded is None else encoded
+            digest.update(b"encoded" + (encoded or b""))
+            self.size(image, encoded)
         return digest.digest()
 
     @contextmanager
-    def _header(self, image: Image) -> Iterator[PIL.Image.Image]:
+    def _header(self, image: Image, encoded: bytes | None = None) -> Iterator[PIL.Image.Image]:
         """The picture, opened but not decoded, its pixel count judged."""
         if isinstance(image.source, PIL.Image.Image):
             self._judge_pixels(image.source, image.source)
             yield image.source
             return
-        with self._stream(image.source) as stream:
+        with self._stream(image.source) if encoded is None else io.BytesIO(encoded) as stream:
             try:
                 header = PIL.Image.open(stream)
             except PIL.Image.DecompressionBombError as error:

@@ -19,6 +19,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -64,12 +65,19 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One tokenized input. `hidden` are token ranges kept out of pooling; `sizes` are (width, height) of `images`."""
+    """One tokenized input.
+
+    Attributes:
+        hidden: token ranges kept out of pooling.
+        sizes: (width, height) of `images`.
+        digests: of `images` (`MediaStore.digest`), where they are known: a feature store need not read the files.
+    """
 
     ids: Sequence[int]
     hidden: tuple[Range, ...] = ()
     images: tuple[Image, ...] = ()
     sizes: tuple[tuple[int, int], ...] = ()
+    digests: tuple[bytes, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -361,26 +369,33 @@ class Preprocessor:
         keys: list[bytes] = []
         found: dict[bytes, dict[str, torch.Tensor]] = {}
         missing: dict[bytes, PIL.Image.Image] = {}
-        for image, size in ((image, size) for row in rows for image, size in zip(row.images, row.sizes, strict=True)):
-            key = hashlib.blake2b(self.media.digest(image) + repr(size).encode(), digest_size=16).digest()
-            keys.append(key)
-            if key in found or key in missing:
-                continue
-            features = store.get(key)
-            if features is None:
-                missing[key] = self._open(image, size)
-            else:
-                found[key] = features
+        for row in rows:
+            for image, size, digest in zip(row.images, row.sizes, row.digests or repeat(None), strict=False):
+                encoded = self.media.read(image) if digest is None else None
+                digest = self.media.digest(image, encoded) if digest is None else digest
+                key = hashlib.blake2b(digest + repr(size).encode(), digest_size=16).digest()
+                keys.append(key)
+                if key in found or key in missing:
+                    continue
+                features = store.get(key)
+                if features is not None:
+                    found[key] = features
+                    continue
+                encoded = self.media.read(image) if encoded is None else encoded
+                if row.digests and self.media.digest(image, encoded) != digest:  # or it would be kept under that name
+                    raise _changed(image, "its bytes are others than when they were read for the batch")
+                missing[key] = self._open(image, size, encoded)
         return StoredImages(store, tuple(keys), found, tuple(missing)), [[picture] for picture in missing.values()]
 
-    def _open(self, image: Image, size: tuple[int, int]) -> Any:
-        picture = self.media.open(image)
+    def _open(self, image: Image, size: tuple[int, int], encoded: bytes | None = None) -> Any:
+        picture = self.media.open(image, encoded)
         if picture.size != size:
-            raise MediaError(
-                f"image: {image.source!r:.80} is {picture.size} pixels but was {size} when its tokens were "
-                "counted; the file changed meanwhile, start again"
-            )
+            raise _changed(image, f"it is {picture.size} pixels but was {size} when its tokens were counted")
         return picture
+
+
+def _changed(image: Image, how: str) -> MediaError:
+    return MediaError(f"image: {image.source!r:.80}: {how}; the file changed meanwhile, start again")
 
 
 def check_template(prompt: PromptStyle, processor: Any, model_type: str) -> None:

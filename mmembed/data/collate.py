@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -144,7 +144,8 @@ class Collator:
         items += [Item(document.content, "document", source.document_instruction) for document in documents]
         origins = [example.where for example in examples]
         origins += [example.where for example, group in zip(examples, groups, strict=True) for _ in group]
-        keys = [content_key(content) for content in self._by_content([item.content for item in items], origins)]
+        named = self._by_content([item.content for item in items], origins)
+        keys = [content_key(content) for content in named]
         distinct: dict[tuple[int, str, str | None], int] = {}
         place = [
             distinct.setdefault((key, item.role, item.instruction), len(distinct))
@@ -154,6 +155,8 @@ class Collator:
         chosen = [first[position] for position in range(len(distinct))]
         where = [origins[index] for index in chosen]
         rows = tokenize(self.preprocessor, [items[index] for index in chosen], where)
+        if self.preprocessor.features is not None:
+            rows = [replace(row, digests=_digests(named[index])) for row, index in zip(rows, chosen, strict=True)]
         labels = BatchLabels(
             owner=torch.tensor([query for query, group in enumerate(groups) for _ in group]),
             relevance=torch.tensor([document.relevance for document in documents]),
@@ -170,7 +173,8 @@ class Collator:
     def _by_content(self, contents: Sequence[Content], where: Sequence[str]) -> list[Content]:
         """Contents with the digest of each picture in place of its source: one picture under two names is one input.
 
-        Reads the files, which the step will read again from the page cache (20 us each); URLs keep their names.
+        Reads the files. The step reads those again that it decodes, from the page cache (20 us each); with a store of
+        image features it decodes what the store lacks. URLs keep their names.
         """
         media = self.preprocessor.media
 
@@ -310,6 +314,14 @@ def _cut(
         chunks[-1].append(index)
         tokens += own
     return chunks
+
+
+def _digests(named: Content) -> tuple[bytes, ...]:
+    """Digests of the pictures of a content of `_by_content`, in order; none where one is a URL, which has no digest."""
+    frames = [part.frames if isinstance(part, Video) else (part,) for part in named if isinstance(part, Image | Video)]
+    sources = [image.source for some in frames for image in some]
+    found = tuple(source for source in sources if isinstance(source, bytes))
+    return found if len(found) == len(sources) else ()
 
 
 def content_key(content: Content) -> int:

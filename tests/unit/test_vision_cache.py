@@ -8,8 +8,11 @@ import torch
 from families import VISION_FAMILIES, build, contents, picture
 
 from mmembed import Embedder
-from mmembed.content import to_content
-from mmembed.errors import ConfigError
+from mmembed.config.blocks import SourceConfig
+from mmembed.content import Document, Example, Image, Text, to_content
+from mmembed.data.collate import Collator
+from mmembed.errors import ConfigError, RecordError
+from mmembed.media import MediaStore
 from mmembed.models.embedding_model import EmbedderSettings, build_from_settings
 from mmembed.models.vision_cache import fingerprint, open_features, uncached
 from mmembed.preprocess import Item
@@ -98,6 +101,57 @@ def test_nothing_is_stale(family_folder, tmp_path):
     with torch.no_grad():
         model.base.get_input_embeddings().weight[0] += 1
     assert fingerprint(model, preprocessor, "") == others[-1]
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Every opening of a file of a picture, by name."""
+    opened, original = [], MediaStore._stream
+
+    def counted(self, source):
+        opened.append(source)
+        return original(self, source)
+
+    monkeypatch.setattr(MediaStore, "_stream", counted)
+    return opened
+
+
+def batch_of(file, preprocessor):
+    """One record whose positive is a picture, as the trainer makes a batch of it."""
+    collator = Collator(preprocessor, {"s": SourceConfig(path="s")}, chunk_tokens=10**4)
+    found = Document((Image(str(file)),), 1.0)
+    return collator([Example((Text("query"),), (found,), source="s", where="f:1")])
+
+
+def test_a_batch_reads_a_kept_picture_once(family_folder, tmp_path, reads):
+    """For its name; and the first time once more, to decode it. A chunk that is encoded twice reads nothing again."""
+    model, preprocessor = build(family_folder("qwen3_vl"), dtype="float32")
+    preprocessor.features = open_features(model, preprocessor, tmp_path / "cache", GB, "")
+    file = tmp_path / "picture.png"
+    picture(1).save(file)
+    for expected in (2, 1):
+        reads.clear()
+        batch = batch_of(file, preprocessor)
+        with torch.no_grad():
+            once, twice = ([model(chunk.inputs(preprocessor)).vectors for chunk in batch.chunks] for _ in range(2))
+        assert len(reads) == expected
+        assert all(map(torch.equal, once, twice))
+    reads.clear()
+    preprocessor.media._sizes.clear()
+    model(preprocessor([Item(to_content({"image": str(file)}))]))
+    assert len(reads) == 2  # its header for the tokens, its bytes for the name
+
+
+def test_a_picture_that_changes_between_batch_and_step_is_kept_under_no_name(family_folder, tmp_path):
+    model, preprocessor = build(family_folder("qwen3_vl"), dtype="float32")
+    preprocessor.features = open_features(model, preprocessor, tmp_path / "cache", GB, "")
+    file = tmp_path / "picture.png"
+    picture(1).save(file)
+    batch = batch_of(file, preprocessor)
+    picture(2).save(file)
+    with pytest.raises(RecordError, match=r"f:1.*the file changed meanwhile"):
+        [model(chunk.inputs(preprocessor)) for chunk in batch.chunks]
+    assert len(preprocessor.features) == 0
 
 
 @pytest.mark.parametrize(
