@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -159,6 +159,7 @@ def _worker(side: str, case: Case, setting: str, batch: int, steps: int) -> dict
 
 def step_clock() -> Any:
     """A callback whose `seconds` are those of each step."""
+    import torch
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
@@ -172,6 +173,8 @@ def step_clock() -> Any:
                 self.since = time.perf_counter()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()  # the optimizer's kernels may still be waiting
             now = time.perf_counter()
             self.seconds.append(now - self.since)
             self.since = now
@@ -239,13 +242,6 @@ def _arguments(case: Case, batch: int, steps: int, folder: str) -> dict[str, Any
 def ours(case: Case, budget: str, batch: int, steps: int, folder: str) -> Any:
     """Our trainer on `steps` batches of text, or on one batch of pictures again and again."""
     from mmembed.config import build_config
-    from mmembed.content import Document, Example, to_content
-    from mmembed.data.dataset import RecordDataset, media_store
-    from mmembed.data.records import write_records
-    from mmembed.models.embedding_model import build_embedding_model
-    from mmembed.objectives import build_objective
-    from mmembed.training.arguments import training_arguments
-    from mmembed.training.trainer import EmbedderTrainer
 
     records = Path(folder, "pairs.jsonl")
     given: list[tuple[str, Any]] = list(pairs(batch * steps))
@@ -254,7 +250,7 @@ def ours(case: Case, budget: str, batch: int, steps: int, folder: str) -> Any:
         for number, (caption, encoded) in enumerate(pictures(batch)):
             Path(folder, f"{number}.webp").write_bytes(encoded)
             given.append((caption, {"image": f"{number}.webp"}))
-    write_records(records, (Example(to_content(query), (Document(to_content(document)),)) for query, document in given))
+    write_pairs(records, given)
     prompt: dict[str, Any] = {"type": "plain", "mask_instruction": False}
     if case.kind == "instruction":
         prompt["query_prefix"] = INSTRUCTION
@@ -272,17 +268,40 @@ def ours(case: Case, budget: str, batch: int, steps: int, folder: str) -> Any:
             "training": {**_arguments(case, batch, steps, folder), "token_budget": int(budget), **keep},
         }
     )
+    return in_order(config, batch, folder)
+
+
+def in_order(config: Any, batch: int, folder: str, loaded: Any = None) -> Any:
+    """The trainer of a config whose batches are the records in the order of the file.
+
+    Args:
+        loaded: (model, preprocessor), where they are built already.
+    """
+    from mmembed.data.dataset import RecordDataset, media_store
+    from mmembed.models.embedding_model import build_embedding_model
+    from mmembed.objectives import build_objective
+    from mmembed.training.arguments import training_arguments
+    from mmembed.training.trainer import EmbedderTrainer
+
     args = training_arguments(config)
     media = media_store(config.data)
-    model, preprocessor = build_embedding_model(config, media)
+    model, preprocessor = loaded or build_embedding_model(config, media)
     objective = build_objective(config.objective, model.embedding_size)
     data = [RecordDataset(source, media, cache_dir=folder) for source in config.data.train]
     trainer = EmbedderTrainer(config, args, model, preprocessor, objective, data)
-    trainer.plan = _InOrder(len(data[0]), batch)
+    trainer.plan = InOrder(len(data[0]), batch)
     return trainer
 
 
-class _InOrder:
+def write_pairs(file: Path, given: Iterable[tuple[Any, Any]]) -> None:
+    """(query, document) contents as records of one positive each."""
+    from mmembed.content import Document, Example, to_content
+    from mmembed.data.records import write_records
+
+    write_records(file, (Example(to_content(query), (Document(to_content(document)),)) for query, document in given))
+
+
+class InOrder:
     """Batches of our trainer in the order of the file, as the peer gets them, in every epoch."""
 
     def __init__(self, rows: int, batch: int) -> None:
@@ -311,10 +330,8 @@ def _peer(case: Case, setting: str, batch: int, steps: int, folder: str) -> Any:
         SentenceTransformerTrainer,
         SentenceTransformerTrainingArguments,
     )
-    from sentence_transformers.base.sampler import DefaultBatchSampler
     from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-    from torch.utils.data import SequentialSampler
 
     of_text = {  # without the chat template, which pictures need
         "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
@@ -334,18 +351,26 @@ def _peer(case: Case, setting: str, batch: int, steps: int, folder: str) -> Any:
     size = {"mini_batch_size": int(value)} if kind == "size" else {"mini_batch_num_tokens": int(value)}
     loss = CachedMultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE, **size)
 
-    class InOrder(DefaultBatchSampler):
-        def __init__(self, dataset: Any, **options: Any) -> None:
-            super().__init__(SequentialSampler(dataset), **options)
-
     args = SentenceTransformerTrainingArguments(
         **_arguments(case, batch, steps, folder),
         use_cpu=True,
         report_to="none",
-        batch_sampler=InOrder,
+        batch_sampler=peer_in_order(),
         prompts={"anchor": INSTRUCTION} if case.kind == "instruction" else None,
     )
     return SentenceTransformerTrainer(model=model, args=args, train_dataset=_peer_data(case, batch, steps), loss=loss)
+
+
+def peer_in_order() -> Any:
+    """The sampler class with which the peer's batches follow the order of its dataset."""
+    from sentence_transformers.base.sampler import DefaultBatchSampler
+    from torch.utils.data import SequentialSampler
+
+    class PeerInOrder(DefaultBatchSampler):
+        def __init__(self, dataset: Any, **options: Any) -> None:
+            super().__init__(SequentialSampler(dataset), **options)
+
+    return PeerInOrder
 
 
 def _peer_data(case: Case, batch: int, steps: int) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -20,6 +21,7 @@ from mmembed.training.evaluation import metric_names
 from mmembed.training.launch import check_launched, launched_with, reach_first_process
 from mmembed.training.optimizers import OPTIM_NAMES
 
+logger = logging.getLogger(__name__)
 __all__ = ["set_seed", "training_arguments"]
 DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 32,
@@ -74,7 +76,20 @@ def training_arguments(config: EmbedderConfig) -> TrainingArguments:
     except (ValueError, TypeError) as error:
         raise ConfigError(f"training: {error}") from error
     check_launched(args, config)
+    one_device(args)
     return args
+
+
+def one_device(args: TrainingArguments) -> None:
+    """Keeps a single process on its first device: transformers would divide its batches over all with DataParallel,
+    which knows no contrastive step."""
+    if args.n_gpu > 1:
+        logger.warning(
+            "%d devices are visible to one process, which trains on %s alone; start one process a device "
+            "(accelerate launch, torchrun) to use them all",
+            *(args.n_gpu, args.device),
+        )
+        args._n_gpu = 1
 
 
 def with_metric(args: TrainingArguments, config: EmbedderConfig, dev: Sequence[RecordDataset]) -> TrainingArguments:

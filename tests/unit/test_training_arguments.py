@@ -5,7 +5,7 @@ import pytest
 from mmembed.config import build_config
 from mmembed.content import Task
 from mmembed.errors import ConfigError
-from mmembed.training.arguments import training_arguments, with_metric
+from mmembed.training.arguments import one_device, training_arguments, with_metric
 from mmembed.training.evaluation import metric_names
 
 
@@ -59,3 +59,13 @@ def test_names_of_metrics_are_those_of_the_evaluation():
 def test_a_misspelt_choice_names_its_key_and_the_nearest(key, value, meant):
     with pytest.raises(ConfigError, match=f"training.{key}: there is no '{value}'; did you mean '{meant}'"):
         training_arguments(build_config({"training": {key: value}}))
+
+
+def test_one_process_trains_on_one_device(tmp_path, caplog):
+    """transformers would wrap the model in DataParallel, and multiply the batch by the devices."""
+    args = training_arguments(build_config({"training": {"output_dir": str(tmp_path)}}))
+    args._n_gpu = 4
+    one_device(args)
+    assert args.n_gpu == 1
+    assert args.train_batch_size == args.per_device_train_batch_size
+    assert "4 devices are visible" in caplog.text

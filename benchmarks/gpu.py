@@ -1,0 +1,814 @@
+"""One CUDA device: training and encoding at the size of real backbones, against sentence-transformers.
+
+    python -m benchmarks.gpu --json --output gpu.json [--only qwen3_0.6b_text ...]
+    python -m benchmarks.gpu --json --tiny              the whole script on a CPU in small: proves nothing but itself
+
+Weights are random, in the exact shape of the named model; texts and pictures are those of `benchmarks.train`, tokenized
+by the nano tokenizer, whose ids are valid in the larger vocabularies. So speed and memory are those of the real model,
+vectors mean nothing.
+
+    qwen3_0.6b_text         batch 1,024 pairs, all weights of Qwen3-0.6B, mean pooling, AdamW, InfoNCE at 0.05
+    qwen3_0.6b_instruction  and an instruction of 64 tokens before each question (ours computes it once a chunk)
+    qwen2_vl_2b             batch 256: a caption and its picture (128 to 256 visual tokens), each seen once; LoRA of
+                            rank 16 on the language tower of Qwen2-VL-2B, vision tower frozen
+    encode_bf16             texts to vectors with Qwen3-0.6B, bfloat16
+    plan_memory             what `mmembed plan` says of the first row's run (ours) against its measured peak (limit), MB
+
+Both sides train through their own trainers, and both are searched: a setting is PRECISION,HOW=NUMBER, the fastest of
+SETTINGS on one step of SEARCHED pairs runs. `autocast` is float32 weights under bfloat16 autocast, `bf16` is bfloat16
+weights and no autocast (the peer embeds its second pass outside of autocast, in float32: this is its only fast one).
+Ours: `keep` is a token budget whose graphs are kept, `chunk` one that sizes chunks which are all recomputed. The peer's
+number is the mini-batch of CachedMultipleNegativesRankingLoss, and TF32 is on for it. First losses must agree.
+
+`mfu` is useful floating point operations a second over 989 TFLOP/s (dense bfloat16 of an H100 or H200, NVIDIA's data
+sheet). Useful in a step, of real tokens without padding:
+
+    6 N a token + 6 layers heads head_dim length^2 a sequence          forward and backward of a causal decoder
+    4 N instead of 6 N under LoRA                                      frozen weights take no gradient
+    2 N_vision a patch + 4 layers width patches^2 a picture            a frozen vision tower, forward
+
+N: weights of the decoder without its token table, which multiplies nothing here. The second forward of GradCache is not
+useful; nor is, for ours, a prefix that is shared and not computed again. `tokens_per_second` counts every token of
+every input, shared or not. Encoding counts a third: a forward alone.
+
+Each side of a row is a process of its own, because peak memory is (torch.cuda.max_memory_allocated). All of them import
+at once and wait for their turn on the device. A row that fails or takes too long says so in `details.error`, and the
+others go on; `--output` is written after each row.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks._common import DATA, INSTRUCTION, Row, own_peak_mb, parser, set_up, show, texts
+from benchmarks.train import (
+    DOCUMENT_LENGTH,
+    LEARNING_RATE,
+    TEMPERATURE,
+    in_order,
+    pairs,
+    peer_in_order,
+    pictures,
+    step_clock,
+    write_pairs,
+)
+
+PEAK_FLOPS = 989e12
+SEARCHED = {"text": 256, "instruction": 256, "images": 64}  # pairs of the steps that choose a setting
+QUERY_LENGTHS = {"text": 64, "instruction": 128, "images": 256}
+ENCODE_LENGTH = 512
+SIDES = ("ours", "peer")
+# Least cosine of the two sides' vectors, and difference of their first losses (above 5 here): bfloat16 in 28 layers.
+COSINE, LOSS = 0.98, 5e-2
+SETTINGS = {
+    "text": {
+        "ours": ("autocast,keep=16384", "autocast,chunk=16384", "bf16,chunk=16384", "bf16,chunk=32768"),
+        "peer": ("autocast,size=64", "bf16,size=64", "bf16,size=128", "bf16,size=256"),
+    },
+    "images": {
+        "ours": ("bf16,keep=16384", "bf16,chunk=8192"),
+        "peer": ("bf16,size=16", "bf16,size=64"),
+    },
+    "encode": {"peer": ("size=64", "size=256", "size=1024")},
+}
+TINY_SETTINGS = {
+    "text": {"ours": ("autocast,keep=512", "bf16,chunk=512"), "peer": ("autocast,size=4", "bf16,size=8")},
+    "images": {"ours": ("bf16,chunk=512",), "peer": ("bf16,size=4",)},
+    "encode": {"peer": ("size=4",)},
+}
+QWEN3 = {  # of Qwen/Qwen3-0.6B-Base, config.json
+    "hidden_size": 1024,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 3072,
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    "tie_word_embeddings": True,
+}
+QWEN2_VL_TEXT = {  # of Qwen/Qwen2-VL-2B, config.json
+    "hidden_size": 1536,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "intermediate_size": 8960,
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    "tie_word_embeddings": True,
+}
+QWEN2_VL_VISION = {"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16, "mlp_ratio": 4}
+TINY_TEXT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+TINY_SHAPE = {**TINY_TEXT, "intermediate_size": 128, "vocab_size": 7680}
+VISUAL_TOKENS = 256  # a picture's at most
+
+
+@dataclass
+class GpuRow(Row):
+    """A row with what was tried, and what else was measured of both sides."""
+
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row of training."""
+
+    kind: str
+    shape: str
+    batch: int
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large everything is: of the benchmark, or of its test."""
+
+    tiny: bool
+    device: str
+    steps: int  # timed, after one that warms up
+    texts: int
+    rounds: int
+
+    def batch(self, case: Case) -> int:
+        return 8 if self.tiny else case.batch
+
+    @property
+    def settings(self) -> dict[str, dict[str, tuple[str, ...]]]:
+        return TINY_SETTINGS if self.tiny else SETTINGS
+
+
+CASES = {
+    "qwen3_0.6b_text": Case("text", "qwen3", 1024),
+    "qwen3_0.6b_instruction": Case("instruction", "qwen3", 1024),
+    "qwen2_vl_2b": Case("images", "qwen2_vl", 256),
+}
+ROWS = (*CASES, "encode_bf16", "plan_memory")
+
+
+def main() -> None:
+    options = parser(__doc__.splitlines()[0])
+    options.set_defaults(rounds=3)
+    options.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), help="rows (default all)")
+    options.add_argument("--output", type=Path, metavar="FILE", help="also write the rows here, after each one")
+    options.add_argument("--steps", type=int, default=3, help="timed steps (default 3)")
+    options.add_argument(
+        "--no-search", action="store_true", help="the second of each side's settings, without a search"
+    )
+    options.add_argument("--limit", type=float, default=80, metavar="SECONDS", help="of one side of a row (default 80)")
+    options.add_argument("--tiny", action="store_true", help="small shapes on the CPU: tests the script")
+    options.add_argument("--in-process", action="store_true", help="no processes of their own (peaks add up)")
+    options.add_argument("--worker", metavar="TASK", help="used by the benchmark itself")
+    arguments = options.parse_args()
+    set_up(arguments.threads)
+    import torch
+
+    if not (torch.cuda.is_available() or arguments.tiny):
+        raise SystemExit("benchmarks.gpu: torch sees no CUDA device here; --tiny runs the script in small on the CPU")
+    scale = Scale(arguments.tiny, "cpu", 1, 24, 1) if arguments.tiny else Scale(False, "cuda", arguments.steps, 4000,
+                                                                                arguments.rounds)  # fmt: skip
+    if arguments.worker:
+        _warm_up(arguments.worker)
+        given = sys.stdin.readline()
+        if given:  # else the benchmark ended before this one's turn
+            print(json.dumps(_task(arguments.worker, json.loads(given), scale)))
+        return
+    with _folder() as folder:
+        runner = _Runner(arguments, scale, folder)
+        show(runner.rows(arguments.only), arguments.json)
+
+
+class _Runner:
+    """Runs the tasks of the rows in turn and makes rows of what they found."""
+
+    def __init__(self, arguments: Any, scale: Scale, folder: Path) -> None:
+        self.arguments, self.scale, self.folder = arguments, scale, folder
+        self.settings: dict[str, str] = {}  # "kind side" -> the fastest
+        self.first: dict[str, Any] | None = None  # our side of the first row
+        self.waiting: dict[str, subprocess.Popen[str]] = {}
+        self.told: set[str] = set()
+
+    def rows(self, names: Sequence[str]) -> list[GpuRow]:
+        shapes = sorted({CASES[name].shape if name in CASES else "qwen3" for name in names})
+        tasks = ["build", *(f"{side} {name}" for name in names if name != "plan_memory" for side in SIDES)]
+        if "plan_memory" in names:
+            tasks += ["plan"] if "qwen3_0.6b_text" in names else ["ours qwen3_0.6b_text", "plan"]
+        found: list[GpuRow] = []
+        try:
+            self._start(dict.fromkeys(tasks))
+            self._run("build", {"shapes": shapes})
+            for name in (name for name in ROWS if name in names):
+                started = time.perf_counter()
+                try:
+                    row = self._row(name)
+                except Exception as error:
+                    traceback.print_exc()
+                    message = f"{type(error).__name__}: {str(error).strip()[-2000:]}"
+                    row = GpuRow(name, "", 0.0, meets=False, details={"error": message})
+                row.details["seconds"] = round(time.perf_counter() - started, 1)
+                found.append(row)
+                _say(f"{name}: {json.dumps(asdict(row))}")
+                if self.arguments.output is not None:
+                    rows = json.dumps({"rows": [asdict(one) for one in found]}, indent=1)
+                    self.arguments.output.write_text(rows + "\n", encoding="utf-8")
+        finally:
+            for process in self.waiting.values():
+                process.kill()
+        return found
+
+    def _row(self, name: str) -> GpuRow:
+        if name == "plan_memory":
+            return self._plan()
+        if name == "encode_bf16":
+            return self._encode()
+        return self._train(name)
+
+    def _train(self, name: str) -> GpuRow:
+        found = {}
+        for side in SIDES:
+            found[side] = self._side(side, name)
+        ours, peer = found["ours"], found["peer"]
+        difference = abs(ours["first_loss"] - peer["first_loss"])
+        useful = {"ours": ours["useful_flops"], "peer": ours["useful_flops_unshared"]}
+        for side, one in found.items():
+            one["tokens_per_second"] = round(ours["tokens"] / one["seconds_a_step"])
+            one["mfu"] = round(useful[side] / one["seconds_a_step"] / PEAK_FLOPS, 4)
+        speed = {side: ours["pairs"] / one["seconds_a_step"] for side, one in found.items()}
+        return GpuRow(
+            name,
+            "pairs/s",
+            round(speed["ours"], 2),
+            round(speed["peer"], 2),
+            f"CachedMultipleNegativesRankingLoss, {peer['setting']}",
+            ratio_to_peer=round(speed["ours"] / speed["peer"], 3),
+            peak_mb_ours=ours["peak_mb"],
+            peak_mb_peer=peer["peak_mb"],
+            meets=difference <= LOSS,
+            details={"loss_difference": difference, **found},
+        )
+
+    def _side(self, side: str, name: str) -> dict[str, Any]:
+        """One side of a row. The setting that the row of texts found is the instruction's too."""
+        kind = CASES[name].kind.replace("instruction", "text")
+        setting = self.settings.get(f"{kind} {side}")
+        if self.arguments.no_search:
+            tried = self.scale.settings[kind][side]
+            setting = tried[min(1, len(tried) - 1)]
+        found = self._run(f"{side} {name}", {"setting": setting})
+        self.settings[f"{kind} {side}"] = found["setting"]
+        if (side, name) == ("ours", "qwen3_0.6b_text"):
+            self.first = found
+            if "plan" in self.waiting:  # needs no device: beside the peer
+                self._tell("plan", {"tree": found["tree"]})
+        return found
+
+    def _encode(self) -> GpuRow:
+        import numpy as np
+
+        found = {side: self._run(f"{side} encode_bf16", {}) for side in SIDES}
+        vectors = [np.load(self.folder / f"{side}.npy").astype(np.float64) for side in SIDES]
+        left, right = (one / np.linalg.norm(one, axis=1, keepdims=True) for one in vectors)
+        cosine = float((left * right).sum(1).min())
+        speed = {side: one["count"] / one["seconds"] for side, one in found.items()}
+        for one in found.values():
+            one["mfu"] = round(found["ours"]["useful_flops"] / one["seconds"] / PEAK_FLOPS, 4)
+        return GpuRow(
+            "encode_bf16",
+            "texts/s",
+            round(speed["ours"], 2),
+            round(speed["peer"], 2),
+            f"sentence-transformers, batch {found['peer']['setting']}",
+            ratio_to_peer=round(speed["ours"] / speed["peer"], 3),
+            peak_mb_ours=found["ours"]["peak_mb"],
+            peak_mb_peer=found["peer"]["peak_mb"],
+            meets=cosine >= COSINE,
+            details={"least_cosine": cosine, **found},
+        )
+
+    def _plan(self) -> GpuRow:
+        first = self.first or self._side("ours", "qwen3_0.6b_text")
+        found = self._run("plan", {"tree": first["tree"]})
+        ratio = found["estimated_mb"] / first["peak_mb"]
+        return GpuRow(
+            "plan_memory",
+            "MB",
+            round(found["estimated_mb"], 1),
+            limit=first["peak_mb"],
+            ratio_to_limit=round(ratio, 3),
+            goal_to_limit=1.0,
+            meets=abs(ratio - 1) <= 0.25,
+            details=found,
+        )
+
+    # Processes --------------------------------------------------------------------------------------------------------
+
+    def _start(self, tasks: Sequence[str] | dict[str, None]) -> None:
+        """All processes at once: they import, then wait for a line."""
+        if self.arguments.in_process:
+            return
+        for task in tasks:
+            command = [sys.executable, "-m", "benchmarks.gpu", "--worker", task]
+            command += ["--steps", str(self.scale.steps), "--rounds", str(self.scale.rounds)]
+            command += ["--threads", str(self.arguments.threads)] if self.arguments.threads else []
+            command += ["--tiny"] if self.scale.tiny else []
+            self.waiting[task] = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=DATA.parent
+            )
+
+    def _run(self, task: str, given: dict[str, Any]) -> dict[str, Any]:
+        _say(f"{task} begins")
+        if self.arguments.in_process:
+            answer = _task(task, {"folder": str(self.folder), **given}, self.scale)
+        else:
+            self._tell(task, given)
+            answer = self._answer(task)
+        if "error" in answer:
+            raise RuntimeError(f"{task}: {answer['error']}")
+        return answer
+
+    def _tell(self, task: str, given: dict[str, Any]) -> None:
+        """Lets a process begin; a second time does nothing."""
+        if task not in self.told:
+            self.told.add(task)
+            stream = self.waiting[task].stdin
+            assert stream is not None, "it is a pipe"
+            stream.write(json.dumps({"folder": str(self.folder), **given}) + "\n")
+            stream.flush()
+
+    def _answer(self, task: str) -> dict[str, Any]:
+        process = self.waiting.pop(task)
+        try:
+            output, _ = process.communicate(timeout=self.arguments.limit)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            raise TimeoutError(f"{task} took longer than --limit {self.arguments.limit:g} s") from None
+        lines = output.strip().splitlines()
+        if process.returncode or not lines:
+            raise RuntimeError(f"{task} ended with {process.returncode}; its error is above")
+        answer: dict[str, Any] = json.loads(lines[-1])
+        return answer
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """For weights and records: in memory where that has room for them, else on disk."""
+    shared = Path("/dev/shm")
+    roomy = shared.is_dir() and os.access(shared, os.W_OK) and shutil.disk_usage(shared).free > 16e9
+    with tempfile.TemporaryDirectory(dir=shared if roomy else None) as folder:
+        yield Path(folder)
+
+
+def _say(text: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
+
+
+# Tasks of the processes -----------------------------------------------------------------------------------------------
+
+
+def _warm_up(task: str) -> None:
+    """Imports what a task needs, before its turn."""
+    import mmembed.backbones  # first: makes torchvision importable on a CPU machine
+
+    if task.startswith("peer"):
+        import datasets  # noqa: F401
+        import sentence_transformers.losses  # noqa: F401
+    else:
+        import mmembed.plan
+        import mmembed.training.trainer  # noqa: F401
+
+
+def _task(task: str, given: dict[str, Any], scale: Scale) -> dict[str, Any]:
+    """What a process does in its turn; an error is an answer too."""
+    kind, _, name = task.partition(" ")
+    folder = Path(given["folder"])
+    try:
+        if kind == "build":
+            return _build(folder, given["shapes"], scale)
+        if kind == "plan":
+            return _plan(given["tree"])
+        if name == "encode_bf16":
+            return _encode(kind, folder, scale)
+        return _Training(kind, name, folder, scale).run(given["setting"])
+    except Exception as error:
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {str(error).strip()[-1500:]}"}
+
+
+def _build(folder: Path, shapes: Sequence[str], scale: Scale) -> dict[str, Any]:
+    """Saves random weights of each shape in bfloat16, made on the device, with the nano tokenizer beside them."""
+    import torch
+    import transformers as tf
+
+    import mmembed.backbones  # noqa: F401  makes torchvision importable on a CPU machine
+    from mmembed.backbones import resolve_backbone
+
+    nano = Path(resolve_backbone("mmembed-nano"))
+    tokenizer = tf.PreTrainedTokenizerFast.from_pretrained(nano)
+    tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    for shape in shapes:
+        torch.manual_seed(0)
+        processor: Any = tokenizer
+        if shape == "qwen3":
+            config = tf.Qwen3Config(**{**QWEN3, **(TINY_SHAPE | {"head_dim": 16} if scale.tiny else {})}, **tokens)
+        else:
+            config, processor = _vision_language(tokenizer, tokens, scale.tiny)
+        with torch.device(scale.device):
+            model = tf.AutoModel.from_config(config, dtype=torch.bfloat16)
+        model.save_pretrained(folder / shape)
+        processor.save_pretrained(folder / shape)
+        if shape == "qwen3":
+            _plain_tokenizer(folder / shape)
+        del model
+    return {"shapes": list(shapes)}
+
+
+def _plain_tokenizer(folder: Path) -> None:
+    """So that neither side replaces it by the tokenizer class of the model's type, which encodes by other rules."""
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings.pop("processor_class", None)  # nano's own sees
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    file.write_text(json.dumps(settings), encoding="utf-8")
+
+
+def _vision_language(tokenizer: Any, tokens: dict[str, Any], tiny: bool) -> tuple[Any, Any]:
+    """Configuration and processor of Qwen2-VL-2B."""
+    import transformers as tf
+
+    text, vision = QWEN2_VL_TEXT, QWEN2_VL_VISION
+    if tiny:
+        rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+        text = {**text, **TINY_SHAPE, "rope_parameters": rope}
+        vision = {**vision, "depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2}
+    marks = {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{mark}|>")
+        for name, mark in (
+            ("image", "image_pad"),
+            ("video", "video_pad"),
+            ("vision_start", "vision_start"),
+            ("vision_end", "vision_end"),
+        )
+    }
+    config = tf.Qwen2VLConfig(text_config={**text, **tokens}, vision_config=vision, tie_word_embeddings=True, **marks)
+    most = 8 if tiny else VISUAL_TOKENS
+    size = {"shortest_edge": most // 2 * 28**2, "longest_edge": most * 28**2}
+    images = tf.Qwen2VLImageProcessor(patch_size=14, merge_size=2, temporal_patch_size=2, size=size)
+    video = tf.Qwen2VLVideoProcessor(patch_size=14, size=size)
+    template = tokenizer.chat_template
+    processor = tf.Qwen2VLProcessor(
+        image_processor=images, tokenizer=tokenizer, video_processor=video, chat_template=template
+    )
+    return config, processor
+
+
+def _plan(tree: dict[str, Any]) -> dict[str, Any]:
+    from mmembed.config import build_config
+    from mmembed.plan import plan_run
+
+    started = time.perf_counter()
+    stage = plan_run(build_config(tree), sample=1).stages[0]
+    parts = {name: round(value / 2**20) for name, value in vars(stage).items() if isinstance(value, float)}
+    return {"estimated_mb": stage.total / 2**20, "parts_mb": parts, "plan_seconds": time.perf_counter() - started}
+
+
+def _encode(side: str, folder: Path, scale: Scale) -> dict[str, Any]:
+    """Encodes the texts in rounds; the vectors of the last round lie in the folder."""
+    import numpy as np
+
+    contents = texts(scale.texts)
+    run, facts = (_our_encoder if side == "ours" else _peer_encoder)(folder / "qwen3", contents, scale)
+    run()
+    _start_peak(scale)
+    seconds = []
+    for _ in range(scale.rounds):
+        started = time.perf_counter()
+        vectors = run()
+        seconds.append(time.perf_counter() - started)
+    np.save(folder / f"{side}.npy", vectors)
+    return {"count": len(contents), "seconds": statistics.median(seconds), "peak_mb": _peak_mb(scale), **facts}
+
+
+def _our_encoder(weights: Path, contents: Sequence[str], scale: Scale) -> tuple[Callable[[], Any], dict[str, Any]]:
+    from mmembed import Embedder
+    from mmembed.content import to_content
+    from mmembed.models.embedding_model import EmbedderSettings, build_from_settings
+    from mmembed.preprocess import Item
+
+    lengths = {"query_max_length": ENCODE_LENGTH, "document_max_length": ENCODE_LENGTH}
+    prompt = {"type": "plain", "mask_instruction": False}
+    settings = EmbedderSettings(str(weights), pooling="mean", prompt=prompt, dtype="bfloat16", lengths=lengths)
+    model, preprocessor = build_from_settings(settings)
+    embedder = Embedder(model.to(scale.device), preprocessor)
+    rows = preprocessor.tokenize([Item(to_content(text)) for text in contents])
+    forward = _useful(model, [len(row) for row in rows], [], trained=False) / 3
+    return lambda: embedder.encode(contents, show_progress=False), {
+        "useful_flops": forward,
+        "tokens": sum(len(row) for row in rows),
+    }
+
+
+def _peer_encoder(weights: Path, contents: Sequence[str], scale: Scale) -> tuple[Callable[[], Any], dict[str, Any]]:
+    import torch
+
+    model = _peer_model(weights, "text", torch.bfloat16, scale.device, ENCODE_LENGTH).eval()
+
+    def encode(setting: str) -> Any:
+        return model.encode(list(contents), batch_size=int(setting.removeprefix("size=")), show_progress_bar=False)
+
+    speeds = {}
+    for setting in scale.settings["encode"]["peer"]:
+        started = time.perf_counter()
+        encode(setting)
+        speeds[setting] = round(len(contents) / (time.perf_counter() - started), 1)
+    best = max(speeds, key=lambda one: speeds[one])
+    return lambda: encode(best), {"setting": best, "searched": speeds}
+
+
+# Training -------------------------------------------------------------------------------------------------------------
+
+
+class _Training:
+    """One side of a row of training: the search for its setting, then the timed steps from fresh weights."""
+
+    def __init__(self, side: str, name: str, folder: Path, scale: Scale) -> None:
+        self.side, self.name, self.case, self.scale = side, name, CASES[name], scale
+        self.weights, self.folder = folder / self.case.shape, folder / f"{side}-{name}"
+        self.folder.mkdir()
+
+    def run(self, setting: str | None) -> dict[str, Any]:
+        searched: dict[str, Any] = {}
+        if setting is None:
+            for number, one in enumerate(self.scale.settings[self.case.kind.replace("instruction", "text")][self.side]):
+                searched[one] = self._speed(one, number)
+            timed = {one: speed for one, speed in searched.items() if isinstance(speed, float)}
+            if not timed:
+                raise RuntimeError(f"no setting ran: {searched}")
+            setting = max(timed, key=lambda one: timed[one])
+        found = self._train(setting, self.scale.batch(self.case), self.scale.steps + 1, self.folder / "run")
+        return {"setting": setting, "searched": searched, **found}
+
+    def _speed(self, setting: str, number: int) -> float | str:
+        """Pairs a second of the second of two short steps, or why there is none."""
+        batch = min(SEARCHED[self.case.kind], self.scale.batch(self.case))
+        try:
+            found = self._train(setting, batch, 2, self.folder / f"search{number}")
+        except Exception as error:
+            _say(f"{self.side} {self.name} {setting}: {error}")
+            return f"{type(error).__name__}: {str(error).strip()[:300]}"
+        _say(f"{self.side} {self.name} {setting}: {batch / found['seconds_a_step']:.1f} pairs/s")
+        return round(batch / found["seconds_a_step"], 2)
+
+    def _train(self, setting: str, batch: int, steps: int, folder: Path) -> dict[str, Any]:
+        folder.mkdir()
+        _start_peak(self.scale)
+        trainer, more = (self._ours if self.side == "ours" else self._peer)(setting, batch, steps, folder)
+        clock = step_clock()
+        trainer.add_callback(clock)
+        trainer.train()
+        entries = trainer.state.log_history
+        return {
+            "seconds_a_step": statistics.median(clock.seconds[1:]),
+            "step_seconds": [round(one, 3) for one in clock.seconds],
+            "first_loss": next(entry["loss"] for entry in entries if "loss" in entry),
+            "last_loss": [entry["loss"] for entry in entries if "loss" in entry][-1],
+            "peak_mb": _peak_mb(self.scale),
+            "halved": [entry for entry in entries if "chunk_tokens" in entry],
+            **more(trainer),
+        }
+
+    def _shared_arguments(self, batch: int, steps: int, folder: Path, autocast: bool) -> dict[str, Any]:
+        return {
+            "output_dir": str(folder / "out"),
+            "per_device_train_batch_size": batch,
+            "max_steps": steps,
+            "learning_rate": LEARNING_RATE,
+            "lr_scheduler_type": "constant",
+            "bf16": autocast,
+            "save_strategy": "no",
+            "logging_steps": 1,
+            "disable_tqdm": True,
+            **({"use_cpu": True} if self.scale.device == "cpu" else {}),
+        }
+
+    def _pairs(self, batch: int, steps: int) -> list[tuple[str, Any]]:
+        """Of all steps, in order: (question, passage) or (caption, encoded picture). Nothing comes twice."""
+        if self.case.kind == "images":
+            return list(pictures(batch * steps))
+        return list(pairs(batch * steps))
+
+    def _ours(self, setting: str, batch: int, steps: int, folder: Path) -> tuple[Any, Callable[[Any], dict[str, Any]]]:
+        tree = self._tree(setting, batch, steps, folder)
+        from mmembed.config import build_config
+
+        given = self._pairs(batch, steps)
+        if self.case.kind == "images":
+            for number, (caption, encoded) in enumerate(given):
+                (folder / f"{number}.webp").write_bytes(encoded)
+                given[number] = (caption, {"image": f"{number}.webp"})
+        write_pairs(folder / "pairs.jsonl", given)
+        return in_order(build_config(tree), batch, str(folder)), lambda trainer: self._facts(trainer, tree)
+
+    def _tree(self, setting: str, batch: int, steps: int, folder: Path) -> dict[str, Any]:
+        """Our config."""
+        precision, how, number = _parts(setting)
+        lora = {"type": "lora", "r": 16, "alpha": 32, "dropout": 0.0}
+        images = self.case.kind == "images"
+        prompt: dict[str, Any] = {"type": "plain", "mask_instruction": False}
+        if self.case.kind == "instruction":
+            prompt["query_prefix"] = INSTRUCTION
+        if images:
+            prompt = {"type": "chat", "mask_instruction": False, "add_generation_prompt": False}
+        return {
+            "model": {
+                "name_or_path": str(self.weights),
+                "dtype": "float32" if precision == "autocast" else "bfloat16",
+                "freeze": ["vision", "projector"],
+            },
+            "adapter": lora if images else {"type": "none"},
+            "pooling": "mean",
+            "lengths": {"query_max_length": QUERY_LENGTHS[self.case.kind], "document_max_length": DOCUMENT_LENGTH},
+            "prompt": prompt,
+            "data": {"train": [{"path": str(folder / "pairs.jsonl")}], "train_group_size": 1},
+            "objective": {"type": "contrastive", "temperature": TEMPERATURE, "mask_duplicates": False},
+            "training": {
+                **self._shared_arguments(batch, steps, folder, precision == "autocast"),
+                "token_budget": number,
+                "grad_cache": "auto" if how == "keep" else True,
+                "vision_cache": "off",
+            },
+        }
+
+    def _facts(self, trainer: Any, tree: dict[str, Any]) -> dict[str, Any]:
+        """What the timed steps held, on average."""
+        from mmembed.training.batch_report import count_visual
+
+        batches = [trainer.collator([trainer.train_dataset[draw] for draw in draws]) for draws in trainer.plan][1:]
+        model, preprocessor = trainer.model.model, trainer.preprocessor
+        whole, computed = [], []
+        for batch in batches:
+            rows = [row for chunk in batch.chunks for row in chunk.rows]
+            visual = [4 * count_visual([row], preprocessor) for row in rows if row.images]  # patches: 2 x 2 a token
+            trained = tree["adapter"]["type"] == "none"
+            useful = _useful(model, [len(row) for row in rows], visual, trained)
+            whole.append(useful)
+            computed.append(useful - _of_tokens(model, batch.saved_tokens, trained))
+        return {
+            "tree": tree,
+            "pairs": batches[0].n_queries,
+            "tokens": statistics.mean(batch.tokens for batch in batches),
+            "padded_tokens": statistics.mean(batch.padded_tokens for batch in batches),
+            "chunks": statistics.mean(len(batch.chunks) for batch in batches),
+            "useful_flops": statistics.mean(computed),
+            "useful_flops_unshared": statistics.mean(whole),
+        }
+
+    def _peer(self, setting: str, batch: int, steps: int, folder: Path) -> tuple[Any, Callable[[Any], dict[str, Any]]]:
+        import torch
+        from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+        from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
+
+        precision, _, size = _parts(setting)
+        images = self.case.kind == "images"
+        dtype = torch.float32 if precision == "autocast" else torch.bfloat16
+        model = _peer_model(self.weights, "images" if images else "text", dtype, self.scale.device, DOCUMENT_LENGTH)
+        if images:
+            _add_lora(model)
+        args = SentenceTransformerTrainingArguments(
+            **self._shared_arguments(batch, steps, folder, precision == "autocast"),
+            tf32=True if self.scale.device == "cuda" else None,
+            report_to="none",
+            batch_sampler=peer_in_order(),
+            prompts={"anchor": INSTRUCTION} if self.case.kind == "instruction" else None,
+        )
+        loss = CachedMultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE, mini_batch_size=size)
+        data = _peer_data(self._pairs(batch, steps), images)
+        trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=data, loss=loss)
+        return trainer, lambda _: {}
+
+
+def _parts(setting: str) -> tuple[str, str, int]:
+    """(precision, how, number) of a setting."""
+    precision, _, rest = setting.partition(",")
+    how, _, number = rest.partition("=")
+    return precision, how, int(number)
+
+
+def _peer_model(weights: Path, kind: str, dtype: Any, device: str, length: int) -> Any:
+    """sentence-transformers on the same folder; texts go without the chat template, pictures need it."""
+    import mmembed.backbones  # noqa: F401  # isort: skip - makes torchvision importable on a CPU machine
+
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+
+    of_text = {
+        "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+        "module_output_name": "token_embeddings",
+    }
+    transformer = Transformer(
+        str(weights),
+        max_seq_length=length,
+        model_kwargs={"dtype": dtype},
+        **(of_text if kind == "text" else {}),
+    )
+    pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="mean")
+    return SentenceTransformer(modules=[transformer, pooling, Normalize()], device=device)
+
+
+def _add_lora(model: Any) -> None:
+    """Our adapter: every linear layer of the language tower, its weights in float32, all else frozen."""
+    from peft import LoraConfig
+
+    model.requires_grad_(False)
+    linear = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+    model.add_adapter(LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=linear))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def _peer_data(given: Sequence[tuple[str, Any]], images: bool) -> Any:
+    from datasets import Dataset, Features, Image, Value
+
+    left, right = zip(*given, strict=True)
+    if not images:
+        return Dataset.from_dict({"anchor": list(left), "positive": list(right)})
+    columns = {"anchor": list(left), "positive": [{"bytes": one, "path": None} for one in right]}
+    return Dataset.from_dict(columns, features=Features({"anchor": Value("string"), "positive": Image(mode="RGB")}))
+
+
+# Numbers --------------------------------------------------------------------------------------------------------------
+
+
+def _start_peak(scale: Scale) -> None:
+    """Frees what earlier runs of this process left, and counts from here."""
+    import torch
+
+    gc.collect()
+    if scale.device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak_mb(scale: Scale) -> int:
+    import torch
+
+    return torch.cuda.max_memory_allocated() // 2**20 if scale.device == "cuda" else own_peak_mb()
+
+
+def _useful(model: Any, lengths: Sequence[int], patches: Sequence[int], trained: bool) -> float:
+    """Floating point operations of a step; see the head of this file.
+
+    Args:
+        model: an EmbeddingModel. lengths: tokens an input. patches: a picture's each.
+        trained: whether the decoder's own weights take a gradient.
+    """
+    text = model.config
+    attended = text.num_attention_heads * _head_dim(text) * text.num_hidden_layers
+    found = _of_tokens(model, sum(lengths), trained) + 6.0 * attended * sum(length**2 for length in lengths)
+    if patches:
+        vision = model.family.config.vision_config
+        weights = sum(
+            parameter.numel()
+            for name, parameter in model.named_parameters()
+            if model.parameter_towers()[name] in ("vision", "projector")
+        )
+        found += 2.0 * weights * sum(patches) + 4.0 * vision.depth * vision.embed_dim * sum(one**2 for one in patches)
+    return found
+
+
+def _of_tokens(model: Any, tokens: int, trained: bool) -> float:
+    """Of the decoder's weights alone."""
+    table = model.base.get_input_embeddings().weight
+    towers = model.parameter_towers()
+    weights = sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if towers[name] == "language" and parameter is not table and "lora_" not in name
+    )
+    return (6.0 if trained else 4.0) * weights * tokens
+
+
+def _head_dim(text: Any) -> int:
+    return int(vars(text).get("head_dim") or text.hidden_size // text.num_attention_heads)
+
+
+if __name__ == "__main__":
+    main()
