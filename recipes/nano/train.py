@@ -16,27 +16,33 @@ state before that gain, so that a dimension can be quiet for the mean and loud f
 gain into the matrix.
 
 Skipping the blocks costs a tenth, and most of what a small model knows about single words and pictures comes cheap.
-Matrices learn with Muon (Jordan 2024), the rest with AdamW. Everything random comes from (seed, step).
+Matrices learn with Muon (Jordan 2024), the rest with AdamW. Everything random comes from (seed, step): a batch is drawn
+from it alone, on a GPU by workers ahead of time, so a step never asks the device how large something is.
 """
 
 import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.functional import cross_entropy, embedding_bag, kl_div, log_softmax, normalize
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import Qwen3VLForConditionalGeneration
 
 from recipes.nano.batches import PairBatch, PairData, PictureBatch, PictureData, TextBatch, TextData
+from recipes.nano.model import MERGE, choose_picture_kernel
 
 logger = logging.getLogger(__name__)
 
-Parts = dict[str, float]
-LossOfStep = Callable[[int], tuple[torch.Tensor, Parts, int]]  # step -> loss, what to log, positions seen
+Parts = dict[str, torch.Tensor]
+Draw = Callable[[int], Any]  # step -> its batch, on the CPU
+LossOf = Callable[[Any], tuple[torch.Tensor, Parts, int]]  # batch -> loss, what to log, positions seen
 OnSave = Callable[[int], None]
 
 
@@ -72,14 +78,34 @@ class Plan:
     pair_weight: float = 1.0
     temperature: float = 0.05
 
+    @classmethod
+    def of_device(cls, device: torch.device) -> "Plan":
+        """An hour of two CPU cores, or minutes of a GPU: larger batches, more steps."""
+        return GPU_PLAN if device.type == "cuda" else cls()
+
     def of_stage(self, name: str) -> dict[str, float]:
         """What the stage `name` depends on: its own settings and those of no stage."""
         others = tuple(f"{stage.rstrip('s')}_" for stage in STAGES if stage != name)
         return {key: value for key, value in asdict(self).items() if not key.startswith(others)}
 
 
+GPU_PLAN = Plan(
+    word_texts=4096,
+    word_pairs=1024,
+    word_steps=2000,
+    sight_pictures=128,
+    sight_steps=6000,
+    language_tokens=32_768,
+    language_steps=10_000,
+    together_tokens=32_768,
+    together_pictures=128,
+    together_steps=1000,
+    warmup=200,
+)
+WORKERS = {"cpu": 0, "cuda": 6}  # that draw batches ahead
 STAGES = ("words", "sights", "language", "together")
 CHECKPOINT_SECONDS = 150.0
+LOGGED_STEPS = 50
 
 
 @dataclass
@@ -95,36 +121,44 @@ def learn_words(model: Qwen3VLForConditionalGeneration, data: Data, plan: Plan, 
     language = model.model.language_model
     optimizer = torch.optim.Adam([language.embed_tokens.weight], lr=plan.word_rate)
 
-    def loss_of(step: int) -> tuple[torch.Tensor, Parts, int]:
-        table = language.norm(language.embed_tokens.weight)  # (V, H), what a token's last state is without blocks
-        texts = data.text.mixed(plan.seed + 1, step, plan.word_texts)
-        loss, parts = distillation(pool_tokens(table, texts), texts, plan)
-        pairs = data.pairs.batch(plan.seed + 1, step, size=plan.word_pairs)
-        cloze = data.pairs.cloze(plan.seed + 1, step, size=plan.word_pairs)
-        found, placed = (
-            pair_match(pool_tokens(table, batch.queries), pool_tokens(table, batch.documents), batch, plan)
-            for batch in (pairs, cloze)
+    def draw(step: int) -> tuple[TextBatch, PairBatch, PairBatch]:
+        seed = plan.seed + 1
+        return (
+            data.text.mixed(seed, step, plan.word_texts),
+            data.pairs.batch(seed, step, size=plan.word_pairs),
+            data.pairs.cloze(seed, step, size=plan.word_pairs),
         )
-        parts |= {"pair": found.item(), "cloze": placed.item()}
-        sides = (texts, pairs.queries, pairs.documents, cloze.queries, cloze.documents)
-        return loss + plan.pair_weight * (found + placed), parts, sum(int(side.content().sum()) for side in sides)
 
-    return run_stage("words", model, [optimizer], loss_of, plan.word_steps, plan, folder)
+    def loss_of(batch: tuple[TextBatch, PairBatch, PairBatch]) -> tuple[torch.Tensor, Parts, int]:
+        table = language.norm(language.embed_tokens.weight)  # (V, H), what a token's last state is without blocks
+        texts, pairs, cloze = batch
+        loss, parts = distillation(pool_tokens(table, texts), texts, plan)
+        found, placed = (
+            pair_match(pool_tokens(table, b.queries), pool_tokens(table, b.documents), b, plan) for b in (pairs, cloze)
+        )
+        parts |= {"pair": found, "cloze": placed}
+        sides = (texts, pairs.queries, pairs.documents, cloze.queries, cloze.documents)
+        return loss + plan.pair_weight * (found + placed), parts, sum(len(side.predicting) for side in sides)
+
+    return run_stage("words", model, [optimizer], draw, loss_of, plan.word_steps, plan, folder)
 
 
 def learn_sights(model: Qwen3VLForConditionalGeneration, data: Data, plan: Plan, folder: Path) -> int:
     language, visual = model.model.language_model, model.model.visual
-    visual.config._attn_implementation = "eager"
+    choose_picture_kernel(model)
 
-    def loss_of(step: int) -> tuple[torch.Tensor, Parts, int]:
-        batch = data.pictures.batch(plan.seed + 2, step, plan.sight_pictures)
-        seen = visual(batch.inputs["pixel_values"], grid_thw=batch.inputs["image_grid_thw"]).pooler_output  # (S, H)
-        counts = batch.picture.sum(-1) - 2  # without the two border tokens
+    def draw(step: int) -> PictureBatch:
+        return data.pictures.batch(plan.seed + 2, step, plan.sight_pictures)
+
+    def loss_of(batch: PictureBatch) -> tuple[torch.Tensor, Parts, int]:
+        grid = batch.inputs["image_grid_thw"]
+        seen = visual(batch.inputs["pixel_values"], grid_thw=grid).pooler_output  # (S, H)
+        counts = grid.prod(-1) // MERGE**2
         pictures = torch.stack([part.mean(0) for part in language.norm(seen).float().split(counts.tolist())])
         return *picture_match(normalize(pictures, dim=-1), batch, plan), len(seen)
 
     optimizers = build_optimizers(visual, plan, plan.sight_rate)
-    return run_stage("sights", model, optimizers, loss_of, plan.sight_steps, plan, folder)
+    return run_stage("sights", model, optimizers, draw, loss_of, plan.sight_steps, plan, folder)
 
 
 def learn_language(
@@ -132,11 +166,14 @@ def learn_language(
 ) -> int:
     model.model.visual.requires_grad_(False)
 
-    def loss_of(step: int) -> tuple[torch.Tensor, Parts, int]:
-        return language_loss(model, data, plan.seed, step, plan.language_tokens, plan)
+    def draw(step: int) -> TextBatch | PairBatch:
+        return draw_text(data, plan.seed, step, plan.language_tokens, plan)
+
+    def loss_of(batch: TextBatch | PairBatch) -> tuple[torch.Tensor, Parts, int]:
+        return language_loss(model, batch, plan)
 
     optimizers = build_optimizers(model, plan, plan.language_rate)
-    seen = run_stage("language", model, optimizers, loss_of, plan.language_steps, plan, folder, on_save)
+    seen = run_stage("language", model, optimizers, draw, loss_of, plan.language_steps, plan, folder, on_save)
     model.model.visual.requires_grad_(True)
     return seen
 
@@ -144,22 +181,28 @@ def learn_language(
 def learn_together(
     model: Qwen3VLForConditionalGeneration, data: Data, plan: Plan, folder: Path, on_save: OnSave
 ) -> int:
-    model.model.visual.config._attn_implementation = "eager"
+    choose_picture_kernel(model)
 
-    def loss_of(step: int) -> tuple[torch.Tensor, Parts, int]:
-        if torch.rand(()).item() < plan.together_sight_share:
-            return picture_loss(model, data.pictures.batch(plan.seed, step, plan.together_pictures), plan)
-        return language_loss(model, data, plan.seed + 4, step, plan.together_tokens, plan)
+    def draw(step: int) -> TextBatch | PairBatch | PictureBatch:
+        if np.random.default_rng([plan.seed, step, 7]).random() < plan.together_sight_share:
+            return data.pictures.batch(plan.seed, step, plan.together_pictures)
+        return draw_text(data, plan.seed + 4, step, plan.together_tokens, plan)
+
+    def loss_of(batch: TextBatch | PairBatch | PictureBatch) -> tuple[torch.Tensor, Parts, int]:
+        if isinstance(batch, PictureBatch):
+            return picture_loss(model, batch, plan)
+        return language_loss(model, batch, plan)
 
     optimizers = build_optimizers(model, plan, plan.together_rate)
-    return run_stage("together", model, optimizers, loss_of, plan.together_steps, plan, folder, on_save)
+    return run_stage("together", model, optimizers, draw, loss_of, plan.together_steps, plan, folder, on_save)
 
 
 def run_stage(
     name: str,
     model: Qwen3VLForConditionalGeneration,
     optimizers: list[torch.optim.Optimizer],
-    loss_of: LossOfStep,
+    draw: Draw,
+    loss_of: LossOf,
     steps: int,
     plan: Plan,
     folder: Path,
@@ -169,14 +212,16 @@ def run_stage(
     path = folder / f"{name}.pt"
     start, seen = load_checkpoint(path, model, optimizers, plan)
     model.train()
-    sums: dict[str, list[float]] = {}
+    device = model.device
+    sums: dict[str, list[torch.Tensor]] = {}
     saved, began, before = time.monotonic(), time.monotonic(), seen
-    for step in tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=30):
+    batches = DataLoader(Steps(draw, start, steps), batch_size=None, num_workers=WORKERS[device.type])
+    for step, batch in enumerate(tqdm(batches, initial=start, total=steps, desc=name, mininterval=30), start):
         torch.manual_seed(plan.seed * 1_000_003 + step)
         for group in (g for o in optimizers for g in o.param_groups):
             group["lr"] = group.setdefault("peak", group["lr"]) * rate_at(step, steps, plan)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss, parts, count = loss_of(step)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            loss, parts, count = loss_of(move(batch, device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for o in optimizers for g in o.param_groups for p in g["params"]], 5.0)
         for optimizer in optimizers:
@@ -184,9 +229,9 @@ def run_stage(
         model.zero_grad(set_to_none=True)
         seen += count
         for key, value in parts.items():
-            sums.setdefault(key, []).append(value)
-        if step % 50 == 49:
-            means = " ".join(f"{k} {sum(v) / len(v):.3f}" for k, v in sorted(sums.items()))
+            sums.setdefault(key, []).append(value.detach())
+        if step % LOGGED_STEPS == LOGGED_STEPS - 1:
+            means = " ".join(f"{k} {torch.stack(v).mean():.3f}" for k, v in sorted(sums.items()))
             logger.info("%s %d: %s | %.0f/s", name, step + 1, means, (seen - before) / (time.monotonic() - began))
             sums = {}
         if time.monotonic() - saved > CHECKPOINT_SECONDS or step + 1 == steps:
@@ -194,6 +239,32 @@ def run_stage(
             on_save(step + 1)
             saved = time.monotonic()
     return seen
+
+
+class Steps(Dataset[Any]):
+    """The batches of a stage's steps, for a loader to draw ahead of time."""
+
+    def __init__(self, draw: Draw, start: int, end: int):
+        self.draw, self.start, self.end = draw, start, end
+
+    def __len__(self) -> int:
+        return max(0, self.end - self.start)
+
+    def __getitem__(self, row: int) -> Any:
+        return self.draw(self.start + row)
+
+
+def move(batch: Any, device: torch.device) -> Any:
+    """The same batch (tensors, and dataclasses, dictionaries and tuples of them) on a device."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: move(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple):
+        return tuple(move(value, device) for value in batch)
+    if isinstance(batch, (TextBatch, PairBatch, PictureBatch)):
+        return type(batch)(*(move(getattr(batch, field.name), device) for field in fields(batch)))
+    return batch
 
 
 def rate_at(step: int, steps: int, plan: Plan) -> float:
@@ -204,38 +275,45 @@ def rate_at(step: int, steps: int, plan: Plan) -> float:
 # --------------------------------------------------------------------------------------------------- losses
 def last_hidden(model: Qwen3VLForConditionalGeneration, ids: torch.Tensor) -> torch.Tensor:
     """(B, T, H) of right-padded texts. On a CPU the fused attention's backward pass only pays beyond 64 tokens."""
-    model.model.language_model.config._attn_implementation = "eager" if ids.shape[1] <= 64 else "sdpa"
+    eager = ids.device.type == "cpu" and ids.shape[1] <= 64
+    model.model.language_model.config._attn_implementation = "eager" if eager else "sdpa"
     return model.model.language_model(input_ids=ids, use_cache=False).last_hidden_state
 
 
 def text_loss(model: Qwen3VLForConditionalGeneration, batch: TextBatch, plan: Plan) -> tuple[torch.Tensor, Parts, int]:
     hidden = last_hidden(model, batch.ids)  # (B, T, H)
     loss, parts = distillation(pool(hidden, batch.content()), batch, plan)
-    speech = next_token_loss(model, hidden, batch.ids, batch.predicting(), plan.lm_share)
-    return loss + plan.speech_weight * speech, {"text": speech.item(), **parts}, batch.ids.numel()
+    speech = next_token_loss(model, hidden, batch.ids, batch.predicting, plan.lm_share)
+    return loss + plan.speech_weight * speech, {"text": speech, **parts}, batch.ids.numel()
+
+
+def draw_text(data: Data, seed: int, step: int, tokens: int, plan: Plan) -> TextBatch | PairBatch:
+    if np.random.default_rng([seed, step, 6]).random() < plan.pair_share:
+        return data.pairs.batch(seed, step, tokens=tokens)
+    return data.text.batch(seed, step, tokens)
 
 
 def language_loss(
-    model: Qwen3VLForConditionalGeneration, data: Data, seed: int, step: int, tokens: int, plan: Plan
+    model: Qwen3VLForConditionalGeneration, batch: TextBatch | PairBatch, plan: Plan
 ) -> tuple[torch.Tensor, Parts, int]:
-    if torch.rand(()).item() < plan.pair_share:
-        return pair_loss(model, data.pairs.batch(seed, step, tokens=tokens), plan)
-    return text_loss(model, data.text.batch(seed, step, tokens), plan)
+    if isinstance(batch, PairBatch):
+        return pair_loss(model, batch, plan)
+    return text_loss(model, batch, plan)
 
 
 def pair_loss(model: Qwen3VLForConditionalGeneration, batch: PairBatch, plan: Plan) -> tuple[torch.Tensor, Parts, int]:
     """Queries against documents, and the next token of the documents."""
     queries, documents = last_hidden(model, batch.queries.ids), last_hidden(model, batch.documents.ids)  # (B, T, H)
     found = pair_match(pool(queries, batch.queries.content()), pool(documents, batch.documents.content()), batch, plan)
-    speech = next_token_loss(model, documents, batch.documents.ids, batch.documents.predicting(), plan.lm_share)
+    speech = next_token_loss(model, documents, batch.documents.ids, batch.documents.predicting, plan.lm_share)
     seen = batch.queries.ids.numel() + batch.documents.ids.numel()
-    return plan.pair_weight * found + plan.speech_weight * speech, {"text": speech.item(), "pair": found.item()}, seen
+    return plan.pair_weight * found + plan.speech_weight * speech, {"text": speech, "pair": found}, seen
 
 
 def pair_match(queries: torch.Tensor, documents: torch.Tensor, batch: PairBatch, plan: Plan) -> torch.Tensor:
     """InfoNCE in both directions over unit vectors (B, H); the same document or query elsewhere is no negative."""
     logits = (queries @ documents.T).float().div(plan.temperature).masked_fill(batch.same, -1e4)  # (B, B)
-    own = torch.arange(len(queries))
+    own = torch.arange(len(queries), device=logits.device)
     return (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
 
 
@@ -248,7 +326,7 @@ def picture_loss(
     ids = batch.inputs["input_ids"]
     match, parts = picture_match(pool(hidden, batch.picture), batch, plan)
     caption = next_token_loss(model, hidden, ids, batch.caption, 1.0)
-    return match + plan.speech_weight * caption, {"caption": caption.item(), **parts}, ids.numel()
+    return match + plan.speech_weight * caption, {"caption": caption, **parts}, ids.numel()
 
 
 def picture_match(pictures: torch.Tensor, batch: PictureBatch, plan: Plan) -> tuple[torch.Tensor, Parts]:
@@ -257,16 +335,18 @@ def picture_match(pictures: torch.Tensor, batch: PictureBatch, plan: Plan) -> tu
     logits = (pictures @ bank.T).float() / plan.temperature  # (B, N)
     match = cross_entropy(logits.masked_fill(batch.ignored, -1e4), batch.targets)
     direction = (1 - (pictures * bank[batch.targets]).sum(-1)).mean()
-    parts = {"match": match.item(), "picture_direction": direction.item()}
+    parts = {"match": match, "picture_direction": direction}
     return match + plan.direction_weight / 4 * direction, parts
 
 
 def next_token_loss(
     model: Qwen3VLForConditionalGeneration, hidden: torch.Tensor, ids: torch.Tensor, where: torch.Tensor, share: float
 ) -> torch.Tensor:
-    """Mean cross-entropy of a random `share` of the positions `where` (B, T - 1)."""
-    chosen = where & (torch.rand(where.shape) < share) if share < 1 else where
-    return cross_entropy(next_token_logits(model, hidden[:, :-1][chosen]).float(), ids[:, 1:][chosen])
+    """Mean cross-entropy of a random `share` of the places `where` (M,) in (B, T - 1) laid flat."""
+    if share < 1:
+        where = where[torch.randperm(len(where), device=where.device)[: max(1, round(share * len(where)))]]
+    states, targets = hidden[:, :-1].flatten(0, 1)[where], ids[:, 1:].flatten()[where]
+    return cross_entropy(next_token_logits(model, states).float(), targets)
 
 
 def next_token_logits(model: Qwen3VLForConditionalGeneration, hidden: torch.Tensor) -> torch.Tensor:
@@ -276,17 +356,16 @@ def next_token_logits(model: Qwen3VLForConditionalGeneration, hidden: torch.Tens
 
 def distillation(pooled: torch.Tensor, batch: TextBatch, plan: Plan) -> tuple[torch.Tensor, Parts]:
     """Direction to the teacher's vector, and KL between the rows of both similarity matrices."""
-    if not bool(batch.known.any()):
+    if not len(batch.known):
         return pooled.sum() * 0.0, {}
-    teacher = batch.teacher[batch.known]
-    student = pooled[batch.known]
+    teacher, student = batch.teacher, pooled[batch.known]
     direction = (1 - (student * teacher).sum(-1)).mean()
-    own = torch.eye(len(student), dtype=torch.bool)
+    own = torch.eye(len(student), dtype=torch.bool, device=student.device)
     target = log_softmax((teacher @ teacher.T / plan.temperature).masked_fill(own, -1e4), dim=-1)
     actual = log_softmax((student @ student.T).float().div(plan.temperature).masked_fill(own, -1e4), dim=-1)
     similarity = kl_div(actual, target, reduction="batchmean", log_target=True)
     loss = plan.direction_weight * direction + plan.similarity_weight * similarity
-    return loss, {"direction": direction.item(), "similarity": similarity.item()}
+    return loss, {"direction": direction, "similarity": similarity}
 
 
 def pool(hidden: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
@@ -298,7 +377,7 @@ def pool(hidden: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
 def pool_tokens(table: torch.Tensor, batch: TextBatch) -> torch.Tensor:
     """`pool` where a token's state depends on the token alone, `table` (V, H): (B, H) without ever being (B, T, H)."""
     content = batch.content()  # (B, T)
-    starts = torch.cat([torch.zeros(1, dtype=torch.long), content.sum(-1).cumsum(0)[:-1]])
+    starts = torch.nn.functional.pad(content.sum(-1).cumsum(0)[:-1], (1, 0))
     return normalize(embedding_bag(batch.ids[content], table, starts, mode="mean"), dim=-1)
 
 
@@ -339,7 +418,7 @@ def load_checkpoint(
     """(steps done, tokens seen); raises ValueError when the checkpoint was made with another plan."""
     if not path.exists():
         return 0, 0
-    state = torch.load(path, weights_only=True)
+    state = torch.load(path, weights_only=True, map_location="cpu")
     asked, saved = plan.of_stage(path.stem), state["plan"]
     if differing := sorted(key for key in asked.keys() | saved.keys() if asked.get(key) != saved.get(key)):
         raise ValueError(f"{path} was made with another {', '.join(differing)}: use a fresh --work folder")
