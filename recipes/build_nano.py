@@ -30,6 +30,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from mmembed.arguments import Parser
+from mmembed.errors import nearest
 from recipes.nano import card, data, evaluate
 from recipes.nano.batches import PairData, PictureData, TextData
 from recipes.nano.model import HIDDEN, MEANING, build_model, build_processor, export, token_table
@@ -145,8 +146,8 @@ def settings(given: list[str]) -> dict[str, Any]:
     """`--set` as keywords of Plan, whole numbers where the plan has them; exits on what it does not have."""
     plan = asdict(Plan())
     chosen = dict(item.partition("=")[::2] for item in given)
-    if unknown := sorted(chosen.keys() - plan.keys()):
-        raise SystemExit(f"build_nano: --set knows no {', '.join(unknown)}; the plan has {', '.join(plan)}")
+    for key in chosen.keys() - plan.keys():
+        raise SystemExit(f"build_nano: the plan has no '{key}' to --set; {nearest(key, plan)}")
     try:
         return {key: type(plan[key])(value) for key, value in chosen.items()}
     except ValueError as error:

@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 import mmembed
+from recipes.build_nano import settings
 from recipes.nano import data, teacher
 from recipes.nano.batches import MAX_TEXT_TOKENS, PairData, TextData
-from recipes.nano.train import pool, pool_tokens
+from recipes.nano.train import Steps, move, pool, pool_tokens
 
 ROOT = Path(__file__).parents[2] / "data"
 NANO = Path(mmembed.__file__).parent / "nano"
@@ -118,3 +120,34 @@ def test_long_texts_are_cut(tokenizer, text_data) -> None:
     long = data.Pair("q", "word " * 2 * MAX_TEXT_TOKENS, "weather", "long")
     batch = PairData([long, data.Pair("r", "short", "weather", "short")], [], tokenizer, text_data).batch(0, 0)
     assert batch.documents.ids.shape[1] == MAX_TEXT_TOKENS + 1  # and the end of text
+
+
+def test_batches_drawn_by_workers_are_those_of_their_steps(pair_data) -> None:
+    """A GPU's batches come from workers ahead of time; a resumed run asks for the later ones alone."""
+    loader = DataLoader(Steps(lambda step: pair_data.batch(0, step), 2, 5), batch_size=None, num_workers=2)
+    drawn = list(loader)
+    assert len(drawn) == 3
+    for step, batch in enumerate(drawn, 2):
+        torch.testing.assert_close(batch.documents.ids, pair_data.batch(0, step).documents.ids)
+
+
+def test_a_whole_batch_moves(pair_data) -> None:
+    moved = move((pair_data.batch(0, 0), {"ids": torch.ones(2)}), torch.device("meta"))
+    tensors = [moved[0].same, moved[1]["ids"]]
+    tensors += [getattr(side, name) for side in (moved[0].queries, moved[0].documents) for name in ("ids", "ends")]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+def test_what_is_predicted_is_the_content_and_the_end(text_data, tokenizer) -> None:
+    batch = text_data.pack([np.array([5, 6, 7]), np.array([8])], np.array([0, -1]), prefix=[3, 4])
+    following = batch.ids[:, 1:].flatten()[batch.predicting].tolist()
+    assert following == [5, 6, 7, tokenizer.eos_token_id, 8, tokenizer.eos_token_id]
+    assert batch.known.tolist() == [0] and batch.teacher.shape == (1, 8)
+
+
+def test_settings_of_the_plan_are_whole_where_the_plan_is() -> None:
+    assert settings(["language_steps=7", "language_rate=2e-3"]) == {"language_steps": 7, "language_rate": 2e-3}
+    with pytest.raises(SystemExit, match="no 'langage_rate'.*language_rate"):
+        settings(["langage_rate=1"])
+    with pytest.raises(SystemExit, match="whole"):
+        settings(["language_steps=1.5"])
