@@ -12,7 +12,6 @@ The last hidden states return to rows with padding (zeros, outside of the pool m
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any, Literal, cast
@@ -42,23 +41,24 @@ WIDEST_HEAD, WIDEST_HEAD_ANYWHERE = 256, 192  # of the kernel; gradients of head
 DATA_CENTRE = ((8, 0), (9, 0), (10, 0))  # compute capabilities
 
 
-@dataclass
 class Packed:
     """How one row is divided into sequences; goes to every attention layer as the argument `packed_sequences`.
 
-    Attributes:
+    No dataclass: in half precision FSDP2 copies those on their way into each layer, and nobody sees the copies' calls.
+
+    Args:
         config: of the decoder. An attention of another part of the model is left alone.
         lengths: tokens of each of the B sequences; they sum up to N.
         causal: whether a token sees nothing behind it.
         device: where the row is.
+
+    Attributes:
         calls: attention layers that followed it so far.
     """
 
-    config: Any
-    lengths: tuple[int, ...]
-    causal: bool
-    device: torch.device
-    calls: int = 0
+    def __init__(self, config: Any, lengths: tuple[int, ...], causal: bool, device: torch.device) -> None:
+        self.config, self.lengths, self.causal, self.device = config, lengths, causal, device
+        self.calls = 0
 
     @cached_property
     def starts(self) -> Tensor:

@@ -27,6 +27,7 @@ def verify_checkpoint(
     preprocessor: Preprocessor,
     tolerance: float = 1e-3,
     vectors: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> float:
     """Reloads a saved folder and compares vectors of fixed texts (and a picture): equal to the model's; unequal to the
     bare backbone's, or, where only pooling and projection are trained, those unequal to their fresh state. Records the
@@ -34,6 +35,7 @@ def verify_checkpoint(
 
     Args:
         vectors: the model's, of `vectors_of`, where no process can run it alone.
+        dtype: that the model computes them in, if it is not that of its weights (FSDP2 in half precision).
 
     Returns:
         The largest difference of a vector element to the model in memory.
@@ -46,16 +48,19 @@ def verify_checkpoint(
         folder, device=model.device, media=preprocessor.media, trust_remote_code=model.settings.trust_remote_code
     )
     theirs = vectors_of(reloaded, loaded_preprocessor)
+    if any(parameter.requires_grad for parameter in reloaded.backbone.parameters()):
+        unchanged = torch.equal(theirs, _untrained_vectors(reloaded, loaded_preprocessor))
+    else:
+        unchanged = head_sums(reloaded) == model.fresh_head
+    dtype = model.dtype if dtype is None else dtype
+    if reloaded.dtype != dtype:  # an engine trains in another one than the folder says; rounding is no damage
+        theirs = vectors_of(_rounded(reloaded, dtype), loaded_preprocessor)
     difference = (ours - theirs).abs().max().item()
     if difference > tolerance:
         raise CheckpointError(
             f"{folder}: reloaded vectors differ by {difference:.2g} from the model in memory; "
             "do not use this folder, save again"
         )
-    if any(parameter.requires_grad for parameter in reloaded.backbone.parameters()):
-        unchanged = torch.equal(theirs, _untrained_vectors(reloaded, loaded_preprocessor))
-    else:
-        unchanged = head_sums(reloaded) == model.fresh_head
     if unchanged:
         raise CheckpointError(
             f"{folder}: gives the vectors of the backbone before training; its weights were lost, or never trained"
@@ -63,6 +68,14 @@ def verify_checkpoint(
     if not (Path(folder) / PROBES).exists():
         record(Path(folder), model, ours)
     return difference
+
+
+def _rounded(model: EmbeddingModel, dtype: torch.dtype) -> EmbeddingModel:
+    """The model with its parameters in another type, in place; buffers stay, as under DeepSpeed and FSDP2."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def _untrained_vectors(model: EmbeddingModel, preprocessor: Preprocessor) -> torch.Tensor:

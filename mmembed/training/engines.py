@@ -14,6 +14,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -97,6 +98,10 @@ class Engine:
         scaler = self.accelerator.scaler  # starts when it is given something to scale
         return None if scaler is None else float(scaler.scale(torch.ones((), device=self.accelerator.device)))
 
+    def computes_in(self) -> torch.dtype | None:
+        """What the forward pass rounds the weights to; None where they are used as they are."""
+        return None
+
     def full_state(self, model: nn.Module, frozen: bool) -> dict[str, Tensor] | None:
         """The whole weights on the CPU of the main process, {} on others; None where the model has them itself.
 
@@ -172,10 +177,24 @@ class DeepSpeed(Engine):
 
 
 class FSDP2(Engine):
-    """`fully_shard`: weights are gathered a decoder layer at a time; gradients scattered on the last chunk."""
+    """`fully_shard`: weights are gathered a decoder layer at a time; gradients scattered on the last chunk.
+
+    In half precision the weights are rounded as they are gathered. Vectors leave the model in 32 bits, and gradients
+    are added and scattered in 32 bits (torchtitan's default): accelerate's policy would round both, and the scores.
+    """
 
     lockstep = True
     sharded = True
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        super().__init__(accelerator)
+        plugin = accelerator.state.fsdp_plugin
+        self._half: torch.dtype | None = None
+        if plugin.mixed_precision_policy is not None:
+            self._half = plugin.mixed_precision_policy.param_dtype
+            plugin.mixed_precision_policy = replace(
+                plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
+            )
 
     def __str__(self) -> str:
         return "FSDP2 divides optimizer state, gradients, weights"
@@ -192,6 +211,9 @@ class FSDP2(Engine):
 
     def reduce(self, model: nn.Module, objective: nn.Module) -> None:
         reduce_gradients(objective.parameters())
+
+    def computes_in(self) -> torch.dtype | None:
+        return self._half
 
     def full_state(self, model: nn.Module, frozen: bool) -> dict[str, Tensor]:
         from torch.distributed.tensor import DTensor

@@ -173,18 +173,18 @@ class Estimate:
         return Stage(f"ZeRO-{stage}", held, gradients, state / self.devices, activations, self.comparison)
 
     def _fsdp2(self, activations: float) -> Stage:
-        """In half precision the trained weights are kept in 32 bits, what is gathered and its gradients are in 16.
+        """In half precision the trained weights and gradients are in 32 bits, what is gathered is in 16.
 
         4-bit weights stay whole, what is no layer (token tables, norms) is gathered as one, and gradients are whole
         until the last chunk.
         """
-        quantised, half = self._quantised(), 2.0 if self.half else None
+        quantised = self._quantised()
         whole = sum(_BYTES_4BIT * one.numel() for name, one in self.model.named_parameters() if name in quantised)
         rest = self.weights(half=False) - whole
         if self.half:
             rest += sum((4.0 - one.element_size()) * one.numel() for one, _ in self.trained)
         layer, others = self._gathered()
-        gradients = sum(one.numel() * (half or one.element_size()) for one, _ in self.trained)
+        gradients = sum(one.numel() * (4.0 if self.half else one.element_size()) for one, _ in self.trained)
         state = self._state(master=self.half) / self.devices
         held = whole + rest / self.devices + 2 * layer + others
         return Stage(FSDP2, held, gradients * (1 + 1 / self.devices), state, activations, self.comparison)

@@ -798,7 +798,7 @@ class EmbedderTrainer(Trainer):
         ours = vectors_of(model, self.preprocessor, self.model) if self.engine.sharded else None
         unset_hf_deepspeed_config()  # the copy is whole
         return (
-            verify_checkpoint(self.output, model, self.preprocessor, vectors=ours)
+            verify_checkpoint(self.output, model, self.preprocessor, vectors=ours, dtype=self.engine.computes_in())
             if self.is_world_process_zero()
             else None
         )
