@@ -20,15 +20,14 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mmembed.config.blocks import EmbedderConfig
 from mmembed.data.batch_plan import BatchPlan
-from mmembed.data.collate import Batch, Collator
+from mmembed.data.collate import Batch
 from mmembed.data.dataset import MixedDataset, media_store
-from mmembed.data.mixing import mixing_weights
 from mmembed.data.streaming import RecordStream, Source, open_source
 from mmembed.errors import ConfigError, MmembedError
 from mmembed.media import MediaStore
@@ -39,9 +38,12 @@ from mmembed.objectives import Objective, build_objective
 from mmembed.preprocess import Preprocessor
 from mmembed.training.arguments import training_arguments
 from mmembed.training.batch_report import check_sources, count_negatives, count_visual
+from mmembed.training.batches import build_collator, chunk_tokens, data_seed, plan_batches
 from mmembed.training.estimate import Estimate, Stage, outline, size, with_training
 from mmembed.training.preflight import preflight
-from mmembed.training.trainer import chunk_tokens
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 SAMPLE = 8  # batches that are drawn and tokenized
 OF_THE_DEVICE = ("deepspeed", "fsdp", "fsdp_config", "tf32", "fp16")  # refused where it is not there
@@ -109,16 +111,15 @@ def plan_run(
     half = {"bf16": True} if config.training.arguments.get("fp16") else {}  # as many bytes, on any device
     args = training_arguments(with_training(config, without=OF_THE_DEVICE, **half))
     media = media_store(config.data)
-    seed = args.seed if args.data_seed is None else args.data_seed
-    data = [open_source(source, config.data, media, seed) for source in config.data.train]
+    data = [open_source(source, config.data, media, data_seed(args)) for source in config.data.train]
     if not data:
         raise ConfigError("data.train: there is no source; add one, for example {path: squad-en, format: beir}")
     check_sources(data, config, objective)
-    plan = _batch_plan(config, data, args, seed, devices)
+    plan = plan_batches(config, data, args, devices)
     model, preprocessor = outline(config, media)
     unshared = _unshared(config, model)
     packed = _packed(config, model)
-    batches = _draw(config, data, plan, preprocessor, seed, sample, share_prefix=unshared is None, packed=packed)
+    batches = _draw(config, data, plan, preprocessor, args, sample, share_prefix=unshared is None, packed=packed)
     throughput_is = "stated"
     if measure is not None:
         throughput, throughput_is = _measured(config, measure, media), f"measured here over {measure} steps"
@@ -165,47 +166,18 @@ def _count(batches: Sequence[Batch], objective: Objective, preprocessor: Preproc
     }
 
 
-def _batch_plan(config: EmbedderConfig, data: Sequence[Source], args: Any, seed: int, devices: int) -> BatchPlan:
-    """The plan of process 0, as the trainer makes it."""
-    sizes = [source.size for source in data]
-    streams = [source for source in data if isinstance(source, RecordStream)]
-    plan = BatchPlan(
-        sizes,
-        mixing_weights(sizes, [source.weight for source in config.data.train], config.data.mixing_alpha),
-        batch_size=args.per_device_train_batch_size,
-        seed=seed,
-        world_size=devices,
-        keys=[source.keys() for source in data],
-        names=[source.name for source in data],
-        batches=args.max_steps * args.gradient_accumulation_steps if streams else None,
-    )
-    for stream in streams:
-        stream.least = plan.global_batch_size
-    return plan
-
-
 def _draw(
     config: EmbedderConfig,
     data: Sequence[Source],
     plan: BatchPlan,
     preprocessor: Preprocessor,
-    seed: int,
+    args: TrainingArguments,
     sample: int,
     share_prefix: bool,
     packed: bool,
 ) -> list[Batch]:
     """Batches evenly spread over the first epoch; the first ones where a later one takes reading a stream up to it."""
-    collator = Collator(
-        preprocessor,
-        {source.name: source for source in config.data.train},
-        chunk_tokens=chunk_tokens(config),
-        chunk_rows=config.training.chunk_rows,
-        train_group_size=config.data.train_group_size,
-        positives_per_query=config.data.positives_per_query,
-        seed=seed,
-        share_prefix=share_prefix,
-        packed=packed,
-    )
+    collator = build_collator(config, preprocessor, args, chunk_tokens(config), share_prefix, packed)
     streamed = any(isinstance(source, RecordStream) for source in data)
     step = 1 if streamed else max(1, len(plan) // sample)
     mixed = MixedDataset(data)
@@ -262,8 +234,7 @@ def _measured(config: EmbedderConfig, steps: int, media: MediaStore) -> float:
         )  # fmt: skip
         model, preprocessor = build_for_training(config, media)
         args = training_arguments(config)
-        seed = args.seed if args.data_seed is None else args.data_seed
-        data = [open_source(source, config.data, media, seed) for source in config.data.train]
+        data = [open_source(source, config.data, media, data_seed(args)) for source in config.data.train]
         objective = build_objective(config.objective, model.embedding_size)
         trainer = EmbedderTrainer(config, args, model, preprocessor, objective, data)
         with contextlib.redirect_stdout(sys.stderr):  # what the loop prints is no part of the plan

@@ -28,6 +28,7 @@ from mmembed.models.folder import SETTINGS, read_settings
 from mmembed.objectives import build_objective
 from mmembed.preprocess import Preprocessor
 from mmembed.training.batch_report import count_visual, keep_tokens
+from mmembed.training.batches import chunk_tokens
 from mmembed.training.gradcache import BUCKET, first_kept
 from mmembed.training.launch import WHOLE_MATRICES
 from mmembed.training.memory import (
@@ -43,7 +44,6 @@ from mmembed.training.memory import (
 )
 from mmembed.training.optimizers import optimizer_name
 from mmembed.training.out_of_memory import Budget
-from mmembed.training.trainer import chunk_tokens
 
 PICTURES = 4  # that go through a vision tower
 _COMPARED = 256  # queries and documents of the comparison that is measured, and scaled

@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -35,15 +34,12 @@ from transformers.trainer_utils import IntervalStrategy, TrainOutput, rotate_che
 
 from mmembed.config.blocks import EmbedderConfig
 from mmembed.content import Example
-from mmembed.data.batch_plan import BatchPlan
-from mmembed.data.collate import Batch, Chunk, Collator
+from mmembed.data.collate import Batch, Chunk
 from mmembed.data.dataset import MixedDataset, RecordDataset
-from mmembed.data.mixing import mixing_weights
-from mmembed.data.streaming import RecordStream, Source
+from mmembed.data.streaming import Source
 from mmembed.embeddings import Embeddings
 from mmembed.errors import CheckpointError, ConfigError, MmembedError
-from mmembed.models.checkpoint import load_checkpoint, save_checkpoint
-from mmembed.models.continuing import check_same_settings, restore_weights
+from mmembed.models.continuing import check_same_settings
 from mmembed.models.embedding_model import EmbeddingModel
 from mmembed.models.folder import read_tensors, to_disk
 from mmembed.models.probes import vectors_of
@@ -52,11 +48,11 @@ from mmembed.models.verification import verify_checkpoint
 from mmembed.models.vision_cache import open_features, uncached
 from mmembed.objectives import Objective, View
 from mmembed.objectives.gather import gather_counts
-from mmembed.preprocess import ModelInputs, Preprocessor
-from mmembed.staging import staging
+from mmembed.preprocess import Preprocessor
 from mmembed.threads import NARROW
 from mmembed.training.arguments import output_folder, with_metric
 from mmembed.training.batch_report import Report, batch_report, check_fields, keep_tokens
+from mmembed.training.batches import build_collator, chunk_tokens, plan_batches
 from mmembed.training.checkpoints import RUN, STATE, check_same_data, describe_run, read_run, writing
 from mmembed.training.engines import engine_of, offer_on_cpu
 from mmembed.training.evaluation import DevSet, build_dev_set, evaluate
@@ -68,40 +64,11 @@ from mmembed.training.out_of_memory import Budget, Halving, is_out_of_memory, sm
 from mmembed.training.preemption import Preemption, SaveAfterEpochEnd, start_worker
 from mmembed.training.rehearsal import worst_batch
 from mmembed.training.report import write_report
+from mmembed.training.tally import Tally
+from mmembed.training.trained import Trained
 
 logger = logging.getLogger(__name__)
-OBJECTIVE, SUMS = "objective.safetensors", "sums_{}.safetensors"
-CHUNKS_A_BUDGET = 4  # finer chunks have less padding but smaller products (docs/log.md, chunk size)
-
-
-class Trained(nn.Module):
-    """The embedding model and the objective's parameters as one module: one optimizer, one clipping, one zero_grad."""
-
-    def __init__(self, model: EmbeddingModel, objective: Objective) -> None:
-        super().__init__()
-        self.model, self.objective = model, objective
-
-    @property
-    def config(self) -> Any:
-        return self.model.config
-
-    @property
-    def _no_split_modules(self) -> list[str]:
-        """The classes of the layers that FSDP gathers one at a time."""
-        return sorted(self.model.backbone._no_split_modules or ())
-
-    def forward(self, inputs: ModelInputs) -> Embeddings:
-        return self.model(inputs)
-
-    def towers(self) -> dict[str, str]:
-        """Parameter name -> tower."""
-        towers = {f"model.{name}": tower for name, tower in self.model.parameter_towers().items()}
-        return towers | {f"objective.{name}": "objective" for name, _ in self.objective.named_parameters()}
-
-    def trained_towers(self) -> set[str]:
-        """Towers with a parameter that is trained."""
-        towers = self.towers()
-        return {towers[name] for name, parameter in self.named_parameters() if parameter.requires_grad}
+SUMS = "sums_{}.safetensors"
 
 
 class PlannedLoader(DataLoader[Example]):
@@ -147,16 +114,9 @@ class EmbedderTrainer(Trainer):
         refuse_idle_rates(config.training.learning_rates, whole.trained_towers(), config.model.freeze)
         self.run_config, self.preprocessor, self.train_sources = config, preprocessor, tuple(train)
         self.dev_sets = [build_dev_set(data, source) for data, source in zip(dev, config.data.dev, strict=True)]
-        self._sums: dict[str, Tensor] = {}
-        self._counts = {"steps": 0, "pairs": 0, "tokens": 0}
-        self._since = time.perf_counter()
-        self._health: dict[str, float] = {}
+        self.tally = Tally()
         self.preemption = Preemption()
         self._begun = False
-        early = config.training.early_stopping_patience
-        if early is not None:
-            stopping = EarlyStoppingCallback(early, config.training.early_stopping_threshold)
-            callbacks = [*callbacks, stopping]
         if config.model.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         offer_on_cpu(args)
@@ -165,66 +125,39 @@ class EmbedderTrainer(Trainer):
             args=args,
             train_dataset=MixedDataset(train),
             eval_dataset=self.dev_sets or None,
-            callbacks=[*callbacks, self.preemption, SaveAfterEpochEnd()],
+            callbacks=[*callbacks, *_early_stopping(config), self.preemption, SaveAfterEpochEnd()],
         )
-        self.engine = engine_of(self.accelerator, args)
-        if config.training.worst_batch_first and self.engine.lockstep:
+        self._follow_the_engine()
+        self._uncached = self._keep_features()
+        self._sources = [{"name": one.name, "rows": one.size, "digest": one.digest()} for one in train]
+        self.plan = plan_batches(config, train, args, args.world_size, args.process_index)
+        shared, packed = self._unshared() is None, self._unpacked() is None
+        size = self.halving.budget.chunk_tokens
+        self.collator = build_collator(config, preprocessor, args, size, shared, packed)
+
+    def _follow_the_engine(self) -> None:
+        """What the way in which processes share the model decides: size of the chunks, pictures in each, what is whole.
+
+        Raises:
+            ConfigError: the engine cannot do what the config asks for.
+        """
+        training, objective = self.run_config.training, self.model.objective
+        self.engine = engine_of(self.accelerator, self.args)
+        lockstep = self.engine.lockstep
+        if training.worst_batch_first and lockstep:
             raise ConfigError(
                 "training.worst_batch_first: gradients that DeepSpeed or FSDP has taken cannot be dropped; remove it, "
                 "and ask `mmembed plan` what the run needs"
             )
         # Only one graph is kept in lockstep, and each chunk may gather all weights: few large ones.
-        size = config.training.token_budget if self.engine.lockstep else chunk_tokens(config)
-        self.halving = Halving(
-            Budget(size, config.training.chunk_rows, keep_tokens(config)),
-            self.args.device,
-            redo=not self.engine.lockstep,
-            remedy=smaller(config),
-        )
+        size = training.token_budget if lockstep else chunk_tokens(self.run_config)
+        budget = Budget(size, training.chunk_rows, keep_tokens(self.run_config))
+        self.halving = Halving(budget, self.args.device, redo=not lockstep, remedy=smaller(self.run_config))
         # Where a forward is a collective, a rank with images and a rank without would wait for each other for ever.
-        preprocessor.touch_vision = self.engine.lockstep and args.world_size > 1
+        self.preprocessor.touch_vision = lockstep and self.args.world_size > 1
         if self.is_fsdp_enabled:
-            objective.to(args.device)
+            objective.to(self.args.device)
             self.accelerator.state.fsdp_plugin.ignored_modules = [objective]
-        self._uncached = self._keep_features()
-        seed = args.seed if args.data_seed is None else args.data_seed
-        streams = [source for source in train if isinstance(source, RecordStream)]
-        self._sources = [
-            {
-                "name": source.name,
-                "rows": source.size,
-                "digest": source.digest(),
-            }
-            for source in train
-        ]
-        self.plan = BatchPlan(
-            [source.size for source in train],
-            mixing_weights(
-                [source.size for source in train],
-                [source.weight for source in config.data.train],
-                config.data.mixing_alpha,
-            ),
-            batch_size=args.per_device_train_batch_size,
-            seed=seed,
-            world_size=args.world_size,
-            rank=args.process_index,
-            keys=[source.keys() for source in train],
-            names=[source.name for source in train],
-            batches=args.max_steps * args.gradient_accumulation_steps if streams else None,
-        )
-        for stream in streams:
-            stream.least = self.plan.global_batch_size
-        self.collator = Collator(
-            preprocessor,
-            {source.name: source for source in config.data.train},
-            chunk_tokens=size,
-            chunk_rows=config.training.chunk_rows,
-            train_group_size=config.data.train_group_size,
-            positives_per_query=config.data.positives_per_query,
-            seed=seed,
-            share_prefix=self._unshared() is None,
-            packed=self._unpacked() is None,
-        )
 
     @property
     def output(self) -> str:
@@ -360,7 +293,7 @@ class EmbedderTrainer(Trainer):
         del held
         forget()
         state.restore()
-        self._health, self._since = {}, time.perf_counter()
+        self.tally.forget_rehearsal()
         if halved:
             self.log(self.halving.budget.logged())
         logger.info(
@@ -383,8 +316,8 @@ class EmbedderTrainer(Trainer):
         if last:
             self.engine.reduce(model, self.model.objective)
             if self._logs_this_step:
-                self._health |= self._gradient_health()
-        self._count(inputs, metrics)
+                self.tally.health |= self._gradient_health()
+        self.tally.add(metrics, inputs.n_queries * self.args.world_size, inputs.tokens * self.args.world_size)
         return loss / self.current_gradient_accumulation_steps
 
     def _add_gradient(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -414,7 +347,7 @@ class EmbedderTrainer(Trainer):
         return every is not None and step % int(every) == 0
 
     def _observe(self, batch: Batch, view: View, queries: Embeddings, documents: Embeddings) -> None:
-        self._health |= look_at(view, queries, documents, batch)
+        self.tally.health |= look_at(view, queries, documents, batch)
 
     def _gradient_health(self) -> dict[str, float]:
         """The norms of the parts' gradients, where this process holds them, and what they are scaled by in fp16."""
@@ -541,22 +474,10 @@ class EmbedderTrainer(Trainer):
 
     # Logs -------------------------------------------------------------------------------------------------------------
 
-    def _count(self, batch: Batch, metrics: dict[str, Tensor]) -> None:
-        for name, value in metrics.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.detach()
-        self._counts["steps"] += 1
-        self._counts["pairs"] += batch.n_queries * self.args.world_size
-        self._counts["tokens"] += batch.tokens * self.args.world_size
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the objective's metrics (means since the last log, of this process) and the throughput."""
-        if "loss" in logs and self._counts["steps"]:
-            seconds = time.perf_counter() - self._since
-            logs |= {name: float(value) / self._counts["steps"] for name, value in self._sums.items()}
-            logs |= {f"{unit}_per_second": round(self._counts[unit] / seconds, 1) for unit in ("pairs", "tokens")}
-            logs |= self._health
-            self._sums, self._counts, self._health = {}, dict.fromkeys(self._counts, 0), {}
-            self._since = time.perf_counter()
+        if "loss" in logs and self.tally.steps:
+            logs |= self.tally.take()
         super().log(logs, start_time)
         if "loss" in logs and self.args.should_log:
             for finding in judge(self.state.log_history[-RECENT:]):
@@ -592,7 +513,7 @@ class EmbedderTrainer(Trainer):
         metrics[f"{metric_key_prefix}_seconds"] = round(time.perf_counter() - started, 2)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self._since += time.perf_counter() - started  # throughput is of training alone
+        self.tally.leave_out(time.perf_counter() - started)
         return metrics
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
@@ -633,9 +554,8 @@ class EmbedderTrainer(Trainer):
         from safetensors.torch import save_file
 
         super()._save_rng_state(output_dir)
-        sums = {f"sum.{name}": value for name, value in self._sums.items()}
-        counted = torch.tensor([self._counts["steps"], self._globalstep_last_logged])
-        tensors = {"loss": self._tr_loss, "counted": counted, **sums}
+        counted = torch.tensor([self.tally.steps, self._globalstep_last_logged])
+        tensors = {"loss": self._tr_loss, "counted": counted, **self.tally.tensors()}
         save_file(
             {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
             Path(output_dir, SUMS.format(self.args.process_index)),
@@ -669,13 +589,7 @@ class EmbedderTrainer(Trainer):
         """Means over the processes that saved them."""
         self._tr_loss += torch.stack([one["loss"] for one in saved]).mean().to(self._tr_loss.device)
         steps, self._globalstep_last_logged = saved[0]["counted"].tolist()
-        self._counts = {"steps": steps, "pairs": 0, "tokens": 0}  # throughput is of this process's own time
-        self._sums = {
-            name.removeprefix("sum."): torch.stack([one[name] for one in saved]).mean(0).to(self.args.device)
-            for name in saved[0]
-            if name.startswith("sum.")
-        }
-        self._since = time.perf_counter()
+        self.tally.restore(saved, steps, self.args.device)
 
     def save_state(self) -> None:
         """Writes the log and position of the run into the output folder."""
@@ -704,27 +618,11 @@ class EmbedderTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Writes a self-describing embedder, and the objective's learned parameters beside it."""
-        from safetensors.torch import save_file
-
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.output)
         state = self.model.state_dict() if state_dict is None else state_dict
-        of_model = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
-        prefix = "objective."
-        parameters = {
-            name.removeprefix(prefix): value.detach().cpu().contiguous()
-            for name, value in state.items()
-            if name.startswith(prefix)
-        }  # buffers too: what an objective remembers
-        with staging(folder, "objective") as staged:  # moved when the weights are there
-            if parameters:
-                save_file(parameters, staged)
-            save_checkpoint(folder, self.model.model, self.preprocessor, self.run_config.hash(), of_model)
-            if parameters:
-                os.replace(staged, folder / OBJECTIVE)
-            else:
-                (folder / OBJECTIVE).unlink(missing_ok=True)  # of an earlier run
+        self.model.write(folder, self.preprocessor, self.run_config.hash(), state)
         described = {**describe_run(self.run_config, self.args), "sources": self._sources}
         (folder / RUN).write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -746,7 +644,7 @@ class EmbedderTrainer(Trainer):
         """Puts a checkpoint's weights into the model before FSDP2 divides it, and into DeepSpeed's engine once it is
         there."""
         if resume_from_checkpoint is not None and self.is_fsdp_enabled:
-            self._restore(Path(resume_from_checkpoint))
+            self.model.restore(Path(resume_from_checkpoint))
         into_engine = resume_from_checkpoint if self.is_deepspeed_enabled else None
         prepared = super()._prepare_for_training(
             max_steps, train_dataloader, None if into_engine else resume_from_checkpoint
@@ -763,7 +661,7 @@ class EmbedderTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self.is_fsdp_enabled:  # there it happened before the model was divided
-            self._restore(Path(resume_from_checkpoint))
+            self.model.restore(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
@@ -772,24 +670,9 @@ class EmbedderTrainer(Trainer):
         if self.is_deepspeed_enabled:
             self._load_into_engine(best)
         elif self.is_fsdp_enabled:
-            self._distribute(Path(best))
+            self.model.distribute(Path(best), self.accelerator.is_main_process)
         else:
-            self._restore(Path(best))
-
-    def _distribute(self, folder: Path) -> None:
-        """Loads a checkpoint into the divided model: the main process reads it whole, the others get their parts."""
-        from safetensors.torch import load_file
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-        check_same_settings(folder, self.model.model)
-        state: dict[str, Any] = {}
-        if self.accelerator.is_main_process:
-            saved, _ = load_checkpoint(folder, trust_remote_code=self.model.model.settings.trust_remote_code)
-            state = {f"model.{name}": value for name, value in saved.state_dict().items()}
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
-        set_model_state_dict(self.model, state, options=options)
-        if self.model.objective.state_dict():
-            self.model.objective.load_state_dict(load_file(folder / OBJECTIVE))
+            self.model.restore(Path(best))
 
     def verify(self) -> float | None:
         """Reads the saved embedder again on the main process and compares vectors, see `verify_checkpoint`; None on the
@@ -803,24 +686,13 @@ class EmbedderTrainer(Trainer):
             else None
         )
 
-    def _restore(self, folder: Path) -> None:
-        from safetensors.torch import load_file
 
-        restore_weights(folder, self.model.model)
-        if self.model.objective.state_dict():
-            self.model.objective.load_state_dict(load_file(folder / OBJECTIVE))
+def _early_stopping(config: EmbedderConfig) -> list[TrainerCallback]:
+    patience = config.training.early_stopping_patience
+    return [] if patience is None else [EarlyStoppingCallback(patience, config.training.early_stopping_threshold)]
 
 
 def _forget(model: nn.Module) -> None:
     """Drops the gradients that this optimizer step has added."""
     for parameter in model.parameters():
         parameter.grad = None
-
-
-def chunk_tokens(config: EmbedderConfig) -> int:
-    """Padded tokens a chunk: the budget itself where chunks are sized by rows or all recomputed, else a part of it."""
-    training = config.training
-    if training.chunk_rows is not None or training.grad_cache is True:
-        return training.token_budget
-    longest = max(config.lengths.query_max_length, config.lengths.document_max_length)
-    return max(training.token_budget // CHUNKS_A_BUDGET, min(longest, training.token_budget))

@@ -169,10 +169,10 @@ def test_a_loss_scale_leaves_the_gradient_as_it_is(config_file):
         found = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
         if scaled:
             assert max(gradient.abs().max() for gradient in found) > 100 * gradients[0].abs().max()
-            assert trainer._health["loss_scale"] == 1024
+            assert trainer.tally.health["loss_scale"] == 1024
             trainer.accelerator.scaler.unscale_(optimizer)
         else:
-            assert "loss_scale" not in trainer._health
+            assert "loss_scale" not in trainer.tally.health
         gradients.append(torch.cat([gradient.flatten() for gradient in found]))
     assert torch.allclose(*gradients, rtol=1e-4, atol=1e-7)
 

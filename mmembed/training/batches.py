@@ -1,0 +1,81 @@
+"""Which batches a run draws, and how they are cut into chunks: one answer for the run and for its plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import TrainingArguments
+
+from mmembed.config.blocks import EmbedderConfig
+from mmembed.data.batch_plan import BatchPlan
+from mmembed.data.collate import Collator
+from mmembed.data.mixing import mixing_weights
+from mmembed.data.streaming import RecordStream, Source
+from mmembed.preprocess import Preprocessor
+
+CHUNKS_A_BUDGET = 4  # finer chunks have less padding but smaller products (docs/log.md, chunk size)
+
+
+def data_seed(args: TrainingArguments) -> int:
+    """What batches and negatives are drawn by."""
+    return args.seed if args.data_seed is None else args.data_seed
+
+
+def plan_batches(
+    config: EmbedderConfig, data: Sequence[Source], args: TrainingArguments, world_size: int, rank: int = 0
+) -> BatchPlan:
+    """The batches of process `rank` of `world_size`. Streams learn how many records they have to give at least.
+
+    Args:
+        data: of the sources of config.data.train, in that order.
+
+    Raises:
+        ConfigError: a source is smaller than one global batch.
+    """
+    sizes = [source.size for source in data]
+    streams = [source for source in data if isinstance(source, RecordStream)]
+    plan = BatchPlan(
+        sizes,
+        mixing_weights(sizes, [source.weight for source in config.data.train], config.data.mixing_alpha),
+        batch_size=args.per_device_train_batch_size,
+        seed=data_seed(args),
+        world_size=world_size,
+        rank=rank,
+        keys=[source.keys() for source in data],
+        names=[source.name for source in data],
+        batches=args.max_steps * args.gradient_accumulation_steps if streams else None,
+    )
+    for stream in streams:
+        stream.least = plan.global_batch_size
+    return plan
+
+
+def build_collator(
+    config: EmbedderConfig,
+    preprocessor: Preprocessor,
+    args: TrainingArguments,
+    chunk_tokens: int,
+    share_prefix: bool,
+    packed: bool,
+) -> Collator:
+    """What makes a batch of the drawn records; see `Collator`."""
+    return Collator(
+        preprocessor,
+        {source.name: source for source in config.data.train},
+        chunk_tokens=chunk_tokens,
+        chunk_rows=config.training.chunk_rows,
+        train_group_size=config.data.train_group_size,
+        positives_per_query=config.data.positives_per_query,
+        seed=data_seed(args),
+        share_prefix=share_prefix,
+        packed=packed,
+    )
+
+
+def chunk_tokens(config: EmbedderConfig) -> int:
+    """Padded tokens a chunk: the budget itself where chunks are sized by rows or all recomputed, else a part of it."""
+    training = config.training
+    if training.chunk_rows is not None or training.grad_cache is True:
+        return training.token_budget
+    longest = max(config.lengths.query_max_length, config.lengths.document_max_length)
+    return max(training.token_budget // CHUNKS_A_BUDGET, min(longest, training.token_budget))
