@@ -260,7 +260,7 @@ def move(batch: Any, device: torch.device) -> Any:
         return batch.to(device, non_blocking=True)
     if isinstance(batch, dict):
         return {key: move(value, device) for key, value in batch.items()}
-    if isinstance(batch, tuple):
+    if isinstance(batch, (tuple, list)):  # a loader makes lists of tuples
         return tuple(move(value, device) for value in batch)
     if isinstance(batch, (TextBatch, PairBatch, PictureBatch)):
         return type(batch)(*(move(getattr(batch, field.name), device) for field in fields(batch)))

@@ -132,7 +132,9 @@ def test_batches_drawn_by_workers_are_those_of_their_steps(pair_data) -> None:
 
 
 def test_a_whole_batch_moves(pair_data) -> None:
-    moved = move((pair_data.batch(0, 0), {"ids": torch.ones(2)}), torch.device("meta"))
+    steps = Steps(lambda step: (pair_data.batch(0, step), {"ids": torch.ones(2)}), 0, 1)
+    (loaded,) = DataLoader(steps, batch_size=None)
+    moved = move(loaded, torch.device("meta"))
     tensors = [moved[0].same, moved[1]["ids"]]
     tensors += [getattr(side, name) for side in (moved[0].queries, moved[0].documents) for name in ("ids", "ends")]
     assert {tensor.device.type for tensor in tensors} == {"meta"}
