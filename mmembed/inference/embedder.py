@@ -18,6 +18,7 @@ at a time. Order is restored: row i of the result belongs to content i.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -60,6 +61,21 @@ TOKEN_BUDGETS = {"cpu": 2048}  # padded tokens in a batch: what stays in the pro
 TOKEN_BUDGET = 16384  # on accelerators
 WINDOW = 16384  # contents tokenized together: bounds the memory for token ids, loses nothing measurable in padding
 PREPARED = 2  # batches prepared ahead of a model that computes one at a time
+
+
+@dataclass(frozen=True)
+class _How:
+    """How contents become batches: the options of `encode` that concern it, as this model takes them."""
+
+    role: Role
+    instruction: str | Sequence[str | None] | None
+    token_budget: int
+    share_prefix: bool
+    packed: bool
+
+    def instruction_of(self, index: int) -> str | None:
+        common = self.instruction
+        return common if common is None or isinstance(common, str) else common[index]
 
 
 class Embedder:
@@ -172,43 +188,16 @@ class Embedder:
         Raises:
             MmembedError: an option is unknown, or a content cannot be embedded; the message begins with its index.
         """
-        if isinstance(contents, str | bytes | Mapping):
-            raise MmembedError(f"contents: a single {type(contents).__name__}; give a list, encode([content])")
-        for name, value, known in (
-            ("role", role, ("query", "document")),
-            ("output", output, ("numpy", "torch")),
-            ("share_prefix", share_prefix, ("auto", "off")),
-            ("attention_kernel", attention_kernel, ATTENTION_KERNELS),
-        ):
-            if value not in known:
-                raise MmembedError(f"{name}: there is no '{value}'; {nearest(value, known)}")
-        if not (instruction is None or isinstance(instruction, str)) and len(instruction) != len(contents):
-            raise MmembedError(
-                f"instruction: {len(instruction)} instructions for {len(contents)} contents; give one each"
-            )
-        if token_budget is None:
-            token_budget = TOKEN_BUDGETS.get(self.device.type, TOKEN_BUDGET)
-        if token_budget < 1:
-            raise MmembedError(f"token_budget: {token_budget}; give at least 1, typically 2048 to 32768")
-        store = _Store(
-            len(contents),
-            self.embedding_size,
-            truncate_dim,
-            check_precision(precision),
-            self.model.normalize,
-            self.model.pooling.multi_vector,
-        )
-        bar = tqdm(
-            total=len(contents),
-            desc="encode",
-            unit=" contents",
-            delay=1.0,
-            disable=None if show_progress is None else not show_progress,
-        )
-        with bar:
-            share = share_prefix == "auto" and self.model.unshared() is None
-            packed = self.model.unpacked(attention_kernel, self.device, self.model.dtype) is None
-            for positions, vectors, mask in self._batches(contents, role, instruction, token_budget, share, packed):
+        _check_contents(contents, instruction)
+        _check_options(role=role, output=output, share_prefix=share_prefix, attention_kernel=attention_kernel)
+        share = share_prefix == "auto" and self.model.unshared() is None
+        packed = self.model.unpacked(attention_kernel, self.device, self.model.dtype) is None
+        how = _How(role, instruction, self._budget(token_budget), share, packed)
+        multi_vector, normalize = self.model.pooling.multi_vector, self.model.normalize
+        precision = check_precision(precision)
+        store = _Store(len(contents), self.embedding_size, truncate_dim, precision, normalize, multi_vector)
+        with _progress(len(contents), show_progress) as bar:
+            for positions, vectors, mask in self._batches(contents, how):
                 store.put(positions, vectors, mask)
                 bar.update(len(positions))
         return store.result(output)
@@ -234,17 +223,15 @@ class Embedder:
 
     # Batches --------------------------------------------------------------------------------------------------------
 
-    def _batches(
-        self,
-        contents: Sequence[ContentLike],
-        role: Role,
-        instruction: str | Sequence[str | None] | None,
-        token_budget: int,
-        share_prefix: bool,
-        packed: bool,
-    ) -> Iterator[Batch]:
+    def _budget(self, asked: int | None) -> int:
+        budget = TOKEN_BUDGETS.get(self.device.type, TOKEN_BUDGET) if asked is None else asked
+        if budget < 1:
+            raise MmembedError(f"token_budget: {budget}; give at least 1, typically 2048 to 32768")
+        return budget
+
+    def _batches(self, contents: Sequence[ContentLike], how: _How) -> Iterator[Batch]:
         """The vectors of each batch, wherever they were computed."""
-        plan = self._plan(contents, role, instruction, token_budget, share_prefix, packed)
+        plan = self._plan(contents, how)
         head = list(islice(plan, torch.get_num_threads()))  # as many batches as could be computed at once
         narrow = self.device.type == "cpu" and self.model.backbone.config.get_text_config().hidden_size <= NARROW
         batches = chain(head, plan)
@@ -267,25 +254,16 @@ class Embedder:
         vectors, mask = self.model(inputs.to(self.device))  # (B, E), or (B, T, E) with (B, T)
         return positions, vectors.cpu(), None if mask is None else mask.cpu()
 
-    def _plan(
-        self,
-        contents: Sequence[ContentLike],
-        role: Role,
-        instruction: str | Sequence[str | None] | None,
-        token_budget: int,
-        share_prefix: bool,
-        packed: bool,
-    ) -> Iterator[Planned]:
+    def _plan(self, contents: Sequence[ContentLike], how: _How) -> Iterator[Planned]:
         """The rows of each batch, window after window; longest first, so that memory trouble shows at once."""
         for start in range(0, len(contents), WINDOW):
             items = []
             for index in range(start, min(start + WINDOW, len(contents))):
-                common = instruction if instruction is None or isinstance(instruction, str) else instruction[index]
                 with _naming(index):
-                    items.append(_item(contents[index], role, common))
+                    items.append(_item(contents[index], how.role, how.instruction_of(index)))
             rows = self._tokenize(items, start)
-            shareable = [self.preprocessor.shareable(row) for row in rows] if share_prefix else None
-            for chunk in plan_chunks(rows, token_budget, shareable=shareable, packed=packed):
+            shareable = [self.preprocessor.shareable(row) for row in rows] if how.share_prefix else None
+            for chunk in plan_chunks(rows, how.token_budget, shareable=shareable, packed=how.packed):
                 yield [start + index for index in chunk.index.tolist()], chunk.rows, chunk.shared, chunk.packed
 
     def _tokenize(self, items: Sequence[Item], start: int) -> list[Row]:
@@ -362,6 +340,31 @@ class _naming:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, MmembedError):
             error.args = (f"contents[{self.index}]: {error}",)
+
+
+def _check_contents(contents: Any, instruction: str | Sequence[str | None] | None) -> None:
+    if isinstance(contents, str | bytes | Mapping):
+        raise MmembedError(f"contents: a single {type(contents).__name__}; give a list, encode([content])")
+    if not (instruction is None or isinstance(instruction, str)) and len(instruction) != len(contents):
+        raise MmembedError(f"instruction: {len(instruction)} instructions for {len(contents)} contents; give one each")
+
+
+def _check_options(**given: str) -> None:
+    known = {
+        "role": ("query", "document"),
+        "output": ("numpy", "torch"),
+        "share_prefix": ("auto", "off"),
+        "attention_kernel": ATTENTION_KERNELS,
+    }
+    for name, value in given.items():
+        if value not in known[name]:
+            raise MmembedError(f"{name}: there is no '{value}'; {nearest(value, known[name])}")
+
+
+def _progress(total: int, show: bool | None) -> tqdm[Any]:
+    """A bar that a short encoding does not show; None shows it in a terminal."""
+    disable = None if show is None else not show
+    return tqdm(total=total, desc="encode", unit=" contents", delay=1.0, disable=disable)
 
 
 def _item(value: ContentLike, role: Role, instruction: str | None) -> Item:

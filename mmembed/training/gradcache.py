@@ -35,6 +35,7 @@ Encode = Callable[[Chunk], Embeddings]
 Backward = Callable[[list[Tensor], list[Tensor], bool], None]
 Observe = Callable[[View, Embeddings, Embeddings], None]
 Guard = Callable[[], AbstractContextManager[None]]
+Learned = tuple[list[nn.Parameter], list[Tensor]]  # parameters of the objective and their gradients
 
 
 @dataclass(frozen=True)
@@ -95,31 +96,50 @@ def contrastive_step(
     Returns:
         The detached local loss and the objective's metrics.
     """
-    backward = backward or _plain_backward
     count = len(batch.chunks)
-    idle = max(0, (rounds or 0) - count)
+    chunks = [*batch.chunks, *[batch.chunks[-1]] * max(0, (rounds or 0) - count)]
     if rounds is None:
         kept_from = first_kept(batch, keep_tokens)
     else:
-        kept_from = count + idle - int(keep_tokens is None or keep_tokens > 0)
-    states: list[RandomState] = []
-    outputs: list[Embeddings] = []
+        kept_from = len(chunks) - int(keep_tokens is None or keep_tokens > 0)
+    outputs, states = _first_pass(encode, chunks, kept_from, workers, guard)
+    loss, metrics, gradients, learned = _compare(objective, batch, outputs[:count], scale, observe)
+    if workers is not None:
+        _add(*learned)
+        _second_pass_beside(encode, chunks, kept_from, outputs, gradients, workers)
+    else:
+        back = backward or _plain_backward
+        _second_pass(encode, chunks, kept_from, outputs, states, gradients, learned, back, rounds is not None, guard)
+    return loss.detach(), metrics
 
-    def first_pass(number: int) -> Embeddings:
+
+def _first_pass(
+    encode: Encode, chunks: Sequence[Chunk], kept_from: int, workers: Workers | None, guard: Guard
+) -> tuple[list[Embeddings], list[RandomState]]:
+    """The embeddings of each chunk, with a graph from `kept_from` on, and the random states before the others."""
+    states: list[RandomState] = []
+
+    def forward(number: int) -> Embeddings:
         with torch.set_grad_enabled(number >= kept_from):
-            return encode(batch.chunks[min(number, count - 1)])
+            return encode(chunks[number])
 
     with guard():
         if workers is not None:
-            outputs = list(beside_each_other(range(count), first_pass, workers.count))
-        else:
-            for number in range(count + idle):  # always in this order: dropout does not depend on what is kept
-                if number < kept_from:
-                    states.append(RandomState.capture())
-                outputs.append(first_pass(number))
+            return list(beside_each_other(range(len(chunks)), forward, workers.count)), states
+        outputs = []
+        for number in range(len(chunks)):  # always in this order: dropout does not depend on what is kept
+            if number < kept_from:
+                states.append(RandomState.capture())
+            outputs.append(forward(number))
+    return outputs, states
 
-    leaves = [output.vectors.detach().requires_grad_() for output in outputs[:count]]
-    vectors = _assemble(batch, [Embeddings(leaf, out.mask) for leaf, out in zip(leaves, outputs[:count], strict=True)])
+
+def _compare(
+    objective: Objective, batch: Batch, outputs: Sequence[Embeddings], scale: float, observe: Observe | None
+) -> tuple[Tensor, dict[str, Tensor], list[Tensor], Learned]:
+    """Loss, metrics, and gradients of `scale * loss`: of the vectors of each chunk, of the objective's parameters."""
+    leaves = [output.vectors.detach().requires_grad_() for output in outputs]
+    vectors = _assemble(batch, [Embeddings(leaf, out.mask) for leaf, out in zip(leaves, outputs, strict=True)])
     place = batch.place.to(leaves[0].device)
     queries, documents = vectors.rows(place[: batch.n_queries]), vectors.rows(place[batch.n_queries :])
     gathered = objective.gather(queries, documents, batch.labels.to(place.device))
@@ -129,41 +149,70 @@ def contrastive_step(
             observe(objective.view(gathered), queries, documents)
     learned = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     found = torch.autograd.grad(loss * scale, [*leaves, *learned])
-    gradients, of_learned = list(found[: len(leaves)]), list(found[len(leaves) :])
+    return loss, metrics, list(found[: len(leaves)]), (learned, list(found[len(leaves) :]))
 
-    order = [*range(kept_from, count + idle), *range(kept_from)]  # kept graphs first: then their memory is free
-    if workers is not None:
 
-        def second_pass(number: int) -> Sequence[Tensor | None]:
-            output, outputs[number] = outputs[number].vectors, Embeddings(leaves[number].detach())
-            if number < kept_from:
-                output = encode(batch.chunks[number]).vectors
-            if not output.requires_grad:
-                return []
-            return torch.autograd.grad(output, workers.parameters, gradients[number], allow_unused=True)
+def _second_pass(
+    encode: Encode,
+    chunks: Sequence[Chunk],
+    kept_from: int,
+    outputs: list[Embeddings],
+    states: Sequence[RandomState],
+    gradients: Sequence[Tensor],
+    learned: Learned,
+    backward: Backward,
+    in_rounds: bool,
+    guard: Guard,
+) -> None:
+    """Sends the gradients back, chunk by chunk; a chunk without a graph is encoded again, with its random state.
 
-        _add(learned, of_learned)
-        for of_chunk in beside_each_other(order, second_pass, workers.count):
-            _add(workers.parameters, of_chunk)
-        return loss.detach(), metrics
-
+    `outputs` lose their graphs as they are used. `in_rounds`: all processes run as many backwards (`rounds`).
+    """
+    parameters, of_learned = learned
     after = RandomState.capture()
+    order = _backward_order(kept_from, len(chunks))
     with guard():
         for number in order:
             last = number == order[-1]
             output, outputs[number] = outputs[number].vectors, Embeddings(outputs[number].vectors.detach())
             if number < kept_from:
                 states[number].restore()
-                output = encode(batch.chunks[min(number, count - 1)]).vectors
-            gradient = gradients[number] if number < count else torch.zeros_like(output)
-            if last or rounds is not None:
+                output = encode(chunks[number]).vectors
+            gradient = gradients[number] if number < len(gradients) else torch.zeros_like(output)
+            if last or in_rounds:
                 # ZeRO-3 adds to the gradient of the step before where a parameter gets none in the first backward
-                backward([output, *learned], [gradient, *of_learned], last)
+                backward([output, *parameters], [gradient, *of_learned], last)
                 of_learned = [torch.zeros_like(of_one) for of_one in of_learned]
             else:
                 backward([output], [gradient], last)
     after.restore()
-    return loss.detach(), metrics
+
+
+def _second_pass_beside(
+    encode: Encode,
+    chunks: Sequence[Chunk],
+    kept_from: int,
+    outputs: list[Embeddings],
+    gradients: Sequence[Tensor],
+    workers: Workers,
+) -> None:
+    """As `_second_pass`, by threads; gradients are added in the order of the chunks."""
+
+    def back(number: int) -> Sequence[Tensor | None]:
+        output, outputs[number] = outputs[number].vectors, Embeddings(outputs[number].vectors.detach())
+        if number < kept_from:
+            output = encode(chunks[number]).vectors
+        if not output.requires_grad:
+            return []
+        return torch.autograd.grad(output, workers.parameters, gradients[number], allow_unused=True)
+
+    for of_chunk in beside_each_other(_backward_order(kept_from, len(chunks)), back, workers.count):
+        _add(workers.parameters, of_chunk)
+
+
+def _backward_order(kept_from: int, count: int) -> list[int]:
+    """Kept graphs first: then their memory is free."""
+    return [*range(kept_from, count), *range(kept_from)]
 
 
 def _add(parameters: Iterable[nn.Parameter], gradients: Iterable[Tensor | None]) -> None:
