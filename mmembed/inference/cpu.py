@@ -15,7 +15,7 @@ bfloat16 rounding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -26,12 +26,14 @@ from torch.nn import functional as F
 from mmembed.backbones import attention as attending
 from mmembed.backbones import shared_prefix as sharing
 from mmembed.backbones.packed import Packed, attend_packed
+from mmembed.inference.elementwise import accelerate_elementwise
 
 ATTENTION = "mmembed_cpu"
 QUERY_BLOCK = (
     64  # rows of the score matrix made at a time: half of a causal matrix is skipped, scores stay in the cache
 )
 WHOLE_BLOCK = 512  # the same without a causal mask, where nothing can be skipped
+ALIGNED_FROM = 64  # keys; of shorter rows the copy takes longer than what it saves
 
 
 def accelerate(model: nn.Module) -> None:
@@ -40,6 +42,7 @@ def accelerate(model: nn.Module) -> None:
     Args:
         model: the backbone, wrapped by peft or not.
     """
+    accelerate_elementwise(model)
     if not torch.backends.mkldnn.is_available():
         return
     better: dict[type[nn.Module], type[nn.Module]] = {nn.Conv3d: PatchConv3d}
@@ -49,8 +52,10 @@ def accelerate(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) in better:  # changing the class keeps the parameters, and every reference to the module
             module.__class__ = better[type(module)]
-    if cpu.get("avx512_bf16") and not cpu.get("amx_bf16"):  # with AMX the stock kernel has matrix units of its own
-        _use_attention(model)
+    if cpu.get("amx_bf16"):  # the stock kernel has matrix units of its own, if its keys are aligned
+        _use_attention(model, attend_aligned)
+    elif cpu.get("avx512_bf16"):
+        _use_attention(model, attend)
 
 
 def cpu_capabilities() -> Mapping[str, Any]:
@@ -122,6 +127,42 @@ def attend(
     return _blocked_attention(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, causal), None
 
 
+def attend_aligned(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """`attending.attend`, with padded keys where that helps the stock kernel: no causal query sees what is behind it."""
+    length = query.shape[2]
+    ours = (
+        query.dtype == torch.bfloat16
+        and query.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and (module.is_causal if is_causal is None else is_causal)
+        and attention_mask is None
+        and length == key.shape[2]
+        and length >= ALIGNED_FROM
+        and length % sharing.ALIGNMENT
+        and all(options.get(name) is None for name in (*sharing.UNKNOWN_TO_US, "shared_prefix", "packed_sequences"))
+    )
+    if not ours:
+        return attending.attend(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **options
+        )
+    padding = (0, 0, 0, -length % sharing.ALIGNMENT)
+    key, value = F.pad(key, padding), F.pad(value, padding)
+    output = F.scaled_dot_product_attention(
+        query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
+    )
+    return output.transpose(1, 2), None
+
+
 def _causal_blocks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float, scaling: float) -> Tensor:
     """In place of `masked_attention`, whose mask without a window is the one that blocks have anyway."""
     return _blocked_attention(query, key, value, scaling, causal=True).transpose(1, 2)
@@ -155,12 +196,12 @@ def _future(size: int, dtype: torch.dtype) -> Tensor:
     return torch.full((size, size), -torch.inf, dtype=dtype).triu_(1)
 
 
-def _use_attention(model: nn.Module) -> None:
-    """Points every part of the model that uses the stock fused attention to `attend`."""
+def _use_attention(model: nn.Module, function: Callable[..., tuple[Tensor, None]]) -> None:
+    """Points every part of the model that uses the stock fused attention to this one."""
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(ATTENTION, attend)
+    AttentionInterface.register(ATTENTION, function)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and module.config._attn_implementation in ("sdpa", attending.ATTENTION):

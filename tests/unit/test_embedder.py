@@ -13,7 +13,7 @@ from PIL import Image
 import mmembed.inference.embedder as module
 from mmembed import Embedder
 from mmembed.errors import MmembedError
-from mmembed.inference.cpu import OneDnnLinear, PatchConv3d, accelerate, attend
+from mmembed.inference.cpu import OneDnnLinear, PatchConv3d, accelerate, attend, attend_aligned
 from mmembed.inference.quantize import decode, quantize
 from mmembed.models.embedding_model import EmbedderSettings, build_from_settings
 
@@ -248,7 +248,8 @@ def test_saved_and_loaded_gives_the_same_vectors(embedder, contents, alone, tmp_
 
 @pytest.mark.parametrize("length", [1, 7, 64, 150])
 @pytest.mark.parametrize("causal", [True, False])
-def test_blocked_attention_is_attention(length, causal):
+@pytest.mark.parametrize("attend", [attend, attend_aligned])
+def test_kernels_of_bfloat16_attention_are_attention(attend, length, causal):
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(2, length, 6, 16, generator=generator).transpose(1, 2).bfloat16()  # (B, H, T, D)
     key, value = (torch.randn(2, 3, length, 16, generator=generator).bfloat16() for _ in range(2))
@@ -261,6 +262,27 @@ def test_blocked_attention_is_attention(length, causal):
         scores.masked_fill_(torch.ones(length, length).triu(1).bool(), -torch.inf)
     expected = (scores.softmax(-1) @ value.double().repeat_interleave(2, dim=1)).transpose(1, 2)
     torch.testing.assert_close(ours.double(), expected, atol=0.03, rtol=0.03)
+
+
+@pytest.mark.parametrize("length, keys", [(63, 63), (64, 64), (65, 80), (150, 160)])
+def test_keys_are_aligned_where_it_helps(monkeypatch, length, keys):
+    """And only those of causal bfloat16 inference: the gradient's and float32's stay as they are."""
+    seen = []
+
+    def kernel(query, key, value, **options):
+        seen.append(key.shape[2])
+        return query
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", kernel)
+    holder = torch.nn.Module()
+    holder.is_causal, holder.num_key_value_groups = True, 2
+    query, key = torch.randn(2, 4, length, 8).bfloat16(), torch.randn(2, 2, length, 8).bfloat16()
+    with torch.inference_mode():
+        attend_aligned(holder, query, key, key, None)
+        attend_aligned(holder, query, key, key, None, is_causal=False)
+        attend_aligned(holder, query.float(), key.float(), key.float(), None)
+    attend_aligned(holder, query, key, key, None)
+    assert seen == [keys, length, length, length]
 
 
 def test_onednn_products_and_gradients_are_those_of_linear():

@@ -1,0 +1,233 @@
+"""Norms and rotary positions of CPU inference: the stock's results, only where the stock computes this formula."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from families import FAMILIES, contents
+from torch import nn
+
+from mmembed.content import to_content
+from mmembed.inference import elementwise
+from mmembed.inference.elementwise import accelerate_elementwise, rms_norm
+from mmembed.models.embedding_model import EmbedderSettings, build_from_settings
+from mmembed.preprocess import Item
+
+
+class RootMeanSquare(nn.Module):
+    """w * x / sqrt(mean(x^2) + eps), as transformers writes it, and what a subclass makes of it."""
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon, self.momentum = nn.Parameter(torch.ones(width)), eps, 0.1
+
+    def forward(self, hidden):
+        scale = torch.rsqrt(hidden.float().square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * (hidden.float() * scale).to(hidden.dtype)
+
+
+class OnePlus(RootMeanSquare):
+    def forward(self, hidden):
+        return super().forward(hidden) / self.weight * (1 + self.weight)
+
+
+class OutsideTheRoot(RootMeanSquare):
+    def forward(self, hidden):
+        return self.weight * hidden / (hidden.square().mean(-1, keepdim=True).sqrt() + self.variance_epsilon)
+
+
+class Centred(RootMeanSquare):
+    def forward(self, hidden):
+        return super().forward(hidden - hidden.mean(-1, keepdim=True))
+
+
+class TwoInputs(RootMeanSquare):
+    def forward(self, hidden, gate):
+        return super().forward(hidden) * gate
+
+
+class Clamped(RootMeanSquare):
+    def forward(self, hidden):
+        return super().forward(hidden).clamp(-1, 1)
+
+
+def exact(hidden, weight, eps):
+    return hidden.double() / (hidden.double().square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+
+
+def replaced(model):
+    """Names of the modules whose class stands in for the stock's."""
+    return [name for name, module in model.named_modules() if isinstance(module, elementwise._Quick)]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)])
+@pytest.mark.parametrize("shape", [(7, 33), (2, 5, 3, 16), (1, 1)])
+def test_norm_in_blocks_is_the_formula(monkeypatch, dtype, tolerance, shape):
+    """Blocks that divide the rows, that do not, and one of a single row; a view that is not contiguous."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(shape).mul(3).to(dtype), torch.rand(shape[-1]).to(dtype)
+    for numbers in (1, 3 * shape[-1], 2**17):
+        monkeypatch.setattr(elementwise, "BLOCK", numbers)
+        for given in (hidden, hidden.transpose(0, -2)):
+            before = given.clone()
+            ours = rms_norm(given, weight, 1e-3)
+            assert ours.dtype == dtype and torch.equal(given, before)
+            torch.testing.assert_close(ours.double(), exact(given, weight, 1e-3), rtol=tolerance, atol=1e-9)
+
+
+@pytest.mark.parametrize("stock", [RootMeanSquare, OnePlus])
+@pytest.mark.parametrize("eps", [1e-12, 1e-6, 1e-2])
+def test_norms_of_this_formula_are_replaced(stock, eps):
+    norm = stock(24, eps)
+    torch.nn.init.normal_(norm.weight, 1.0, 0.2)
+    small = torch.randn(5, 24) * 1e-4
+    with torch.no_grad():
+        expected = norm(small)
+        accelerate_elementwise(norm)
+        assert isinstance(norm, elementwise._Quick) and norm.epsilon == "variance_epsilon"
+        torch.testing.assert_close(norm(small), expected, rtol=1e-5, atol=0)
+        norm.variance_epsilon = 1.0  # read when needed
+        assert norm(small).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("stock", [OutsideTheRoot, Centred, TwoInputs, Clamped])
+def test_norms_of_another_formula_are_left_alone(stock):
+    norm = stock(24, 1e-3)
+    accelerate_elementwise(norm)
+    assert type(norm) is stock
+
+
+def test_other_layers_are_left_alone():
+    layers = nn.ModuleList(
+        [nn.LayerNorm(8), nn.LayerNorm(8, bias=False), nn.PReLU(8), nn.BatchNorm1d(8), nn.Linear(8, 8)]
+    )
+    hooked = RootMeanSquare(8)
+    hooked.forward = lambda hidden: hidden  # as wrappers of other libraries do
+    layers.append(hooked)
+    before = [type(layer) for layer in layers]
+    accelerate_elementwise(layers)
+    assert [type(layer) for layer in layers] == before
+
+
+def test_torchs_own_norm_is_replaced():
+    norm, hidden = nn.RMSNorm(16, eps=1e-5), torch.randn(3, 16)
+    expected = norm(hidden).detach()
+    accelerate_elementwise(norm)
+    assert isinstance(norm, elementwise._Quick)
+    with torch.no_grad():
+        torch.testing.assert_close(norm(hidden), expected)
+
+
+def test_a_mixture_of_types_is_left_to_the_stock():
+    norm, hidden = RootMeanSquare(16), torch.randn(3, 16).bfloat16()
+    expected = norm(hidden).detach()  # float32: the weight's
+    accelerate_elementwise(norm)
+    with torch.no_grad():
+        assert norm(hidden).dtype == torch.float32 and torch.equal(norm(hidden), expected)
+        assert norm.double()(hidden.double()).dtype == torch.float64
+
+
+def test_copies_pickles_and_weights_are_the_stocks():
+    norm = RootMeanSquare(16)
+    weights = {name: tensor.clone() for name, tensor in norm.state_dict().items()}
+    accelerate_elementwise(norm)
+    assert type(norm).__name__ == "RootMeanSquare" and isinstance(norm, RootMeanSquare)
+    for other in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
+        assert type(other) is RootMeanSquare and other.variance_epsilon == 1e-6
+        assert other.weight is not norm.weight and torch.equal(other.weight, norm.weight)
+    assert norm.state_dict().keys() == weights.keys()
+
+
+def interleaved(query, key, cos, sin, unsqueeze_dim=1):
+    """Neighbouring columns are a pair, not columns of the two halves."""
+    return tuple(
+        one * cos.unsqueeze(unsqueeze_dim)
+        + torch.stack([-one[..., 1::2], one[..., ::2]], -1).flatten(-2) * sin.unsqueeze(unsqueeze_dim)
+        for one in (query, key)
+    )
+
+
+def test_another_rotation_is_not_ours():
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    name = "apply_rotary_pos_emb"
+    assert elementwise._rotates(apply_rotary_pos_emb, name)
+    assert not elementwise._rotates(interleaved, name)
+    assert not elementwise._rotates(lambda query, key, cos: (query, key), name)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("axis", [1, 2])
+def test_rotation_is_the_stocks(dtype, tolerance, axis):
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    def no_stock(*arguments):
+        raise AssertionError("the stock was called")
+
+    torch.manual_seed(0)
+    angle = torch.rand(2, 5, 8) * 6
+    cos, sin = (torch.cat([one, one], -1).to(dtype) for one in (angle.cos(), angle.sin()))
+    query, key = (torch.randn(2, 5, heads, 16).to(dtype) for heads in (4, 2))
+    query, key = (one if axis == 2 else one.transpose(1, 2) for one in (query, key))
+    expected = apply_rotary_pos_emb(*(one.double() for one in (query, key, cos, sin)), unsqueeze_dim=axis)
+    with torch.no_grad():
+        ours = elementwise.rotate(no_stock, query, key, cos, sin, unsqueeze_dim=axis)
+        for one, other in zip(ours, expected, strict=True):
+            torch.testing.assert_close(one.double(), other, rtol=0, atol=tolerance)
+        with pytest.raises(AssertionError):
+            elementwise.rotate(no_stock, query, key, cos[..., :8], sin[..., :8], axis)  # a part of each head
+    with pytest.raises(AssertionError):
+        elementwise.rotate(no_stock, query, key, cos, sin, axis)  # gradients are wanted
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_rotation_of_patches_in_blocks_is_the_stocks(monkeypatch, dtype, tolerance):
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
+
+    def no_stock(*arguments):
+        raise AssertionError("the stock was called")
+
+    torch.manual_seed(0)
+    angle = torch.rand(7, 4) * 6
+    cos, sin = (torch.cat([one, one], -1) for one in (angle.cos(), angle.sin()))
+    query, key, _ = torch.randn(7, 3, 2, 8).to(dtype).unbind(1)
+    expected = apply_rotary_pos_emb_vision(query, key, cos, sin)
+    for numbers in (1, 3 * 16, 2**16):
+        monkeypatch.setattr(elementwise, "ROTATED", numbers)
+        with torch.no_grad():
+            ours = elementwise.rotate_vision(no_stock, query, key, cos, sin)
+        for one, other in zip(ours, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
+    with pytest.raises(AssertionError):
+        elementwise.rotate_vision(no_stock, query, key, cos, sin)  # gradients are wanted
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_give_the_stock_vectors_and_gradients(family_folder, family):
+    """Texts and pictures, float32 and bfloat16; afterwards the model trains as if nothing had happened."""
+    model, preprocessor = build_from_settings(EmbedderSettings(str(family_folder(family)), dtype="float32"))
+    model.eval()
+    rough = copy.deepcopy(model).bfloat16()
+    batch = preprocessor([Item(to_content(content)) for content in contents(family)])
+
+    def vectors(model):
+        with torch.inference_mode():
+            return model(batch).vectors.float()
+
+    def gradients():
+        model.zero_grad()
+        model(batch).vectors[:, 0].sum().backward()
+        return {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+
+    stock, stock_rough, stock_gradients, names = vectors(model), vectors(rough), gradients(), set(model.state_dict())
+    for one in (model, rough):
+        accelerate_elementwise(one.backbone)
+    for part in ("norm", "attn"):
+        assert any(part in name for name in replaced(model)), f"no {part} was replaced, so nothing is tested"
+    if family in ("qwen2_5_vl", "qwen2_vl", "qwen3_vl"):
+        assert any("visual" in name and "attn" in name for name in replaced(model))
+    torch.testing.assert_close(vectors(model), stock, atol=1e-5, rtol=0)
+    assert torch.nn.functional.cosine_similarity(vectors(rough), stock_rough).min() > 0.999
+    assert set(model.state_dict()) == names
+    assert gradients() and all(torch.equal(one, stock_gradients[name]) for name, one in gradients().items())
