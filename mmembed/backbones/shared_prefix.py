@@ -8,7 +8,8 @@ backbone, without a cache: gradients reach the prefix from every row, checkpoint
 
 Own tokens keep the positions that they have in their row. Cost: P + B * T tokens instead of B * (P + T) everywhere but
 in attention, which copies the prefix's keys and values once a row and needs a mask of (T, P + T): forward and backward
-at P = 64, B = 64, T = 32 (4 heads of 64) take 14.8 ms on one core, of B whole rows 37.3 ms (docs/log.md).
+at P = 64, B = 64, T = 32 (4 heads of 64) take 14.8 ms on one core, of B whole rows 37.3 ms (docs/log.md). On a CPU the
+kernel gets grouped heads as they are, and its keys in multiples of 16.
 """
 
 from __future__ import annotations
