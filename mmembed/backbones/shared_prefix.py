@@ -24,9 +24,8 @@ from torch.nn import functional as F
 from mmembed.errors import MmembedError
 
 UNKNOWN_TO_US = ("position_bias", "cache", "softcap", "s_aux")  # attention variants left to the stock kernel
-ALIGNMENT = (
-    16  # of keys on a CPU: torch's fused bfloat16 kernel packs them for AMX, others take up to 1.8 times as long
-)
+# keys on a CPU: other counts take torch's fused bfloat16 kernel up to 1.8 times as long where there is AMX
+ALIGNMENT = 16
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, float, float], Tensor]
 
 
