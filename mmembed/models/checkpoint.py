@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mmembed import __version__
 from mmembed.backbones import load_backbone, resolve_backbone
 from mmembed.backbones.adapters import adapted, quantization_of
 from mmembed.errors import CheckpointError, ConfigError
@@ -130,7 +130,7 @@ def _write(
     preprocessor.processor.save_pretrained(folder)
     described = {
         "format": FORMAT,
-        "mmembed_version": version("mmembed"),
+        "mmembed_version": __version__,
         "settings": {key: value for key, value in asdict(settings).items() if key != "trust_remote_code"},
         "embedding_size": model.embedding_size,
         "architecture": _architecture(model.family.config),
