@@ -249,14 +249,15 @@ class EmbedderConfig(_Block):
     prompt: TypedBlock = "plain"
     lengths: LengthsConfig = LengthsConfig()
     data: DataConfig = DataConfig()
-    objective: TypedBlock = "contrastive"
+    objective: TypedBlock | tuple[TypedBlock, ...] = "contrastive"
     training: TrainingConfig = TrainingConfig()
 
     @field_validator("pooling", "prompt", "objective")
     @classmethod
-    def _has_type(cls, value: TypedBlock) -> TypedBlock:
-        if isinstance(value, dict) and not isinstance(value.get("type"), str):
-            raise ConfigError("the block has no 'type'; write the name, or {type: name, ...options}")
+    def _has_type(cls, value: TypedBlock | tuple[TypedBlock, ...]) -> TypedBlock | tuple[TypedBlock, ...]:
+        for block in value if isinstance(value, tuple) else (value,):
+            if isinstance(block, dict) and not isinstance(block.get("type"), str):
+                raise ConfigError("the block has no 'type'; write the name, or {type: name, ...options}")
         return value
 
     @model_validator(mode="after")
@@ -289,10 +290,36 @@ def frozen_rate(tower: str, freeze: Collection[str]) -> str:
     )
 
 
+def _objective_clashes(config: EmbedderConfig, objective: Mapping[str, Any]) -> list[str]:
+    """Of one objective's options."""
+    pooling, similarity, matryoshka = (
+        block_type(config.pooling),
+        objective.get("similarity"),
+        objective.get("matryoshka"),
+    )
+    clashes = []
+    if pooling == "multi_vector":
+        if similarity in ("cosine", "dot"):
+            clashes.append(
+                f"pooling 'multi_vector' + objective.similarity '{similarity}': an input is many vectors; use "
+                "maxsim or maxsim_mean"
+            )
+    elif similarity in ("maxsim", "maxsim_mean"):
+        clashes.append(
+            f"pooling '{pooling}' + objective.similarity '{similarity}': late interaction needs pooling 'multi_vector'"
+        )
+    if isinstance(matryoshka, Mapping) and config.projection and max(matryoshka.get("dims") or [0]) > config.projection:
+        clashes.append(f"objective.matryoshka.dims {matryoshka['dims']}: above projection {config.projection}")
+    if matryoshka and similarity == "dot" and config.normalize:
+        clashes.append(
+            "objective.matryoshka + similarity 'dot' + normalize: a truncated unit vector is not a unit vector; use "
+            "cosine, or normalize: false"
+        )
+    return clashes
+
+
 def _clashes(config: EmbedderConfig) -> list[str]:
     """Combinations that cannot work, found before weights are loaded."""
-    pooling, objective = block_type(config.pooling), block_options(config.objective)
-    similarity, matryoshka = objective.get("similarity"), objective.get("matryoshka")
     adapter, arguments = config.adapter.type, config.training.arguments
     clashes = wrong_values(arguments) + _stream_clashes(config)
     if adapter in PROMPT_TYPES and config.model.attention == "bidirectional":
@@ -320,23 +347,8 @@ def _clashes(config: EmbedderConfig) -> list[str]:
             "model.dtype 'float16' + adapter.type 'none': half-precision weights lose small updates; use float32 "
             "weights with training.fp16 or training.bf16"
         )
-    if pooling == "multi_vector":
-        if similarity in ("cosine", "dot"):
-            clashes.append(
-                f"pooling 'multi_vector' + objective.similarity '{similarity}': an input is many vectors; use "
-                "maxsim or maxsim_mean"
-            )
-    elif similarity in ("maxsim", "maxsim_mean"):
-        clashes.append(
-            f"pooling '{pooling}' + objective.similarity '{similarity}': late interaction needs pooling 'multi_vector'"
-        )
-    if isinstance(matryoshka, Mapping) and config.projection and max(matryoshka.get("dims") or [0]) > config.projection:
-        clashes.append(f"objective.matryoshka.dims {matryoshka['dims']}: above projection {config.projection}")
-    if matryoshka and similarity == "dot" and config.normalize:
-        clashes.append(
-            "objective.matryoshka + similarity 'dot' + normalize: a truncated unit vector is not a unit vector; use "
-            "cosine, or normalize: false"
-        )
+    for block in config.objective if isinstance(config.objective, tuple) else (config.objective,):
+        clashes += _objective_clashes(config, block_options(block))
     if "freeze" in config.model.model_fields_set:  # the default gives way to that of a saved embedder, not read here
         frozen = [tower for tower in config.training.learning_rates if tower in config.model.freeze]
         clashes += [frozen_rate(tower, config.model.freeze) for tower in frozen]

@@ -8,7 +8,8 @@ appears anywhere. One file per objective; `build_objective(block)` reads the YAM
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from mmembed.data.labels import BatchLabels
 from mmembed.embeddings import Embeddings
+from mmembed.errors import ConfigError, nearest
+from mmembed.losses import LOSSES
 from mmembed.registry import Registry
 
 
@@ -25,7 +28,7 @@ class View:
 
     similarities, relevance, valid: (Q, C), without temperature; `valid` after all masks.
     masked: why candidates were taken out -> the share of all cells.
-    chance: the loss if all scores were equal.
+    chance: the loss if all scores were equal; None where that says nothing.
     """
 
     queries: Embeddings
@@ -34,7 +37,7 @@ class View:
     relevance: Tensor
     valid: Tensor
     masked: dict[str, Tensor]
-    chance: Tensor
+    chance: Tensor | None
 
 
 class Objective(nn.Module):
@@ -85,15 +88,59 @@ class Objective(nn.Module):
 OBJECTIVES: Registry[Objective] = Registry("mmembed.objectives", Objective)
 
 
-def build_objective(block: str | Mapping[str, Any], embedding_size: int | None = None) -> Objective:
-    """Builds `contrastive` or `{type: contrastive, temperature: .05, matryoshka: {dims: [256, 64]}, ...}`.
+ObjectiveBlock = str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
 
-    `matryoshka` wraps any objective. Raises ConfigError on unknown names and options, and on dims above
-    `embedding_size`.
+
+def build_objective(block: ObjectiveBlock, embedding_size: int | None = None) -> Objective:
+    """Builds what YAML says:
+
+        contrastive                                             an objective by its name
+        {type: wasserstein, temperature: .05}                   a loss by its name: contrastive with that loss
+        {type: contrastive, matryoshka: {dims: [256, 64]}}      `matryoshka` wraps any objective
+        [{type: infonce}, {type: uniformity, weight: .1}]       a weighted sum
+
+    Raises ConfigError on unknown names and options, on dims above `embedding_size`, and on a sum of nothing.
     """
+    from mmembed.objectives.combined import Combined, Part
+
+    if isinstance(block, str | Mapping):
+        return _build_one(block, embedding_size)
+    if not block:
+        raise ConfigError("objective: the list is empty; name at least one objective, for example [contrastive]")
+    parts = []
+    for number, one in enumerate(block):
+        options = {"type": one} if isinstance(one, str) else dict(one)
+        weight = options.pop("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
+            raise ConfigError(
+                f"objective[{number}].weight: found {weight!r}; give a number above 0, or remove the part"
+            )
+        objective = _build_one(options, embedding_size)
+        name = str(options["type"])
+        alike = sum(part.name.split("-")[0] == name for part in parts)
+        parts.append(Part(f"{name}-{alike + 1}" if alike else name, float(weight), objective))
+    return Combined(parts)
+
+
+def _build_one(block: str | Mapping[str, Any], embedding_size: int | None) -> Objective:
     from mmembed.objectives.matryoshka import Matryoshka
 
     options = {"type": block} if isinstance(block, str) else dict(block)
     matryoshka = options.pop("matryoshka", None)
+    name = options.get("type")
+    if isinstance(name, str) and name not in OBJECTIVES.classes() and name in LOSSES.classes():
+        options = _contrastive_with(name, options)
     objective = OBJECTIVES.build(options)
     return objective if matryoshka is None else Matryoshka.build(objective, matryoshka, embedding_size)
+
+
+def _contrastive_with(loss: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The block of a contrastive objective with a loss, where the options of both stand side by side."""
+    from mmembed.objectives.contrastive import Contrastive
+
+    of_objective = set(inspect.signature(Contrastive).parameters) - {"loss"}
+    of_loss = set(inspect.signature(LOSSES.get(loss)).parameters)
+    for key in options.keys() - {"type"} - of_objective - of_loss:
+        raise ConfigError(f"objective '{loss}': unknown option '{key}'; {nearest(key, of_objective | of_loss)}")
+    block = {key: value for key, value in options.items() if key in of_objective}
+    return {**block, "type": Contrastive.name, "loss": {k: v for k, v in options.items() if k not in of_objective}}

@@ -74,7 +74,7 @@ class Matryoshka(Objective):
     def view(self, gathered: Any) -> View:
         """Of the whole vectors; the loss of equal scores is summed over dims like the loss."""
         view = self.objective.view(gathered)
-        return replace(view, chance=view.chance * sum(self.weights))
+        return replace(view, chance=None if view.chance is None else view.chance * sum(self.weights))
 
     def compare(self, gathered: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Metrics are those of the largest dim, and each dim's loss."""

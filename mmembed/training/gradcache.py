@@ -148,7 +148,8 @@ def _compare(
         with torch.no_grad():
             observe(objective.view(gathered), queries, documents)
     learned = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-    found = torch.autograd.grad(loss * scale, [*leaves, *learned])
+    # an objective of the positives alone does not touch the negatives' vectors
+    found = torch.autograd.grad(loss * scale, [*leaves, *learned], allow_unused=True, materialize_grads=True)
     return loss, metrics, list(found[: len(leaves)]), (learned, list(found[len(leaves) :]))
 
 

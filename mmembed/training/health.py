@@ -68,9 +68,10 @@ def look_at(view: View, queries: Embeddings, documents: Embeddings, batch: Batch
         "alignment": alignment(mine[rows], candidates[columns]),
         "uniformity": uniformity(some),
         "effective_rank": effective_rank(some),
-        "loss_at_chance": view.chance,
         **{f"masked_{reason}": share for reason, share in view.masked.items()},
     }
+    if view.chance is not None:
+        found["loss_at_chance"] = view.chance
     if batch.labels.in_batch:
         found["duplicate_rate"] = torch.tensor(duplicate_rate(batch.labels.document_keys[:, 0]))
     gap = _modality_gap(queries, documents, batch)

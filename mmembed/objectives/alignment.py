@@ -1,0 +1,36 @@
+"""Alignment: a query and its positive at one place, with nothing to keep the rest apart.
+
+L = mean_i |q_i - p_i|^alpha over unit vectors (Wang and Isola, arXiv 2005.10242, eq. 6; alpha = 2 in their experiments,
+section 5). Alone it collapses all vectors into one: add `uniformity` or a contrastive loss.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor
+
+from mmembed.objectives.aligned import Aligned, Pairs
+
+
+class Alignment(Aligned):
+    """Args:
+    alpha: exponent of the distance.
+    """
+
+    name = "alignment"
+
+    def __init__(self, alpha: Annotated[float, Field(gt=0)] = 2.0) -> None:
+        super().__init__()
+        self.alpha = alpha
+
+    def term(self, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
+        queries, positives = pairs.unit
+        return distance(queries, positives, self.alpha), {}
+
+
+def distance(a: Tensor, b: Tensor, alpha: float = 2.0) -> Tensor:
+    """mean_i |a_i - b_i|^alpha of unit vectors (N, E)."""
+    squared = (2 - 2 * (a * b).sum(-1)).clamp_min(1e-12)  # the root of 0 has no gradient
+    return squared.pow(alpha / 2).mean()

@@ -1,0 +1,72 @@
+"""A weighted sum of objectives on the same batch.
+
+L = sum_k weight_k L_k. In YAML the objective is a list: `[{type: infonce}, {type: uniformity, weight: 0.1}]`. Each part
+gathers for itself, so parts may differ in whether they look across processes. Cost: that of the parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmembed.data.labels import BatchLabels
+from mmembed.embeddings import Embeddings
+from mmembed.objectives import Objective, View
+
+
+@dataclass(frozen=True)
+class Part:
+    """One term of the sum; `name` is what its loss is logged under."""
+
+    name: str
+    weight: float
+    objective: Objective
+
+
+class Combined(Objective):
+    """Built from a list of blocks, see `mmembed.objectives.build_objective`.
+
+    Metrics are those of each part, the first part winning where two share a name, and `loss_<name>`, without weight.
+    Health monitors look at the first part, whose scores rank documents in most recipes.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        super().__init__()
+        self.parts = tuple(parts)
+        self.objectives = nn.ModuleList([part.objective for part in parts])
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset().union(*(part.objective.reads for part in self.parts))
+
+    @property
+    def across_processes(self) -> bool:
+        return any(part.objective.across_processes for part in self.parts)
+
+    def similarity_of(self, queries: Embeddings, documents: Embeddings) -> Tensor:
+        return self.parts[0].objective.similarity_of(queries, documents)
+
+    def gather(self, queries: Embeddings, documents: Embeddings, labels: BatchLabels) -> tuple[Any, ...]:
+        return tuple(part.objective.gather(queries, documents, labels) for part in self.parts)
+
+    def truncate(self, gathered: tuple[Any, ...], size: int) -> tuple[Any, ...]:
+        return tuple(part.objective.truncate(one, size) for part, one in zip(self.parts, gathered, strict=True))
+
+    def compare(self, gathered: tuple[Any, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+        losses: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
+        total: list[Tensor] = []
+        for part, one in zip(self.parts, gathered, strict=True):
+            loss, found = part.objective.compare(one)
+            losses[f"loss_{part.name}"] = loss.detach()
+            metrics = {**found, **metrics}
+            total.append(part.weight * loss)
+        return torch.stack(total).sum(), {**metrics, **losses}
+
+    def view(self, gathered: tuple[Any, ...]) -> View:
+        """Of the first part. The loss of equal scores is not known of a sum: terms of geometry have none."""
+        return replace(self.parts[0].objective.view(gathered[0]), chance=None)

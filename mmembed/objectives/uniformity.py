@@ -1,0 +1,44 @@
+"""Uniformity: vectors spread over the sphere, with nothing to be close to.
+
+L = 1/2 sum over both sides of log mean_{i<j} exp(-t |x_i - x_j|^2), the Gaussian potential of Wang and Isola
+(arXiv 2005.10242, eq. 7), added to a contrastive loss in their experiments with t = 2. Cost: (N, N) floats a side.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mmembed.objectives.aligned import Aligned, Pairs
+
+
+class Uniformity(Aligned):
+    """Args:
+    t: inverse width of the potential.
+    """
+
+    name = "uniformity"
+    least_pairs = 2
+
+    def __init__(self, t: Annotated[float, Field(gt=0)] = 2.0) -> None:
+        super().__init__()
+        self.t = t
+
+    def term(self, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
+        queries, positives = pairs.unit
+        return (potential(queries, self.t) + potential(positives, self.t)) / 2, {}
+
+
+def potential(vectors: Tensor, t: float = 2.0) -> Tensor:
+    """log mean_{i<j} exp(-t |x_i - x_j|^2) of unit vectors (N, E), N >= 2.
+
+    >>> potential(torch.eye(2)).item()  # orthogonal: squared distance 2
+    -4.0
+    """
+    squared = 2 - 2 * vectors @ vectors.T  # (N, N)
+    rows, columns = torch.triu_indices(len(vectors), len(vectors), offset=1, device=vectors.device)
+    pairs = squared[rows, columns].clamp_min(0)  # (N (N - 1) / 2,)
+    return (-t * pairs).logsumexp(0) - torch.log(torch.tensor(float(len(pairs)), device=vectors.device))
