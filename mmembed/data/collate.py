@@ -13,6 +13,7 @@ resume.
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -165,6 +166,8 @@ class Collator:
             positive_keys=_positive_keys(examples),
             in_batch=source.in_batch_negatives,
             source=examples[0].source,
+            scores=torch.tensor([math.nan if one.score is None else one.score for one in documents]),
+            task=examples[0].task,
         )
         limits = [self.preprocessor.shareable(row) for row in rows] if self.share_prefix else None
         chunks = plan_chunks(rows, self.chunk_tokens, self.chunk_rows, where, limits, self.packed)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmembed.content import Task
+
 
 @dataclass(frozen=True)
 class BatchLabels:
@@ -23,6 +25,9 @@ class BatchLabels:
         fewer repeat one.
     in_batch: whether other queries' documents are negatives.
     source: the name of the data source, one a batch.
+    scores: (D,) float, what a teacher gave each document for its owner, in the teacher's units; NaN where it gave none.
+        None: nowhere.
+    task: of the records.
     """
 
     owner: Tensor
@@ -32,6 +37,8 @@ class BatchLabels:
     positive_keys: Tensor
     in_batch: bool = True
     source: str = ""
+    scores: Tensor | None = None
+    task: Task = Task.RETRIEVAL
 
     def to(self, device: torch.device | str) -> BatchLabels:
         """The same labels on another device."""

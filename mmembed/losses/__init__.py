@@ -22,16 +22,22 @@ class Scores:
     values: (Q, C) float, similarities already divided by the temperature.
     relevance: (Q, C) float >= 0, graded; above 0 is a positive, 0 a negative.
     valid: (Q, C) bool, the candidates that exist for the row; the others never count.
+    targets: (Q, C) float, what a teacher gave, in its own units; NaN where it gave none. None for a loss that does not
+        read `score`.
     """
 
     values: Tensor
     relevance: Tensor
     valid: Tensor
+    targets: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if not self.values.shape == self.relevance.shape == self.valid.shape:
-            shapes = [tuple(tensor.shape) for tensor in (self.values, self.relevance, self.valid)]
-            raise ValueError(f"Scores: values, relevance and valid must share one (Q, C) shape, found {shapes}")
+        given = [self.values, self.relevance, self.valid, *([] if self.targets is None else [self.targets])]
+        if any(tensor.shape != self.values.shape for tensor in given):
+            shapes = [tuple(tensor.shape) for tensor in given]
+            raise ValueError(
+                f"Scores: values, relevance, valid and targets must share one (Q, C) shape, found {shapes}"
+            )
 
     @property
     def positive(self) -> Tensor:

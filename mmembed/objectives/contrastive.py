@@ -35,6 +35,7 @@ class Gathered:
     relevance: Tensor  # (Q, C)
     valid: Tensor  # (Q, C)
     relations: Relations  # of the labels
+    targets: Tensor | None = None  # (Q, C), for a loss that reads scores
     reverse: Gathered | None = None  # rows are local positive documents, columns are the queries of all processes
     weight: float = 1.0  # of the mean over rows: this process's share of the rows of all, times their number
 
@@ -96,7 +97,9 @@ class Contrastive(Objective):
         local_queries = relations.local(relations.query_counts)
         candidates = gather_embeddings(documents, relations.document_counts)
         matrices = relations.matrix(local_queries, slice(None), self.mask_duplicates)  # (Q, C) each
-        forward = Gathered(queries, candidates, *matrices, relations)
+        reads_scores = "score" in self.loss.reads
+        targets = relations.targets(local_queries, slice(None)) if reads_scores else None
+        forward = Gathered(queries, candidates, *matrices, relations, targets)
         if not self.symmetric or not labels.in_batch:
             return forward
         all_queries = gather_embeddings(queries, relations.query_counts)
@@ -104,9 +107,14 @@ class Contrastive(Objective):
         relevance, valid = relations.matrix(slice(None), local_documents, self.mask_duplicates)  # (M, D) each
         positive = (labels.relevance > 0).nonzero().squeeze(1)  # (P,)
         counts = gather_counts(len(positive), positive.device)
-        weight = len(positive) * len(counts) / sum(counts)
         reverse = Gathered(
-            documents.rows(positive), all_queries, relevance.T[positive], valid.T[positive], relations, None, weight
+            documents.rows(positive),
+            all_queries,
+            relevance.T[positive],
+            valid.T[positive],
+            relations,
+            relations.targets(slice(None), local_documents).T[positive] if reads_scores else None,
+            weight=len(positive) * len(counts) / sum(counts),
         )
         return replace(forward, reverse=reverse)
 
@@ -137,21 +145,22 @@ class Contrastive(Objective):
             above = valid & self._false_negatives(similarities, relevance, valid)
             masked["margin"] = above.float().mean()
             valid = valid & ~above
-        chance = self._chance(relevance, valid)
+        chance = self._chance(relevance, valid, gathered.targets)
         if gathered.reverse is not None:
             reverse = gathered.reverse
-            chance = (chance + self._chance(reverse.relevance, reverse.valid) * reverse.weight) / 2
+            chance = (chance + self._chance(reverse.relevance, reverse.valid, reverse.targets) * reverse.weight) / 2
         return View(gathered.queries, gathered.candidates, similarities, relevance, valid, masked, chance)
 
-    def _chance(self, relevance: Tensor, valid: Tensor) -> Tensor:
-        return self.loss(Scores(torch.zeros(relevance.shape, device=relevance.device), relevance, valid)).mean()
+    def _chance(self, relevance: Tensor, valid: Tensor, targets: Tensor | None) -> Tensor:
+        equal = torch.zeros(relevance.shape, device=relevance.device)
+        return self.loss(Scores(equal, relevance, valid, targets)).mean()
 
     def _direction(self, gathered: Gathered) -> tuple[Tensor, dict[str, Tensor]]:
         similarities = self.similarity_of(gathered.queries, gathered.candidates)  # (Q, C)
         relevance, valid = gathered.relevance.to(similarities.dtype), gathered.valid
         if self.false_negative_margin is not None:
             valid = valid & ~self._false_negatives(similarities.detach(), relevance, valid)
-        scores = Scores(similarities * self.temperature.scale(), relevance, valid)
+        scores = Scores(similarities * self.temperature.scale(), relevance, valid, gathered.targets)
         return self.loss(scores).mean() * gathered.weight, self._metrics(similarities.detach(), scores)
 
     def _false_negatives(self, similarities: Tensor, relevance: Tensor, valid: Tensor) -> Tensor:

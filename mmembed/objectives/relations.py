@@ -7,6 +7,7 @@ same by content or by id, so equal texts under different ids are found. Cost: 2 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ class Relations:
 
     owner: Tensor  # (C,)
     relevance: Tensor  # (C,)
+    scores: Tensor  # (C,), NaN where no teacher gave one
     document_keys: Tensor  # (C, 2)
     query_keys: Tensor  # (M,)
     positive_keys: Tensor  # (M, P, 2)
@@ -33,6 +35,7 @@ class Relations:
     def gather(cls, labels: BatchLabels, across: bool) -> Relations:
         """Of all processes, or of this one alone."""
         device = labels.owner.device
+        scores = torch.full_like(labels.relevance, math.nan) if labels.scores is None else labels.scores
         queries, documents = len(labels.query_keys), len(labels.owner)
         query_counts = gather_counts(queries, device) if across else [queries]
         document_counts = gather_counts(documents, device) if across else [documents]
@@ -40,6 +43,7 @@ class Relations:
         return cls(
             owner=gather_rows(labels.owner + offset, document_counts),
             relevance=gather_rows(labels.relevance, document_counts),
+            scores=gather_rows(scores, document_counts),
             document_keys=gather_rows(labels.document_keys, document_counts),
             query_keys=gather_rows(labels.query_keys, query_counts),
             positive_keys=cls._gather_positives(labels.positive_keys, query_counts),
@@ -68,6 +72,11 @@ class Relations:
             masked = self._known_positives(query_index, documents) | self._same_query(query_index, documents, own)
             valid = valid & ((relevance > 0) | ~masked)
         return relevance, valid
+
+    def targets(self, queries: slice, documents: slice) -> Tensor:
+        """(Q, C) float: what a teacher gave each query's own documents, NaN elsewhere."""
+        _, own, _ = self._grid(queries, documents)
+        return torch.where(own, self.scores[documents][None, :], math.nan)
 
     def reasons(self, queries: slice, documents: slice) -> dict[str, Tensor]:
         """Why `mask_duplicates` takes a candidate out -> (Q, C) bool; a cell has one reason."""

@@ -326,6 +326,7 @@ class Estimate:
             batch.labels,
             owner=batch.labels.owner[:documents].clamp_max(queries - 1),
             relevance=batch.labels.relevance[:documents],
+            scores=None if batch.labels.scores is None else batch.labels.scores[:documents],
             document_keys=batch.labels.document_keys[:documents],
             query_keys=batch.labels.query_keys[:queries],
             positive_keys=batch.labels.positive_keys[:queries],

@@ -1,11 +1,13 @@
 """Chunk plans and batches: every input once, under the budget, drawn the same every time."""
 
 import dataclasses
+import math
 import pickle
 import random
 
 import PIL.Image
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -67,6 +69,20 @@ def test_groups(preprocessor, group, per_query, seed, count):
         assert len(own) - sum(own) == min(group - per_query, 3)
     assert batch.labels.positive_keys.shape == (count, 2, 2)
     assert batch.place.max() + 1 == sum(len(chunk.rows) for chunk in batch.chunks)
+
+
+def test_labels_carry_what_a_teacher_said_and_the_task(preprocessor):
+    scored = Example(
+        (Text("query"),),
+        (Document((Text("a"),), 1.0, score=-3.5), Document((Text("b"),), 0.0), Document((Text("c"),), 0.0, score=2.0)),
+        task=Task.RERANKING,
+        source="s",
+        where="f:1",
+    )
+    labels = collator(preprocessor)([scored]).labels
+    torch.testing.assert_close(labels.scores, torch.tensor([-3.5, math.nan, 2.0]), equal_nan=True)
+    assert labels.task is Task.RERANKING
+    assert labels.to("cpu").scores.shape == labels.owner.shape
 
 
 def test_negatives_do_not_depend_on_how_processes_share_a_batch(preprocessor):

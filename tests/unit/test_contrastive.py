@@ -1,5 +1,6 @@
 """The contrastive objective: masks, margins, temperatures, against plain loops."""
 
+import dataclasses
 import math
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from mmembed.data.labels import BatchLabels
 from mmembed.embeddings import Embeddings
 from mmembed.errors import ConfigError
+from mmembed.losses import Loss
 from mmembed.objectives import build_objective
 
 
@@ -182,3 +184,41 @@ def test_learned_temperature_has_a_gradient_and_a_floor():
 def test_a_wrong_block_is_refused_with_the_remedy(block, message):
     with pytest.raises(ConfigError, match=message):
         build_objective(block, embedding_size=256)
+
+
+class Student(Loss):
+    """Squared distance to the teacher's scores, where there are any."""
+
+    name = "student"
+    reads = frozenset({"score"})
+
+    def forward(self, scores):
+        known = ~scores.targets.isnan()
+        self.seen = scores.targets
+        return torch.where(known, scores.values - scores.targets.nan_to_num(), 0.0).square().sum(1)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_loss_that_reads_scores_gets_the_teachers(symmetric):
+    """Each query's own documents have a target in both directions, the others have none."""
+    objective = build_objective({"type": "contrastive", "temperature": 1.0, "symmetric": symmetric})
+    objective.loss = Student()
+    labels = make_labels([0, 0, 1], [1, 0, 1])
+    given = torch.tensor([3.0, math.nan, -2.0], dtype=torch.float64)
+    queries, documents = embed(2), embed(3, seed=1)
+    gathered = objective.gather(queries, documents, dataclasses.replace(labels, scores=given))
+    nan = math.nan
+    torch.testing.assert_close(gathered.targets, torch.tensor([[3, nan, nan], [nan, nan, -2]]).double(), equal_nan=True)
+    loss, _ = objective.compare(gathered)
+    cosine = objective.similarity_of(queries, documents)
+    forward = ((cosine[0, 0] - 3) ** 2 + (cosine[1, 2] + 2) ** 2) / 2
+    assert loss.item() == pytest.approx(forward.item())  # the reverse direction has the same two cells and two rows
+    if symmetric:
+        expected = torch.tensor([[3, nan], [nan, -2]]).double()
+        torch.testing.assert_close(objective.loss.seen, expected, equal_nan=True)
+    assert objective.gather(queries, documents, labels).targets.isnan().all()
+
+
+def test_a_loss_that_reads_no_scores_is_given_none():
+    labels = dataclasses.replace(make_labels([0, 0, 1], [1, 0, 1]), scores=torch.ones(3))
+    assert build_objective("contrastive").gather(embed(2), embed(3, seed=1), labels).targets is None
