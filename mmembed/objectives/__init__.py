@@ -107,7 +107,7 @@ def build_objective(block: ObjectiveBlock, embedding_size: int | None = None) ->
         return _build_one(block, embedding_size)
     if not block:
         raise ConfigError("objective: the list is empty; name at least one objective, for example [contrastive]")
-    parts = []
+    parts: list[Part] = []
     for number, one in enumerate(block):
         options = {"type": one} if isinstance(one, str) else dict(one)
         weight = options.pop("weight", 1.0)
