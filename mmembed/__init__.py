@@ -10,6 +10,8 @@ Names are imported when they are first used: `import mmembed` loads neither torc
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from mmembed.version import __version__
+
 if TYPE_CHECKING:
     from mmembed.config import load_config as load_config
     from mmembed.config.blocks import EmbedderConfig as EmbedderConfig
@@ -25,8 +27,6 @@ if TYPE_CHECKING:
     from mmembed.inference.search import top_k as top_k
     from mmembed.media import MediaLimits as MediaLimits
     from mmembed.media import MediaStore as MediaStore
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "Audio": "content",

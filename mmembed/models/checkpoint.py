@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mmembed import __version__
 from mmembed.backbones import load_backbone, resolve_backbone
 from mmembed.backbones.adapters import adapted, quantization_of
 from mmembed.errors import CheckpointError, ConfigError
@@ -34,6 +33,7 @@ from mmembed.models.folder import (
 from mmembed.models.probes import record, vectors_of
 from mmembed.preprocess import Preprocessor
 from mmembed.staging import staging
+from mmembed.version import __version__
 
 if TYPE_CHECKING:
     from mmembed.media import MediaStore
