@@ -26,8 +26,9 @@ from typing import Any
 
 from eval.files import write_json
 from eval.tasks.local import Row, available, select
-from mmembed.arguments import Parser, add_vision_cache, vision_cache_of
+from mmembed.arguments import Parser, add_media_limits, add_vision_cache, media_limits_of, vision_cache_of
 from mmembed.errors import ConfigError, MmembedError, nearest
+from mmembed.media_limits import MediaLimits
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BASELINES = ("bm25", "minilm")
@@ -111,6 +112,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--token-budget", type=int, default=8192, help="padded tokens a batch (default: 8192)")
     parser.add_argument("--truncate-dim", type=int, help="keep the first dimensions (Matryoshka)")
     add_vision_cache(parser)
+    add_media_limits(parser, "max_pixels_decoded")  # the pictures of the benchmark lie decoded in tables
     return parser.parse_args(arguments)  # fmt: skip
 
 
@@ -121,7 +123,7 @@ def evaluate(options: argparse.Namespace, rows: Sequence[Row]) -> dict[str, Any]
 
     started = time.monotonic()
     check_names(options.model)
-    check_vision_cache(options)
+    check_picture_options(options)
     check_device(options.device)
     tasks = {row.name: build(row, options) for row in rows}
     models = [load(name, options, rows) for name in options.model]
@@ -171,11 +173,16 @@ def check_names(names: Sequence[str]) -> None:
             )
 
 
-def check_vision_cache(options: argparse.Namespace) -> None:
-    """Raises MmembedError where the options of a store of image features have no effect."""
+def check_picture_options(options: argparse.Namespace) -> None:
+    """Raises MmembedError where an option that concerns pictures has no effect."""
     vision_cache_of(options)
-    if options.vision_cache != "off" and all(name in BASELINES for name in options.model):
-        raise ConfigError("--vision-cache: no effect on baselines, which see no pictures; remove it")
+    given = {
+        "--vision-cache": options.vision_cache != "off",
+        "--max-pixels-decoded": media_limits_of(options) != MediaLimits(),
+    }
+    for flag in (flag for flag, is_given in given.items() if is_given):
+        if all(name in BASELINES for name in options.model):
+            raise ConfigError(f"{flag}: no effect on baselines, which see no pictures; remove it")
 
 
 def is_hub_name(name: str) -> bool:
@@ -205,12 +212,17 @@ def load(name: str, options: argparse.Namespace, rows: Sequence[Row]) -> Loaded:
     from transformers.utils import logging as transformers_logging
 
     from mmembed import Embedder
+    from mmembed.media import MediaStore
 
     transformers_logging.disable_progress_bar()
     names = [row.name for row in rows]
     try:
         embedder = Embedder.from_pretrained(
-            name, device=options.device, dtype=options.dtype, **vision_cache_of(options)
+            name,
+            device=options.device,
+            dtype=options.dtype,
+            media=MediaStore(limits=media_limits_of(options)),
+            **vision_cache_of(options),
         )
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error

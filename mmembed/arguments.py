@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from mmembed.errors import MmembedError, nearest
+from mmembed.media_limits import MediaLimits
 
 
 class Parser(argparse.ArgumentParser):
@@ -68,3 +69,31 @@ def vision_cache_of(options: argparse.Namespace) -> dict[str, Any]:
     if not 0 < options.vision_cache_gb < float("inf"):
         raise MmembedError(f"--vision-cache-gb: found {options.vision_cache_gb}; give a number above 0")
     return {"vision_cache": options.vision_cache, "vision_cache_gb": options.vision_cache_gb}
+
+
+def add_media_limits(parser: argparse.ArgumentParser, *names: str) -> None:
+    """The options of what may be opened, under their names in a config's `data.media_limits`; those of `names` only."""
+    if "allow_urls" in names:
+        parser.add_argument("--allow-urls", action="store_true", help="fetch pictures from http and https URLs")
+    if "max_pixels_decoded" in names:
+        parser.add_argument(
+            "--max-pixels-decoded",
+            type=int,
+            metavar="N",
+            default=MediaLimits.max_pixels_decoded,
+            help=f"refuse a picture with more pixels (default {MediaLimits.max_pixels_decoded:,})",
+        )
+    if "max_bytes" in names:
+        parser.add_argument(
+            "--max-bytes",
+            type=int,
+            metavar="N",
+            default=MediaLimits.max_bytes,
+            help=f"refuse a file of more bytes (default {MediaLimits.max_bytes:,})",
+        )
+
+
+def media_limits_of(options: argparse.Namespace) -> MediaLimits:
+    """What was given of the options of `add_media_limits`. Raises MmembedError where a number is out of range."""
+    given = vars(options)
+    return MediaLimits(**{key: given[key] for key in vars(MediaLimits()) if key in given})

@@ -17,8 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmembed.arguments import Parser, add_vision_cache, vision_cache_of
+from mmembed.arguments import Parser, add_media_limits, add_vision_cache, media_limits_of, vision_cache_of
 from mmembed.errors import MmembedError
+from mmembed.media_limits import MediaLimits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -179,7 +180,8 @@ def _search(arguments: argparse.Namespace) -> int:
         kept, vectors = encode_entries(embedder, entries, arguments.on_bad_record, _report)
         found, size = {row: {"id": entry.id, **entry.summary()} for row, entry in enumerate(kept)}, None
     # Media of --image lie anywhere, those of files below their folder.
-    embedder = _load_media(embedder, (arguments.media_root or arguments.queries.parent) if arguments.queries else None)
+    root = (arguments.media_root or arguments.queries.parent) if arguments.queries else None
+    embedder = _load_media(embedder, root, media_limits_of(arguments))
     queries, asked = encode_entries(
         embedder,
         queries,
@@ -222,11 +224,14 @@ def _refuse_without_entries(arguments: argparse.Namespace) -> None:
             raise MmembedError(
                 f"{flag}: no effect on {arguments.target}, which is encoded already, and on a single query; remove it"
             )
-    if arguments.vision_cache != "off" and arguments.image is None:
-        raise MmembedError(
-            f"--vision-cache: no effect on {arguments.target}, which is encoded already, and on a query without an "
-            "image; remove it"
-        )
+    usual = MediaLimits()
+    limits = [f"--{key.replace('_', '-')}" for key, value in vars(usual).items() if vars(arguments)[key] != value]
+    for flag in (["--vision-cache"] if arguments.vision_cache != "off" else []) + limits:
+        if arguments.image is None:
+            raise MmembedError(
+                f"{flag}: no effect on {arguments.target}, which is encoded already, and on a query without an image; "
+                "remove it"
+            )
 
 
 def _queries(arguments: argparse.Namespace) -> list[Entry]:
@@ -471,6 +476,7 @@ def _add_model(command: Parser, default: str | None) -> None:
         type=Path,
         help="folder that relative image paths of files start from and must stay in (default: the file's own folder)",
     )
+    add_media_limits(command, "allow_urls", "max_pixels_decoded", "max_bytes")
 
 
 def _add_trust(command: Parser) -> None:
@@ -522,7 +528,7 @@ def _load(arguments: argparse.Namespace, model: str) -> Embedder:
         model,
         device=arguments.device,
         dtype=arguments.dtype,
-        media=MediaStore(root),
+        media=MediaStore(root, media_limits_of(arguments)),
         trust_remote_code=arguments.trust_remote_code,
         **vision_cache_of(arguments),
     )
@@ -534,10 +540,10 @@ def _load(arguments: argparse.Namespace, model: str) -> Embedder:
     return embedder
 
 
-def _load_media(embedder: Embedder, root: Path | None) -> Embedder:
+def _load_media(embedder: Embedder, root: Path | None, limits: MediaLimits) -> Embedder:
     from mmembed.media import MediaStore
 
-    embedder.preprocessor.media = MediaStore(root)
+    embedder.preprocessor.media = MediaStore(root, limits)
     return embedder
 
 

@@ -21,7 +21,6 @@ import shutil
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -30,6 +29,7 @@ import PIL.Image
 
 from mmembed.content import Image
 from mmembed.errors import CacheError, MediaError
+from mmembed.media_limits import MediaLimits as MediaLimits
 from mmembed.staging import staging
 
 _URL = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+://|data:)")
@@ -46,15 +46,7 @@ _TRANSPOSE = {
 }
 _CACHED_SIZES = 1_000_000  # about 150 MB of paths; then the cache starts anew
 _URL_SECONDS = 20
-
-
-@dataclass(frozen=True)
-class MediaLimits:
-    """What may be opened: pixels of one image, bytes of one encoded file, and whether URLs are fetched."""
-
-    max_pixels_decoded: int = 64_000_000
-    max_bytes: int = 50_000_000
-    allow_urls: bool = False
+_USUAL_LIMITS = MediaLimits()
 
 
 def default_cache_dir() -> Path:
@@ -78,7 +70,7 @@ class MediaStore:
     def __init__(
         self,
         root: str | Path | None = None,
-        limits: MediaLimits = MediaLimits(),
+        limits: MediaLimits = _USUAL_LIMITS,
         also: Sequence[str | Path] = (),
         cache_dir: str | Path | None = None,
     ) -> None:
@@ -197,7 +189,7 @@ class MediaStore:
         if width * height > self.limits.max_pixels_decoded:
             raise MediaError(
                 f"{_label(source)}: gigantic image, {width} x {height} pixels; the limit is "
-                f"{self.limits.max_pixels_decoded}. Scale it down or raise MediaLimits.max_pixels_decoded",
+                f"{self.limits.max_pixels_decoded}. Scale it down or raise {_where_to_set('max_pixels_decoded')}",
                 kind="gigantic",
             )
 
@@ -223,14 +215,14 @@ class MediaStore:
     def _too_many_bytes(self, source: Any, count: int) -> None:
         raise MediaError(
             f"{_label(source)}: {count} bytes; the limit is {self.limits.max_bytes}. "
-            "Compress it or raise MediaLimits.max_bytes",
+            f"Compress it or raise {_where_to_set('max_bytes')}",
             kind="gigantic",
         )
 
     def _fetch(self, url: str) -> bytes:
         if not self.limits.allow_urls or not url.startswith(("https://", "http://")):
             what = "URLs are refused" if not self.limits.allow_urls else "only http and https URLs are fetched"
-            remedy = "download the file, or set MediaLimits(allow_urls=True) for http(s)"
+            remedy = f"download the file, or allow http(s) with {_where_to_set('allow_urls')}"
             raise MediaError(f"{_label(url)}: {what}; {remedy}", kind="URL")
         try:
             with urllib.request.urlopen(url, timeout=_URL_SECONDS) as answer:
@@ -263,6 +255,11 @@ class MediaStore:
         if path not in self._tables:
             self._tables[path] = _PictureTable(path, self.cache_dir or default_cache_dir())
         return self._tables[path]
+
+
+def _where_to_set(limit: str) -> str:
+    """Where a config, a command and Python have this limit."""
+    return f"data.media_limits.{limit} (--{limit.replace('_', '-')} of a command, MediaLimits in Python)"
 
 
 def _label(source: Any) -> str:

@@ -88,7 +88,10 @@ def train(config: EmbedderConfig) -> dict[str, float]:
     with args.main_process_first(desc="reading the data"):
         train_data = [open_source(source, config.data, media, seed) for source in config.data.train]
         dev_data = [
-            RecordDataset(source, media, config.data.on_bad_record, root=config.data.root) for source in config.data.dev
+            RecordDataset(
+                source, media, config.data.on_bad_record, root=config.data.root, ignored=config.data.ignore_fields
+            )
+            for source in config.data.dev
         ]
 
     # 4. Model, objective, trainer -------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from mmembed.config.arguments import UNUSABLE_ARGUMENTS, training_argument_names, wrong_values
 from mmembed.content import Task
 from mmembed.errors import ConfigError, nearest
+from mmembed.media_limits import MediaLimits
 
 Positive = Annotated[int, Field(gt=0)]
 Tower = Literal["vision", "projector", "language", "pooling", "objective"]
@@ -126,15 +127,30 @@ class SourceConfig(_Block):
         return {"name": values.get("path", ""), **values} if isinstance(values, dict) else values
 
 
+class MediaLimitsConfig(_Block):
+    """What may be opened of the media that records name: see `mmembed.media_limits.MediaLimits`."""
+
+    allow_urls: bool = MediaLimits.allow_urls
+    max_pixels_decoded: Positive = MediaLimits.max_pixels_decoded
+    max_bytes: Positive = MediaLimits.max_bytes
+
+    @model_validator(mode="after")
+    def _act(self) -> MediaLimitsConfig:
+        MediaLimits(**self.model_dump())
+        return self
+
+
 class DataConfig(_Block):
     """Training and dev sources. A query gets `train_group_size` documents, `positives_per_query` of them positive.
 
     `mixing_alpha` gives a source without `weight` the weight size**alpha. `ignore_fields` names fields of the data
-    that may go unused (`score`, `negatives`, `instruction`, `image`, `video`, `audio`, `relevance`).
+    that may go unused (`score`, `negatives`, `instruction`, `relevance`) or are taken out of every record (`image`,
+    `video`, `audio`).
     """
 
     root: str | None = None
     media_root: str | None = None
+    media_limits: MediaLimitsConfig = MediaLimitsConfig()
     train: tuple[SourceConfig, ...] = ()
     dev: tuple[SourceConfig, ...] = ()
     on_bad_record: Literal["raise", "skip"] = "raise"

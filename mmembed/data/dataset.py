@@ -17,7 +17,7 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeVar
 
@@ -27,9 +27,9 @@ import torch.utils.data
 from mmembed.content import Audio, Content, Example, Image, Task, Video
 from mmembed.data.batch_plan import Draw
 from mmembed.data.format_base import FORMATS, Format, RawRecord
-from mmembed.data.records import is_untrainable_pair, parse_record, resolve_media
+from mmembed.data.records import MEDIA_KINDS, is_untrainable_pair, parse_record, resolve_media, without_media
 from mmembed.errors import ConfigError, MediaError, RecordError
-from mmembed.media import MediaStore, build_once, default_cache_dir
+from mmembed.media import MediaLimits, MediaStore, build_once, default_cache_dir
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -46,12 +46,14 @@ _WARNINGS = 5  # bad records that are shown one by one
 
 
 def media_store(data: DataConfig) -> MediaStore:
-    """The MediaStore of a run: opens what lies below `media_root`, `root` and the folders of the sources, no more.
+    """The MediaStore of a run: within `media_limits` it opens what lies below `media_root`, `root` and the folders of
+    the sources, no more.
 
     Give the same one to the datasets and to the preprocessor.
     """
     folders = [_folder(locate(source, data.root)) for source in (*data.train, *data.dev)]
-    return MediaStore(data.media_root, also=[*([data.root] if data.root else []), *folders])
+    limits = MediaLimits(**data.media_limits.model_dump())
+    return MediaStore(data.media_root, limits, also=[*([data.root] if data.root else []), *folders])
 
 
 def locate(source: SourceConfig, root: str | Path | None) -> Path:
@@ -78,6 +80,8 @@ class RecordDataset(torch.utils.data.Dataset[Example]):
             pictures are decoded once while reading, so that none fails hours later.
         cache_dir: where the Arrow file lies; default `mmembed.media.default_cache_dir()`.
         root: what `source.path` is relative to.
+        ignored: `data.ignore_fields`. Pictures, videos and sounds that it names are taken out of the records; a record
+            of which a content is left empty is a bad one.
 
     Attributes:
         skipped: why and how often records were skipped.
@@ -100,14 +104,16 @@ class RecordDataset(torch.utils.data.Dataset[Example]):
         on_bad_record: Literal["raise", "skip"] = "raise",
         cache_dir: str | Path | None = None,
         root: str | Path | None = None,
+        ignored: Collection[str] = (),
     ) -> None:
         self.source = source
+        left_out = ignored_media(ignored)
         path = locate(source, root)
         self.name = source.name
         reader = FORMATS.build({"type": source.format, **source.options})
         base = base_folder(path, media)
-        key = _fingerprint(source, reader, path, media, base, on_bad_record)
-        builder = _Builder(source, reader, path, media, base, on_bad_record)
+        key = _fingerprint(source, reader, path, media, base, on_bad_record, left_out)
+        builder = _Builder(source, reader, path, media, base, on_bad_record, left_out)
         folder = build_once(
             Path(cache_dir or default_cache_dir()) / "records" / key, builder.build, _pictures_unchanged
         )
@@ -177,17 +183,28 @@ class MixedDataset(torch.utils.data.Dataset[Example]):
         return dataclasses.replace(example, visit=example.visit + visit)  # a stream knows its passes itself
 
 
-def settle(record: RawRecord, source: SourceConfig, base: Path) -> RawRecord:
-    """The record with absolute media paths and with the source's instruction and task; `where` is kept apart."""
+def ignored_media(fields: Collection[str]) -> tuple[str, ...]:
+    """Of `data.ignore_fields`, the kinds of media: they are taken out of the records."""
+    return tuple(kind for kind in MEDIA_KINDS if kind in fields)
+
+
+def settle(record: RawRecord, source: SourceConfig, base: Path, left_out: Collection[str] = ()) -> RawRecord:
+    """The record with absolute media paths, with the source's instruction and task, and without media of the kinds
+    `left_out`; `where` is kept apart.
+
+    Raises:
+        RecordError: a content has nothing but media that are left out.
+    """
     settled = {key: value for key, value in record.items() if key != "where"}
+    where = record["where"]
     if "query" in settled:
-        settled["query"] = resolve_media(settled["query"], base)
+        settled["query"] = _settled(settled["query"], "query", base, left_out, where)
     if isinstance(settled.get("documents"), list):
         settled["documents"] = [
-            {**document, "content": resolve_media(document["content"], base)}
+            {**document, "content": _settled(document["content"], f"documents[{index}]", base, left_out, where)}
             if isinstance(document, dict) and "content" in document
             else document
-            for document in settled["documents"]
+            for index, document in enumerate(settled["documents"])
         ]
     if source.task is not None:
         settled["task"] = source.task.value
@@ -196,6 +213,19 @@ def settle(record: RawRecord, source: SourceConfig, base: Path) -> RawRecord:
     if source.instruction is not None and own is None:
         settled["instruction"] = source.instruction
     return settled
+
+
+def _settled(content: Any, key: str, base: Path, left_out: Collection[str], where: str) -> Any:
+    """One content of a record, as `settle` wants it."""
+    kept = without_media(content, left_out)
+    if kept is None and content is not None:
+        raise RecordError(
+            where,
+            f"{key} holds nothing but {' and '.join(left_out)}, which data.ignore_fields leaves out",
+            "To go on without such records set data.on_bad_record: skip",
+            "only ignored media",
+        )
+    return resolve_media(kept, base)
 
 
 def usable(
@@ -235,9 +265,10 @@ class _Builder:
         media: MediaStore | None,
         base: Path,
         on_bad_record: Literal["raise", "skip"],
+        left_out: tuple[str, ...],
     ) -> None:
         self.source, self.reader, self.path, self.media, self.base = source, reader, path, media, base
-        self.on_bad_record = on_bad_record
+        self.on_bad_record, self.left_out = on_bad_record, left_out
         self.skipped: Counter[str] = Counter()
         self.fields: set[str] = set()
         self.tasks: set[str] = set()
@@ -270,7 +301,7 @@ class _Builder:
 
     def _row(self, record: RawRecord) -> dict[str, Any]:
         where = record["where"]
-        settled = settle(record, self.source, self.base)
+        settled = settle(record, self.source, self.base, self.left_out)
         example = parse_record(settled, where)
         self._check_media(example)
         self.tasks.add(example.task.value)
@@ -357,7 +388,13 @@ def _sample(rows: int, count: int | None) -> np.ndarray | None:
 
 
 def _fingerprint(
-    source: SourceConfig, reader: Format, path: Path, media: MediaStore | None, base: Path, on_bad_record: str
+    source: SourceConfig,
+    reader: Format,
+    path: Path,
+    media: MediaStore | None,
+    base: Path,
+    on_bad_record: str,
+    left_out: tuple[str, ...],
 ) -> str:
     files = [
         (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
@@ -366,6 +403,7 @@ def _fingerprint(
     ]
     checks = None if media is None else [dataclasses.asdict(media.limits), [str(folder) for folder in media.also]]
     settings = [source.format, source.options, source.instruction, source.task, str(base), checks, on_bad_record]
+    settings += left_out
     text = json.dumps([_code(type(reader)), files, settings], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 

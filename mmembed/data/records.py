@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,20 @@ def resolve_media(content: Any, folder: Path) -> Any:
     return {key: _below(value, folder) if key in _MEDIA_KEYS else value for key, value in content.items()}
 
 
+def without_media(content: Any, kinds: Collection[str]) -> Any:
+    """The JSON content without its media of some kinds (`image`, `video`, `audio`); None where nothing is left."""
+    if isinstance(content, list):
+        left = [part for part in (without_media(item, kinds) for item in content) if part is not None]
+        return left if left or not content else None
+    left_out = {key for kind in kinds for key in _KEYS_OF_KIND[kind]}
+    if not isinstance(content, Mapping) or not left_out & content.keys():
+        return content
+    kept = {key: value for key, value in content.items() if key not in left_out}
+    return kept if any(value is not None for key, value in kept.items() if key != "instruction") else None
+
+
+_KEYS_OF_KIND = {"image": ("image", "images"), "video": ("video",), "audio": ("audio", "sampling_rate")}
+MEDIA_KINDS = tuple(_KEYS_OF_KIND)
 _MEDIA_KEYS = ("image", "images", "video", "audio")
 _SHAPE = '{"query": ..., "documents": [{"content": ..., "relevance": 1.0}, ...]}'
 

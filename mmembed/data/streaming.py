@@ -35,7 +35,7 @@ import torch.utils.data
 from mmembed.config.blocks import DataConfig, SourceConfig
 from mmembed.content import Example, Task
 from mmembed.data import dataset
-from mmembed.data.dataset import RecordDataset, base_folder, fields_of, locate, settle, usable
+from mmembed.data.dataset import RecordDataset, base_folder, fields_of, ignored_media, locate, settle, usable
 from mmembed.data.format_base import FORMATS, RawRecord
 from mmembed.data.records import is_untrainable_pair, parse_record
 from mmembed.errors import ConfigError, RecordError
@@ -50,7 +50,7 @@ def open_source(source: SourceConfig, data: DataConfig, media: MediaStore | None
     """The records of a source, streamed where it says so."""
     if source.streaming:
         return RecordStream(source, media, data.on_bad_record, data.root, seed, data.ignore_fields)
-    return dataset.RecordDataset(source, media, data.on_bad_record, root=data.root)
+    return dataset.RecordDataset(source, media, data.on_bad_record, root=data.root, ignored=data.ignore_fields)
 
 
 class RecordStream(torch.utils.data.Dataset[Example]):
@@ -63,7 +63,8 @@ class RecordStream(torch.utils.data.Dataset[Example]):
         on_bad_record: as of RecordDataset, without its look at the pictures.
         root: what `source.path` is relative to.
         seed: of the order.
-        ignored: fields that later records may carry although the first ones do not.
+        ignored: `data.ignore_fields`: fields that later records may carry although the first ones do not; media among
+            them are taken out, as of RecordDataset.
 
     Attributes:
         fields, tasks, untrainable, skipped: as of RecordDataset, of the first thousand records.
@@ -92,6 +93,7 @@ class RecordStream(torch.utils.data.Dataset[Example]):
             on_bad_record,
             frozenset(ignored),
         )
+        self._left_out = ignored_media(ignored)
         path = locate(source, root)
         self._reader = FORMATS.build({"type": source.format, **source.options})
         if not self._reader.streamable:
@@ -206,7 +208,7 @@ class RecordStream(torch.utils.data.Dataset[Example]):
         return record
 
     def _example(self, record: RawRecord) -> Example:
-        return parse_record(settle(record, self.source, self._base), record["where"])
+        return parse_record(settle(record, self.source, self._base, self._left_out), record["where"])
 
 
 Source = RecordDataset | RecordStream

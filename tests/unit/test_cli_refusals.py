@@ -25,7 +25,10 @@ def refused(capsys, *arguments):
 
 @pytest.mark.parametrize(
     "flags",
-    [["--media-root", "/nonexistent"], ["--on-bad-record", "skip"], ["--vision-cache", "auto"]],
+    [
+        *(["--media-root", "/nonexistent"], ["--on-bad-record", "skip"], ["--vision-cache", "auto"]),
+        *(["--allow-urls"], ["--max-bytes", "9"], ["--max-pixels-decoded", "9"]),
+    ],
     ids=lambda flags: flags[0],
 )
 def test_options_of_entries_with_an_encoded_folder(encoded, capsys, flags):
@@ -50,11 +53,20 @@ def test_a_bound_of_a_vision_cache(tmp_path, capsys, flags, message):
     assert message in capsys.readouterr().err
 
 
-def test_a_vision_cache_of_baselines(capsys):
+@pytest.mark.parametrize("flags", [["--vision-cache", "auto"], ["--max-pixels-decoded", "9"]])
+def test_options_of_pictures_with_baselines(capsys, flags):
     from eval import run
 
-    assert run.main(["--model", "bm25", "--tasks", "stsb-en", "--vision-cache", "auto"]) == 2
-    assert "no effect on baselines" in capsys.readouterr().err
+    assert run.main(["--model", "bm25", "--tasks", "stsb-en", *flags]) == 2
+    assert f"{flags[0]}: no effect on baselines" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--max-bytes", "0"], ["--max-pixels-decoded", "200000000"]])
+def test_media_limits_out_of_range(tmp_path, capsys, flags):
+    file = tmp_path / "texts.jsonl"
+    file.write_text('{"text": "a"}\n')
+    error = refused(capsys, "encode", file, "--output", tmp_path / "out", *flags)
+    assert f"{flags[0][2:].replace('-', '_')}: found {flags[1]}" in error
 
 
 def test_media_root_and_bad_records_of_a_file_of_queries(tmp_path, monkeypatch):

@@ -1,11 +1,14 @@
 """RecordDataset: read once, mapped after, strict or counting; the shipped slice reads whole."""
 
+import functools
+import http.server
 import io
 import json
 import os
 import pickle
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from mmembed.content import Image, Task, Text
 from mmembed.data.dataset import MixedDataset, RecordDataset, _code, media_store
 from mmembed.data.formats.beir import Beir
 from mmembed.data.formats.jsonl import JsonLines
+from mmembed.data.streaming import open_source
 from mmembed.errors import ConfigError, RecordError
 from mmembed.media import MediaStore
 
@@ -92,6 +96,69 @@ def test_raise_names_the_line_and_skip_counts_the_reasons(tmp_path):
     write(tmp_path / "r.jsonl", *bad)
     with pytest.raises(ConfigError, match="no usable record"):
         build(tmp_path, media=media, on_bad_record="skip")
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["stored", "streamed"])
+def test_ignored_media_are_taken_out_of_the_records(tmp_path, streaming):
+    """The option that the error about unused fields names lets such data be trained on, as what is left of them."""
+    mixed = {"image": "no-such.png", "text": "caption", "audio": "said.wav", "sampling_rate": 16000}
+    write(
+        tmp_path / "r.jsonl",
+        record(mixed, instruction="own"),
+        record([{"video": ["no-such.png"]}, "text"], documents=[{"content": {"images": ["no-such.png"], "text": "d"}}]),
+        record(),
+    )
+
+    def read(**data):
+        source = SourceConfig(path="r.jsonl", streaming=streaming)
+        config = DataConfig(root=str(tmp_path), train=[source], **data)
+        found = open_source(source, config, media_store(config))
+        return found, sorted((found[row] for row in range(3)), key=lambda example: example.where)
+
+    found, examples = read(ignore_fields=["image", "video", "audio"])
+    assert found.fields == {"instruction"}
+    assert [example.query for example in examples] == [(Text("caption"),), (Text("text"),), (Text("q"),)]
+    assert examples[1].documents[0].content == (Text("d"),)
+    (tmp_path / "no-such.png").write_bytes(b"")
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "no-such.png")
+    assert read()[0].fields == {"instruction", "image", "video", "audio"}, "the cache follows the option"
+    assert read(ignore_fields=["audio"])[0].fields == {"instruction", "image", "video"}
+
+
+@pytest.mark.parametrize("bad", [record({"audio": "a.wav", "sampling_rate": 8000}), record([{"audio": "a.wav"}])])
+def test_a_record_that_ignoring_media_leaves_empty_is_a_bad_one(tmp_path, bad):
+    bad = [bad, record(documents=[{"content": "d"}, {"content": {"audio": "a.wav"}}])]
+    write(tmp_path / "r.jsonl", record(), *bad)
+    with pytest.raises(RecordError, match=r"r\.jsonl:2: query holds nothing but audio, .*data\.ignore_fields.*skip"):
+        build(tmp_path, ignored=["audio"])
+    data = build(tmp_path, ignored=["audio", "score"], on_bad_record="skip")
+    assert (len(data), data.skipped) == (1, {"only ignored media": 2})
+
+
+def test_media_limits_of_the_config_reach_the_pictures(tmp_path):
+    """Each limit that a message names is raised where the message says, and then the picture is taken."""
+    (tmp_path / "served").mkdir()
+    PIL.Image.effect_noise((50, 50), 90).save(tmp_path / "served" / "a.png")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / "served"))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/a.png"
+
+    def read(picture, **limits):
+        write(tmp_path / "r.jsonl", record({"image": picture}))
+        config = DataConfig(root=str(tmp_path), train=[SourceConfig(path="r.jsonl")], media_limits=limits)
+        return build(tmp_path, config.train[0], media_store(config))
+
+    cases = [
+        (url, {}, "allow_urls", True),
+        ("served/a.png", {"max_bytes": 100}, "max_bytes", 10_000),
+        ("served/a.png", {"max_pixels_decoded": 100}, "max_pixels_decoded", 2_500),
+    ]
+    for picture, limits, key, value in cases:
+        with pytest.raises(RecordError, match=rf"data\.media_limits\.{key} \(--{key.replace('_', '-')} of a command"):
+            read(picture, **limits)
+        assert read(picture, **{key: value}).fields == {"image"}
+    server.shutdown()
 
 
 def test_the_cache_follows_the_file_and_the_settings(tmp_path):
