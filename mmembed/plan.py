@@ -31,7 +31,7 @@ from mmembed.data.dataset import MixedDataset, media_store
 from mmembed.data.streaming import RecordStream, Source, open_source
 from mmembed.errors import ConfigError, MmembedError
 from mmembed.media import MediaStore
-from mmembed.models.continuing import inherit_settings
+from mmembed.models.continuing import inherit_settings, reads_pictures
 from mmembed.models.embedding_model import EmbeddingModel
 from mmembed.models.vision_cache import uncached
 from mmembed.objectives import Objective, build_objective
@@ -114,7 +114,7 @@ def plan_run(
     data = [open_source(source, config.data, media, data_seed(args)) for source in config.data.train]
     if not data:
         raise ConfigError("data.train: there is no source; add one, for example {path: squad-en, format: beir}")
-    check_sources(data, config, objective)
+    check_sources(data, config, objective, reads_pictures(config))
     plan = plan_batches(config, data, args, devices)
     model, preprocessor = outline(config, media)
     unshared = _unshared(config, model)

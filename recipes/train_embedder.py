@@ -67,7 +67,7 @@ def train(config: EmbedderConfig) -> dict[str, float]:
     set_seed(args.seed)
 
     # 2. What can be refused before anything is read -------------------------------------------------------------------
-    from mmembed.models.continuing import build_for_training, check_trainable, inherit_settings
+    from mmembed.models.continuing import build_for_training, check_trainable, inherit_settings, reads_pictures
     from mmembed.objectives import build_objective
     from mmembed.training.checkpoints import checkpoint_to_resume, how_to_go_on, writing
     from mmembed.training.lost_worker import naming_lost_workers
@@ -98,7 +98,7 @@ def train(config: EmbedderConfig) -> dict[str, float]:
     from mmembed.training.batch_report import check_sources
     from mmembed.training.trainer import EmbedderTrainer
 
-    check_sources(train_data, config, objective)
+    check_sources(train_data, config, objective, reads_pictures(config))
     args = with_metric(args, config, dev_data)
     model, preprocessor = build_for_training(config, media)
     check_trainable(model, any({"image", "video"} & source.fields for source in train_data))

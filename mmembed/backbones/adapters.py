@@ -59,7 +59,7 @@ def apply_adapter(
         ConfigError: an unknown type or layer, or prefix tuning of a backbone that cannot have it.
     """
     kind = adapter["type"]
-    _check_towers(backbone, freeze)
+    check_adapter(backbone, kind, freeze)
     if kind == "none":
         freeze_towers(backbone, freeze)
         return backbone.model
@@ -85,8 +85,18 @@ def _stay_differentiable(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _check_towers(backbone: Backbone, freeze: Collection[str]) -> None:
-    """Refuses to freeze nothing: a vision-language model whose vision tower has a name that no family knows."""
+def check_adapter(backbone: Backbone, kind: str, freeze: Collection[str]) -> None:
+    """Refuses, of a backbone or its outline, an adapter that it cannot have, and to freeze nothing: a vision-language
+    model whose vision tower has a name that no family knows.
+
+    Raises:
+        ConfigError: with the key and what to do.
+    """
+    if kind == "prefix" and not backbone.family.prefix_tuning:
+        raise ConfigError(
+            f"adapter.type 'prefix': '{backbone.config.model_type}' lets tokens attend by type, which cached keys do "
+            "not have; use 'prompt' or 'lora'"
+        )
     names = [name for name, _ in backbone.model.named_parameters()]
     for tower, pattern in backbone.family.towers().items():
         if tower in freeze and not any(re.search(pattern, name) for name in names):
@@ -158,11 +168,6 @@ def _peft_config(backbone: Backbone, adapter: Mapping[str, Any], freeze: Collect
         )
     if kind not in PROMPT_TYPES:
         raise ConfigError(f"adapter.type: there is no '{kind}'; {nearest(kind, (*LORA_TYPES, *PROMPT_TYPES, 'none'))}")
-    if kind == "prefix" and not backbone.family.prefix_tuning:
-        raise ConfigError(
-            f"adapter.type 'prefix': '{backbone.config.model_type}' lets tokens attend by type, which cached keys do "
-            "not have; use 'prompt' or 'lora'"
-        )
     cls = PrefixTuningConfig if kind == "prefix" else PromptTuningConfig
     return cls(task_type="FEATURE_EXTRACTION", num_virtual_tokens=adapter["num_virtual_tokens"])
 

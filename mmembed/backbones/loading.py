@@ -116,6 +116,17 @@ def outline_backbone(
     return Backbone(model, processor, family_of(model.config, processor), model.config)
 
 
+def has_vision(name_or_path: str, revision: str | None = None, trust_remote_code: bool = False) -> bool:
+    """Whether a backbone has a vision tower, from its `config.json`. Raises ConfigError as `load_backbone`."""
+    from transformers import AutoConfig
+
+    with _explained(name_or_path, trust_remote_code):
+        config = AutoConfig.from_pretrained(
+            resolve_backbone(name_or_path), revision=revision, trust_remote_code=trust_remote_code
+        )
+    return "vision_config" in config.to_dict()
+
+
 @contextmanager
 def _explained(name_or_path: str, trust_remote_code: bool) -> Iterator[None]:
     """What transformers raises while it loads, as a ConfigError with the remedy."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmembed.backbones import resolve_backbone
+from mmembed.backbones.loading import has_vision
 from mmembed.config import build_config
 from mmembed.config.blocks import AdapterConfig, EmbedderConfig
 from mmembed.errors import CheckpointError, ConfigError
@@ -54,6 +55,23 @@ def build_for_training(cfg: EmbedderConfig, media: MediaStore | None = None) -> 
             restore_weights(folder, model)
     check_trainable(model)
     return model, preprocessor
+
+
+def backbone_of(settings: EmbedderSettings) -> tuple[str, str | None]:
+    """Name and revision of the backbone whose layers a run has: of a saved adapter it lies elsewhere."""
+    folder = Path(resolve_backbone(settings.name_or_path))
+    if (folder / SETTINGS).exists():
+        saved, _ = read_settings(folder)
+        if saved.adapter_type != "none":
+            return saved.name_or_path, saved.revision
+    return settings.name_or_path, settings.revision
+
+
+def reads_pictures(cfg: EmbedderConfig) -> bool:
+    """Whether the backbone of a run has a vision tower; its weights are not read. Raises ConfigError where it is not
+    there."""
+    name, revision = backbone_of(settings_of(cfg))
+    return has_vision(name, revision, cfg.model.trust_remote_code)
 
 
 def inherit_settings(cfg: EmbedderConfig) -> EmbedderConfig:

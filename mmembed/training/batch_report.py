@@ -20,6 +20,7 @@ from mmembed.data.streaming import RecordStream, Source
 from mmembed.errors import ConfigError
 from mmembed.objectives import Objective
 from mmembed.preprocess import Preprocessor, Row
+from mmembed.prompts import PROMPTS, PromptStyle
 from mmembed.training.memory import gradient_bytes, optimizer_bytes, trained_parameters
 
 LABELLED_TASKS = (Task.CLASSIFICATION, Task.CLUSTERING)
@@ -36,13 +37,20 @@ class Report:
         return "\n".join([*self.lines, *(f"warning: {warning}" for warning in self.warnings)])
 
 
-def check_sources(datasets: Sequence[Source], config: EmbedderConfig, objective: Objective) -> None:
-    """What the data alone tells, before weights are loaded: see `check_fields`, which calls it.
+def check_sources(
+    datasets: Sequence[Source], config: EmbedderConfig, objective: Objective, multimodal: bool = True
+) -> None:
+    """What can be told before weights are loaded: whether each source has something to compare, and whether the run
+    would use every field that it carries and `data.ignore_fields` does not name.
+
+    Args:
+        multimodal: whether the backbone reads pictures (`mmembed.models.continuing.reads_pictures`).
 
     Raises:
         ConfigError: a source has nothing to compare its positives with, has STS pairs of middling similarity, or
-            carries what this objective or the size of the groups leaves unused.
+            carries what the objective, the size of the groups, the prompt or the backbone leaves unused.
     """
+    unused = _unread(config, objective) | _unwritten(PROMPTS.build(config.prompt), multimodal)
     for dataset in datasets:
         if not dataset.source.in_batch_negatives and "negatives" not in dataset.fields:
             raise ConfigError(
@@ -56,21 +64,7 @@ def check_sources(datasets: Sequence[Source], config: EmbedderConfig, objective:
                 f"{STS_POSITIVE}: neither positives nor negatives of contrastive training. Leave them out: format "
                 "pairs has options: {at_least: ...}, from another file remove them"
             )
-        _refuse(dataset, config, _unread(config, objective))
-
-
-def check_fields(
-    datasets: Sequence[Source],
-    config: EmbedderConfig,
-    objective: Objective,
-    preprocessor: Preprocessor,
-) -> None:
-    """Raises ConfigError when the data carries a field that this run would not use, unless `ignore_fields` names it,
-    and when a source has nothing to compare its positives with.
-    """
-    check_sources(datasets, config, objective)
-    for dataset in datasets:
-        _refuse(dataset, config, _unwritten(preprocessor))
+        _refuse(dataset, config, unused)
 
 
 def batch_report(
@@ -231,12 +225,12 @@ def _unread(config: EmbedderConfig, objective: Objective) -> dict[str, str]:
     return unused
 
 
-def _unwritten(preprocessor: Preprocessor) -> dict[str, str]:
+def _unwritten(prompt: PromptStyle, multimodal: bool) -> dict[str, str]:
     """Field -> why prompt and backbone do not use it."""
     unused = {}
     probe = (Text("content"),)
-    if preprocessor.prompt.render(probe, "query", "instruction") == preprocessor.prompt.render(probe, "query", None):
+    if prompt.render(probe, "query", "instruction") == prompt.render(probe, "query", None):
         unused["instruction"] = "the prompt style does not write"
-    if not preprocessor.family.multimodal:
+    if not multimodal:
         unused |= {"image": "this text backbone cannot read", "video": "this text backbone cannot read"}
     return unused

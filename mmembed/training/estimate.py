@@ -12,19 +12,17 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from mmembed.backbones import resolve_backbone
 from mmembed.backbones.loading import outline_backbone
 from mmembed.config.blocks import EmbedderConfig, TrainingConfig
 from mmembed.data.collate import Batch, Chunk, plan_chunks
 from mmembed.media import MediaStore
+from mmembed.models.continuing import backbone_of
 from mmembed.models.embedding_model import EmbeddingModel, assemble, settings_of
-from mmembed.models.folder import SETTINGS, read_settings
 from mmembed.objectives import build_objective
 from mmembed.preprocess import Preprocessor
 from mmembed.training.batch_report import count_visual, keep_tokens
@@ -75,11 +73,8 @@ def outline(config: EmbedderConfig, media: MediaStore | None, vision_layers: int
         vision_layers: cut the vision tower to so many.
     """
     settings = settings_of(config)
-    folder = Path(resolve_backbone(settings.name_or_path))
-    if (folder / SETTINGS).exists():
-        saved, _ = read_settings(folder)
-        if saved.adapter_type != "none":  # the folder holds an adapter, its backbone lies elsewhere
-            settings = dataclasses.replace(settings, name_or_path=saved.name_or_path, revision=saved.revision)
+    name, revision = backbone_of(settings)
+    settings = dataclasses.replace(settings, name_or_path=name, revision=revision)
     adapter = settings.adapter
     if adapter is not None and adapter["type"] == "qlora":  # the same layers; 4 bits are counted by `Estimate`
         settings = dataclasses.replace(settings, adapter={**adapter, "type": "lora"})

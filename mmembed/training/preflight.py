@@ -1,22 +1,24 @@
 """What a config alone tells of a run, asked before its data is read and its weights are loaded.
 
 Options of the named components, learning rates that would act on nothing, and what the backbone's config and processor
-show: target modules, dims above the embedding, a chat prompt without a template. Reading ten million records to find a
+show: target modules, dims above the embedding, a chat prompt without a template, prefix tuning, frozen towers and pixel
+limits that it cannot have, a library that is not installed. Reading ten million records to find a
 misspelt option takes seven minutes; this takes about a second.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import torch
 
 from mmembed.backbones import resolve_backbone
-from mmembed.backbones.adapters import lora_targets
+from mmembed.backbones.adapters import check_adapter, lora_targets
 from mmembed.backbones.loading import outline_backbone
 from mmembed.config.blocks import LORA_TYPES, EmbedderConfig
 from mmembed.data.format_base import FORMATS
-from mmembed.errors import ConfigError
+from mmembed.errors import ConfigError, nearest
 from mmembed.models.folder import SETTINGS
 from mmembed.objectives import Objective, build_objective
 from mmembed.pooling import POOLINGS
@@ -24,13 +26,17 @@ from mmembed.preprocess import check_template
 from mmembed.prompts import PROMPTS
 from mmembed.training.optimizers import refuse_idle_rates
 
+_OF_BITSANDBYTES = ("adamw_8bit", "adamw_bnb", "paged_", "lion_", "ademamix", "rmsprop_bnb")  # how its names begin
+
 
 def preflight(config: EmbedderConfig) -> Objective:
     """Checks a config (of `inherit_settings`); the objective that it describes.
 
     Raises:
-        ConfigError: an unknown name or option, a value of another type, or what this backbone cannot have.
+        ConfigError: an unknown name or option, a value of another type, a library that is not installed, or what this
+            backbone cannot have.
     """
+    check_libraries(config)
     POOLINGS.check(config.pooling)
     PROMPTS.build(config.prompt)
     objective = build_objective(config.objective)
@@ -46,6 +52,42 @@ def preflight(config: EmbedderConfig) -> Objective:
     return objective
 
 
+def check_libraries(config: EmbedderConfig) -> None:
+    """Raises ConfigError where an option needs a library that is not installed."""
+    optimizer = str(config.training.arguments.get("optim", config.training.optimizer or "adamw"))
+    wanted = {
+        "adapter.type 'qlora'": config.adapter.type == "qlora",
+        f"optimizer '{optimizer}'": optimizer.startswith(_OF_BITSANDBYTES),
+    }
+    for what, is_wanted in wanted.items():
+        if is_wanted and importlib.util.find_spec("bitsandbytes") is None:
+            raise ConfigError(f"{what}: needs bitsandbytes, which is not installed: pip install 'mmembed[quant]'")
+    trackers = config.training.arguments.get("report_to", "none")
+    for name in [trackers] if isinstance(trackers, str) else trackers or []:
+        _check_tracker(name)
+
+
+def _check_tracker(name: str) -> None:
+    """transformers would look for a tracker once the weights are loaded."""
+    if name in ("none", "all"):  # all: those that are installed
+        return
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    if name not in INTEGRATION_TO_CALLBACK:
+        raise ConfigError(
+            f"training.report_to: there is no '{name}'; {nearest(name, (*INTEGRATION_TO_CALLBACK, 'none', 'all'))}"
+        )
+    found = (*get_available_reporting_integrations(), "flyte")  # transformers does not say whether that one is there
+    if name not in found:
+        raise ConfigError(
+            f"training.report_to: '{name}' is not installed, or switched off; install its package, or name another "
+            "tracker"
+        )
+
+
 def _check_backbone(config: EmbedderConfig) -> None:
     model, adapter = config.model, config.adapter
     backbone = outline_backbone(model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code)
@@ -53,5 +95,7 @@ def _check_backbone(config: EmbedderConfig) -> None:
     with torch.device("meta"):
         pooling = POOLINGS.build(config.pooling, hidden_size=backbone.config.get_text_config().hidden_size)
         build_objective(config.objective, config.projection or pooling.embedding_size)
+    backbone.family.set_pixel_limits(config.lengths.min_pixels, config.lengths.max_pixels)
+    check_adapter(backbone, adapter.type, model.freeze)
     if adapter.type in LORA_TYPES:
         lora_targets(backbone, adapter.model_dump(mode="json")["target_modules"], model.freeze)

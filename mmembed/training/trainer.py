@@ -51,7 +51,7 @@ from mmembed.objectives.gather import gather_counts
 from mmembed.preprocess import Preprocessor
 from mmembed.threads import NARROW
 from mmembed.training.arguments import output_folder, with_metric
-from mmembed.training.batch_report import Report, batch_report, check_fields, keep_tokens
+from mmembed.training.batch_report import Report, batch_report, check_sources, keep_tokens
 from mmembed.training.batches import build_collator, chunk_tokens, plan_batches
 from mmembed.training.checkpoints import RUN, STATE, check_same_data, describe_run, read_run, writing
 from mmembed.training.engines import engine_of, offer_on_cpu
@@ -108,7 +108,7 @@ class EmbedderTrainer(Trainer):
         dev: Sequence[RecordDataset] = (),
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        check_fields(train, config, objective, preprocessor)
+        check_sources(train, config, objective, preprocessor.family.multimodal)
         args = with_metric(args, config, dev)
         whole = Trained(model, objective)
         refuse_idle_rates(config.training.learning_rates, whole.trained_towers(), config.model.freeze)

@@ -1,5 +1,8 @@
 """What the training command refuses, and how early: with key and remedy, before what would take hours."""
 
+import re
+import sys
+
 import pytest
 
 from recipes.train_embedder import main
@@ -60,6 +63,58 @@ def test_before_data_is_read(config_file, capsys, no_data, overrides, message):
 def test_a_chat_prompt_without_a_template_before_data_is_read(config_file, capsys, no_data, family_folder):
     overrides = [f"model.name_or_path={family_folder('paligemma')}", "prompt=one_word"]
     assert "prompt: the style 'one_word' writes a chat" in refused(config_file, capsys, overrides)
+
+
+@pytest.mark.parametrize(
+    ("family", "override", "message"),
+    [
+        ("gemma3", "adapter={type: prefix}", "adapter.type 'prefix': 'gemma3' lets tokens attend by type"),
+        ("paligemma", "adapter={type: prefix}", "adapter.type 'prefix': 'paligemma' lets tokens attend by type"),
+        ("smolvlm", "lengths={max_pixels: 50176}", "lengths.max_pixels: 'smolvlm' has no free image size"),
+        ("qwen3", "lengths={min_pixels: 3136}", "'qwen3' has no free image size"),
+    ],
+)
+def test_what_a_backbone_cannot_have_before_data_is_read(
+    config_file, capsys, no_data, family_folder, family, override, message
+):
+    assert message in refused(config_file, capsys, [f"model.name_or_path={family_folder(family)}", override])
+
+
+def test_a_frozen_tower_that_is_not_there_before_data_is_read(config_file, capsys, no_data, monkeypatch):
+    """A vision-language model of a family whose towers no file names."""
+    monkeypatch.setattr("mmembed.backbones.qwen_vl.QwenVL.vision_modules", "eyes")
+    error = refused(config_file, capsys, ["adapter={type: none}"])
+    assert "model.freeze: 'vision' matches no parameter of 'qwen3_vl'" in error
+
+
+def test_pictures_for_a_text_backbone_before_weights_are_loaded(config_file, capsys, no_model, family_folder):
+    overrides = [f"model.name_or_path={family_folder('qwen3')}"]
+    error = refused(config_file, capsys, overrides)
+    assert "data source 'pictures.jsonl' carries 'image', which this text backbone cannot read" in error
+    error = refused(config_file, capsys, [*overrides, "data.ignore_fields=[image]"])
+    assert "pictures.jsonl:1: documents[0] holds nothing but image, which data.ignore_fields leaves out" in error
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["adapter={type: qlora}", "model.dtype=bfloat16"],
+            "adapter.type 'qlora': needs bitsandbytes, .* pip install 'mmembed\\[quant\\]'",
+        ),
+        (["training.optimizer=adamw_8bit"], "optimizer 'adamw_8bit': needs bitsandbytes"),
+        (["training.optim=paged_adamw_32bit"], "optimizer 'paged_adamw_32bit': needs bitsandbytes"),
+        (["training.report_to=wandb"], "training.report_to: 'wandb' is not installed"),
+        (["training.report_to=[tensorboard, wand]"], "training.report_to: there is no 'wand'; did you mean 'wandb'"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_libraries_that_are_not_there_before_data_is_read(
+    config_file, capsys, no_data, monkeypatch, overrides, message
+):
+    for name in ("bitsandbytes", "wandb"):
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    assert re.search(message, refused(config_file, capsys, overrides))
 
 
 @pytest.mark.parametrize(

@@ -154,11 +154,11 @@ def test_a_second_encode_does_not_run_the_vision_tower(photos, tmp_path, capsys,
 
 
 def test_media_limits_of_a_command(model, photos, tmp_path, capsys):
-    command = ["encode", str(photos), "--model", str(model), "--output", str(tmp_path / "photos.enc")]
+    command = ["encode", str(photos), "--model", str(model), "--output", str(tmp_path / "photos.enc"), "--overwrite"]
     for flag, enough in (("--max-pixels-decoded", "4096"), ("--max-bytes", "100000")):
         assert main([*command, flag, "9"]) == 2
         assert f"({flag} of a command" in capsys.readouterr().err
-        assert main([*command, flag, enough, "--overwrite"]) == 0
+        assert main([*command, flag, enough]) == 0
 
 
 def test_search_a_folder_of_images_directly(model, photos, capsys):
