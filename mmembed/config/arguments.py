@@ -120,14 +120,14 @@ UNUSABLE_ARGUMENTS = {
     "ddp_bucket_cap_mb": "gradients are reduced once a step",
     "ddp_broadcast_buffers": "buffers of these models are constants, the same in all processes",
     "ddp_static_graph": "gradients are reduced once a step",
+    "debug": "transformers' hooks fail on boolean masks; losses and gradients that are not finite are warned of",
     "enable_jit_checkpoint": "SIGTERM and SIGUSR1 always write a checkpoint first",
     "ignore_data_skip": "a resumed run goes on at its place in the data",
-    "debug": "use torch's own tools",
     "local_rank": "the launcher sets it",
     "accelerator_config": "batches are planned for each process before they are loaded",
     "bf16_full_eval": "dev evaluation runs in the precision of training",
     "fp16_full_eval": "dev evaluation runs in the precision of training",
-    "torch_empty_cache_steps": "memory is bounded by training.token_budget",
+    "torch_empty_cache_steps": "the step is mmembed's own, its memory is bounded by training.token_budget",
     **dict.fromkeys(
         (
             "push_to_hub",
@@ -138,6 +138,7 @@ UNUSABLE_ARGUMENTS = {
             "hub_always_push",
             "hub_revision",
         ),
-        "nothing is uploaded from training; upload the finished folder yourself",
+        "transformers would upload its own files, without mmembed.json and the pooling's weights; upload the finished "
+        "folder yourself",
     ),
 }

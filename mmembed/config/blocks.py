@@ -175,7 +175,7 @@ class DataConfig(_Block):
 
 
 class TrainingConfig(_Block):
-    """Every transformers.TrainingArguments name, and ours.
+    """The names of transformers.TrainingArguments, of which some are refused with the reason, and ours.
 
     token_budget: padded tokens (visual ones counted) whose activations may be alive at once.
     grad_cache: `auto` recomputes in a second pass only the chunks that the budget cannot keep; `true` recomputes all

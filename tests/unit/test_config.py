@@ -106,9 +106,9 @@ def test_overrides_win_and_reach_into_lists():
         ({"training": {"weight_decay": -0.1}}, "training.weight_decay: found -0.1; give 0 or more"),
         ({"training": {"adam_beta2": 1}}, "training.adam_beta2: found 1; give a number below 1"),
         ({"training": {"logging_strategy": True}}, "training.logging_strategy: found True; give a string"),
-        ({"training": {"hub_model_id": "me/mine"}}, "uploaded"),
-        ({"training": {"hub_token": "x"}}, "uploaded"),
-        ({"training": {"hub_strategy": "end"}}, "uploaded"),
+        ({"training": {"hub_model_id": "me/mine"}}, "without mmembed.json"),
+        ({"training": {"hub_token": "x"}}, "without mmembed.json"),
+        ({"training": {"hub_strategy": "end"}}, "without mmembed.json"),
         ({"training": {"gradient_checkpointing_kwargs": {"use_reentrant": True}}}, "model.gradient_checkpointing"),
         ({"training": {"grad_cache": True}}, "token_budget"),
         ({"adapter": {"type": "prefix"}, "model": {"attention": "bidirectional"}}, "causal"),
@@ -136,13 +136,14 @@ def test_what_cannot_work_is_refused(tree, message):
 
 def test_every_training_argument_is_checked():
     """No argument takes a list of a mapping; each takes its own default, and the values that YAML has for it."""
-    from mmembed.config.arguments import training_argument_names, wrong_values
+    from mmembed.config.arguments import UNUSABLE_ARGUMENTS, training_argument_names, wrong_values
 
     names = training_argument_names()
     assert {key for key in names if wrong_values({key: [{1: 2}]})} == names
     usual = {"resume_from_checkpoint": True, "eval_strategy": False, "max_steps": -1, "save_steps": 0.1, "tf32": None}
     usual |= {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"a": 1}, "report_to": ["tensorboard"]}
     assert wrong_values({**usual, "learning_rate": 1, "deepspeed": "zero1.json"}) == []
+    assert UNUSABLE_ARGUMENTS.keys() < names, "a name that transformers does not have is refused as unknown"
 
 
 def test_a_key_given_twice_in_the_file(tmp_path):
