@@ -7,12 +7,16 @@ One file per loss; `LOSSES.build("infonce")`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from mmembed.errors import ConfigError
 from mmembed.registry import Registry
+
+PLACEHOLDERS = 8  # teacher scores that are all the same number: below, that may be chance
 
 
 @dataclass(frozen=True)
@@ -24,12 +28,14 @@ class Scores:
     valid: (Q, C) bool, the candidates that exist for the row; the others never count.
     targets: (Q, C) float, what a teacher gave, in its own units; NaN where it gave none. None for a loss that does not
         read `score`.
+    temperature: what `values` were divided by, a number or a scalar.
     """
 
     values: Tensor
     relevance: Tensor
     valid: Tensor
     targets: Tensor | None = None
+    temperature: float | Tensor = 1.0
 
     def __post_init__(self) -> None:
         given = [self.values, self.relevance, self.valid, *([] if self.targets is None else [self.targets])]
@@ -44,16 +50,56 @@ class Scores:
         """(Q, C) bool: valid and relevant."""
         return self.valid & (self.relevance > 0)
 
+    @property
+    def negative(self) -> Tensor:
+        """(Q, C) bool: valid and not relevant."""
+        return self.valid & (self.relevance <= 0)
+
 
 class Loss(nn.Module):
-    """Base of the losses. `reads` names what it uses of the labels beyond positive or not: `relevance`, `score`."""
+    """Base of the losses.
+
+    `reads` names what it uses of the labels beyond positive or not: `relevance`, `score` (a teacher's, in `targets`).
+    `couples_rows` says that the loss of a row depends on other rows; an objective then gives the rows of all processes.
+    A row without what the loss compares (no positive, no teacher's score) gives 0.
+    """
 
     name: ClassVar[str]
     reads: ClassVar[frozenset[str]] = frozenset()
+    couples_rows: ClassVar[bool] = False
+
+    def __call__(self, scores: Scores) -> Tensor:
+        """`forward` in float32 or above, outside autocast: a loss is a difference of numbers that are nearly equal."""
+        values = scores.values if scores.values.dtype == torch.float64 else scores.values.float()
+        targets = None if scores.targets is None else scores.targets.to(values.dtype)
+        scores = replace(scores, values=values, relevance=scores.relevance.to(values.dtype), targets=targets)
+        with torch.autocast(values.device.type, enabled=False):
+            losses: Tensor = super().__call__(scores)
+        return losses
 
     def forward(self, scores: Scores) -> Tensor:
         """Scores -> (Q,) losses."""
         raise NotImplementedError
+
+    def taught(self, scores: Scores) -> tuple[Tensor, Tensor]:
+        """-> the teacher's scores (Q, C), 0 where there is none, and where there are (Q, C) bool.
+
+        Raises ConfigError without `targets`, where one of them is infinite, and where all are the same number.
+        """
+        where = f"losses.{self.name}"
+        remedy = "score the documents with a teacher (`score` of each document), or use a loss without one"
+        if scores.targets is None:
+            raise ConfigError(f"{where}: learns from a teacher's scores and is given none; {remedy}")
+        known = scores.valid & ~scores.targets.isnan()  # (Q, C)
+        targets = scores.targets.masked_fill(~known, 0.0)
+        found = targets[known]
+        if found.isinf().any():
+            raise ConfigError(f"{where}: a teacher's 'score' is infinite; remove it or give a number")
+        if len(found) >= PLACEHOLDERS and bool((found == found[0]).all()):
+            raise ConfigError(
+                f"{where}: all {len(found)} teacher's scores of a batch are {found[0].item():g}; {remedy}"
+            )
+        return targets, known
 
 
 LOSSES: Registry[Loss] = Registry("mmembed.losses", Loss)

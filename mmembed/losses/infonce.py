@@ -3,7 +3,7 @@
 L_i = sum_p w_ip * -log( exp(s_ip) / (exp(s_ip) + sum_{j in negatives(i, p)} exp(s_ij)) ),  w_ip = r_ip / sum_p' r_ip'
 
 With one positive a query this is the loss of van den Oord et al. (arXiv 1807.03748, eq. 4) as every embedder uses it.
-Cost: one logsumexp over (G, C), a row for each query and distinct grade of its positives (G = Q for ungraded data).
+Cost: one logsumexp over (G, C), a row for each query and distinct grade of its positives (Q for ungraded data).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from mmembed.errors import ConfigError
 from mmembed.losses import Loss, Scores
+from mmembed.losses.rows import logsumexp, mean_of_positives
 
 
 class InfoNCE(Loss):
@@ -27,6 +28,10 @@ class InfoNCE(Loss):
             candidate, other positives too (SupCon's L_out, arXiv 2004.11362).
 
     A row without a positive gives 0.
+
+    >>> all_valid = torch.ones(1, 2, dtype=torch.bool)
+    >>> InfoNCE()(Scores(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]), all_valid))  # log 2
+    tensor([0.6931])
     """
 
     name = "infonce"
@@ -40,18 +45,23 @@ class InfoNCE(Loss):
 
     def forward(self, scores: Scores) -> Tensor:
         """Scores -> (Q,) losses."""
-        floor = torch.finfo(scores.values.dtype).min / 2  # not -inf: a row without negatives must give 0, not NaN
-        values = scores.values.masked_fill(~scores.valid, floor)  # (Q, C)
-        weights = scores.relevance * scores.positive  # (Q, C)
-        weights = weights / weights.sum(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-        if self.negatives == "all":
-            return -(weights * functional.log_softmax(values, dim=1)).sum(1)  # (Q,)
         rows, columns = scores.positive.nonzero(as_tuple=True)  # (P,) each
-        grades, level = torch.unique(scores.relevance[rows, columns], return_inverse=True)  # (L,), (P,)
-        pair, of_positive = torch.unique(rows * len(grades) + level, return_inverse=True)  # (G,), (P,)
-        row = pair // len(grades)  # (G,)
-        lower = scores.relevance[row] < grades[pair % len(grades)].unsqueeze(1)  # (G, C)
-        negatives = values[row].masked_fill(~lower, floor).logsumexp(1)  # (G,)
-        # -log(e^s / (e^s + e^n)) = softplus(n - s): exact also where the loss is far below the rounding of s
-        losses = functional.softplus(negatives[of_positive] - values[rows, columns]) * weights[rows, columns]  # (P,)
-        return losses.new_zeros(len(values)).index_add(0, rows, losses)  # (Q,)
+        positives, relevance = scores.values[rows, columns], scores.relevance[rows, columns]  # (P,) each
+        if self.negatives == "all":
+            losses = logsumexp(scores.values, scores.valid)[rows] - positives  # (P,)
+        else:
+            # -log(e^s / (e^s + e^n)) = softplus(n - s): exact also where the loss is far below the rounding of s
+            losses = functional.softplus(_lower(scores, rows, relevance) - positives)  # (P,)
+        return mean_of_positives(losses, rows, len(scores.values), relevance)
+
+
+def _lower(scores: Scores, rows: Tensor, relevance: Tensor) -> Tensor:
+    """Of each positive: the logsumexp of the candidates whose relevance is lower, (P,)."""
+    best = relevance.new_zeros(len(scores.values)).scatter_reduce(0, rows, relevance, "amax")  # (Q,)
+    if bool((relevance == best[rows]).all()):  # one grade a row: the matrix itself, without copies of its rows
+        return logsumexp(scores.values, scores.valid & (scores.relevance < best[:, None]))[rows]
+    grades, level = torch.unique(relevance, return_inverse=True)  # (L,), (P,)
+    pair, of_positive = torch.unique(rows * len(grades) + level, return_inverse=True)  # (G,), (P,)
+    row = pair // len(grades)  # (G,)
+    lower = scores.valid[row] & (scores.relevance[row] < grades[pair % len(grades)].unsqueeze(1))  # (G, C)
+    return logsumexp(scores.values[row], lower)[of_positive]

@@ -139,7 +139,11 @@ def _contrastive_with(loss: str, options: Mapping[str, Any]) -> dict[str, Any]:
     from mmembed.objectives.contrastive import Contrastive
 
     of_objective = set(inspect.signature(Contrastive).parameters) - {"loss"}
-    of_loss = set(inspect.signature(LOSSES.get(loss)).parameters)
+    of_loss = {
+        key
+        for key, parameter in inspect.signature(LOSSES.get(loss)).parameters.items()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    }
     for key in options.keys() - {"type"} - of_objective - of_loss:
         raise ConfigError(f"objective '{loss}': unknown option '{key}'; {nearest(key, of_objective | of_loss)}")
     block = {key: value for key, value in options.items() if key in of_objective}

@@ -3,17 +3,20 @@
 Scores are similarity / temperature; labels become an explicit relevance matrix; `symmetric` averages in the other
 direction (each positive document against all queries), as CLIP does. Where queries have different numbers of positives,
 a process's reverse loss weighs as many as it has, so that the mean over processes is the mean over all positives.
-Cost: (Q, C) floats, a few times.
+A loss that couples its rows gets the queries of all processes, so that it is the same number everywhere. Cost: (Q, C)
+floats, a few times.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from mmembed.data.labels import BatchLabels
 from mmembed.embeddings import Embeddings
@@ -30,13 +33,16 @@ from mmembed.objectives.temperature import Temperature
 class Gathered:
     """Rows and columns of the two score matrices; the reverse one only where the objective is symmetric."""
 
-    queries: Embeddings  # Q local
+    queries: Embeddings  # Q local, or of all processes
     candidates: Embeddings  # C of all processes
     relevance: Tensor  # (Q, C)
     valid: Tensor  # (Q, C)
     relations: Relations  # of the labels
+    rows: slice  # of the queries of all processes
     targets: Tensor | None = None  # (Q, C), for a loss that reads scores
-    reverse: Gathered | None = None  # rows are local positive documents, columns are the queries of all processes
+    siblings: Embeddings | None = None  # S more columns: inputs of the rows' own side
+    apart: Tensor | None = None  # (Q, S), which of them are negatives
+    reverse: Gathered | None = None  # rows are positive documents, columns are the queries of all processes
     weight: float = 1.0  # of the mean over rows: this process's share of the rows of all, times their number
 
 
@@ -51,6 +57,8 @@ class Contrastive(Objective):
             only: there a document meets no query but its own.
         cross_device_negatives: candidates of all processes, or of this one.
         mask_duplicates: other queries' documents that equal an own positive, or answer the same query, do not count.
+        same_tower_negatives: the other queries are negatives too, and other queries' documents in the reverse direction
+            (DCL, arXiv 2110.06848; GTE, arXiv 2308.03281). Not for sources with in-batch negatives off.
         false_negative_margin: negatives whose similarity is above the best positive's + margin do not count (0.1 in
             Qwen3-Embedding, arXiv 2506.05176, section 2).
     """
@@ -65,6 +73,7 @@ class Contrastive(Objective):
         symmetric: bool = False,
         cross_device_negatives: bool = True,
         mask_duplicates: bool = True,
+        same_tower_negatives: bool = False,
         false_negative_margin: float | None = None,
     ) -> None:
         super().__init__()
@@ -73,6 +82,7 @@ class Contrastive(Objective):
         self.similarity = similarity if similarity is None else get_similarity(similarity)
         self.symmetric, self.cross_device_negatives = symmetric, cross_device_negatives
         self.mask_duplicates, self.false_negative_margin = mask_duplicates, false_negative_margin
+        self.same_tower_negatives = same_tower_negatives
         if false_negative_margin is not None and false_negative_margin < 0:
             raise ConfigError(
                 f"objective.false_negative_margin: {false_negative_margin} would mask true negatives; use 0 or more"
@@ -92,37 +102,61 @@ class Contrastive(Objective):
 
     def gather(self, queries: Embeddings, documents: Embeddings, labels: BatchLabels) -> Gathered:
         """Q local queries, D local documents -> rows and columns. Collectives run in the same order everywhere."""
-        across = self.cross_device_negatives and labels.in_batch
+        coupled, siblings = self.loss.couples_rows, self.same_tower_negatives and labels.in_batch
+        across = self.cross_device_negatives and (labels.in_batch or coupled)
+        reversed_too = self.symmetric and labels.in_batch
         relations = Relations.gather(labels, across)
-        local_queries = relations.local(relations.query_counts)
         candidates = gather_embeddings(documents, relations.document_counts)
-        matrices = relations.matrix(local_queries, slice(None), self.mask_duplicates)  # (Q, C) each
-        reads_scores = "score" in self.loss.reads
-        targets = relations.targets(local_queries, slice(None)) if reads_scores else None
-        forward = Gathered(queries, candidates, *matrices, relations, targets)
-        if not self.symmetric or not labels.in_batch:
-            return forward
-        all_queries = gather_embeddings(queries, relations.query_counts)
-        local_documents = relations.local(relations.document_counts)
-        relevance, valid = relations.matrix(slice(None), local_documents, self.mask_duplicates)  # (M, D) each
-        positive = (labels.relevance > 0).nonzero().squeeze(1)  # (P,)
+        all_queries = queries
+        if coupled or siblings or reversed_too:
+            all_queries = gather_embeddings(queries, relations.query_counts)
+        rows = slice(None) if coupled else relations.local(relations.query_counts)
+        forward = Gathered(
+            all_queries if coupled else queries,
+            candidates,
+            *relations.matrix(rows, slice(None), self.mask_duplicates),
+            relations,
+            rows,
+            relations.targets(rows, slice(None)) if "score" in self.loss.reads else None,
+            all_queries if siblings else None,
+            relations.queries_apart(rows, self.mask_duplicates) if siblings else None,
+        )
+        return replace(forward, reverse=self._reverse(forward, all_queries, documents)) if reversed_too else forward
+
+    def _reverse(self, forward: Gathered, all_queries: Embeddings, documents: Embeddings) -> Gathered:
+        """The same with positive documents as rows: local ones, or of all processes where the loss couples them."""
+        relations = forward.relations
+        local = relations.local(relations.document_counts)
+        positive = (relations.relevance[local] > 0).nonzero().squeeze(1)  # (P,)
         counts = gather_counts(len(positive), positive.device)
-        reverse = Gathered(
-            documents.rows(positive),
+        rows, weight = documents.rows(positive), len(positive) * len(counts) / max(sum(counts), 1)
+        if self.loss.couples_rows and len(relations.document_counts) > 1:
+            rows, local, weight = gather_embeddings(rows, counts), slice(None), 1.0
+            positive = (relations.relevance > 0).nonzero().squeeze(1)
+        relevance, valid = relations.matrix(slice(None), local, self.mask_duplicates)  # (M, D) each
+        targets = None if forward.targets is None else relations.targets(slice(None), local).T[positive]
+        apart = None
+        if forward.siblings is not None:
+            apart = relations.documents_apart(local, self.mask_duplicates)[positive]
+        return Gathered(
+            rows,
             all_queries,
             relevance.T[positive],
             valid.T[positive],
             relations,
-            relations.targets(slice(None), local_documents).T[positive] if reads_scores else None,
-            weight=len(positive) * len(counts) / sum(counts),
+            local,
+            targets,
+            None if apart is None else forward.candidates,
+            apart,
+            weight=weight,
         )
-        return replace(forward, reverse=reverse)
 
     def truncate(self, gathered: Gathered, size: int) -> Gathered:
         return replace(
             gathered,
             queries=gathered.queries.truncate(size),
             candidates=gathered.candidates.truncate(size),
+            siblings=None if gathered.siblings is None else gathered.siblings.truncate(size),
             reverse=None if gathered.reverse is None else self.truncate(gathered.reverse, size),
         )
 
@@ -134,34 +168,49 @@ class Contrastive(Objective):
 
     def view(self, gathered: Gathered) -> View:
         """Of the direction from queries to documents."""
-        similarities = self.similarity_of(gathered.queries, gathered.candidates)  # (Q, C)
-        relevance, valid = gathered.relevance.to(similarities.dtype), gathered.valid
+        similarities, scores = self._scores(gathered)
+        documents = slice(gathered.valid.shape[1])
         masked: dict[str, Tensor] = {}
         if self.mask_duplicates:
-            relations = gathered.relations
-            reasons = relations.reasons(relations.local(relations.query_counts), slice(None))
+            reasons = gathered.relations.reasons(gathered.rows, slice(None))
             masked = {reason: cells.float().mean() for reason, cells in reasons.items()}
         if self.false_negative_margin is not None:
-            above = valid & self._false_negatives(similarities, relevance, valid)
-            masked["margin"] = above.float().mean()
-            valid = valid & ~above
-        chance = self._chance(relevance, valid, gathered.targets)
+            masked["margin"] = (gathered.valid & ~scores.valid[:, documents]).float().mean()
+        chance = self._chance(scores)
         if gathered.reverse is not None:
-            reverse = gathered.reverse
-            chance = (chance + self._chance(reverse.relevance, reverse.valid, reverse.targets) * reverse.weight) / 2
-        return View(gathered.queries, gathered.candidates, similarities, relevance, valid, masked, chance)
+            chance = (chance + self._chance(self._scores(gathered.reverse)[1]) * gathered.reverse.weight) / 2
+        return View(
+            gathered.queries,
+            gathered.candidates,
+            similarities[:, documents],
+            scores.relevance[:, documents],
+            scores.valid[:, documents],
+            masked,
+            chance,
+        )
 
-    def _chance(self, relevance: Tensor, valid: Tensor, targets: Tensor | None) -> Tensor:
-        equal = torch.zeros(relevance.shape, device=relevance.device)
-        return self.loss(Scores(equal, relevance, valid, targets)).mean()
+    def _chance(self, scores: Scores) -> Tensor:
+        return self.loss(replace(scores, values=torch.zeros_like(scores.values))).mean()
 
     def _direction(self, gathered: Gathered) -> tuple[Tensor, dict[str, Tensor]]:
+        similarities, scores = self._scores(gathered)
+        metrics = self._metrics(similarities.detach(), scores, gathered.valid.shape[1])
+        return self.loss(scores).mean() * gathered.weight, metrics
+
+    def _scores(self, gathered: Gathered) -> tuple[Tensor, Scores]:
+        """-> similarities (Q, C + S) and what the loss sees of them; S more columns where siblings are negatives."""
         similarities = self.similarity_of(gathered.queries, gathered.candidates)  # (Q, C)
-        relevance, valid = gathered.relevance.to(similarities.dtype), gathered.valid
+        relevance, valid, targets = gathered.relevance, gathered.valid, gathered.targets
+        if gathered.siblings is not None and gathered.apart is not None:
+            more = gathered.apart.shape[1]
+            similarities = torch.cat([similarities, self.similarity_of(gathered.queries, gathered.siblings)], 1)
+            relevance, valid = functional.pad(relevance, (0, more)), torch.cat([valid, gathered.apart], 1)
+            targets = None if targets is None else functional.pad(targets, (0, more), value=math.nan)
+        relevance = relevance.to(similarities.dtype)
         if self.false_negative_margin is not None:
             valid = valid & ~self._false_negatives(similarities.detach(), relevance, valid)
-        scores = Scores(similarities * self.temperature.scale(), relevance, valid, gathered.targets)
-        return self.loss(scores).mean() * gathered.weight, self._metrics(similarities.detach(), scores)
+        scale = self.temperature.scale()
+        return similarities, Scores(similarities * scale, relevance, valid, targets, 1 / scale)
 
     def _false_negatives(self, similarities: Tensor, relevance: Tensor, valid: Tensor) -> Tensor:
         positive = valid & (relevance > 0)  # (Q, C)
@@ -169,9 +218,11 @@ class Contrastive(Objective):
         return ~positive & (similarities > best + (self.false_negative_margin or 0.0))
 
     @torch.no_grad()
-    def _metrics(self, similarities: Tensor, scores: Scores) -> dict[str, Tensor]:
-        positive, negative = scores.positive, scores.valid & (scores.relevance <= 0)
-        top = similarities.masked_fill(~scores.valid, float("-inf")).argmax(1, keepdim=True)  # (Q, 1)
+    def _metrics(self, similarities: Tensor, scores: Scores, documents: int) -> dict[str, Tensor]:
+        """`accuracy` is among documents: the first columns."""
+        positive, negative = scores.positive, scores.negative
+        ranked = similarities.masked_fill(~scores.valid, float("-inf"))[:, :documents]
+        top = ranked.argmax(1, keepdim=True)  # (Q, 1)
         metrics = {
             "accuracy": positive.gather(1, top).float().mean(),
             "positive_similarity": _masked_mean(similarities, positive),

@@ -78,6 +78,33 @@ class Relations:
         _, own, _ = self._grid(queries, documents)
         return torch.where(own, self.scores[documents][None, :], math.nan)
 
+    def queries_apart(self, queries: slice, mask_duplicates: bool) -> Tensor:
+        """(Q, M) bool: the other queries that a query may be pushed away from.
+
+        `mask_duplicates` leaves out those of the same content and those whose positive is known to answer the query.
+        """
+        index = torch.arange(len(self.query_keys), device=self.owner.device)  # (M,)
+        apart = index[queries][:, None] != index[None, :]
+        if mask_duplicates:
+            positive = (self.relevance > 0).nonzero().squeeze(1)  # (P,)
+            shared = self._known_positives(index[queries], slice(None))[:, positive].float()  # (Q, P)
+            answered = torch.zeros(apart.shape, device=apart.device).index_add_(1, self.owner[positive], shared) > 0
+            apart &= ~answered & (self.query_keys[queries][:, None] != self.query_keys[None, :])
+        return apart
+
+    def documents_apart(self, documents: slice, mask_duplicates: bool) -> Tensor:
+        """(D, C) bool: the documents of other queries that a positive document may be pushed away from.
+
+        `mask_duplicates` leaves out what would be no negative of the document's own query.
+        """
+        query_index = self.owner[documents]  # (D,)
+        own = query_index[:, None] == self.owner[None, :]  # (D, C)
+        apart = ~own
+        if mask_duplicates:
+            apart &= ~self._known_positives(query_index, slice(None))
+            apart &= ~self._same_query(query_index, slice(None), own)
+        return apart
+
     def reasons(self, queries: slice, documents: slice) -> dict[str, Tensor]:
         """Why `mask_duplicates` takes a candidate out -> (Q, C) bool; a cell has one reason."""
         query_index, own, relevance = self._grid(queries, documents)

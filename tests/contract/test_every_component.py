@@ -6,6 +6,7 @@ Written against the base classes alone. What a component computes is tested besi
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,14 +90,19 @@ def test_a_pooling_comes_back_from_disk(name: str, family_folder, tmp_path) -> N
 # Losses ---------------------------------------------------------------------------------------------------------------
 
 
-def scores(grades: bool = True) -> Scores:
-    """Rows with graded positives, with one positive; without a positive, without a negative, without a candidate."""
+def scores(grades: bool = True, seed: int = 2) -> Scores:
+    """Rows with graded positives, with one positive; without a positive, without a negative, without a candidate.
+
+    seed: of the teacher's scores, which some candidates lack.
+    """
     values = torch.randn(5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     relevance = torch.tensor(
         [[2.0, 1, 0, 0, 0, 1], [1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0], [1, 1, 2, 0, 1, 1], [1, 0, 0, 0, 0, 0]]
     ).double()
     valid = torch.tensor([[True] * 5 + [False], [True] * 6, [True] * 6, [True] * 3 + [False] + [True] * 2, [False] * 6])
-    return Scores(values.requires_grad_(), relevance if grades else (relevance > 0).double(), valid)
+    targets = torch.rand(5, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3
+    targets[:, 4] = float("nan")
+    return Scores(values.requires_grad_(), relevance if grades else (relevance > 0).double(), valid, targets, 0.5)
 
 
 @pytest.mark.parametrize("name", LOSS_CLASSES)
@@ -109,7 +115,7 @@ def test_a_loss_is_finite_and_sees_valid_candidates_only(name: str) -> None:
     assert torch.isfinite(given.values.grad).all()
     assert not given.values.grad[~given.valid].any()
     for filler in (-50.0, 50.0):
-        other = Scores(given.values.detach().masked_fill(~given.valid, filler), given.relevance, given.valid)
+        other = replace(given, values=given.values.detach().masked_fill(~given.valid, filler))
         torch.testing.assert_close(loss(other), found.detach())
 
 
@@ -117,17 +123,19 @@ def test_a_loss_is_finite_and_sees_valid_candidates_only(name: str) -> None:
 def test_a_loss_does_not_know_the_order_of_candidates(name: str) -> None:
     given, loss = scores(), LOSS_CLASSES[name]()
     order = torch.tensor([3, 0, 5, 1, 4, 2])
-    mixed = Scores(given.values[:, order], given.relevance[:, order], given.valid[:, order])
+    mixed = Scores(*(of[:, order] for of in (given.values, given.relevance, given.valid, given.targets)), 0.5)
     torch.testing.assert_close(loss(mixed), loss(given))
 
 
 @pytest.mark.parametrize("name", LOSS_CLASSES)
 def test_a_loss_pulls_the_positive_up_and_pushes_the_negative_down(name: str) -> None:
-    values = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
+    values = torch.zeros(1, 8, dtype=torch.float64, requires_grad=True)
     loss = LOSS_CLASSES[name]()
-    loss(Scores(values, torch.tensor([[1.0, 0.0]]).double(), torch.ones(1, 2, dtype=torch.bool))).sum().backward()
-    positive, negative = values.grad[0].tolist()
-    assert positive < 0 < negative
+    relevance = torch.tensor([[1.0] + [0.0] * 7]).double()
+    targets = torch.tensor([[0.9] + [0.1] * 7]).double()
+    loss(Scores(values, relevance, torch.ones(1, 8, dtype=torch.bool), targets)).sum().backward()
+    positive, *negatives = values.grad[0].tolist()
+    assert positive < 0 < min(negatives)
 
 
 @pytest.mark.parametrize("name", LOSS_CLASSES)
@@ -136,6 +144,27 @@ def test_a_loss_reads_grades_if_and_only_if_it_says_so(name: str) -> None:
     loss = LOSS_CLASSES[name]()
     graded, flat = loss(scores()), loss(scores(grades=False))
     assert ("relevance" in loss.reads) == (not torch.allclose(graded, flat))
+
+
+@pytest.mark.parametrize("name", LOSS_CLASSES)
+def test_a_loss_reads_a_teachers_scores_if_and_only_if_it_says_so(name: str) -> None:
+    loss = LOSS_CLASSES[name]()
+    assert ("score" in loss.reads) == (not torch.allclose(loss(scores()), loss(scores(seed=3))))
+    if "score" in loss.reads:
+        with pytest.raises(ConfigError, match=f"losses.{name}: .*score"):
+            loss(replace(scores(), targets=None))
+
+
+@pytest.mark.parametrize("name", LOSS_CLASSES)
+def test_a_loss_couples_rows_if_and_only_if_it_says_so(name: str) -> None:
+    """An objective gives rows of all processes to those that say so; another one would depend on their number."""
+    loss, given = LOSS_CLASSES[name](), scores()
+    halves = [
+        Scores(*(of[rows] for of in (given.values, given.relevance, given.valid, given.targets)), given.temperature)
+        for rows in (slice(0, 1), slice(1, 5))
+    ]
+    apart = torch.cat([loss(half) for half in halves])
+    assert loss.couples_rows == (not torch.allclose(apart, loss(given)))
 
 
 # Objectives -----------------------------------------------------------------------------------------------------------

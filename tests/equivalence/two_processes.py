@@ -15,6 +15,13 @@ CASES = {
     "symmetric, several positives": ({"temperature": 0.1, "symmetric": True}, False, {"ragged": True}),
     "a false negative on the other process": ({"temperature": 0.1, "symmetric": True}, False, {"twins": True}),
     "late interaction": ({"temperature": 1.0}, True, {}),
+    "coupled rows": ({"temperature": 0.1, "loss": "mann_whitney", "symmetric": True}, False, {"ragged": True}),
+    "coupled rows, own group only": ({"temperature": 0.1, "loss": "dclw"}, False, {"in_batch": False}),
+    "same tower": (
+        {"temperature": 0.1, "loss": "dcl", "same_tower_negatives": True, "symmetric": True},
+        False,
+        {"ragged": True},
+    ),
     "own group only": ({"temperature": 0.1}, False, {"in_batch": False}),
     "matryoshka": ({"temperature": 0.1, "matryoshka": {"dims": [8, 4]}}, False, {}),
 }

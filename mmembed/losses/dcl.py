@@ -1,0 +1,36 @@
+"""DCL: the positive is not in the denominator.
+
+L_i = 1/|P_i| sum_p ( -s_ip + log sum_{j in N_i} exp(s_ij) )
+
+Decoupled contrastive learning (Yeh et al., arXiv 2110.06848): without the positive in the sum, a small batch
+does not shrink the gradient of pairs that are already right. The loss can be negative. The paper also counts the other
+queries as negatives: that is `same_tower_negatives: true` of the contrastive objective. The released code masks by
+adding log(1e-45), which is too little at temperatures of 0.01 and below; here masked cells are out. Other positives of
+the row are in no denominator. Cost: one logsumexp over (Q, C).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mmembed.losses import Loss, Scores
+from mmembed.losses.rows import logsumexp, mean_of_positives
+
+
+class DCL(Loss):
+    """Decoupled contrastive loss, for small batches.
+
+    >>> import torch
+    >>> values, valid = torch.tensor([[3.0, 1.0]]), torch.ones(1, 2, dtype=torch.bool)
+    >>> DCL()(Scores(values, torch.tensor([[1.0, 0.0]]), valid))  # -3 + 1
+    tensor([-2.])
+    """
+
+    name = "dcl"
+
+    def forward(self, scores: Scores) -> Tensor:
+        """Scores -> (Q,) losses, 0 for a row without a positive or without a negative."""
+        negative = scores.negative  # (Q, C)
+        rows, columns = (scores.positive & negative.any(1, keepdim=True)).nonzero(as_tuple=True)  # (P,) each
+        losses = logsumexp(scores.values, negative)[rows] - scores.values[rows, columns]  # (P,)
+        return mean_of_positives(losses, rows, len(scores.values))

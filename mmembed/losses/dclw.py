@@ -1,0 +1,49 @@
+"""DCLW: decoupled contrastive learning whose positives weigh more where they are far.
+
+L_i = 1/|P_i| sum_p ( -w_ip s_ip + log sum_{j in N_i} exp(s_ij) ),  w_ip = 2 - n softmax_ip(tau s_ip / sigma)
+
+The softmax runs over all n positives of the batch, so weights are 1 on average and near 2 for a positive of low
+similarity (Yeh et al., arXiv 2110.06848; sigma .5 in the released code). tau s is the similarity without temperature.
+The gradient flows through the weight, as in the released code. Rows are coupled by the softmax. Cost: as `dcl`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor
+
+from mmembed.losses import Loss, Scores
+from mmembed.losses.rows import logsumexp, mean_of_positives
+
+
+class DCLW(Loss):
+    """DCL with a weight on each positive, larger where its similarity is low.
+
+    Args:
+        sigma: width of the weights; small ones put more on the farthest positives.
+        detach_weights: no gradient through the weights; they are then weights and nothing else.
+
+    >>> import torch
+    >>> values, valid = torch.tensor([[3.0, 1.0]]), torch.ones(1, 2, dtype=torch.bool)
+    >>> DCLW()(Scores(values, torch.tensor([[1.0, 0.0]]), valid))  # a positive alone has weight 1
+    tensor([-2.])
+    """
+
+    name = "dclw"
+    couples_rows = True
+
+    def __init__(self, sigma: Annotated[float, Field(gt=0)] = 0.5, detach_weights: bool = False) -> None:
+        super().__init__()
+        self.sigma, self.detach_weights = sigma, detach_weights
+
+    def forward(self, scores: Scores) -> Tensor:
+        """Scores -> (Q,) losses, 0 for a row without a positive or without a negative."""
+        negative = scores.negative  # (Q, C)
+        rows, columns = (scores.positive & negative.any(1, keepdim=True)).nonzero(as_tuple=True)  # (P,) each
+        positives = scores.values[rows, columns]  # (P,)
+        weights = 2 - len(positives) * (positives * scores.temperature / self.sigma).softmax(0)  # (P,)
+        weights = weights.detach() if self.detach_weights else weights
+        losses = logsumexp(scores.values, negative)[rows] - weights * positives  # (P,)
+        return mean_of_positives(losses, rows, len(scores.values))

@@ -1,0 +1,44 @@
+"""KL divergence of the scores from graded relevance.
+
+L_i = sum_j y_ij log( y_ij / x_ij ),  x = softmax(s_i), y = softmax(r_i / tau_label) over the valid candidates
+
+The list-wise baseline of SyCL (arXiv 2503.23239), "batchmean" there: mean over queries. It has the gradient of
+`listnet` and is 0 where scores order as grades do. Cost: two softmaxes over (Q, C).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from mmembed.losses import Loss, Scores
+from mmembed.losses.distributions import cross_entropy, entropy, graded
+
+
+class KLDivergence(Loss):
+    """List-wise: the scores of a query become a distribution that should be that of its grades.
+
+    Args:
+        label_temperature: divides grades, not scores (1 in SyCL, whose grades are 0 to 3). With grades of 0 and 1 among
+            thousands of candidates the target is nearly uniform; 0.1 makes it nearly the positive alone.
+
+    >>> import torch
+    >>> values, valid = torch.tensor([[3.0, 2.0]]), torch.ones(1, 2, dtype=torch.bool)
+    >>> loss = KLDivergence()(Scores(values, torch.tensor([[1.0, 0.0]]), valid))  # the same distribution
+    >>> round(loss.item(), 6)
+    0.0
+    """
+
+    name = "kl_divergence"
+    reads: ClassVar[frozenset[str]] = frozenset({"relevance"})
+
+    def __init__(self, label_temperature: Annotated[float, Field(gt=0)] = 1.0) -> None:
+        super().__init__()
+        self.label_temperature = label_temperature
+
+    def forward(self, scores: Scores) -> Tensor:
+        """Scores -> (Q,) losses, 0 for a row without a positive."""
+        targets, counted = graded(scores, self.label_temperature)  # (Q, C), (Q,)
+        return (cross_entropy(scores, targets) - entropy(targets)).masked_fill(~counted, 0.0)

@@ -1,0 +1,42 @@
+"""ListNet: cross-entropy between the distribution of the grades and that of the scores.
+
+L_i = -sum_j y_ij log x_ij,  x = softmax(s_i), y = softmax(r_i / tau_label) over the valid candidates
+
+Cao et al., "Learning to rank: from pairwise approach to listwise approach" (ICML 2007), with the probabilities of the
+first place. It is `kl_divergence` plus the entropy of the grades, which has no gradient. Cost: as `kl_divergence`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from mmembed.losses import Loss, Scores
+from mmembed.losses.distributions import cross_entropy, graded
+
+
+class ListNet(Loss):
+    """List-wise cross-entropy against graded relevance.
+
+    Args:
+        label_temperature: divides grades, not scores; see `kl_divergence`.
+
+    >>> import torch
+    >>> values, valid = torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)
+    >>> ListNet()(Scores(values, torch.tensor([[1.0, 0.0]]), valid))  # log 2, whatever the grades
+    tensor([0.6931])
+    """
+
+    name = "listnet"
+    reads: ClassVar[frozenset[str]] = frozenset({"relevance"})
+
+    def __init__(self, label_temperature: Annotated[float, Field(gt=0)] = 1.0) -> None:
+        super().__init__()
+        self.label_temperature = label_temperature
+
+    def forward(self, scores: Scores) -> Tensor:
+        """Scores -> (Q,) losses, 0 for a row without a positive."""
+        targets, counted = graded(scores, self.label_temperature)  # (Q, C), (Q,)
+        return cross_entropy(scores, targets).masked_fill(~counted, 0.0)
