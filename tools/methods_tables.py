@@ -18,7 +18,13 @@ from mmembed.registry import Registry
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
 FAMILIES = {"poolings": POOLINGS, "prompts": PROMPTS, "losses": LOSSES, "objectives": OBJECTIVES, "formats": FORMATS}
-FROM_THE_RUN = {"hidden_size", "args", "kwargs", "media"}  # constructor arguments that a user does not write
+FROM_THE_RUN = {
+    "hidden_size",
+    "embedding_size",
+    "args",
+    "kwargs",
+    "media",
+}  # constructor arguments that a user does not write
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from mmembed.data.labels import BatchLabels
@@ -45,9 +46,16 @@ class Objective(nn.Module):
 
     `gather` runs the collectives once; `compare` turns what it gave into the loss and may run several times on
     truncated embeddings (matryoshka). `reads` names what is used of the labels beyond positive or not.
+
+    An objective that remembers (a queue, temperatures, running means) keeps its memory in buffers, which are saved and
+    resumed, and overrides `news` and `keep`. `compare` never changes it: a step that ran out of memory is taken again.
     """
 
     name: ClassVar[str]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._staged: list[Any] = []
 
     @property
     def reads(self) -> frozenset[str]:
@@ -78,6 +86,30 @@ class Objective(nn.Module):
         """What `gather` gave, for the health monitors."""
         raise NotImplementedError
 
+    def news(self, gathered: Any) -> Any:
+        """What a batch adds to the memory, equal in all processes; None: nothing. Called without gradients."""
+        return None
+
+    def keep(self, news: Any) -> None:
+        """Adds the `news` of a batch to the buffers."""
+
+    @torch.no_grad()
+    def remember(self, gathered: Any) -> None:
+        """Stages the news of a batch whose gradient is taken; it counts from `commit` on."""
+        news = self.news(gathered)
+        if news is not None:
+            self._staged.append(news)
+
+    def commit(self) -> None:
+        """The optimizer step is certain: keeps what its batches brought."""
+        for news in self._staged:
+            self.keep(news)
+        self._staged.clear()
+
+    def forget(self) -> None:
+        """The optimizer step is taken again, or was a rehearsal: drops what its batches brought."""
+        self._staged.clear()
+
     def forward(
         self, queries: Embeddings, documents: Embeddings, labels: BatchLabels
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -85,7 +117,7 @@ class Objective(nn.Module):
         return self.compare(self.gather(queries, documents, labels))
 
 
-OBJECTIVES: Registry[Objective] = Registry("mmembed.objectives", Objective)
+OBJECTIVES: Registry[Objective] = Registry("mmembed.objectives", Objective, given=("embedding_size",))
 
 
 ObjectiveBlock = str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
@@ -130,7 +162,8 @@ def _build_one(block: str | Mapping[str, Any], embedding_size: int | None) -> Ob
     name = options.get("type")
     if isinstance(name, str) and name not in OBJECTIVES.classes() and name in LOSSES.classes():
         options = _contrastive_with(name, options)
-    objective = OBJECTIVES.build(options)
+    given = {} if embedding_size is None else {"embedding_size": embedding_size}  # none where a config is only checked
+    objective = OBJECTIVES.build(options, **given)
     return objective if matryoshka is None else Matryoshka.build(objective, matryoshka, embedding_size)
 
 

@@ -1,8 +1,9 @@
 """Base of the objectives that look at vectors, not at scores: what pulls, spreads, whitens or matches distributions.
 
-Every query stands beside its positive of the highest relevance (the first of equals). Across processes all pairs are
-gathered with gradients, and the loss of the gathered pairs is the same number everywhere. An objective is one file with
-one method, `term`.
+Every query stands beside its positives in the order of their relevance (of equals, in the order of the record): the
+first is its partner, an objective that compares more views takes the next ones. Across processes all pairs are gathered
+with gradients, and the loss of the gathered pairs is the same number everywhere. An objective is one file with one
+method, `term`. Cost of the base: 2 V (V + P) comparisons of (N, N) integers for V views and P known positives.
 """
 
 from __future__ import annotations
@@ -19,38 +20,62 @@ from mmembed.embeddings import Embeddings
 from mmembed.errors import ConfigError
 from mmembed.objectives import Objective, View
 from mmembed.objectives.gather import gather_counts, gather_rows, world
+from mmembed.objectives.relations import gather_positive_keys
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """N pairs of all processes, row i of both belongs together; vectors as pooled, not normalised.
+    """N pairs of all processes, row i of everything belongs together; vectors as pooled, not normalised.
 
     queries, positives: (N, E).
+    further: (F, N, E), the next positives, as many as the objective asks for.
+    negatives: (N, H, E), the hard negatives, of an objective that takes them; else H is 0.
+    has_negative: (N, H) bool; false on padding, and on what equals the query or a positive of it.
     query_keys: (N,) int64, hashes of the queries' contents.
-    document_keys: (N,) int64, hashes of the positives' contents.
+    view_keys: (N, 1 + F, 2) int64, hashes of content and id of each positive.
+    same: (N, N) bool, true where two pairs share a content or a class, or one knows the other's positive as its own:
+        they are no negatives of each other. True on the diagonal.
     local: rows of this process.
+    left_out: share of the queries with a positive that have too few of them.
     """
 
     queries: Tensor
     positives: Tensor
+    further: Tensor
+    negatives: Tensor
+    has_negative: Tensor
     query_keys: Tensor
-    document_keys: Tensor
+    view_keys: Tensor
+    same: Tensor
     local: slice
+    left_out: float = 0.0
 
     @property
     def unit(self) -> tuple[Tensor, Tensor]:
         """Both sides on the unit sphere, (N, E) each."""
         return functional.normalize(self.queries, dim=-1), functional.normalize(self.positives, dim=-1)
 
+    @property
+    def unit_views(self) -> Tensor:
+        """Query, positive and the further ones on the unit sphere, (2 + F, N, E)."""
+        return functional.normalize(torch.cat([torch.stack([self.queries, self.positives]), self.further]), dim=-1)
+
 
 class Aligned(Objective):
     """Base: `gather`, `truncate` and the monitors' view are here, `term` is the method."""
 
     least_pairs: ClassVar[int] = 1  # with fewer the term is not defined
+    contrasts: ClassVar[bool] = False  # other pairs are negatives: sources must allow that
+    takes_negatives: ClassVar[bool] = False  # hard negatives of the records
 
     @property
     def across_processes(self) -> bool:
         return True
+
+    @property
+    def positives(self) -> int:
+        """How many positives of a query are compared; a query with fewer is left out."""
+        return 1
 
     def term(self, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
         """-> scalar loss over all pairs, detached scalar metrics."""
@@ -60,52 +85,132 @@ class Aligned(Objective):
         return functional.normalize(queries.vectors, dim=-1) @ functional.normalize(documents.vectors, dim=-1).T
 
     def gather(self, queries: Embeddings, documents: Embeddings, labels: BatchLabels) -> Pairs:
-        """Raises ConfigError for several vectors an input, and for fewer pairs than the term needs."""
+        """Raises ConfigError, naming source and objective: several vectors an input, in-batch negatives that the source
+        forbids, too few positives, pairs or hard negatives."""
         if queries.mask is not None:
             raise ConfigError(
                 f"objective '{self.name}' compares one vector an input; pooling 'multi_vector' gives many"
             )
-        chosen, found = first_positives(labels)  # (Q,), (P,) queries that have one
-        counts = gather_counts(len(found), chosen.device)
-        start = sum(counts[: world()[0]]) if len(counts) > 1 else 0
-        if sum(counts) < self.least_pairs:
+        if self.contrasts and not labels.in_batch:
             raise ConfigError(
-                f"objective '{self.name}': source '{labels.source}' gives {sum(counts)} pairs a batch, it needs "
-                f"{self.least_pairs}; raise training.per_device_train_batch_size"
+                f"objective '{self.name}': the pairs of a batch are negatives of each other, but source "
+                f"'{labels.source}' has in_batch_negatives: false; train it with another objective"
             )
+        groups = group_documents(labels)
+        found = [query for query, (positives, _) in enumerate(groups) if len(positives) >= self.positives]
+        device = labels.owner.device
+        counts = gather_counts(len(found), device)
+        with_any = sum(gather_counts(sum(bool(positives) for positives, _ in groups), device))
+        self._check_enough(sum(counts), with_any, labels.source)
+        rows = torch.tensor(found, dtype=torch.long, device=device)  # (n,)
+        views = torch.tensor([groups[query][0][: self.positives] for query in found], dtype=torch.long, device=device)
+        views = views.view(-1, self.positives)  # (n, 1 + F)
+        vectors = gather_rows(documents.vectors[views], counts)  # (N, 1 + F, E)
+        negatives, has_negative = self._negatives(documents.vectors, labels, rows, groups, counts)
+        query_keys = gather_rows(labels.query_keys[rows], counts)
+        view_keys = gather_rows(labels.document_keys[views], counts)
+        start = sum(counts[: world()[0]]) if len(counts) > 1 else 0
         return Pairs(
-            gather_rows(queries.vectors[found], counts),
-            gather_rows(documents.vectors[chosen], counts),
-            gather_rows(labels.query_keys[found], counts),
-            gather_rows(labels.document_keys[chosen, 0], counts),
-            slice(start, start + len(found)),
+            queries=gather_rows(queries.vectors[rows], counts),
+            positives=vectors[:, 0],
+            further=vectors[:, 1:].transpose(0, 1),
+            negatives=negatives,
+            has_negative=has_negative,
+            query_keys=query_keys,
+            view_keys=view_keys,
+            same=same_content(query_keys, view_keys, gather_positive_keys(labels.positive_keys[rows], counts)),
+            local=slice(start, start + len(found)),
+            left_out=1 - sum(counts) / max(with_any, 1),
         )
 
+    def _check_enough(self, pairs: int, with_any: int, source: str) -> None:
+        if pairs < self.least_pairs and with_any >= self.least_pairs:
+            raise ConfigError(
+                f"objective '{self.name}' compares a query with {self.positives} positives, source '{source}' gives "
+                f"{pairs} such queries in a batch of {with_any}; add positives to the records and set "
+                f"data.positives_per_query: {self.positives}"
+            )
+        if pairs < self.least_pairs:
+            raise ConfigError(
+                f"objective '{self.name}': source '{source}' gives {pairs} pairs a batch, it needs "
+                f"{self.least_pairs}; raise training.per_device_train_batch_size"
+            )
+
+    def _negatives(
+        self, vectors: Tensor, labels: BatchLabels, rows: Tensor, groups: list[Group], counts: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Documents (D, E), queries (n,) of this process -> hard negatives (N, H, E) of all, (N, H) bool."""
+        if not self.takes_negatives:
+            queries = sum(counts)
+            return vectors.new_zeros(queries, 0, vectors.shape[1]), rows.new_zeros(queries, 0, dtype=torch.bool)
+        mine = [groups[query][1] for query in rows.tolist()]
+        most = max(gather_counts(max(map(len, mine), default=0), rows.device))
+        padded = [row + [-1] * (most - len(row)) for row in mine]
+        index = torch.tensor(padded, dtype=torch.long, device=rows.device).view(len(mine), most)  # (n, H)
+        keys = labels.document_keys[index]  # (n, H, 2)
+        known = (keys[:, :, None] == labels.positive_keys[rows][:, None]).any(-1).any(-1)  # (n, H)
+        exists = (index >= 0) & ~known & (keys[..., 0] != labels.query_keys[rows][:, None])
+        exists = gather_rows(exists.long(), counts).bool()
+        if not bool(exists.any()):
+            raise ConfigError(
+                f"objective '{self.name}' needs hard negatives, source '{labels.source}' gives none; add negatives to "
+                "the records and raise data.train_group_size"
+            )
+        return gather_rows(vectors[index], counts), exists
+
     def truncate(self, gathered: Pairs, size: int) -> Pairs:
-        return replace(gathered, queries=gathered.queries[:, :size], positives=gathered.positives[:, :size])
+        return replace(
+            gathered,
+            queries=gathered.queries[:, :size],
+            positives=gathered.positives[:, :size],
+            further=gathered.further[..., :size],
+            negatives=gathered.negatives[..., :size],
+        )
 
     def compare(self, gathered: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.term(gathered)
+        """In 32 bits also under autocast: determinants, eigenvalues and small distances do not survive 16."""
+        with torch.autocast(gathered.queries.device.type, enabled=False):
+            loss, metrics = self.term(gathered)
+        metrics = {
+            "positive_similarity": functional.cosine_similarity(gathered.queries, gathered.positives).mean().detach(),
+            **metrics,
+        }
+        if gathered.left_out:
+            metrics["left_out"] = torch.tensor(gathered.left_out, device=loss.device)
+        return loss, metrics
 
     def view(self, gathered: Pairs) -> View:
-        """Local queries against all positives; whoever shares a key is no negative."""
-        own = Embeddings(gathered.queries[gathered.local])
-        others = Embeddings(gathered.positives)
+        """Local queries against all positives; who shares a content is no negative."""
+        own, others = Embeddings(gathered.queries[gathered.local]), Embeddings(gathered.positives)
         index = torch.arange(len(gathered.positives), device=own.vectors.device)
         relevance = (index[gathered.local][:, None] == index[None, :]).float()  # (Q, N)
-        same = gathered.document_keys[gathered.local][:, None] == gathered.document_keys[None, :]
-        same |= gathered.query_keys[gathered.local][:, None] == gathered.query_keys[None, :]
-        valid = (relevance > 0) | ~same
+        valid = (relevance > 0) | ~gathered.same[gathered.local]
         return View(own, others, self.similarity_of(own, others), relevance, valid, {}, None)
 
 
-def first_positives(labels: BatchLabels) -> tuple[Tensor, ...]:
-    """The document of the highest relevance of each query that has one -> documents (P,), their queries (P,)."""
-    best: dict[int, int] = {}
+Group = tuple[list[int], list[int]]
+
+
+def group_documents(labels: BatchLabels) -> list[Group]:
+    """(positives, negatives) of each query: documents by number, the most relevant first, of equals the first."""
+    groups: list[Group] = [([], []) for _ in range(len(labels.query_keys))]
     relevance = labels.relevance.tolist()
     for document, query in enumerate(labels.owner.tolist()):
-        if relevance[document] > (relevance[best[query]] if query in best else 0):
-            best[query] = document
-    order = sorted(best)
-    chosen = torch.tensor([[best[query], query] for query in order], dtype=torch.long, device=labels.owner.device)
-    return chosen.view(-1, 2).unbind(1)
+        groups[query][relevance[document] <= 0].append(document)
+    return [(sorted(positives, key=lambda one: -relevance[one]), negatives) for positives, negatives in groups]
+
+
+def same_content(query_keys: Tensor, view_keys: Tensor, positive_keys: Tensor) -> Tensor:
+    """(N,), (N, V, 2), (N, P, 2) keys -> (N, N) bool, as `Pairs.same`."""
+    same = query_keys[:, None] == query_keys[None, :]
+    for views in view_keys.unbind(1):  # (N, 2) each
+        same |= query_keys[:, None] == views[None, :, 0]
+        for known in (*view_keys.unbind(1), *positive_keys.unbind(1)):
+            for column in (0, 1):
+                same |= known[:, None, column] == views[None, :, column]
+    return same | same.T
+
+
+def drawn(deviation: float, seed: int, *shape: int) -> Tensor:
+    """Normal numbers for the first values of parameters, the same in all processes and on any device."""
+    return deviation * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), device="cpu")

@@ -15,8 +15,10 @@ from mmembed.objectives.aligned import Aligned, Pairs
 
 
 class Alignment(Aligned):
-    """Args:
-    alpha: exponent of the distance.
+    """Pulls a query and its positive together; add something that spreads.
+
+    Args:
+        alpha: exponent of the distance.
     """
 
     name = "alignment"
@@ -31,6 +33,11 @@ class Alignment(Aligned):
 
 
 def distance(a: Tensor, b: Tensor, alpha: float = 2.0) -> Tensor:
-    """mean_i |a_i - b_i|^alpha of unit vectors (N, E)."""
-    squared = (2 - 2 * (a * b).sum(-1)).clamp_min(1e-12)  # the root of 0 has no gradient
+    """mean_i |a_i - b_i|^alpha of vectors (N, E)."""
+    squared = (a - b).square().sum(-1).clamp_min(1e-12)  # the root of 0 has no gradient
     return squared.pow(alpha / 2).mean()
+
+
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """Vectors (N, E), (M, E) -> (N, M), at least 0."""
+    return (a.square().sum(-1)[:, None] + b.square().sum(-1) - 2 * a @ b.T).clamp_min(0)

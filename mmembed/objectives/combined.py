@@ -67,6 +67,19 @@ class Combined(Objective):
             total.append(part.weight * loss)
         return torch.stack(total).sum(), {**metrics, **losses}
 
+    @torch.no_grad()
+    def remember(self, gathered: tuple[Any, ...]) -> None:
+        for part, one in zip(self.parts, gathered, strict=True):
+            part.objective.remember(one)
+
+    def commit(self) -> None:
+        for part in self.parts:
+            part.objective.commit()
+
+    def forget(self) -> None:
+        for part in self.parts:
+            part.objective.forget()
+
     def view(self, gathered: tuple[Any, ...]) -> View:
         """Of the first part. The loss of equal scores is not known of a sum: terms of geometry have none."""
         return replace(self.parts[0].objective.view(gathered[0]), chance=None)

@@ -85,3 +85,14 @@ class Matryoshka(Objective):
             total = total.to(loss.device) + weight * loss
             metrics = {**metrics, **of_size, f"loss_{size}": loss.detach()}
         return total, metrics
+
+    def remember(self, gathered: Any) -> None:
+        """Of each dim: what is known of a vector depends on how long it is."""
+        for size in self.dims:
+            self.objective.remember(self.truncate(gathered, size))
+
+    def commit(self) -> None:
+        self.objective.commit()
+
+    def forget(self) -> None:
+        self.objective.forget()

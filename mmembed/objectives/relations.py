@@ -46,18 +46,11 @@ class Relations:
             scores=gather_rows(scores, document_counts),
             document_keys=gather_rows(labels.document_keys, document_counts),
             query_keys=gather_rows(labels.query_keys, query_counts),
-            positive_keys=cls._gather_positives(labels.positive_keys, query_counts),
+            positive_keys=gather_positive_keys(labels.positive_keys, query_counts),
             query_counts=query_counts,
             document_counts=document_counts,
             in_batch=labels.in_batch,
         )
-
-    @staticmethod
-    def _gather_positives(keys: Tensor, query_counts: list[int]) -> Tensor:
-        if len(query_counts) > 1:
-            missing = max(gather_counts(keys.shape[1], keys.device)) - keys.shape[1]
-            keys = torch.cat([keys, keys[:, -1:].expand(-1, missing, -1)], dim=1)  # (Q, P, 2)
-        return gather_rows(keys, query_counts)
 
     def local(self, counts: list[int]) -> slice:
         """This process's slice of rows counted by `counts`."""
@@ -135,3 +128,11 @@ class Relations:
             self.query_keys[self.owner[documents]][None, :] == query_keys
         )
         return (self.document_keys[documents][None, :, 0] == query_keys) | (answers & ~own)
+
+
+def gather_positive_keys(keys: Tensor, counts: list[int]) -> Tensor:
+    """(Q, P, 2) of each process, which may differ in P -> of all; rows with fewer repeat their last."""
+    if len(counts) > 1:
+        missing = max(gather_counts(keys.shape[1], keys.device)) - keys.shape[1]
+        keys = torch.cat([keys, keys[:, -1:].expand(-1, missing, -1)], dim=1)  # (Q, P, 2)
+    return gather_rows(keys, counts)

@@ -13,11 +13,14 @@ from pydantic import Field
 from torch import Tensor
 
 from mmembed.objectives.aligned import Aligned, Pairs
+from mmembed.objectives.alignment import squared_distances
 
 
 class Uniformity(Aligned):
-    """Args:
-    t: inverse width of the potential.
+    """Spreads queries among queries and positives among positives.
+
+    Args:
+        t: inverse width of the potential.
     """
 
     name = "uniformity"
@@ -33,12 +36,12 @@ class Uniformity(Aligned):
 
 
 def potential(vectors: Tensor, t: float = 2.0) -> Tensor:
-    """log mean_{i<j} exp(-t |x_i - x_j|^2) of unit vectors (N, E), N >= 2.
+    """log mean_{i<j} exp(-t |x_i - x_j|^2) of vectors (N, E), N >= 2.
 
     >>> potential(torch.eye(2)).item()  # orthogonal: squared distance 2
     -4.0
     """
-    squared = 2 - 2 * vectors @ vectors.T  # (N, N)
+    squared = squared_distances(vectors, vectors)  # (N, N)
     rows, columns = torch.triu_indices(len(vectors), len(vectors), offset=1, device=vectors.device)
-    pairs = squared[rows, columns].clamp_min(0)  # (N (N - 1) / 2,)
+    pairs = squared[rows, columns]  # (N (N - 1) / 2,)
     return (-t * pairs).logsumexp(0) - torch.log(torch.tensor(float(len(pairs)), device=vectors.device))

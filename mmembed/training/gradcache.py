@@ -78,6 +78,8 @@ def contrastive_step(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Adds the gradient of `scale * objective(batch)` to the parameters of the model and of the objective.
 
+    What the objective remembers of the batch is staged; call `objective.commit()` when the optimizer steps.
+
     Args:
         encode: a chunk -> its embeddings; draws randomness from torch's default generators only.
         keep_tokens: padded tokens whose graphs are kept between the passes; None keeps all, 0 none.
@@ -103,13 +105,14 @@ def contrastive_step(
     else:
         kept_from = len(chunks) - int(keep_tokens is None or keep_tokens > 0)
     outputs, states = _first_pass(encode, chunks, kept_from, workers, guard)
-    loss, metrics, gradients, learned = _compare(objective, batch, outputs[:count], scale, observe)
+    loss, metrics, gradients, learned, gathered = _compare(objective, batch, outputs[:count], scale, observe)
     if workers is not None:
         _add(*learned)
         _second_pass_beside(encode, chunks, kept_from, outputs, gradients, workers)
     else:
         back = backward or _plain_backward
         _second_pass(encode, chunks, kept_from, outputs, states, gradients, learned, back, rounds is not None, guard)
+    objective.remember(gathered)
     return loss.detach(), metrics
 
 
@@ -136,8 +139,9 @@ def _first_pass(
 
 def _compare(
     objective: Objective, batch: Batch, outputs: Sequence[Embeddings], scale: float, observe: Observe | None
-) -> tuple[Tensor, dict[str, Tensor], list[Tensor], Learned]:
-    """Loss, metrics, and gradients of `scale * loss`: of the vectors of each chunk, of the objective's parameters."""
+) -> tuple[Tensor, dict[str, Tensor], list[Tensor], Learned, Any]:
+    """Loss, metrics, gradients of `scale * loss` (of the vectors of each chunk, of the objective's parameters), and
+    what the objective gathered."""
     leaves = [output.vectors.detach().requires_grad_() for output in outputs]
     vectors = _assemble(batch, [Embeddings(leaf, out.mask) for leaf, out in zip(leaves, outputs, strict=True)])
     place = batch.place.to(leaves[0].device)
@@ -150,7 +154,7 @@ def _compare(
     learned = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     # an objective of the positives alone does not touch the negatives' vectors
     found = torch.autograd.grad(loss * scale, [*leaves, *learned], allow_unused=True, materialize_grads=True)
-    return loss, metrics, list(found[: len(leaves)]), (learned, list(found[len(leaves) :]))
+    return loss, metrics, list(found[: len(leaves)]), (learned, list(found[len(leaves) :])), gathered
 
 
 def _second_pass(

@@ -288,7 +288,7 @@ class EmbedderTrainer(Trainer):
                 f"out of memory before step 1: the optimizer's state takes {later / 2**20:,.0f} MB beside the weights. "
                 f"{smaller(self.run_config)}"
             ) from None
-        step, forget = functools.partial(self._add_gradient, model), functools.partial(_forget, model)
+        step, forget = functools.partial(self._add_gradient, model), functools.partial(self._forget, model)
         _, halved = self.halving.run(batch, step, forget, last=True)
         del held
         forget()
@@ -310,15 +310,22 @@ class EmbedderTrainer(Trainer):
             self._begin(model)
         last = self.accelerator.sync_gradients
         step = functools.partial(self._add_gradient, model)
-        (loss, metrics), halved = self.halving.run(inputs, step, functools.partial(_forget, model), last)
+        (loss, metrics), halved = self.halving.run(inputs, step, functools.partial(self._forget, model), last)
         if halved:
             self.log(self.halving.budget.logged())
         if last:
             self.engine.reduce(model, self.model.objective)
+            self.model.objective.commit()
             if self._logs_this_step:
                 self.tally.health |= self._gradient_health()
         self.tally.add(metrics, inputs.n_queries * self.args.world_size, inputs.tokens * self.args.world_size)
         return loss / self.current_gradient_accumulation_steps
+
+    def _forget(self, model: nn.Module) -> None:
+        """Drops the gradients that this optimizer step has added, and what the objective would remember of it."""
+        for parameter in model.parameters():
+            parameter.grad = None
+        self.model.objective.forget()
 
     def _add_gradient(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The step of one batch, in its chunks: loss and metrics."""
@@ -690,9 +697,3 @@ class EmbedderTrainer(Trainer):
 def _early_stopping(config: EmbedderConfig) -> list[TrainerCallback]:
     patience = config.training.early_stopping_patience
     return [] if patience is None else [EarlyStoppingCallback(patience, config.training.early_stopping_threshold)]
-
-
-def _forget(model: nn.Module) -> None:
-    """Drops the gradients that this optimizer step has added."""
-    for parameter in model.parameters():
-        parameter.grad = None

@@ -17,12 +17,10 @@ from families import build, items, vectors
 from mmembed.backbones import FAMILIES
 from mmembed.content import to_content
 from mmembed.data.format_base import FORMATS
-from mmembed.data.labels import BatchLabels
-from mmembed.embeddings import Embeddings
 from mmembed.errors import ConfigError
 from mmembed.losses import LOSSES, Loss, Scores
 from mmembed.models.checkpoint import load_checkpoint, save_checkpoint
-from mmembed.objectives import OBJECTIVES, build_objective
+from mmembed.objectives import OBJECTIVES
 from mmembed.pooling import POOLINGS
 from mmembed.preprocess import Item
 from mmembed.prompts import PROMPTS
@@ -165,65 +163,6 @@ def test_a_loss_couples_rows_if_and_only_if_it_says_so(name: str) -> None:
     ]
     apart = torch.cat([loss(half) for half in halves])
     assert loss.couples_rows == (not torch.allclose(apart, loss(given)))
-
-
-# Objectives -----------------------------------------------------------------------------------------------------------
-
-
-def labels(queries: int, per_query: int) -> BatchLabels:
-    """The first document of each query is its positive."""
-    count = queries * per_query
-    keys = torch.arange(count).view(-1, 1).expand(-1, 2)  # (D, 2)
-    return BatchLabels(
-        owner=torch.arange(queries).repeat_interleave(per_query),
-        relevance=torch.tensor([1.0] + [0.0] * (per_query - 1)).repeat(queries),
-        document_keys=keys,
-        query_keys=torch.arange(1000, 1000 + queries),
-        positive_keys=keys[::per_query].unsqueeze(1),
-    )
-
-
-def embeddings(count: int, seed: int) -> Embeddings:
-    made = torch.randn(count, 8, generator=torch.Generator().manual_seed(seed))
-    return Embeddings(made.requires_grad_())
-
-
-@pytest.mark.parametrize("name", OBJECTIVES.classes())
-def test_an_objective_trains_what_goes_in(name: str) -> None:
-    objective, queries, documents = build_objective(name), embeddings(3, 0), embeddings(6, 1)
-    loss, metrics = objective(queries, documents, labels(3, 2))
-    assert loss.shape == () and torch.isfinite(loss)
-    assert metrics and all(value.shape == () and not value.requires_grad for value in metrics.values())
-    loss.backward()
-    learned = [("queries", queries.vectors), ("documents", documents.vectors), *objective.named_parameters()]
-    for what, tensor in learned:
-        assert tensor.grad is not None and torch.isfinite(tensor.grad).all() and tensor.grad.any(), what
-    assert objective.similarity_of(queries, documents).shape == (3, 6)
-    assert objective.reads <= {"relevance", "score"}
-
-
-@pytest.mark.parametrize("name", OBJECTIVES.classes())
-def test_an_objective_can_be_cut_to_nested_dimensions(name: str) -> None:
-    """What matryoshka asks of it: the loss of truncated embeddings, gathered once."""
-    queries, documents = embeddings(3, 0), embeddings(6, 1)
-    whole, _ = build_objective({"type": name, "matryoshka": {"dims": [8, 2]}})(queries, documents, labels(3, 2))
-    of = [
-        build_objective(name)(
-            Embeddings(queries.vectors[:, :size]), Embeddings(documents.vectors[:, :size]), labels(3, 2)
-        )[0]
-        for size in (8, 2)
-    ]
-    torch.testing.assert_close(whole, sum(of))
-
-
-@pytest.mark.parametrize("name", OBJECTIVES.classes())
-def test_an_objective_comes_back_from_its_tensors(name: str) -> None:
-    first, again, queries, documents = build_objective(name), build_objective(name), embeddings(3, 0), embeddings(6, 1)
-    with torch.no_grad():
-        for parameter in first.parameters():
-            parameter.add_(0.1)
-    again.load_state_dict(first.state_dict())
-    assert torch.equal(*(one(queries, documents, labels(3, 2))[0] for one in (first, again)))
 
 
 # Prompts --------------------------------------------------------------------------------------------------------------

@@ -45,11 +45,12 @@ def make_batch(
     in_batch=True,
     ragged=False,
     twins=False,
+    positives=1,
 ):
     """A batch of `count` queries from `first` on, out of `queries`: the slice that one process would get.
 
-    One positive a query; `ragged`: all documents of query 0 are positive; `twins`: the first and the last query
-    have the same positive.
+    The first `positives` documents of a query are positive; `ragged`: all documents of query 0 are positive; `twins`:
+    the first and the last query have the same positive.
     """
     generator = random.Random(seed)
     count = queries - first if count is None else count
@@ -65,7 +66,7 @@ def make_batch(
     if twins:
         keys[-1, 0] = keys[0, 0]
     keys = keys[first : first + count]
-    relevance = torch.tensor([1.0] + [0.0] * (per_query - 1)).repeat(count)
+    relevance = torch.tensor([1.0] * positives + [0.0] * (per_query - positives)).repeat(count)
     if ragged and first == 0:
         relevance[:per_query] = 1.0
     labels = BatchLabels(
@@ -73,7 +74,7 @@ def make_batch(
         relevance=relevance,
         document_keys=keys.reshape(-1, 1).expand(-1, 2),
         query_keys=torch.arange(first, first + count),
-        positive_keys=keys[:, :1, None].expand(-1, -1, 2),
+        positive_keys=keys[:, :positives, None].expand(-1, -1, 2),
         in_batch=in_batch,
     )
     chunks = plan_chunks(rows, chunk_tokens, chunk_rows)

@@ -1,0 +1,201 @@
+"""What every objective promises, asked of each that is registered: a new file is picked up by itself.
+
+What an objective computes is tested beside it, in tests/unit and tests/golden.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from mmembed.data.labels import BatchLabels
+from mmembed.embeddings import Embeddings
+from mmembed.objectives import OBJECTIVES, Objective, build_objective
+from mmembed.training.gradcache import contrastive_step
+from tests.equivalence.toy import SIZE, ToyEncoder, gradients, make_batch, relative
+from tests.runs import in_two_processes
+
+NAMES = list(OBJECTIVES.classes())
+QUERIES, POSITIVES, GROUP = 8, 3, 5
+NO_NEGATIVES = {"alignment", "uniformity"}  # what other pairs do not repel, or only among their own side
+
+
+def build(name: str, **options: object) -> Objective:
+    return build_objective({"type": name, **options}, SIZE)
+
+
+def labels(empty: bool = False, twins: bool = False) -> BatchLabels:
+    """Three positives and two negatives a query. `empty`: query 5 has no positive; `twins`: the first positives of the
+    queries 0 and 1 are one content."""
+    keys = torch.arange(QUERIES * GROUP).view(QUERIES, GROUP) + 100
+    if twins:
+        keys[1, 0] = keys[0, 0]
+    relevance = torch.tensor([1.0] * POSITIVES + [0.0] * (GROUP - POSITIVES)).repeat(QUERIES, 1)
+    if empty:
+        relevance[5] = 0
+    both = keys.unsqueeze(-1).expand(-1, -1, 2)  # (Q, G, 2)
+    return BatchLabels(
+        owner=torch.arange(QUERIES).repeat_interleave(GROUP),
+        relevance=relevance.flatten(),
+        document_keys=both.flatten(0, 1),
+        query_keys=torch.arange(QUERIES),
+        positive_keys=both[:, :POSITIVES],
+        source="letters",
+    )
+
+
+def vectors() -> tuple[Embeddings, Embeddings]:
+    generator = torch.Generator().manual_seed(0)
+    queries, documents = (torch.randn(n, SIZE, generator=generator) for n in (QUERIES, QUERIES * GROUP))
+    return Embeddings(queries.requires_grad_()), Embeddings(documents.requires_grad_())
+
+
+def step(objective: Objective, queries: Embeddings, documents: Embeddings, of: BatchLabels) -> torch.Tensor:
+    """Loss of a step, which the objective then remembers."""
+    gathered = objective.gather(queries, documents, of)
+    loss, _ = objective.compare(gathered)
+    objective.remember(gathered)
+    objective.commit()
+    return loss
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_trains_what_goes_in(name: str) -> None:
+    objective, (queries, documents) = build(name), vectors()
+    step(objective, queries, documents, labels())  # a queue is full only then
+    loss, metrics = objective(queries, documents, labels())
+    assert loss.shape == () and torch.isfinite(loss)
+    assert metrics and all(value.shape == () and not value.requires_grad for value in metrics.values())
+    loss.backward()
+    learned = [("queries", queries.vectors), ("documents", documents.vectors), *objective.named_parameters()]
+    for what, tensor in learned:
+        assert tensor.grad is not None and torch.isfinite(tensor.grad).all() and tensor.grad.any(), what
+    assert objective.similarity_of(queries, documents).shape == (QUERIES, QUERIES * GROUP)
+    assert objective.reads <= {"relevance", "score"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_monitors_see_it(name: str) -> None:
+    objective, (queries, documents) = build(name), vectors()
+    view = objective.view(objective.gather(queries, documents, labels()))
+    assert (
+        view.similarities.shape == view.relevance.shape == view.valid.shape == (QUERIES, len(view.candidates.vectors))
+    )
+    assert (view.valid & (view.relevance > 0)).any(1).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_finite_under_autocast(name: str) -> None:
+    objective, (queries, documents) = build(name), vectors()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = objective(queries, documents, labels())
+    loss.backward()
+    plain, _ = build(name)(queries, documents, labels())
+    assert loss.item() == pytest.approx(plain.item(), rel=0.05)
+    for tensor in (queries.vectors, documents.vectors, *objective.parameters()):
+        assert torch.isfinite(tensor.grad).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_query_without_a_positive_does_no_harm(name: str) -> None:
+    objective, (queries, documents) = build(name), vectors()
+    loss = step(objective, queries, documents, labels(empty=True))
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(queries.vectors.grad).all() and torch.isfinite(documents.vectors.grad).all()
+    assert not queries.vectors.grad[5].any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_equal_vectors_do_no_harm(name: str) -> None:
+    """Collapse, where distances are 0, determinants and variances too."""
+    objective = build(name)
+    queries, documents = torch.ones(QUERIES, SIZE).requires_grad_(), torch.ones(QUERIES * GROUP, SIZE).requires_grad_()
+    loss = step(objective, Embeddings(queries), Embeddings(documents), labels())
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(queries.grad).all() and torch.isfinite(documents.grad).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_content_is_no_negative(name: str) -> None:
+    """Two queries share a positive (with vectors that differ, to see whose gradient is whose): the first is pushed away
+    from the one beside the second only where the labels do not tell."""
+    pushed = []
+    for of in (labels(twins=True), labels()):
+        queries, documents = vectors()
+        build(name)(queries, documents, of)[0].backward()
+        pushed.append((queries.vectors.grad[0] @ documents.vectors.detach()[GROUP]).item())
+    told, untold = pushed
+    assert told <= untold + 1e-7 if name in NO_NEGATIVES else told < untold - 1e-7
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_can_be_cut_to_nested_dimensions(name: str) -> None:
+    """What matryoshka asks of it: the loss of truncated embeddings, gathered once, and a memory of each."""
+    (queries, documents), sizes = vectors(), (SIZE, 2)
+    whole = build(name, matryoshka={"dims": list(sizes)})
+    alone = {size: build(name) for size in sizes}
+    for _ in range(2):  # the second step uses what the first left
+        cut = [step(alone[size], queries.truncate(size), documents.truncate(size), labels()) for size in sizes]
+        torch.testing.assert_close(step(whole, queries, documents, labels()), sum(cut))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_comes_back_from_its_tensors(name: str) -> None:
+    """As the trainer writes them: parameters and memory."""
+    first, again, (queries, documents) = build(name), build(name), vectors()
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter.add_(0.1)
+    step(first, queries, documents, labels())
+    again.load_state_dict(load(save(first.state_dict())))
+    later = Embeddings(queries.vectors.roll(1, 0)), Embeddings(documents.vectors.roll(1, 1)), labels()
+    assert torch.equal(step(first, *later), step(again, *later))
+    assert all(map(torch.equal, first.state_dict().values(), again.state_dict().values()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_taken_again_leaves_no_trace(name: str) -> None:
+    """A comparison, or a step that ran out of memory, changes no memory."""
+    objective, (queries, documents) = build(name), vectors()
+    before = {key: value.clone() for key, value in objective.state_dict().items()}
+    gathered = objective.gather(queries, documents, labels())
+    objective.compare(gathered)
+    objective.remember(gathered)
+    objective.forget()
+    objective.commit()
+    assert all(torch.equal(value, before[key]) for key, value in objective.state_dict().items())
+    step(objective, queries, documents, labels())
+    changed = {key for key, value in objective.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed == {key for key, _ in objective.named_buffers()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("keep_tokens", [0, 40])
+def test_chunks_give_the_gradient_of_the_whole(name: str, keep_tokens: int) -> None:
+    found = []
+    for chunk_tokens, keep in ((10**6, None), (30, keep_tokens)):
+        encoder, objective = ToyEncoder().double(), build(name).double()
+        batch = make_batch(QUERIES, GROUP, chunk_tokens, positives=POSITIVES)
+        for _ in range(2):
+            loss, _ = contrastive_step(encoder, objective, batch, keep)
+            objective.commit()
+        found.append((loss, gradients(encoder, objective)))
+    torch.testing.assert_close(found[1][0], found[0][0])
+    assert relative(found[1][1], found[0][1]) < 1e-9
+
+
+@pytest.fixture(scope="module")
+def of_two_processes() -> dict[str, list[float]]:
+    return json.loads(in_two_processes("tests.contract.two_processes").stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_give_the_gradient_of_one(name: str, of_two_processes) -> None:
+    """Loss, gradient and memory after two steps."""
+    loss, gradient, memory = of_two_processes[name]
+    assert max(loss, gradient, memory) < 1e-9

@@ -1,0 +1,51 @@
+"""Run by torchrun with two processes: name of an objective -> relative errors of loss, gradient and memory after two
+steps, against one process with all queries."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+import torch.distributed as dist
+
+from mmembed.objectives import OBJECTIVES, build_objective
+from mmembed.training.gradcache import contrastive_step, reduce_gradients
+from tests.equivalence.toy import SIZE, ToyEncoder, gradients, make_batch, relative
+
+QUERIES = 12
+
+
+def two_steps(name, first=0, count=QUERIES, chunk_tokens=10**6):
+    """Loss of the second step, gradients of both, memory; averaged over processes where there are some."""
+    encoder, objective = ToyEncoder().double(), build_objective(name, SIZE).double()
+    for seed in (0, 1):
+        batch = make_batch(QUERIES, 5, chunk_tokens, seed=seed, first=first, count=count, positives=3)
+        loss, _ = contrastive_step(encoder, objective, batch, keep_tokens=30)
+        objective.commit()
+    reduce_gradients([*encoder.parameters(), *objective.parameters()])
+    memory = [value.double().flatten() for _, value in objective.named_buffers()]
+    return loss, gradients(encoder, objective), torch.cat(memory) if memory else torch.ones(1)
+
+
+def main() -> None:
+    names = list(OBJECTIVES.classes())
+    expected = {name: two_steps(name) for name in names}
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    report = {}
+    for name in names:
+        # 6 queries each, in chunks of different sizes: the processes run a different number of forwards
+        loss, gradient, memory = two_steps(name, 6 * rank, 6, 20 + 30 * rank)
+        alone, gradient_alone, memory_alone = expected[name]
+        report[name] = (0.0, relative(gradient, gradient_alone), relative(memory, memory_alone))
+        dist.all_reduce(loss)
+        report[name] = (abs(loss.item() / 2 - alone.item()) / abs(alone.item()), *report[name][1:])
+    if rank == 0:
+        print(json.dumps(report), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

@@ -1,0 +1,18 @@
+"""The examples in the docstrings of losses and objectives give what they say."""
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+
+MODULES = [
+    f"{package}.{module.name}"
+    for package in ("mmembed.losses", "mmembed.objectives")
+    for module in pkgutil.iter_modules(importlib.import_module(package).__path__)
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name: str) -> None:
+    assert not doctest.testmod(importlib.import_module(name)).failed
