@@ -31,8 +31,10 @@ class Pairs:
     further: (F, N, E), the next positives, as many as the objective asks for.
     negatives: (N, H, E), the hard negatives, of an objective that takes them; else H is 0.
     has_negative: (N, H) bool; false on padding, and on what equals the query or a positive of it.
+    negative_keys: (N, H, 2) int64, hashes of content and id of each.
     query_keys: (N,) int64, hashes of the queries' contents.
     view_keys: (N, 1 + F, 2) int64, hashes of content and id of each positive.
+    positive_keys: (N, P, 2) int64, of the documents known to be relevant, drawn or not.
     same: (N, N) bool, true where two pairs share a content or a class, or one knows the other's positive as its own:
         they are no negatives of each other. True on the diagonal.
     local: rows of this process.
@@ -44,8 +46,10 @@ class Pairs:
     further: Tensor
     negatives: Tensor
     has_negative: Tensor
+    negative_keys: Tensor
     query_keys: Tensor
     view_keys: Tensor
+    positive_keys: Tensor
     same: Tensor
     local: slice
     left_out: float = 0.0
@@ -59,6 +63,14 @@ class Pairs:
     def unit_views(self) -> Tensor:
         """Query, positive and the further ones on the unit sphere, (2 + F, N, E)."""
         return functional.normalize(torch.cat([torch.stack([self.queries, self.positives]), self.further]), dim=-1)
+
+    def knows(self, keys: Tensor) -> Tensor:
+        """(M, 2) keys of documents -> (N, M) bool: a positive of the pair, or its query."""
+        known = self.query_keys[:, None] == keys[None, :, 0]
+        for positive in (*self.view_keys.unbind(1), *self.positive_keys.unbind(1)):  # (N, 2) each
+            for column in (0, 1):
+                known |= positive[:, None, column] == keys[None, :, column]
+        return known
 
 
 class Aligned(Objective):
@@ -106,9 +118,10 @@ class Aligned(Objective):
         views = torch.tensor([groups[query][0][: self.positives] for query in found], dtype=torch.long, device=device)
         views = views.view(-1, self.positives)  # (n, 1 + F)
         vectors = gather_rows(documents.vectors[views], counts)  # (N, 1 + F, E)
-        negatives, has_negative = self._negatives(documents.vectors, labels, rows, groups, counts)
+        negatives, has_negative, negative_keys = self._negatives(documents.vectors, labels, rows, groups, counts)
         query_keys = gather_rows(labels.query_keys[rows], counts)
         view_keys = gather_rows(labels.document_keys[views], counts)
+        positive_keys = gather_positive_keys(labels.positive_keys[rows], counts)
         start = sum(counts[: world()[0]]) if len(counts) > 1 else 0
         return Pairs(
             queries=gather_rows(queries.vectors[rows], counts),
@@ -116,9 +129,11 @@ class Aligned(Objective):
             further=vectors[:, 1:].transpose(0, 1),
             negatives=negatives,
             has_negative=has_negative,
+            negative_keys=negative_keys,
             query_keys=query_keys,
             view_keys=view_keys,
-            same=same_content(query_keys, view_keys, gather_positive_keys(labels.positive_keys[rows], counts)),
+            positive_keys=positive_keys,
+            same=same_content(query_keys, view_keys, positive_keys),
             local=slice(start, start + len(found)),
             left_out=1 - sum(counts) / max(with_any, 1),
         )
@@ -138,11 +153,12 @@ class Aligned(Objective):
 
     def _negatives(
         self, vectors: Tensor, labels: BatchLabels, rows: Tensor, groups: list[Group], counts: list[int]
-    ) -> tuple[Tensor, Tensor]:
-        """Documents (D, E), queries (n,) of this process -> hard negatives (N, H, E) of all, (N, H) bool."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Documents (D, E), queries (n,) of this process -> of all: hard negatives (N, H, E), which exist (N, H), their
+        keys (N, H, 2)."""
         if not self.takes_negatives:
-            queries = sum(counts)
-            return vectors.new_zeros(queries, 0, vectors.shape[1]), rows.new_zeros(queries, 0, dtype=torch.bool)
+            none = rows.new_zeros(sum(counts), 0, 2)  # (N, 0, 2)
+            return vectors.new_zeros(sum(counts), 0, vectors.shape[1]), none[..., 0].bool(), none
         mine = [groups[query][1] for query in rows.tolist()]
         most = max(gather_counts(max(map(len, mine), default=0), rows.device))
         padded = [row + [-1] * (most - len(row)) for row in mine]
@@ -156,7 +172,7 @@ class Aligned(Objective):
                 f"objective '{self.name}' needs hard negatives, source '{labels.source}' gives none; add negatives to "
                 "the records and raise data.train_group_size"
             )
-        return gather_rows(vectors[index], counts), exists
+        return gather_rows(vectors[index], counts), exists, gather_rows(keys, counts)
 
     def truncate(self, gathered: Pairs, size: int) -> Pairs:
         return replace(

@@ -16,13 +16,21 @@ from mmembed.data.labels import BatchLabels
 from mmembed.embeddings import Embeddings
 from mmembed.objectives import build_objective
 from mmembed.objectives.alignment import distance
+from mmembed.objectives.alip import agreement, gates
 from mmembed.objectives.amcl import multi_head
 from mmembed.objectives.cacr import attraction, repulsion
+from mmembed.objectives.cleanclip import clean_terms
 from mmembed.objectives.contrastive_gap import gap_terms
 from mmembed.objectives.cwcl import similarity_weights, weighted_contrast
+from mmembed.objectives.degla import global_term, grounded
+from mmembed.objectives.dreamlip import multi_caption
 from mmembed.objectives.gram import volumes
+from mmembed.objectives.hycd import distillation
+from mmembed.objectives.isogclr import State, robust
 from mmembed.objectives.mv_dhel import decoupled
 from mmembed.objectives.mv_infonce import ratios
+from mmembed.objectives.negative_queue import against_queue
+from mmembed.objectives.rafa import random_alignment
 from mmembed.objectives.softmax import both_ways, info_nce
 from mmembed.objectives.supcon import supcon
 from mmembed.objectives.uniformity import potential
@@ -226,3 +234,173 @@ def test_whitened_views_are_summed() -> None:
     scale = 1 / of["params"]["temperature"]
     anchor, *views = on_sphere(z1, z2, z3)
     check(of, sum(info_nce(anchor @ view.T * scale, apart(3)).mean() for view in views), z1=z1)
+
+
+def test_rafa() -> None:
+    of = entry("clip-refine", "RaFA")
+    image, text, reference = inputs(of, "image", "text", "reference")
+    check(of, random_alignment(image, text, reference.detach()), image=image, text=text)
+
+
+def test_hycd() -> None:
+    of = entry("clip-refine", "HyCD")
+    image, text, teacher_image, teacher_text = inputs(of, "image", "text", "teacher_image", "teacher_text")
+    teacher = (teacher_image @ teacher_text.T).detach()
+    loss = distillation(image @ text.T, teacher, apart(3), of["params"]["alpha"], of["params"]["T"])
+    check(of, loss, image=image, text=text)
+
+
+def test_clip_refine() -> None:
+    of = entry("clip-refine", "CLIP-Refine total")
+    image, text, reference, *teacher = inputs(of, "image", "text", "reference", "teacher_image", "teacher_text")
+    theirs = (teacher[0] @ teacher[1].T).detach()
+    loss = random_alignment(image, text, reference.detach()) + distillation(image @ text.T, theirs, apart(3))
+    check(of, loss, image=image, text=text)
+
+
+def test_cleanclip() -> None:
+    (of,) = GOLDEN["cleanclip"]
+    image, text, image_augmented, text_augmented = inputs(of, "image", "text", "image_aug", "text_aug")
+    views = torch.stack([image, text, image_augmented, text_augmented])
+    check(of, sum(clean_terms(views, apart(3), 1 / of["params"]["temperature"])), image=image, text=text)
+    agrees(of, through("cleanclip", image, text, image_augmented, text_augmented))
+
+
+def captions_of(of: dict, texts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Captions first, then the negatives of each -> (N, E), (N, H, E)."""
+    count = len(texts) // (1 + of["params"]["negatives_per_caption"])
+    return texts[:count], texts[count:].unflatten(0, (count, -1))
+
+
+def test_negclip() -> None:
+    (of,) = GOLDEN["negclip"]
+    image, texts = inputs(of, "image", "texts")
+    captions, negatives = captions_of(of, texts)
+    wrong = torch.zeros(2, 4, dtype=torch.bool)
+    loss = global_term(image, captions, negatives, apart(2), wrong, 1 / of["params"]["temperature"])
+    check(of, loss, image=image, texts=texts)
+    agrees(of, through("negclip", image, captions, negatives=negatives))
+
+
+def test_degla() -> None:
+    by_image, by_text = entry("degla", "image-grounded contrast"), entry("degla", "text-grounded contrast")
+    image, texts = inputs(by_image, "image", "texts")
+    captions, negatives = captions_of(by_image, texts)
+    exists = torch.ones(2, 2, dtype=torch.bool)
+    loss = grounded(image, captions, negatives, exists, 1 / by_image["params"]["temperature"])
+    check(by_image, loss, image=image, texts=texts)
+    texts, teacher = inputs(by_text, "texts", "teacher_caption")
+    captions, negatives = captions_of(by_text, texts)
+    loss = grounded(captions, teacher.detach(), negatives, exists, by_text["params"]["scale"])
+    check(by_text, loss, texts=texts)
+    weightless = through(
+        {"type": "degla", "image_grounded": 1.0, "text_grounded": 0.0}, image, captions, negatives=negatives
+    )
+    expected = GOLDEN["negclip"][0]["loss"] + by_image["loss"]
+    assert weightless.item() == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_alip() -> None:
+    (of,) = GOLDEN["alip"]
+    image, text, caption = inputs(of, "image", "raw_text", "synthetic_caption")
+    views = torch.stack([image, text, caption])
+    decay, scale = of["params"]["ema"], 1 / of["params"]["temperature"]
+    found = agreement(views)
+    weights = gates(found, decay * of["params"]["H_init"] + (1 - decay) * found.mean(1), of["params"]["gamma"])
+    for name, weight in zip(("w_sample", "w_raw", "w_caption"), weights, strict=True):
+        assert weight.tolist() == pytest.approx(of["expected"][name], abs=TOLERANCE), name
+    sample, raw, synthetic = weights
+    terms = raw * both_ways(image @ text.T * scale, apart(3)) + synthetic * both_ways(
+        image @ caption.T * scale, apart(3)
+    )
+    check(of, (sample * terms).mean(), image=image)
+    agrees(of, through("alip", image, text, caption))
+
+
+def test_dreamlip() -> None:
+    (of,) = GOLDEN["dreamlip"]
+    image, captions = inputs(of, "image", "sub_captions")
+    loss = multi_caption(image, captions, apart(3), 1 / of["params"]["temperature"])
+    check(of, loss, image=image, sub_captions=captions)
+    agrees(of, through("dreamlip", image, *captions.unbind(1)))
+
+
+def test_tcl_within_a_modality() -> None:
+    of = entry("tcl", "intra-modal contrastive term")
+    feat, augmented, queue = inputs(of, "feat", "feat_momentum_aug", "queue")
+    unknown = torch.zeros(3, 3, dtype=torch.bool)
+    loss = against_queue(feat, augmented, queue, apart(3), unknown, 1 / of["params"]["temperature"])
+    check(of, loss, feat=feat)
+
+
+def test_isogclr_visits() -> None:
+    """Two visits: losses, gradients, running normalisers and temperatures."""
+    first, second = GOLDEN["isogclr"]
+    options = {
+        "temperature": first["params"]["tau_init"],
+        "gamma": first["params"]["gamma"],
+        "rho": first["params"]["rho"],
+        "eta": first["params"]["eta"],
+        "beta": first["params"]["beta"],
+        "lowest": first["params"]["tau_min"],
+        "highest": first["params"]["tau_max"],
+    }
+    objective = build_objective({"type": "isogclr", **options}).double()
+    taus = []
+    for of, names in ((first, ("q", "p")), (second, ("img", "txt"))):
+        image, text = inputs(of, "img", "txt")
+        gathered = objective.gather(Embeddings(image), Embeddings(text), one_positive(3))
+        agrees(of, objective.compare(gathered)[0])
+        scores, states = image @ text.T, objective.recall(gathered)
+        both = [
+            robust(one, apart(3), state, options["gamma"])[0]
+            for one, state in zip((scores, scores.T), states, strict=True)
+        ]
+        check(of, sum(both).mean() / 2, **dict(zip(names, (image, text), strict=True)))
+        objective.remember(gathered)
+        objective.commit()
+        rows, known = objective.memory.find(torch.arange(3) + 3 * 1_000_003)  # of size 3
+        assert known.all()
+        assert rows[:, 0].exp().tolist() == pytest.approx(of["expected"]["u_img"], rel=TOLERANCE)
+        taus.append((rows[:, 1].tolist(), rows[:, 4].tolist()))
+    assert taus[0][0] == pytest.approx(first["expected"]["tau_img_next"], abs=TOLERANCE)
+    assert taus[0][0] == pytest.approx(second["expected"]["tau_img_used"], abs=TOLERANCE)
+    assert taus[0][1] == pytest.approx(second["expected"]["tau_txt_used"], abs=TOLERANCE)
+
+
+def test_isogclr_does_not_overflow_at_its_lowest_temperature() -> None:
+    """e^(2 / .005) is no float; the weights are."""
+    state = State(torch.zeros(2), torch.full((2,), 0.005), torch.zeros(2), torch.zeros(2, dtype=torch.bool))
+    scores = torch.tensor([[-1.0, 1.0], [1.0, -1.0]], requires_grad=True)
+    surrogate, log_u, _ = robust(scores, apart(2), state, 0.8)
+    surrogate.sum().backward()
+    assert torch.isfinite(scores.grad).all() and log_u.tolist() == pytest.approx([400.0, 400.0])
+
+
+@pytest.mark.parametrize("of", GOLDEN["contriever"] + GOLDEN["esimcse"], ids=lambda of: of["name"])
+def test_negative_queue(of) -> None:
+    in_batch = "z" in of["inputs"]
+    query, key = ("z", "z_repeated") if in_batch else ("q", "k")
+    queries, keys, queue = inputs(of, query, key, "queue")
+    block = {
+        "type": "negative_queue",
+        "temperature": of["params"]["temperature"],
+        "size": len(queue),
+        "in_batch": in_batch,
+        "label_smoothing": of["params"].get("label_smoothing", 0.0),
+    }
+    objective = build_objective(block, 3).double()
+    objective.queue.put(queue.detach(), torch.arange(len(queue) * 2).view(-1, 2) - 100)
+    agrees(of, objective(Embeddings(queries), Embeddings(keys), one_positive(3))[0])
+    same, known = apart(3) if in_batch else torch.ones(3, 3, dtype=torch.bool), torch.zeros(3, len(queue)).bool()
+    sides = on_sphere(queries, keys) if in_batch else (queries, keys)  # MoCo's own code has unit vectors already
+    scale, smoothing = 1 / of["params"]["temperature"], block["label_smoothing"]
+    named = {query: queries, key: keys}
+    loss = against_queue(*sides, queue.detach(), same, known, scale, smoothing)
+    check(of, loss, **{name: named[name] for name in of["grad_norms"]})
+
+
+def one_positive(count: int) -> BatchLabels:
+    keys = torch.arange(count).view(-1, 1).expand(-1, 2) + 1000
+    position = torch.arange(count)
+    return BatchLabels(position, torch.ones(count), keys, position, keys.unsqueeze(1), source="golden")

@@ -1,0 +1,63 @@
+"""Hybrid contrastive distillation: the target is between the pair itself and what a teacher sees (HyCD of CLIP-Refine).
+
+L = mean over both directions and i of KL( alpha onehot_i + (1 - alpha) softmax(t_i / T) || softmax(x_i.y / T) ),
+
+with the teacher's similarities t_i (arXiv 2504.12717). Raw cosines, without CLIP's scale, as in the released code.
+Pairs of one content are left out of both softmaxes.
+
+The teacher there is the frozen model that training starts from; the trainer holds one model, so ours is the student
+itself without a gradient: the same in the first step, and close to it at the paper's rate of 1e-6 for one epoch. It
+then drifts with the student, which weakens what the term preserves; `distillation` takes a real teacher's vectors.
+Cost: (N, N) floats four times.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mmembed.objectives.aligned import Aligned, Pairs
+from mmembed.objectives.softmax import log_shares
+
+
+class HyCD(Aligned):
+    """Distillation of the batch's own similarities, mixed with which pairs belong together.
+
+    Args:
+        alpha: share of the pair itself in the target; 0.5 in the paper.
+        temperature: of both softmaxes; 1 in the paper.
+    """
+
+    name = "hycd"
+    least_pairs = 2
+    contrasts = True
+
+    def __init__(
+        self, alpha: Annotated[float, Field(ge=0, le=1)] = 0.5, temperature: Annotated[float, Field(gt=0)] = 1.0
+    ) -> None:
+        super().__init__()
+        self.alpha, self.temperature = alpha, temperature
+
+    def term(self, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
+        queries, positives = pairs.unit
+        scores = queries @ positives.T  # (N, N)
+        return distillation(scores, scores.detach(), pairs.same, self.alpha, self.temperature), {}
+
+
+def distillation(scores: Tensor, teacher: Tensor, same: Tensor, alpha: float = 0.5, temperature: float = 1.0) -> Tensor:
+    """(N, N) similarities of student and teacher, (N, N) bool -> scalar.
+
+    >>> distillation(torch.eye(2), torch.eye(2), torch.eye(2).bool(), alpha=0.0)
+    tensor(0.)
+    """
+    itself = torch.eye(len(scores), dtype=scores.dtype, device=scores.device)
+    directions = []
+    for ours, theirs, alike in ((scores, teacher, same), (scores.T, teacher.T, same.T)):
+        valid = ~alike | itself.bool()
+        target = alpha * itself + (1 - alpha) * log_shares(theirs / temperature, valid).exp()
+        shares = log_shares(ours / temperature, valid)
+        directions.append((torch.special.xlogy(target, target) - target * shares).sum(1).mean())
+    return torch.stack(directions).mean()

@@ -1,0 +1,47 @@
+"""CLIP with hard negative captions: wrong word order, wrong attribute, wrong relation (NegCLIP, arXiv 2210.01936).
+
+L = 1/2 ( InfoNCE(image -> captions and all negative captions) + InfoNCE(caption -> images) )
+
+That is `contrastive`, symmetric, on records whose negatives are such captions. A negative that equals a positive of the
+query (nothing in it could be swapped) is masked out. Records for it come from swaps of words (nouns, adjectives, verb
+phrases); the paper's batches also hold the nearest pictures of each picture. Cost: that of `contrastive`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mmembed.data.labels import BatchLabels
+from mmembed.embeddings import Embeddings
+from mmembed.errors import ConfigError
+from mmembed.objectives.contrastive import Contrastive, Gathered
+from mmembed.objectives.gather import gather_counts
+
+
+class NegCLIP(Contrastive):
+    """Symmetric InfoNCE whose forward direction also sees the hard negatives of all queries.
+
+    Args:
+        temperature: 0.07 (CLIP's start; learned there: `{value: 0.07, learn: true}`).
+        similarity: as in `contrastive`.
+    """
+
+    name = "negclip"
+
+    def __init__(self, temperature: float | Mapping[str, Any] = 0.07, similarity: str | None = None) -> None:
+        super().__init__(temperature=temperature, similarity=similarity, symmetric=True)
+
+    def gather(self, queries: Embeddings, documents: Embeddings, labels: BatchLabels) -> Gathered:
+        """Raises ConfigError where the source forbids in-batch negatives, or gives no hard ones."""
+        if not labels.in_batch:
+            raise ConfigError(
+                f"objective 'negclip': the pairs of a batch are negatives of each other, but source '{labels.source}' "
+                "has in_batch_negatives: false; train it with another objective"
+            )
+        if not sum(gather_counts(int((labels.relevance <= 0).sum()), labels.relevance.device)):
+            raise ConfigError(
+                f"objective 'negclip' needs hard negatives, source '{labels.source}' gives none; add negatives to the "
+                "records and raise data.train_group_size, or use contrastive with symmetric: true"
+            )
+        return super().gather(queries, documents, labels)
