@@ -30,6 +30,7 @@ from mmembed.content import Content, Image, Role, Text
 from mmembed.errors import ConfigError, nearest
 
 PICTURES_AT_ONCE = 256  # decoded 320-pixel pictures: about 80 MB
+NO_TEXT = "."  # mteb wants a vector of every document, Embedder.encode takes no blank one
 
 
 class Encodes(Protocol):
@@ -140,9 +141,9 @@ def _contents(batch: Mapping[str, Any]) -> list[Content]:
     contents: list[Content] = []
     for row in range(size):
         image = images[row] if images is not None else None
-        text = texts[row] if texts is not None else ""
+        text = texts[row].strip() if texts is not None else ""
         parts: list[Image | Text] = [Image(image)] if image is not None else []
         if text or not parts:
-            parts.append(Text(text or " "))
+            parts.append(Text(texts[row] if text else NO_TEXT))
         contents.append(tuple(parts))
     return contents

@@ -1,11 +1,13 @@
 """Shared fixtures: tiny backbones, built once a session and process."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported, which reads it once
 sys.path.insert(0, str(Path(__file__).parent))  # `from families import ...` in every test folder
 
 

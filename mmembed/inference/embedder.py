@@ -369,8 +369,8 @@ def _progress(total: int, show: bool | None) -> tqdm[Any]:
 
 def _item(value: ContentLike, role: Role, instruction: str | None) -> Item:
     content = to_content(value)
-    if all(isinstance(part, Text) and not part.text for part in content):
-        raise MmembedError("an empty text has nothing to embed; drop it, or give it a text or an image")
+    if any(isinstance(part, Text) and not part.text.strip() for part in content):  # as of records
+        raise MmembedError("an empty text has nothing to embed; leave it out, or drop the content")
     own = value.get("instruction") if isinstance(value, Mapping) else None
     return Item(content, role, instruction if own is None else own)
 

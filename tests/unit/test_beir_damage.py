@@ -32,8 +32,30 @@ def read(folder, on_bad_record, corpus=CORPUS, queries=QUERIES, qrels=QRELS):
         ({"qrels": QRELS + "q1 d2 1\n"}, "train.tsv:4: 1 columns", {"not a judgement": 1}, 2),
         ({"qrels": QRELS + "q1\td\xe9\t1\n"}, "train.tsv:4", {"missing document": 1}, 1),
         ({"queries": [*QUERIES, {"text": "no id"}]}, "queries.jsonl:3: there is no '_id'", {"missing key": 1}, 2),
-        ({"corpus": [{"_id": "d1", "text": 5}, CORPUS[1]]}, "'text' of document 'd1'", {"not a string": 1}, 1),
-        ({"corpus": [{"_id": "d1", "image": ["p"]}, CORPUS[1]]}, "'image' of document 'd1'", {"not a string": 1}, 1),
+        (
+            {"corpus": [{"_id": "d1", "text": 5}, CORPUS[1]]},
+            "corpus.jsonl:1: 'text' of document 'd1'",
+            {"not a string": 1},
+            1,
+        ),
+        (
+            {"corpus": [{"_id": "d1", "image": ["p"]}, CORPUS[1]]},
+            "corpus.jsonl:1: 'image' of document 'd1'",
+            {"not a string": 1},
+            1,
+        ),
+        (
+            {"corpus": [CORPUS[0], {"_id": "d2", "title": " ", "text": ""}]},
+            "corpus.jsonl:2: document 'd2' has an empty text",
+            {"empty text": 1},
+            1,
+        ),
+        (
+            {"corpus": [CORPUS[0], {"_id": "d2", "image": "p"}], "queries": [QUERIES[0], {**QUERIES[1], "image": "p"}]},
+            "train.tsv:3: document 'd2' has nothing but the query's own picture",
+            {"same picture": 1},
+            1,
+        ),
         (
             {"queries": [{"_id": "q1", "image": 7}, QUERIES[1]]},
             "queries.jsonl:1: 'image' of the query",

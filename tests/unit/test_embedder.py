@@ -161,6 +161,8 @@ def test_roles_and_instructions(family_folder):
     ("bad", "message"),
     [
         ("", "an empty text"),
+        (" \n", "an empty text"),
+        ({"image": picture(0), "text": " "}, "an empty text"),
         (3, "cannot read a int"),
         ({"text": "x", "imgae": "y.png"}, "did you mean 'image'"),
         ({"image": "there-is-none.png"}, "no such file"),

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import mteb
 import numpy as np
+import PIL.Image
 import pytest
 
 from eval import run
 from eval.baselines import BM25, MiniLM, words
 from eval.files import read_jsonl
-from eval.mteb_adapter import Instructions, MtebEncoder
+from eval.mteb_adapter import Instructions, MtebEncoder, _contents
 from eval.mteb_tasks import build_task
 from eval.tasks.local import LANGUAGES, ROWS, available, select
 from mmembed import metrics
@@ -122,6 +123,13 @@ def test_sides_modalities_and_instructions_reach_the_model():
     trigrams, model = encoder()
     evaluate(model, "stsb-en")
     assert [role for role, _, _ in trigrams.calls] == ["query", "query"]
+
+
+def test_a_blank_text_of_a_task_is_a_content_that_can_be_encoded():
+    """mteb wants as many vectors as documents; Embedder.encode refuses blank texts."""
+    image = PIL.Image.new("RGB", (8, 8))
+    assert _contents({"text": [" ", "a "]}) == [(Text("."),), (Text("a "),)]
+    assert _contents({"text": ["\n"], "image": [image]}) == [(Image(image),)]
 
 
 def test_sentence_pairs_equal_our_spearman():

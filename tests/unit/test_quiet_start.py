@@ -34,3 +34,10 @@ def test_adapters_are_built_without_a_warning(family_folder, recwarn) -> None:
         family_folder("qwen3"), adapter={"type": "lora", "r": 2, "alpha": 4, "dropout": 0.0, "target_modules": "auto"}
     )
     assert [str(warning.message) for warning in recwarn if warning.category is FutureWarning] == []
+
+
+def test_tests_do_not_ask_the_hub() -> None:
+    """Also where pytest is started alone, without the Makefile's environment."""
+    from huggingface_hub import constants
+
+    assert constants.HF_HUB_OFFLINE

@@ -1,7 +1,7 @@
 """BEIR folders, with pictures: corpus.jsonl, queries.jsonl, qrels/{split}.tsv, and images.parquet beside them.
 
 One record a judged query: its documents are the judged ones, in the order of the qrels, with their grades; a grade of 0
-is a labelled negative. The corpus is not loaded: only the places of the judged documents are kept (about 200 bytes a
+is a labelled negative. The corpus is not loaded: only the places of the judged documents are kept (220 bytes a
 document), so the memory follows the judgements and not the corpus.
 """
 
@@ -63,7 +63,7 @@ class Beir(Format):
                     if not rows or not self._wanted(row, where):
                         continue
                     matched = True
-                    yield self._record(row, rows, places, corpus, path / "images.parquet", where)
+                    yield self._record(row, rows, places, corpus, path, where)
                 except RecordError as error:
                     yield error
         if not matched:
@@ -93,12 +93,12 @@ class Beir(Format):
         self,
         query: RawRecord,
         rows: list[tuple[str, str, str]],
-        places: dict[str, int],
+        places: dict[str, tuple[int, int]],
         corpus: BinaryIO,
-        table: Path,
+        folder: Path,
         where: str,
     ) -> RawRecord:
-        documents = []
+        documents, table = [], folder / "images.parquet"
         for document_id, grade, line in rows:
             relevance = _grade(grade, line)
             if relevance == 0 and not self.negatives_from_zero_scores:
@@ -107,12 +107,15 @@ class Beir(Format):
                 raise RecordError(
                     line, f"document '{document_id}' is not in corpus.jsonl", "Correct the id", "missing document"
                 )
-            corpus.seek(places[document_id])
+            offset, number = places[document_id]
+            corpus.seek(offset)
             document = json.loads(corpus.readline())
-            what = f"document '{document_id}' of corpus.jsonl"
-            title, body, image = (_string(document, key, what, line) for key in ("title", "text", "image"))
+            what, at = f"document '{document_id}'", f"{folder / 'corpus.jsonl'}:{number}"
+            title, body, image = (_string(document, key, what, at) for key in ("title", "text", "image"))
             shown = None if image == query.get("image") else image
-            text = " ".join(filter(None, (title, body)))
+            text = " ".join(part for part in (title, body) if part is not None and part.strip())
+            if not text and shown is None:
+                raise _empty(what, at if image is None else line, image)
             content = _content(text, shown, table)
             documents.append({"content": content, "relevance": relevance, "id": document_id})
         asked, image = (_string(query, key, "the query", where) for key in ("text", "image"))
@@ -127,6 +130,15 @@ def _content(text: str | None, image: str | None, table: Path) -> Any:
     return {"image": reference, "text": text} if text else {"image": reference}
 
 
+def _empty(what: str, where: str, image: str | None) -> RecordError:
+    """Of a document without content, or of one whose only content its query shows."""
+    if image is None:
+        return RecordError(
+            where, f"{what} has an empty text and no picture", "Correct or remove the line", "empty text"
+        )
+    return RecordError(where, f"{what} has nothing but the query's own picture", "Remove the judgement", "same picture")
+
+
 def _string(row: RawRecord, key: str, what: str, where: str) -> str | None:
     value = row.get(key)
     if value is not None and not isinstance(value, str):
@@ -135,9 +147,10 @@ def _string(row: RawRecord, key: str, what: str, where: str) -> str | None:
     return value
 
 
-def _places(path: Path, wanted: set[str], bad: list[RecordError]) -> dict[str, int]:
-    """Document id -> byte offset of its line, for the wanted documents. Lines that cannot be read go to `bad`."""
-    places: dict[str, int] = {}
+def _places(path: Path, wanted: set[str], bad: list[RecordError]) -> dict[str, tuple[int, int]]:
+    """Document id -> (byte offset, number) of its line, for the wanted documents. Lines that cannot be read go to
+    `bad`."""
+    places: dict[str, tuple[int, int]] = {}
     offset = 0
     with existing(path).open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -149,7 +162,7 @@ def _places(path: Path, wanted: set[str], bad: list[RecordError]) -> dict[str, i
                     bad.append(RecordError(f"{path}:{number}", found, "Correct or remove the line", "not a document"))
             else:
                 if document_id in wanted:
-                    places[document_id] = offset
+                    places[document_id] = offset, number
             offset += len(line)
     return places
 
