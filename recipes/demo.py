@@ -37,7 +37,6 @@ TASKS = (
     "squad-en", "openstax-glossary", "mbpp", "odex", "xquad/de",
     "openstax-figures", "noto-emoji/en", "story-pages/en", "tech-figures", "vega-charts", "stsb-en",
 )  # fmt: skip
-BASELINES = ("bm25", "minilm")
 SAMPLE_SECONDS = 0.25
 
 
@@ -90,17 +89,16 @@ def steps(options: argparse.Namespace) -> dict[str, tuple[str, list[str]]]:
     """name -> (what it does, arguments of python)."""
     output, trained = options.output, options.output / "embedder"
 
-    def evaluation(name: str, models: Sequence[str]) -> list[str]:
-        return ["-m", "eval.run", "--model", *models, "--data-root", options.data_root, "--tasks", *options.tasks,
+    def evaluation(name: str, model: str, *flags: str) -> list[str]:
+        return ["-m", "eval.run", "--model", model, *flags, "--data-root", options.data_root, "--tasks", *options.tasks,
                 "--output", str(output / f"{name}.json"), "--rankings", str(output / name)]  # fmt: skip
 
     training = ["-m", "recipes.train_embedder", "--config", options.config, f"model.name_or_path={options.model}",
                 f"data.root={options.data_root}", f"training.output_dir={trained}", *options.overrides]  # fmt: skip
     return {
-        "before": ("Measuring the model as it is, beside BM25 and MiniLM",
-                   evaluation("before", (options.model, *BASELINES))),
+        "before": ("Measuring the model as it is, beside BM25 and MiniLM", evaluation("before", options.model)),
         "training": ("Fine-tuning it on texts and pictures", training),
-        "after": ("Measuring the fine-tuned model", evaluation("after", (str(trained),))),
+        "after": ("Measuring the fine-tuned model", evaluation("after", str(trained), "--no-baselines")),
     }  # fmt: skip
 
 

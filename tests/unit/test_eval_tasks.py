@@ -238,13 +238,34 @@ def test_command_writes_results_with_provenance(tmp_path, capsys):
     assert "mbpp" in printed and f"{mbpp['scores']['bm25']['main']:.3f}" in printed
 
 
+@pytest.mark.parametrize(
+    ("flags", "tasks", "expected"),
+    [
+        (["x"], ["mbpp", "vega-charts"], ["bm25", "minilm"]),
+        (["x"], ["stsb-en"], ["minilm"]),
+        (["x"], ["vega-charts"], []),
+        (["x", "minilm"], ["mbpp"], ["bm25"]),
+        (["x", "--no-baselines"], ["mbpp"], []),
+        (["minilm"], ["mbpp"], []),
+    ],
+)
+def test_baselines_stand_beside_a_model(flags, tasks, expected):
+    options = run.parse(["--model", *flags])
+    assert run.usual_baselines(options, select(ROWS, tasks)) == expected
+
+
+def test_baselines_cannot_be_left_out_and_named(capsys):
+    assert run.main(["--model", "bm25", "--no-baselines", "--tasks", "mbpp"]) == 2
+    assert "--no-baselines: no effect where only bm25" in capsys.readouterr().err
+
+
 def test_a_second_evaluation_reads_the_features_of_the_first(tmp_path):
     """Same scores, and nothing is added to the store."""
     numbers, sizes = [], []
     for turn in range(2):
         output, cache = tmp_path / f"{turn}.json", tmp_path / "cache"
         command = ["--model", "mmembed-nano", "--tasks", "vega-charts", "--output", str(output), "--dtype", "float32"]
-        assert run.main([*command, "--vision-cache", str(cache)]) == 0
+        assert run.main([*command, "--vision-cache", str(cache), "--no-baselines"]) == 0
         numbers.append(json.loads(output.read_text())["tasks"]["vega-charts"]["scores"]["mmembed-nano"]["main"])
         sizes.append(sum(file.stat().st_size for file in cache.glob("*/*.features")))
     assert numbers[0] == numbers[1] and sizes[0] == sizes[1] > 0
@@ -304,6 +325,8 @@ def test_multi_vector_models_rank_by_late_interaction_and_are_spared_the_rest(fa
     results = json.loads(output.read_text())
     scores = {name: entry["scores"][str(folder)] for name, entry in results["tasks"].items()}
     assert scores["stsb-en"] is None and results["models"][str(folder)]["multi_vector"]
+    assert list(results["models"]) == [str(folder), "minilm"]  # BM25 can do neither of these
+    assert results["tasks"]["stsb-en"]["scores"]["minilm"]["main"] > 0.8
     task = build_task(row("vega-charts"), DATA, "dev")
     task.load_data()
     data, embedder = task.dataset["default"]["dev"], Embedder.from_pretrained(folder)
