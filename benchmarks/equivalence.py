@@ -1,6 +1,7 @@
 """Whether every way to launch a run gives the same model: the table of docs/guide/equivalence.md.
 
     python -m benchmarks.equivalence --write docs/guide/equivalence.md
+    python -m benchmarks.equivalence --json                                # a row a run: its largest difference
 
 {one process, DDP, ZeRO-1, ZeRO-2, ZeRO-3, FSDP2} x {one chunk, many} x {LoRA, full, QLoRA} x {accumulation 1, 2}: each
 run is the real command with the shipped YAML, from the same seed and the same global batches of texts and pictures, on
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import mmembed.backbones  # noqa: F401  declares the operators that torchvision misses
-from benchmarks._common import DATA, images, texts
+from benchmarks._common import DATA, Row, images, show, texts
 from mmembed.arguments import Parser
 
 ROOT = DATA.parent
@@ -74,6 +75,7 @@ def main() -> int:
     """The command. Fails where a run fails, or differs by more than --tolerance."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", type=Path, help="the page to write; printed otherwise")
+    parser.add_argument("--json", action="store_true", help="print one JSON object of rows instead of the page")
     parser.add_argument("--work", type=Path, help="keeps runs here, and goes on from those that are there")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="of both differences (default 1e-4)")
     parser.add_argument("--adapters", nargs="*", default=list(ADAPTERS), choices=list(ADAPTERS))
@@ -94,7 +96,9 @@ def main() -> int:
     page = written(cells, options.tolerance)
     if options.write:
         options.write.write_text(page, encoding="utf-8")
-    else:
+    if options.json:
+        show(rows_of(cells, options.tolerance), as_json=True)
+    elif not options.write:
         print(page)
     if options.work is None:
         shutil.rmtree(work)
@@ -187,6 +191,27 @@ def tensors(folder: Path) -> dict[str, Any]:
 
     files = [file for file in folder.glob("*.safetensors") if file.name != "probes.safetensors"]
     return {f"{file.name} {name}": value.float() for file in files for name, value in load_file(file).items()}
+
+
+def rows_of(cells: dict[tuple[str, str, str, int], Cell], tolerance: float) -> list[Row]:
+    """The larger difference of each run beside the tolerance, its limit. The run that others are compared with, and
+    those that are refused, are no rows."""
+    rows = []
+    for (strategy, adapter, chunks, accumulation), cell in cells.items():
+        if cell.refused or (STRATEGIES[strategy] is None and chunks == "one chunk"):
+            continue
+        apart = max(cell.loss, cell.weight)
+        row = Row(
+            f"{strategy}, {adapter}, {chunks}, accumulation {accumulation}",
+            "largest relative difference",
+            float(f"{apart:.2g}"),
+            limit=tolerance,
+            ratio_to_limit=round(tolerance / apart, 2) if apart else None,
+            goal_to_limit=1.0,
+            meets=apart <= tolerance,
+        )
+        rows.append(row)
+    return rows
 
 
 def written(cells: dict[tuple[str, str, str, int], Cell], tolerance: float) -> str:

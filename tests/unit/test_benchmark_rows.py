@@ -1,0 +1,34 @@
+"""Benchmarks that compare no speeds print the rows of all others: ratios are better higher, goals in the same terms."""
+
+import json
+
+import pytest
+
+from benchmarks import equivalence, startup
+from benchmarks._common import show
+from benchmarks.equivalence import Cell
+
+
+def test_rows_of_startup_have_their_ratio_and_goal():
+    seconds = {"import_mmembed": [0.04, 0.05, 0.09], "mmembed_help": [0.8, 0.9, 0.7], "nothing": [0.02, 0.02, 0.03]}
+    fast, slow = startup.rows_of(seconds)
+    assert (fast.ours, fast.limit, fast.ratio_to_limit) == (0.05, 0.02, pytest.approx(0.4))
+    assert fast.goal_to_limit == pytest.approx(0.02 / 0.3, abs=1e-3)
+    for row, meets in ((fast, True), (slow, False)):
+        assert row.meets is meets is (row.ratio_to_limit >= row.goal_to_limit)
+
+
+def test_rows_of_the_equivalence_table(capsys):
+    cells = {
+        ("one process", "LoRA", "one chunk", 1): Cell(),
+        ("one process", "LoRA", "many chunks", 1): Cell(2e-6, 3e-5),
+        ("DDP", "LoRA", "one chunk", 1): Cell(0.0, 0.0),
+        ("ZeRO-3", "QLoRA", "one chunk", 1): Cell(refused="not with 4 bits"),
+        ("FSDP2", "full", "many chunks", 2): Cell(3e-4, 1e-5),
+    }
+    show(equivalence.rows_of(cells, 1e-4), as_json=True)
+    chunked, same, apart = json.loads(capsys.readouterr().out)["rows"]
+    assert chunked["name"] == "one process, LoRA, many chunks, accumulation 1"
+    assert (chunked["ours"], chunked["limit"], chunked["ratio_to_limit"]) == (3e-5, 1e-4, 3.33)
+    assert same["ours"] == 0 and same["ratio_to_limit"] is None and same["meets"]
+    assert apart["ours"] == 3e-4 and apart["ratio_to_limit"] < apart["goal_to_limit"] and not apart["meets"]
