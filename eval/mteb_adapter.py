@@ -141,9 +141,9 @@ def _contents(batch: Mapping[str, Any]) -> list[Content]:
     contents: list[Content] = []
     for row in range(size):
         image = images[row] if images is not None else None
-        text = texts[row].strip() if texts is not None else ""
+        text = texts[row] if texts is not None else ""
         parts: list[Image | Text] = [Image(image)] if image is not None else []
-        if text or not parts:
-            parts.append(Text(texts[row] if text else NO_TEXT))
+        if text.strip() or not parts:
+            parts.append(Text(text if text.strip() else NO_TEXT))
         contents.append(tuple(parts))
     return contents

@@ -15,9 +15,7 @@ import logging
 import os
 import subprocess
 import sys
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -25,18 +23,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import mmembed.backbones  # noqa: F401  (before transformers: torchvision on a CPU machine)
 
 # isort: split
-import numpy as np
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from mmembed.arguments import Parser
-from mmembed.errors import nearest
 from recipes.nano import card, data, evaluate
 from recipes.nano.batches import PairData, PictureData, TextData
 from recipes.nano.model import HIDDEN, MEANING, build_model, build_processor, export, token_table
-from recipes.nano.teacher import Teacher, principal_basis, teacher_vectors
-from recipes.nano.tokenizer import train_tokenizer
-from recipes.nano.train import Data, Plan, learn_language, learn_sights, learn_together, learn_words
+from recipes.nano.teacher import principal_basis, project, speak_tokens, teacher_vectors
+from recipes.nano.tokenizer import load_or_train_tokenizer
+from recipes.nano.train import Data, chosen_plan, learn_language, learn_sights, learn_together, learn_words
 
 logger = logging.getLogger("build_nano")
 
@@ -49,7 +44,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    plan = replace(Plan.of_device(device), seed=options.seed, **settings(options.set))
+    plan = chosen_plan(device, options.seed, options.set)
 
     # -- 1. what it may learn from: train splits only
     texts = data.train_texts(options.data_root)
@@ -114,44 +109,8 @@ def main() -> None:
     size = export(model, tokenizer, options.out)
     results = evaluate.report(model, tokenizer, picture_data, options.data_root)
     logger.info("%s", json.dumps(results, indent=1))
-    (options.out / "README.md").write_text(card.render(model, plan, len(taught), seen, size, results), encoding="utf-8")
-
-
-def load_or_train_tokenizer(
-    folder: Path, texts: list[data.Text], vocabulary: int, seed: int
-) -> PreTrainedTokenizerFast:
-    if not folder.exists():
-        train_tokenizer(texts, vocabulary, foreign_share=0.12, seed=seed).save_pretrained(folder)
-    return PreTrainedTokenizerFast.from_pretrained(folder)
-
-
-def project(vectors: np.ndarray, basis: np.ndarray) -> torch.Tensor:
-    """Unit rows in the teacher's principal directions: (N, 384) -> (N, D)."""
-    return torch.nn.functional.normalize(torch.from_numpy(vectors.astype(np.float32) @ basis), dim=-1)
-
-
-def speak_tokens(tokenizer: PreTrainedTokenizerFast, seed: int, device: torch.device) -> np.ndarray:
-    """The teacher's vector of each token read alone (as model2vec does); noise for parts of characters. (V, 384)"""
-    words = [str(tokenizer.decode([i])).strip() for i in range(len(tokenizer))]
-    noise = np.random.default_rng(seed).standard_normal((len(words), 384)).astype(np.float16)
-    teacher = Teacher(device)
-    readable = [i for i, w in enumerate(words) if w and "\ufffd" not in w and not w.startswith("<|")]
-    for start in range(0, len(readable), 1024):
-        chunk = readable[start : start + 1024]
-        noise[chunk] = teacher.encode([words[i] for i in chunk])
-    return noise
-
-
-def settings(given: list[str]) -> dict[str, Any]:
-    """`--set` as keywords of Plan, whole numbers where the plan has them; exits on what it does not have."""
-    plan = asdict(Plan())
-    chosen = dict(item.partition("=")[::2] for item in given)
-    for key in chosen.keys() - plan.keys():
-        raise SystemExit(f"build_nano: the plan has no '{key}' to --set; {nearest(key, plan)}")
-    try:
-        return {key: type(plan[key])(value) for key, value in chosen.items()}
-    except ValueError as error:
-        raise SystemExit(f"build_nano: --set takes KEY=NUMBER, whole where the plan's is: {error}") from None
+    built = card.Built(model, plan, device, options.threads, len(taught), seen, size)
+    (options.out / "README.md").write_text(card.render(built, results), encoding="utf-8")
 
 
 def arguments() -> argparse.Namespace:

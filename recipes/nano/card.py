@@ -1,7 +1,8 @@
 """The model card: what the nano is, what it saw, under which licences, and how good it measured."""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
+import torch
 from transformers import Qwen3VLForConditionalGeneration
 
 from recipes.nano.data import PAIR_SETS
@@ -32,8 +33,9 @@ tags: [qwen3_vl, embeddings, mmembed, test-model]
 # mmembed-nano
 
 A Qwen3-VL of {parameters:.2f} M parameters ({size:,} bytes in bf16) with its own {vocabulary:,}-token byte-level BPE,
-built by one command, `python recipes/build_nano.py`, on two CPU cores. It exists so that the demo, the tests and the
-claims of mmembed run in minutes without a network. **It is not a product model**: it knows six textbooks and
+built by one command on {machine}: `{command}`,
+`DATA` being a folder of the sets below. It exists so that the demo, the tests and the claims of mmembed run in minutes
+without a network. **It is not a product model**: it knows six textbooks and
 some Wikipedia, it sees pictures at {pixels} pixels a side or less, and it can not read a page.
 
 ## Use
@@ -85,12 +87,48 @@ about people.
 """
 
 
-def render(
-    model: Qwen3VLForConditionalGeneration, plan: Plan, taught: int, seen: int, size: int, results: dict[str, float]
-) -> str:
+@dataclass(frozen=True)
+class Built:
+    """What was built, and how.
+
+    Attributes:
+        taught: texts with a vector of the teacher.
+        seen: positions in the stages with blocks.
+        size: bytes of the weights.
+    """
+
+    model: Qwen3VLForConditionalGeneration
+    plan: Plan
+    device: torch.device
+    threads: int
+    taught: int
+    seen: int
+    size: int
+
+    @property
+    def command(self) -> str:
+        """What builds the same again."""
+        usual = asdict(Plan.of_device(self.device))
+        changed = [
+            f"{key}={value}" for key, value in asdict(self.plan).items() if key != "seed" and value != usual[key]
+        ]
+        flags = ["--device", self.device.type, "--threads", str(self.threads), "--seed", str(self.plan.seed)]
+        flags += ["--set", *changed] if changed else []
+        return " ".join(["python recipes/build_nano.py --data-root DATA --out mmembed/nano", *flags])
+
+    @property
+    def machine(self) -> str:
+        return f"{self.threads} CPU cores" if self.device.type == "cpu" else f"one {self.device.type.upper()} device"
+
+
+def render(built: Built, results: dict[str, float]) -> str:
+    """The card as markdown. `results`: measure -> number."""
+    model, plan = built.model, built.plan
     return CARD.format(
+        command=built.command,
+        machine=built.machine,
         parameters=sum(p.numel() for p in model.parameters()) / 1e6,
-        size=size,
+        size=built.size,
         vocabulary=model.config.get_text_config().vocab_size,
         pixels=192,
         visual_tokens="16 to 36",
@@ -99,8 +137,8 @@ def render(
         meaning=MEANING,
         language_steps=plan.language_steps,
         together_steps=plan.together_steps,
-        taught=taught,
-        seen=seen,
+        taught=built.taught,
+        seen=built.seen,
         pair_sets=", ".join(PAIR_SETS),
         plan=", ".join(f"{k}={v}" for k, v in asdict(plan).items()),
         licences="\n".join(f"| {licence} | {sets} |" for licence, sets in LICENCES.items()),

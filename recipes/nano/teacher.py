@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 
 DIMENSIONS = 384
 MAX_TOKENS = 192
@@ -99,3 +100,20 @@ def principal_basis(vectors: np.ndarray, dimensions: int, sample: int = 60_000, 
     matrix = vectors[np.sort(rows)].astype(np.float32)
     _, directions = np.linalg.eigh(matrix.T @ matrix)
     return np.ascontiguousarray(directions[:, ::-1][:, :dimensions])
+
+
+def project(vectors: np.ndarray, basis: np.ndarray) -> torch.Tensor:
+    """Unit rows in the teacher's principal directions: (N, 384) -> (N, D)."""
+    return torch.nn.functional.normalize(torch.from_numpy(vectors.astype(np.float32) @ basis), dim=-1)
+
+
+def speak_tokens(tokenizer: PreTrainedTokenizerFast, seed: int, device: torch.device) -> np.ndarray:
+    """The teacher's vector of each token read alone (as model2vec does); noise for parts of characters. (V, 384)"""
+    words = [str(tokenizer.decode([i])).strip() for i in range(len(tokenizer))]
+    noise = np.random.default_rng(seed).standard_normal((len(words), DIMENSIONS)).astype(np.float16)
+    teacher = Teacher(device)
+    readable = [i for i, w in enumerate(words) if w and "\ufffd" not in w and not w.startswith("<|")]
+    for start in range(0, len(readable), 1024):
+        chunk = readable[start : start + 1024]
+        noise[chunk] = teacher.encode([words[i] for i in chunk])
+    return noise

@@ -5,6 +5,7 @@ ids as tokenizer.json. English gets most of the training text, so that most Engl
 """
 
 import random
+from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -68,3 +69,10 @@ def train_tokenizer(texts: list[Text], vocabulary: int, foreign_share: float, se
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+def load_or_train_tokenizer(folder: Path, texts: list[Text], vocabulary: int, seed: int) -> PreTrainedTokenizerFast:
+    """The tokenizer of an earlier run of the same work folder, else a new one, which is kept there."""
+    if not folder.exists():
+        train_tokenizer(texts, vocabulary, foreign_share=0.12, seed=seed).save_pretrained(folder)
+    return PreTrainedTokenizerFast.from_pretrained(folder)

@@ -23,8 +23,8 @@ from it alone, on a GPU by workers ahead of time, so a step never asks the devic
 import logging
 import os
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import Qwen3VLForConditionalGeneration
 
+from mmembed.errors import nearest
 from recipes.nano.batches import PairBatch, PairData, PictureBatch, PictureData, TextBatch, TextData
 from recipes.nano.model import MERGE, choose_picture_kernel
 
@@ -103,6 +104,22 @@ GPU_PLAN = Plan(
     together_rate=1e-3,
     warmup=200,
 )
+
+
+def chosen_plan(device: torch.device, seed: int, given: Sequence[str]) -> Plan:
+    """The plan of a device with settings as `KEY=NUMBER`, whole numbers where the plan has them. Exits on what it does
+    not have."""
+    plan = asdict(Plan())
+    chosen = dict(item.partition("=")[::2] for item in given)
+    for key in chosen.keys() - plan.keys():
+        raise SystemExit(f"build_nano: the plan has no '{key}' to --set; {nearest(key, plan)}")
+    try:
+        numbers = {key: type(plan[key])(value) for key, value in chosen.items()}
+    except ValueError as error:
+        raise SystemExit(f"build_nano: --set takes KEY=NUMBER, whole where the plan's is: {error}") from None
+    return replace(Plan.of_device(device), **{"seed": seed, **numbers})
+
+
 WORKERS = {"cpu": 0, "cuda": 8}  # that draw batches ahead
 STAGES = ("words", "sights", "language", "together")
 CHECKPOINT_SECONDS = 150.0

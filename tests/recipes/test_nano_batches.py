@@ -11,10 +11,9 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 import mmembed
-from recipes.build_nano import settings
 from recipes.nano import data, teacher
 from recipes.nano.batches import MAX_TEXT_TOKENS, PairData, TextData
-from recipes.nano.train import Steps, move, pool, pool_tokens
+from recipes.nano.train import Plan, Steps, chosen_plan, move, pool, pool_tokens
 
 ROOT = Path(__file__).parents[2] / "data"
 NANO = Path(mmembed.__file__).parent / "nano"
@@ -148,8 +147,10 @@ def test_what_is_predicted_is_the_content_and_the_end(text_data, tokenizer) -> N
 
 
 def test_settings_of_the_plan_are_whole_where_the_plan_is() -> None:
-    assert settings(["language_steps=7", "language_rate=2e-3"]) == {"language_steps": 7, "language_rate": 2e-3}
+    cpu = torch.device("cpu")
+    changed = Plan(seed=3, language_steps=7, language_rate=2e-3)
+    assert chosen_plan(cpu, 3, ["language_steps=7", "language_rate=2e-3"]) == changed
     with pytest.raises(SystemExit, match="no 'langage_rate'.*language_rate"):
-        settings(["langage_rate=1"])
+        chosen_plan(cpu, 0, ["langage_rate=1"])
     with pytest.raises(SystemExit, match="whole"):
-        settings(["language_steps=1.5"])
+        chosen_plan(cpu, 0, ["language_steps=1.5"])
