@@ -60,7 +60,7 @@ def save_checkpoint(
         with staging(folder) as staged:
             staged.mkdir()
             if state_dict is None:
-                record(staged, model, vectors_of(model, preprocessor))
+                record(staged, model.dtype, vectors_of(model, preprocessor))
             _write(staged, model, preprocessor, training_config_hash, state_dict or model.state_dict())
             move_into_place(staged, folder)
     except CheckpointError:

@@ -83,11 +83,12 @@ def _flat(vectors: torch.Tensor) -> torch.Tensor:
     return vectors.sum(1) if vectors.dim() == 3 else vectors  # (B, E)
 
 
-def record(folder: Path, model: EmbeddingModel, vectors: torch.Tensor) -> None:
+def record(folder: Path, dtype: torch.dtype, vectors: torch.Tensor) -> None:
+    """Writes vectors of `vectors_of` into a folder, and the type they were computed in: `check_recorded` allows for it."""
     from safetensors.torch import save_file
 
     staged = folder / f".{PROBES}"
-    save_file({"vectors": _flat(vectors).contiguous()}, staged, {"dtype": str(model.dtype)})
+    save_file({"vectors": _flat(vectors).contiguous()}, staged, {"dtype": str(dtype)})
     os.replace(staged, folder / PROBES)
 
 

@@ -66,7 +66,7 @@ def verify_checkpoint(
             f"{folder}: gives the vectors of the backbone before training; its weights were lost, or never trained"
         )
     if not (Path(folder) / PROBES).exists():
-        record(Path(folder), model, ours)
+        record(Path(folder), dtype, ours)
     return difference
 
 
