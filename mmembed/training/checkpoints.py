@@ -1,10 +1,10 @@
 """Which checkpoint a run goes on from, and whether it is a checkpoint of this run at all.
 
 A checkpoint counts when its trainer state, written last, is there. Beside it stands `training_run.json`: the config,
-the rows of a global batch, the number of processes, and a digest of the data. A run goes on from a checkpoint only
-where all that decides its trajectory is what it was: otherwise the result would silently be another model. What decides
-nothing (folders, logging, how often is saved, workers) may change, and so may the number of processes while their
-batches together stay the same.
+the rows of a global batch, the number of processes, who wrote the optimizer's state, and a digest of the data. A run
+goes on from a checkpoint only where all that decides its trajectory is what it was: otherwise the result would silently
+be another model. What decides nothing (folders, logging, how often is saved, workers) may change, and so may the number
+of processes while their batches together stay the same (not with DeepSpeed).
 
 `training.resume_from_checkpoint`:
 - auto (the default): the last complete checkpoint of `output_dir`, from the start where there is none;
@@ -54,7 +54,7 @@ def describe_run(config: EmbedderConfig, args: TrainingArguments) -> dict[str, A
         "config": config.model_dump(mode="json"),
         "world_size": args.world_size,
         "global_batch_size": args.world_size * args.per_device_train_batch_size,
-        "state": "deepspeed" if args.deepspeed else "fsdp" if args.fsdp else "whole",
+        "state": _state_of(args),
     }
 
 
@@ -151,7 +151,21 @@ def how_to_go_on(run: str | Path) -> str:
 
 
 _WORDS = ("auto", "true", "false")
-_STATES = {"deepspeed": "DeepSpeed", "fsdp": "FSDP2", "whole": "one process or DDP"}
+_WHOLE, _ZERO, _FSDP = "whole", "deepspeed", "fsdp"
+
+
+def _state_of(args: Any) -> str:
+    """The form in which the optimizer's state is written: each is read by what wrote it alone."""
+    if args.deepspeed:
+        return f"{_ZERO}-{args.deepspeed_plugin.zero_stage}"
+    if args.fsdp:
+        return f"{_FSDP}-{args.fsdp_config['state_dict_type']}"
+    return _WHOLE
+
+
+def _in_words(state: str) -> str:
+    form, _, kind = state.partition("-")
+    return {_ZERO: f"DeepSpeed ZeRO-{kind}", _FSDP: f"FSDP2 ({kind})"}.get(form, "one process or DDP")
 
 
 def _asked(config: EmbedderConfig) -> str:
@@ -221,10 +235,10 @@ def _check_batches(checkpoint: Path, saved: dict[str, Any], run: dict[str, Any])
         )
     if saved["state"] != run["state"]:
         raise CheckpointError(
-            f"{checkpoint}: the optimizer's state was written by {_STATES[saved['state']]}, now there is "
-            f"{_STATES[run['state']]}, which cannot read it; launch the run as it was launched"
+            f"{checkpoint}: the optimizer's state was written by {_in_words(saved['state'])}, now there is "
+            f"{_in_words(run['state'])}, which cannot read it; launch the run as it was launched"
         )
-    if processes != run["world_size"] and run["state"] == "deepspeed":
+    if processes != run["world_size"] and run["state"].startswith(_ZERO):
         raise CheckpointError(
             f"{checkpoint}: DeepSpeed cut the optimizer's state into parts for {processes} processes, now there are "
             f"{run['world_size']}; resume with {processes}"
