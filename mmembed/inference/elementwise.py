@@ -37,7 +37,7 @@ def accelerate_elementwise(model: nn.Module) -> None:
     """Changes the classes of norms and attentions in place. Weights, names and types stay.
 
     What patches a module of transformers afterwards (its `apply_rotary_pos_emb`, say) is not seen by attentions
-    prepared before.
+    prepared before, but by those prepared from then on.
     """
     for module in model.modules():
         if not isinstance(module, _Quick):
@@ -71,14 +71,16 @@ class _QuickNorm(_Quick):
     epsilon: str  # name of the attribute
     offset: float  # added to the weight: 1 in Gemma
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
-        weight = self.weight
-        alike = hidden.device.type == "cpu" and hidden.dtype == weight.dtype and hidden.dtype in DTYPES
-        if torch.is_grad_enabled() or not alike or not hidden.numel():
-            stock: Tensor = super().forward(hidden)
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
+        """(..., D) -> (..., D). Called by the name that the stock gives its input, it is the stock."""
+        if torch.is_grad_enabled() or named or len(inputs) != 1 or not self._narrow(inputs[0]):
+            stock: Tensor = super().forward(*inputs, **named)
             return stock
-        return rms_norm(hidden, weight, vars(self)[self.epsilon], self.offset)
+        return rms_norm(inputs[0], self.weight, vars(self)[self.epsilon], self.offset)
+
+    def _narrow(self, hidden: Tensor) -> bool:
+        alike = hidden.device.type == "cpu" and hidden.dtype == self.weight.dtype and hidden.dtype in DTYPES
+        return alike and hidden.numel() > 0
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
@@ -186,14 +188,21 @@ ROTARY: dict[str, tuple[Rotation, tuple[tuple[int, ...], ...]]] = {
 }
 
 
-@cache
 def _rotary_class(stock: type[nn.Module]) -> type[nn.Module] | None:
     """A subclass whose forward is the stock's own code, in which a name of `ROTARY` means ours; or None."""
-    forward = stock.forward
+    forward: Any = stock.forward
     if not isinstance(forward, FunctionType):
         return None
-    found = {name: forward.__globals__.get(name) for name in ROTARY if name in forward.__code__.co_names}
-    ours = {name: partial(ROTARY[name][0], stock) for name, stock in found.items() if _rotates(stock, name)}
+    names = [name for name in ROTARY if name in forward.__code__.co_names]
+    return _made_of(stock, forward, tuple((name, forward.__globals__.get(name)) for name in names))
+
+
+@cache
+def _made_of(
+    stock: type[nn.Module], forward: FunctionType, found: tuple[tuple[str, Any], ...]
+) -> type[nn.Module] | None:
+    """`_rotary_class` of a forward and the functions it calls now: libraries put others in their place."""
+    ours = {name: partial(ROTARY[name][0], function) for name, function in found if _rotates(function, name)}
     if not ours:
         return None
     names = {**forward.__globals__, **ours}

@@ -139,6 +139,16 @@ def test_copies_pickles_and_weights_are_the_stocks():
     assert norm.state_dict().keys() == weights.keys()
 
 
+def test_norms_are_called_as_the_stock_is():
+    norm, hidden = RootMeanSquare(16), torch.randn(3, 16)
+    with torch.no_grad():
+        expected = norm(hidden)
+        accelerate_elementwise(norm)
+        torch.testing.assert_close(norm(hidden=hidden), expected)
+        with pytest.raises(TypeError, match="hidden_states"):  # a name that this stock does not know
+            norm(hidden_states=hidden)
+
+
 def interleaved(query, key, cos, sin, unsqueeze_dim=1):
     """Neighbouring columns are a pair, not columns of the two halves."""
     return tuple(
@@ -155,6 +165,24 @@ def test_another_rotation_is_not_ours():
     assert elementwise._rotates(apply_rotary_pos_emb, name)
     assert not elementwise._rotates(interleaved, name)
     assert not elementwise._rotates(lambda query, key, cos: (query, key), name)
+
+
+def test_a_rotation_that_is_replaced_later_is_looked_at_again(monkeypatch):
+    """As libraries of kernels do: what is prepared from then on calls theirs, and not ours in its place."""
+    from transformers import LlamaConfig
+    from transformers.models.llama import modeling_llama
+
+    def attention():
+        sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16}
+        return modeling_llama.LlamaAttention(LlamaConfig(**sizes, vocab_size=8), 0)
+
+    before = attention()
+    accelerate_elementwise(before)
+    assert isinstance(before, elementwise._Quick)
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", interleaved)
+    after = attention()
+    accelerate_elementwise(after)
+    assert not isinstance(after, elementwise._Quick)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
