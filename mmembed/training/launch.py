@@ -36,6 +36,7 @@ OF_FSDP = {
     "reshard_after_forward": True,
     "state_dict_type": "FULL_STATE_DICT",
 }
+STATE_DICTS = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")  # of FSDP2's optimizer
 _NOT_OF_FSDP = {
     "activation_checkpointing": "set model.gradient_checkpointing",
     "cpu_offload": "weights stay on the device; ZeRO-3 offloads (zero_optimization.offload_param in its JSON file)",
@@ -80,6 +81,17 @@ def launched_with(config: EmbedderConfig, chosen: Mapping[str, Any]) -> dict[str
             "FSDP, or launch with recipes/accelerate/ddp.yaml"
         )
     return arguments
+
+
+def divides_weights(arguments: Mapping[str, Any]) -> bool:
+    """Whether a config's own strategy divides the weights (ZeRO-3, FSDP2): then every forward pass is a collective.
+
+    Raises:
+        ConfigError: the DeepSpeed file cannot be read.
+    """
+    given = arguments.get("deepspeed")
+    stage = 0 if not given else _deepspeed(given)["zero_optimization"].get("stage", 0)
+    return bool(arguments.get("fsdp")) or stage == 3
 
 
 def reach_first_process(wait: float) -> None:
@@ -144,6 +156,17 @@ def check_launched(args: TrainingArguments, config: EmbedderConfig) -> None:
         raise ConfigError(
             "training.grad_cache: false keeps the graphs of all chunks, which DeepSpeed and FSDP cannot; write auto (a "
             "batch that fits training.token_budget is one chunk and is encoded once)"
+        )
+    if args.load_best_model_at_end and args.save_only_model and (args.deepspeed_plugin is not None or args.fsdp):
+        raise ConfigError(
+            "training.save_only_model with load_best_model_at_end: DeepSpeed and FSDP load the best checkpoint from one "
+            "with the optimizer's state in it; set one of the two to false"
+        )
+    form = args.fsdp_config["state_dict_type"] if args.fsdp else None
+    if args.save_only_model and form == "SHARDED_STATE_DICT":
+        raise ConfigError(
+            f"training.save_only_model with fsdp_config.state_dict_type '{form}': that is how the optimizer's state is "
+            "written, and there is none; leave state_dict_type out"
         )
     if args.fsdp and args.world_size == 1:
         raise ConfigError(
@@ -235,6 +258,11 @@ def _fsdp(given: Mapping[str, Any]) -> dict[str, Any]:
     settings = {**OF_FSDP, **given}
     if int(settings["version"]) != 2:
         raise ConfigError("training.fsdp_config.version: FSDP1 is not offered; write fsdp_version: 2")
+    if settings["state_dict_type"] not in STATE_DICTS:
+        raise ConfigError(
+            f"training.fsdp_config.state_dict_type: found '{settings['state_dict_type']}'; write "
+            f"{' or '.join(STATE_DICTS)}"
+        )
     return {key: value for key, value in settings.items() if value is not None}
 
 

@@ -20,6 +20,7 @@ from mmembed.training.engines import DeepSpeed, engine_of
 from mmembed.training.launch import launched_with
 
 ROOT = Path(__file__).parents[2]
+BEST = {"load_best_model_at_end": True, "save_only_model": True, "eval_strategy": "steps", "save_strategy": "steps"}
 LAUNCHERS = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_MIXED_PRECISION")
 
 
@@ -31,7 +32,10 @@ def no_launcher(monkeypatch):
 
 
 def arguments(tmp_path, adapter="lora", **training):
-    config = build_config({"adapter": {"type": adapter}, "training": {"output_dir": str(tmp_path), **training}})
+    data = {"dev": [{"path": "dev.jsonl"}]} if "eval_strategy" in training else {}
+    config = build_config(
+        {"adapter": {"type": adapter}, "data": data, "training": {"output_dir": str(tmp_path), **training}}
+    )
     return training_arguments(config)
 
 
@@ -72,6 +76,7 @@ def deepspeed(tmp_path, **keys):
         ({"zero_optimization": {"stage": 3}}, {"adapter": "qlora"}, "adapter.type 'qlora' \\+ ZeRO-3"),
         ({}, {"grad_cache": False}, "training.grad_cache: false"),
         ({}, {"optimizer": "adafactor"}, "training.optimizer 'adafactor'"),
+        ({}, BEST, "training.save_only_model with load_best_model_at_end"),
         ({"zero_optimization": None}, {}, "zero_optimization"),
     ],
     ids=str,
@@ -123,6 +128,12 @@ def test_a_file_of_settings_that_is_broken(tmp_path, key, others, content, messa
         ({"fsdp": "hybrid_shard"}, "training.fsdp: found 'hybrid_shard'"),
         ({"fsdp": True, "deepspeed": "recipes/deepspeed/zero2.json"}, "keep one"),
         ({"fsdp": True, "optim": "sgd"}, "training.optim 'sgd'"),
+        ({"fsdp": True, **BEST}, "training.save_only_model with load_best_model_at_end"),
+        (
+            {"fsdp": True, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}, "save_only_model": True},
+            "training.save_only_model with fsdp_config.state_dict_type 'SHARDED_STATE_DICT'",
+        ),
+        ({"fsdp": True, "fsdp_config": {"state_dict_type": "LOCAL_STATE_DICT"}}, "state_dict_type: found 'LOCAL"),
     ],
     ids=str,
 )
