@@ -102,9 +102,14 @@ PICTURED = [
 ]
 
 
+FEW_SHOT = "".join(
+    f"Instruct: {INSTRUCTION}\nQuery: where is town {index}?\nAnswer: by the river {index}\n\n" for index in range(3)
+)
+
+
 def gradient(folder, share, chunk_tokens=10**6, keep_tokens=None, examples=EXAMPLES, checkpointing=False, **options):
     torch.manual_seed(0)
-    model, preprocessor = built(folder, prompt="instruct", **options)
+    model, preprocessor = built(folder, **{"prompt": "instruct", **options})
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable()
@@ -132,6 +137,8 @@ def gradient(folder, share, chunk_tokens=10**6, keep_tokens=None, examples=EXAMP
         ("mistral", {"adapter": {"type": "none"}, "checkpointing": True}),
         ("qwen3_vl", {"adapter": {"type": "none"}, "freeze": (), "examples": PICTURED}),
         ("qwen2_vl", {"adapter": LORA, "examples": PICTURED, "checkpointing": True}),
+        ("qwen3_vl", {"adapter": LORA, "prompt": "hierarchical"}),
+        ("qwen3", {"adapter": LORA, "prompt": {"type": "plain", "query_prefix": FEW_SHOT}}),
         ("smolvlm", {"adapter": {"type": "none"}, "freeze": (), "examples": PICTURED}),
     ],
 )
