@@ -8,6 +8,7 @@ round, which noise moves far less than a ratio of medians. Peak memory is measur
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ class Row:
     peak_mb_ours: int | None = None
     peak_mb_peer: int | None = None
     meets: bool = True
+    details: dict[str, Any] = field(default_factory=dict)  # what else was measured
 
 
 def compare(
@@ -142,6 +144,42 @@ def set_up(threads: int | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(threads or os.cpu_count() or 1)
     return torch.get_num_threads()
+
+
+def environment() -> dict[str, str]:
+    """What a figure was measured with: commit, versions of the libraries, card or processor."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    names = ("torch", "transformers", "accelerate", "peft", "deepspeed", "sentence-transformers")
+    found = {"commit": commit(), "device": _processor()}
+    if torch.cuda.is_available():
+        found["device"] = torch.cuda.get_device_name()
+    for name in names:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def commit() -> str:
+    """Of the repository; with a digest of what was changed since, where something was."""
+    import hashlib
+
+    def git(*arguments: str) -> bytes:
+        return subprocess.run(["git", *arguments], cwd=DATA.parent, capture_output=True, check=True).stdout
+
+    try:
+        head, changes = git("rev-parse", "--short=12", "HEAD").decode().strip(), git("diff", "HEAD")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{head}+{hashlib.blake2b(changes, digest_size=4).hexdigest()}" if changes else head
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} x {names[0]}" if names else "a CPU"
 
 
 def parser(description: str) -> Parser:

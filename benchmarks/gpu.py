@@ -34,7 +34,7 @@ every input, shared or not. Encoding counts a third: a forward alone.
 
 Each side of a row is a process of its own, because peak memory is (torch.cuda.max_memory_allocated). All of them import
 at once and wait for their turn on the device. A row that fails or takes too long says so in `details.error`, and the
-others go on; `--output` is written after each row.
+others go on; `--output` is written after each row. `details.environment` names the card, the commit and the versions.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from benchmarks._common import DATA, INSTRUCTION, Row, own_peak_mb, parser, set_up, show, texts
+from benchmarks._common import DATA, INSTRUCTION, Row, environment, own_peak_mb, parser, set_up, show, texts
 from benchmarks.train import (
     DOCUMENT_LENGTH,
     LEARNING_RATE,
@@ -126,13 +126,6 @@ QWEN2_VL_VISION = {"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_hea
 TINY_TEXT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 TINY_SHAPE = {**TINY_TEXT, "intermediate_size": 128, "vocab_size": 7680}
 VISUAL_TOKENS = 256  # a picture's at most
-
-
-@dataclass
-class GpuRow(Row):
-    """A row with what was tried, and what else was measured of both sides."""
-
-    details: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -213,12 +206,12 @@ class _Runner:
         self.waiting: dict[str, subprocess.Popen[str]] = {}
         self.told: set[str] = set()
 
-    def rows(self, names: Sequence[str]) -> list[GpuRow]:
+    def rows(self, names: Sequence[str]) -> list[Row]:
         shapes = sorted({CASES[name].shape if name in CASES else "qwen3" for name in names})
         tasks = ["build", *(f"{side} {name}" for name in names if name != "plan_memory" for side in SIDES)]
         if "plan_memory" in names:
             tasks += ["plan"] if "qwen3_0.6b_text" in names else ["ours qwen3_0.6b_text", "plan"]
-        found: list[GpuRow] = []
+        found: list[Row] = []
         try:
             self._start(dict.fromkeys(tasks))
             self._run("build", {"shapes": shapes})
@@ -229,8 +222,9 @@ class _Runner:
                 except Exception as error:
                     traceback.print_exc()
                     message = f"{type(error).__name__}: {str(error).strip()[-2000:]}"
-                    row = GpuRow(name, "", 0.0, meets=False, details={"error": message})
+                    row = Row(name, "", 0.0, meets=False, details={"error": message})
                 row.details["seconds"] = round(time.perf_counter() - started, 1)
+                row.details["environment"] = environment()
                 found.append(row)
                 _say(f"{name}: {json.dumps(asdict(row))}")
                 if self.arguments.output is not None:
@@ -241,14 +235,14 @@ class _Runner:
                 process.kill()
         return found
 
-    def _row(self, name: str) -> GpuRow:
+    def _row(self, name: str) -> Row:
         if name == "plan_memory":
             return self._plan()
         if name == "encode_bf16":
             return self._encode()
         return self._train(name)
 
-    def _train(self, name: str) -> GpuRow:
+    def _train(self, name: str) -> Row:
         found = {}
         for side in SIDES:
             found[side] = self._side(side, name)
@@ -259,7 +253,7 @@ class _Runner:
             one["tokens_per_second"] = round(ours["tokens"] / one["seconds_a_step"])
             one["mfu"] = round(useful[side] / one["seconds_a_step"] / PEAK_FLOPS, 4)
         speed = {side: ours["pairs"] / one["seconds_a_step"] for side, one in found.items()}
-        return GpuRow(
+        return Row(
             name,
             "pairs/s",
             round(speed["ours"], 2),
@@ -287,7 +281,7 @@ class _Runner:
                 self._tell("plan", {"tree": found["tree"]})
         return found
 
-    def _encode(self) -> GpuRow:
+    def _encode(self) -> Row:
         import numpy as np
 
         found = {side: self._run(f"{side} encode_bf16", {}) for side in SIDES}
@@ -297,7 +291,7 @@ class _Runner:
         speed = {side: one["count"] / one["seconds"] for side, one in found.items()}
         for one in found.values():
             one["mfu"] = round(found["ours"]["useful_flops"] / one["seconds"] / PEAK_FLOPS, 4)
-        return GpuRow(
+        return Row(
             "encode_bf16",
             "texts/s",
             round(speed["ours"], 2),
@@ -310,11 +304,11 @@ class _Runner:
             details={"least_cosine": cosine, **found},
         )
 
-    def _plan(self) -> GpuRow:
+    def _plan(self) -> Row:
         first = self.first or self._side("ours", "qwen3_0.6b_text")
         found = self._run("plan", {"tree": first["tree"]})
         ratio = found["estimated_mb"] / first["peak_mb"]
-        return GpuRow(
+        return Row(
             "plan_memory",
             "MB",
             round(found["estimated_mb"], 1),

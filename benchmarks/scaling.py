@@ -4,8 +4,9 @@
 
 Our trainer as in `benchmarks.train`, float32, one token budget for all batch sizes, so that a larger batch is more
 chunks of the same size. Each size runs in processes of its own, in turn. `ours` is pairs a second; `ratio_to_limit`
-compares it with the median of all sizes: 1 where cost is linear. A row meets its goal where that is between 1 / 1.15
-and 1.15 and its peak memory is at most 10 % above the smallest.
+compares it with the fastest of all sizes: 1 everywhere where cost is linear. A row meets its goal where that is at
+least 1 / 1.15 (in all rows: the largest of seconds a pair is at most 1.15 times the smallest) and its peak memory is at
+most 10 % above the smallest.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import tempfile
 from dataclasses import replace
 
-from benchmarks._common import DATA, Row, own_peak_mb, parser, set_up, show
+from benchmarks._common import DATA, Row, environment, own_peak_mb, parser, set_up, show
 from benchmarks.train import CASES, ours, step_clock
 
 SIZES = (128, 256, 512, 1024, 2048)
@@ -45,17 +46,18 @@ def main() -> None:
 def _rows(runs: dict[int, list[dict[str, float]]]) -> list[Row]:
     speed = {batch: statistics.median(run["pairs_per_second"] for run in found) for batch, found in runs.items()}
     peak = {batch: int(statistics.median(run["peak_mb"] for run in found)) for batch, found in runs.items()}
-    middle = statistics.median(speed.values())
+    fastest = max(speed.values())
     return [
         Row(
             f"step_{batch}",
             "pairs/s",
             round(speed[batch], 2),
-            limit=round(middle, 2),
-            ratio_to_limit=round(speed[batch] / middle, 3),
+            limit=round(fastest, 2),
+            ratio_to_limit=round(speed[batch] / fastest, 3),
             goal_to_limit=round(1 / LINEAR, 3),
             peak_mb_ours=peak[batch],
-            meets=1 / LINEAR <= speed[batch] / middle <= LINEAR and peak[batch] <= FLAT * min(peak.values()),
+            meets=fastest <= LINEAR * speed[batch] and peak[batch] <= FLAT * min(peak.values()),
+            details={"environment": environment()},
         )
         for batch in runs
     ]

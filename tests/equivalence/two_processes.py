@@ -9,6 +9,7 @@ from mmembed.objectives import build_objective
 from mmembed.training.gradcache import contrastive_step, reduce_gradients
 from tests.equivalence.toy import ToyEncoder, gradients, make_batch, relative
 
+LOCAL = {"temperature": {"value": 0.1, "learn": True}, "symmetric": True, "cross_device_negatives": False}
 CASES = {
     "learned temperature": ({"temperature": {"value": 0.1, "learn": True}}, False, {}),
     "symmetric": ({"temperature": 0.1, "symmetric": True}, False, {}),
@@ -24,6 +25,7 @@ CASES = {
     ),
     "own group only": ({"temperature": 0.1}, False, {"in_batch": False}),
     "matryoshka": ({"temperature": 0.1, "matryoshka": {"dims": [8, 4]}}, False, {}),
+    "negatives of its own process": (LOCAL, False, {"twins": True}),
 }
 
 
@@ -37,7 +39,9 @@ def main() -> None:
         # 3 queries each, in chunks of different sizes: the processes run a different number of forwards
         batch = make_batch(6, 3, 20 + 30 * rank, first=3 * rank, count=3, **labels)
         loss, metrics = contrastive_step(encoder, objective, batch, keep_tokens=30)
-        if labels.get("twins"):  # rank 0 holds the first query, rank 1 the last: 17 others, less the twin's positive
+        if options is LOCAL:  # 9 documents of its own, less the positive
+            assert metrics["negatives"].item() == 8, metrics["negatives"]
+        elif labels.get("twins"):  # rank 0 holds the first query, rank 1 the last: 17 others, less the twin's positive
             assert abs(metrics["negatives"].item() - 17 + 1 / 3) < 1e-5, metrics["negatives"]
         if rank == 0:  # used by one process alone
             encoder.unused.weight.sum().backward()
@@ -54,11 +58,14 @@ def main() -> None:
 
 
 def single_process(options, multi_vector, labels):
-    """Loss and gradient of the whole batch in one process."""
+    """Loss and gradient of the whole batch in one process; where negatives are local, the means of its two halves."""
     encoder, objective = ToyEncoder(multi_vector=multi_vector), build_objective({"type": "contrastive", **options})
-    loss, _ = contrastive_step(encoder, objective, make_batch(6, 3, 10**6, **labels), None)
+    halves = [{"first": 0, "count": 3}, {"first": 3, "count": 3}] if options is LOCAL else [{}]
+    share = 1 / len(halves)
+    batches = [make_batch(6, 3, 10**6, **labels, **half) for half in halves]
+    losses = [contrastive_step(encoder, objective, batch, None, scale=share)[0].item() for batch in batches]
     (encoder.unused.weight.sum() / 2).backward()
-    return loss.item(), gradients(encoder, objective)
+    return sum(losses) * share, gradients(encoder, objective)
 
 
 if __name__ == "__main__":
