@@ -33,13 +33,14 @@ from mmembed.errors import ConfigError, MmembedError
 from mmembed.media import MediaStore
 from mmembed.models.continuing import inherit_settings, reads_pictures
 from mmembed.models.embedding_model import EmbeddingModel
-from mmembed.models.vision_cache import uncached
+from mmembed.models.vision_cache import TOUCHED, uncached
 from mmembed.objectives import Objective, build_objective
 from mmembed.preprocess import Preprocessor
 from mmembed.training.arguments import training_arguments
 from mmembed.training.batch_report import check_sources, count_negatives, count_visual
 from mmembed.training.batches import build_collator, chunk_tokens, data_seed, plan_batches
 from mmembed.training.estimate import Estimate, Stage, outline, size, with_training
+from mmembed.training.launch import divides_weights
 from mmembed.training.preflight import preflight
 
 if TYPE_CHECKING:
@@ -212,8 +213,8 @@ def _features(config: EmbedderConfig, model: EmbeddingModel, devices: int) -> st
     if training.vision_cache == "off":
         return "not kept (training.vision_cache is off)"
     reason = uncached(model, training=True)
-    if reason is None and devices > 1 and any(training.arguments.get(key) for key in ("deepspeed", "fsdp")):
-        reason = "under DeepSpeed and FSDP every process runs the vision tower in every chunk"
+    if reason is None and devices > 1 and divides_weights(training.arguments):
+        reason = TOUCHED
     if reason is None:
         return "kept on disk: from the second epoch on the vision tower does not run"
     if training.vision_cache != "auto":

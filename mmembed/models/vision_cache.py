@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from mmembed.models.embedding_model import EmbeddingModel
     from mmembed.preprocess import Preprocessor
 
+TOUCHED = "under ZeRO-3 and FSDP2 every process runs the vision tower in every chunk"  # a reason as `uncached` gives
+
 
 def uncached(model: EmbeddingModel, training: bool) -> str | None:
     """Why image features cannot be kept; None where they can.

@@ -66,6 +66,7 @@ class Engine:
 
     lockstep = False
     sharded = False
+    optimizer_share = 1.0  # of the optimizer's state, made in the first step, that comes to this process
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
@@ -82,13 +83,21 @@ class Engine:
         """DDP must not reduce by itself: processes may run another number of chunks, over other parameters."""
         return self.accelerator.no_sync(model) if self.accelerator.num_processes > 1 else nullcontext()
 
-    def backward(self, model: nn.Module) -> Backward | None:
-        """How gradients go back into the model; None for plain autograd."""
+    def backward(self, model: nn.Module, steps: bool) -> Backward | None:
+        """How gradients go back into the model; None for plain autograd.
+
+        Args:
+            steps: whether the last chunk ends an optimizer step.
+        """
         return None
 
     def reduce(self, model: nn.Module, objective: nn.Module) -> None:
         """After the last chunk of a step: averages gradients that `backward` did not."""
         reduce_gradients(model.parameters())
+
+    def norm(self, gradients: list[Tensor]) -> float | None:
+        """The norm of reduced gradients, which all processes ask for; None where none are left after a step."""
+        return float(nn.utils.get_total_norm(gradients))
 
     def prepared(self, objective: nn.Module) -> None:
         """After the model was wrapped."""
@@ -116,6 +125,7 @@ class DeepSpeed(Engine):
     ready, so every process has to send gradients to the same ones as often."""
 
     lockstep = True
+    optimizer_share = 0.0  # made with the engine
 
     def __init__(self, accelerator: Accelerator) -> None:
         super().__init__(accelerator)
@@ -140,17 +150,19 @@ class DeepSpeed(Engine):
     def accumulating(self, model: nn.Module) -> AbstractContextManager[Any]:
         return nullcontext()
 
-    def backward(self, model: nn.Module) -> Backward:
+    def backward(self, model: nn.Module, steps: bool) -> Backward:
         def back(outputs: list[Tensor], gradients: list[Tensor], last: bool) -> None:
             surrogate = sum((output * gradient).sum() for output, gradient in zip(outputs, gradients, strict=True))
-            boundary = last and self.accelerator.sync_gradients
             engine = self.accelerator.deepspeed_engine_wrapped
-            engine.backward(surrogate, sync_gradients=boundary, scale_wrt_gas=False)
+            engine.backward(surrogate, sync_gradients=last and steps, scale_wrt_gas=False)
 
         return back
 
     def reduce(self, model: nn.Module, objective: nn.Module) -> None:
         """The engine did."""
+
+    def norm(self, gradients: list[Tensor]) -> None:
+        """The engine has stepped, and dropped them."""
 
     def prepared(self, objective: nn.Module) -> None:
         if not self.sharded:
@@ -188,6 +200,7 @@ class FSDP2(Engine):
 
     def __init__(self, accelerator: Accelerator) -> None:
         super().__init__(accelerator)
+        self.optimizer_share = 1 / accelerator.num_processes
         plugin = accelerator.state.fsdp_plugin
         self._half: torch.dtype | None = None
         if plugin.mixed_precision_policy is not None:
@@ -202,15 +215,21 @@ class FSDP2(Engine):
     def accumulating(self, model: nn.Module) -> AbstractContextManager[Any]:
         return nullcontext()
 
-    def backward(self, model: nn.Module) -> Backward:
+    def backward(self, model: nn.Module, steps: bool) -> Backward:
         def back(outputs: list[Tensor], gradients: list[Tensor], last: bool) -> None:
-            model.set_requires_gradient_sync(last and self.accelerator.sync_gradients)  # type: ignore[operator]
+            model.set_requires_gradient_sync(last and steps)  # type: ignore[operator]
             torch.autograd.backward(outputs, gradients)
 
         return back
 
     def reduce(self, model: nn.Module, objective: nn.Module) -> None:
         reduce_gradients(objective.parameters())
+
+    def norm(self, gradients: list[Tensor]) -> float:
+        from torch.distributed.tensor import DTensor
+
+        total = nn.utils.get_total_norm(gradients)
+        return float(total.full_tensor() if isinstance(total, DTensor) else total)
 
     def computes_in(self) -> torch.dtype | None:
         return self._half

@@ -367,7 +367,6 @@ def refused(config: EmbedderConfig, devices: int) -> dict[str, str]:
             training.optimizer in WHOLE_MATRICES,
         ),
         ("training.grad_cache: false", training.grad_cache is False),
-        ("training.worst_batch_first", bool(training.worst_batch_first)),
     ):
         if is_so:
             found |= dict.fromkeys(STRATEGIES[1:], key)

@@ -21,7 +21,7 @@ begins with nearly equal vectors, and leaves them within a few steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,18 +81,24 @@ def look_at(view: View, queries: Embeddings, documents: Embeddings, batch: Batch
 
 
 @torch.no_grad()
-def gradient_norms(parts: Mapping[str, Sequence[nn.Parameter]], scale: float = 1.0) -> dict[str, float]:
+def gradient_norms(
+    parts: Mapping[str, Sequence[nn.Parameter]],
+    scale: float = 1.0,
+    norm: Callable[[list[Tensor]], float | None] = lambda gradients: float(nn.utils.get_total_norm(gradients)),
+) -> dict[str, float]:
     """Part -> norm of its gradient, before clipping. A part that the batch did not reach (a vision tower by texts) is
     left out.
 
     Args:
         scale: what a loss scaler has multiplied the gradients by.
+        norm: of gradients, `Engine.norm`; parts of which it knows none are left out.
     """
     norms = {}
     for part, parameters in parts.items():
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        if gradients:
-            norms[NORM + part] = float(nn.utils.get_total_norm(gradients)) / scale
+        found = norm(gradients) if gradients else None
+        if found is not None:
+            norms[NORM + part] = found / scale
     return norms
 
 

@@ -159,8 +159,8 @@ def check_launched(args: TrainingArguments, config: EmbedderConfig) -> None:
         )
     if args.load_best_model_at_end and args.save_only_model and (args.deepspeed_plugin is not None or args.fsdp):
         raise ConfigError(
-            "training.save_only_model with load_best_model_at_end: DeepSpeed and FSDP load the best checkpoint from one "
-            "with the optimizer's state in it; set one of the two to false"
+            "training.save_only_model with load_best_model_at_end: DeepSpeed and FSDP load the best checkpoint with "
+            "its optimizer state; set one of the two to false"
         )
     form = args.fsdp_config["state_dict_type"] if args.fsdp else None
     if args.save_only_model and form == "SHARDED_STATE_DICT":

@@ -45,7 +45,7 @@ from mmembed.models.folder import read_tensors, to_disk
 from mmembed.models.probes import vectors_of
 from mmembed.models.randomness import draws
 from mmembed.models.verification import verify_checkpoint
-from mmembed.models.vision_cache import open_features, uncached
+from mmembed.models.vision_cache import TOUCHED, open_features, uncached
 from mmembed.objectives import Objective, View
 from mmembed.objectives.gather import gather_counts
 from mmembed.preprocess import Preprocessor
@@ -136,25 +136,18 @@ class EmbedderTrainer(Trainer):
         self.collator = build_collator(config, preprocessor, args, size, shared, packed)
 
     def _follow_the_engine(self) -> None:
-        """What the way in which processes share the model decides: size of the chunks, pictures in each, what is whole.
-
-        Raises:
-            ConfigError: the engine cannot do what the config asks for.
-        """
+        """What the engine decides: the size of chunks, whether each has a picture, what FSDP2 leaves whole."""
         training, objective = self.run_config.training, self.model.objective
         self.engine = engine_of(self.accelerator, self.args)
         lockstep = self.engine.lockstep
-        if training.worst_batch_first and lockstep:
-            raise ConfigError(
-                "training.worst_batch_first: gradients that DeepSpeed or FSDP has taken cannot be dropped; remove it, "
-                "and ask `mmembed plan` what the run needs"
-            )
         # Only one graph is kept in lockstep, and each chunk may gather all weights: few large ones.
         size = training.token_budget if lockstep else chunk_tokens(self.run_config)
         budget = Budget(size, training.chunk_rows, keep_tokens(self.run_config))
         self.halving = Halving(budget, self.args.device, redo=not lockstep, remedy=smaller(self.run_config))
-        # Where a forward is a collective, a rank with images and a rank without would wait for each other for ever.
-        self.preprocessor.touch_vision = lockstep and self.args.world_size > 1
+        # Where the vision side's forward or backward is a collective, a rank with images and one without would wait for
+        # each other for ever.
+        seeing = not self.model.trained_towers().isdisjoint(("vision", "projector"))
+        self.preprocessor.touch_vision = self.args.world_size > 1 and (self.engine.sharded or (lockstep and seeing))
         if self.is_fsdp_enabled:
             objective.to(self.args.device)
             self.accelerator.state.fsdp_plugin.ignored_modules = [objective]
@@ -240,7 +233,7 @@ class EmbedderTrainer(Trainer):
             return "training.vision_cache is off"
         reason = uncached(self.model.model, training=True)
         if reason is None and self.preprocessor.touch_vision:
-            reason = "under DeepSpeed and FSDP every process runs the vision tower in every chunk"
+            reason = TOUCHED
         if reason is None:
             precision = "bf16" if self.args.bf16 else "fp16" if self.args.fp16 else "tf32" if self.args.tf32 else ""
             limit = int(training.vision_cache_gb * 1e9)
@@ -277,7 +270,8 @@ class EmbedderTrainer(Trainer):
             device,
         )
         state = RandomState.capture()
-        later, _ = optimizer_bytes(optimizer_name(self.run_config, self.args), trained_parameters(model))
+        every, _ = optimizer_bytes(optimizer_name(self.run_config, self.args), trained_parameters(model))
+        later = every * self.engine.optimizer_share
         stepped = self.optimizer is not None and bool(self.optimizer.state)  # of a resumed run: it is there already
         try:
             held = torch.empty(0 if stepped else int(later), dtype=torch.uint8, device=device)
@@ -288,10 +282,11 @@ class EmbedderTrainer(Trainer):
                 f"out of memory before step 1: the optimizer's state takes {later / 2**20:,.0f} MB beside the weights. "
                 f"{smaller(self.run_config)}"
             ) from None
-        step, forget = functools.partial(self._add_gradient, model), functools.partial(self._forget, model)
-        _, halved = self.halving.run(batch, step, forget, last=True)
+        # What an engine has taken cannot be dropped: it gets the gradient times 0, which adds nothing, and no step.
+        step = functools.partial(self._add_gradient, model, share=0.0, steps=False)
+        _, halved = self.halving.run(batch, step, functools.partial(self._forget, model), last=True)
         del held
-        forget()
+        self._forget(model)
         state.restore()
         self.tally.forget_rehearsal()
         if halved:
@@ -327,16 +322,24 @@ class EmbedderTrainer(Trainer):
             parameter.grad = None
         self.model.objective.forget()
 
-    def _add_gradient(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The step of one batch, in its chunks: loss and metrics."""
+    def _add_gradient(
+        self, model: nn.Module, batch: Batch, share: float = 1.0, steps: bool | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The step of one batch, in its chunks: loss and metrics.
+
+        Args:
+            share: the gradient is multiplied by it.
+            steps: whether an optimizer step follows; as accumulation has it if None.
+        """
+        steps = self.accelerator.sync_gradients if steps is None else steps
         with self.engine.accumulating(model):
             return contrastive_step(
                 functools.partial(self._encode, model),
                 self.model.objective,
                 batch,
                 self.halving.budget.keep_tokens,
-                scale=self._loss_scale() / self.current_gradient_accumulation_steps,
-                backward=self.engine.backward(model),
+                scale=share * self._loss_scale() / self.current_gradient_accumulation_steps,
+                backward=self.engine.backward(model, steps),
                 rounds=max(gather_counts(len(batch.chunks), self.args.device)) if self.engine.lockstep else None,
                 workers=self._workers(batch),
                 guard=self.halving.guard,
@@ -357,9 +360,9 @@ class EmbedderTrainer(Trainer):
         self.tally.health |= look_at(view, queries, documents, batch)
 
     def _gradient_health(self) -> dict[str, float]:
-        """The norms of the parts' gradients, where this process holds them, and what they are scaled by in fp16."""
+        """The norms of the parts' gradients, where the engine leaves them, and what they are scaled by in fp16."""
         scale = self.engine.loss_scale()
-        norms = {} if self.engine.lockstep else gradient_norms(self._parts, scale or 1.0)
+        norms = gradient_norms(self._parts, scale or 1.0, self.engine.norm)
         return norms if scale is None else norms | {SCALE: scale}
 
     @functools.cached_property

@@ -133,7 +133,6 @@ def test_devices_share_what_a_stage_shards(config_file, without_weights, capsys)
         ("adapter={type: qlora}", ["ZeRO-3"]),
         ("training.optimizer=adafactor", ["ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2"]),
         ("training.grad_cache=false", ["ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2"]),
-        ("training.worst_batch_first=true", ["ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2"]),
         ("training.optim=sgd", ["FSDP2"]),
     ],
 )

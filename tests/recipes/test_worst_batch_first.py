@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mmembed.config import load_config
-from mmembed.errors import ConfigError, MmembedError
+from mmembed.errors import MmembedError
 from recipes import train_embedder
 from tests.runs import build_trainer
 
@@ -14,9 +14,9 @@ def trained(config_file, *overrides):
     trainer = build_trainer(load_config(config_file, ["data.dev=[]", *overrides]))
     seen, add_gradient = [], trainer._add_gradient
 
-    def noted(model, batch):
+    def noted(model, batch, **options):
         seen.append(batch.padded_tokens)
-        return add_gradient(model, batch)
+        return add_gradient(model, batch, **options)
 
     trainer._add_gradient = noted
     trainer.train()
@@ -54,17 +54,3 @@ def test_the_flag_sets_the_option(config_file, monkeypatch):
     monkeypatch.setattr(train_embedder, "train", configs.append)
     assert train_embedder.main(["--config", str(config_file), "--worst-batch-first"]) == 0
     assert configs[0].training.worst_batch_first is True
-
-
-def test_it_is_refused_where_gradients_can_not_be_dropped(config_file, monkeypatch):
-    from mmembed.training import trainer as module
-
-    engine = module.engine_of
-    monkeypatch.setattr(module, "engine_of", lambda *args: _lockstep(engine(*args)))
-    with pytest.raises(ConfigError, match="worst_batch_first"):
-        build_trainer(load_config(config_file, ["data.dev=[]", "training.worst_batch_first=true"]))
-
-
-def _lockstep(engine):
-    engine.lockstep = True
-    return engine
