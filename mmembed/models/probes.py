@@ -84,7 +84,7 @@ def _flat(vectors: torch.Tensor) -> torch.Tensor:
 
 
 def record(folder: Path, dtype: torch.dtype, vectors: torch.Tensor) -> None:
-    """Writes vectors of `vectors_of` into a folder, and the type they were computed in: `check_recorded` allows for it."""
+    """Writes vectors of `vectors_of` into a folder, and the type they were computed in, for `check_recorded`."""
     from safetensors.torch import save_file
 
     staged = folder / f".{PROBES}"

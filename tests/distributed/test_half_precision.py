@@ -3,8 +3,11 @@ gathers, one process autocasts. They round elsewhere, so a loss may differ by .5
 under FSDP2); within the four steps it falls by 8 %. Half a minute a strategy.
 """
 
+import re
+
 import pytest
 
+from mmembed.cli import main as verify
 from recipes.train_embedder import main
 from tests.distributed.test_strategies import FULL, MANY, PLAIN
 from tests.recipes.conftest import backbone, config_file, data  # noqa: F401  (fixtures)
@@ -16,7 +19,8 @@ PREFIX = "prompt={type: plain, query_prefix: 'Find the one that fits: ', documen
 
 @pytest.mark.parametrize("strategy", ["zero2", "fsdp2"])
 def test_bf16(config_file, tmp_path, strategy):  # noqa: F811
-    """With shared prefixes. The saved folder gives the vectors of the divided model, or the command would fail."""
+    """With shared prefixes. The saved folder gives the vectors of the divided model, or the command would fail; and
+    `mmembed verify` finds it sound from outside, where nothing computes in bf16."""
     common = ["--config", str(config_file), *PLAIN, *FULL, *MANY, PREFIX, "training.bf16=true", "data.dev=[]"]
     common += ["data.train=[{path: text.jsonl}]"]
 
@@ -24,8 +28,10 @@ def test_bf16(config_file, tmp_path, strategy):  # noqa: F811
         return [*common, f"training.per_device_train_batch_size={batch}", f"training.output_dir={tmp_path / name}"]
 
     assert main(run("one", 8)) == 0
-    launch(strategy, *run("two", 4))
+    report = launch(strategy, *run("two", 4)).stdout
+    assert int(re.search(r"begin alike; ([\d,]+) tokens", report)[1].replace(",", "")) > 20, "no prefix was shared"
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert two == pytest.approx(one, rel=5e-3)
     assert one[-1] < 0.93 * one[0]
     assert any(loss != round(loss * 256) / 256 for loss in two), "scores were compared in bf16"
+    assert verify(["verify", str(tmp_path / "two")]) == 0

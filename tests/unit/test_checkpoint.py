@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
@@ -21,7 +22,7 @@ from mmembed.errors import CheckpointError, ConfigError
 from mmembed.models.checkpoint import load_checkpoint, save_checkpoint
 from mmembed.models.continuing import build_for_training, check_trainable, inherit_settings, restore_weights
 from mmembed.models.folder import read_settings
-from mmembed.models.probes import check_recorded
+from mmembed.models.probes import check_recorded, vectors_of
 from mmembed.models.verification import verify_checkpoint
 
 LORA = {"type": "lora", "r": 4, "alpha": 8, "dropout": 0.0, "target_modules": "auto"}
@@ -307,6 +308,16 @@ def test_vectors_are_recorded_by_verification_where_saving_could_not(family_fold
     assert check_recorded(tmp_path / "saved", model, preprocessor) is None
     verify_checkpoint(tmp_path / "saved", model, preprocessor)
     assert check_recorded(tmp_path / "saved", model, preprocessor) == 0
+
+
+def test_vectors_of_an_engine_in_half_precision_are_held_to_that(family_folder, tmp_path) -> None:
+    """As FSDP2 in bf16 gives them of 32-bit weights: further from these than 1e-3, and no damage."""
+    model, preprocessor = trained(family_folder("qwen3"))
+    model.float()
+    save_checkpoint(tmp_path / "saved", model, preprocessor, state_dict=model.state_dict())
+    ours = vectors_of(copy.deepcopy(model).bfloat16(), preprocessor).float()
+    verify_checkpoint(tmp_path / "saved", model, preprocessor, 0.03, vectors=ours, dtype=torch.bfloat16)
+    assert 1e-3 < check_recorded(tmp_path / "saved", *load_checkpoint(tmp_path / "saved")) < 0.03
 
 
 @pytest.mark.parametrize("kinds", [(LORA, None), (None, LORA), (LORA, LORA)])
