@@ -24,7 +24,7 @@ def in_two_processes(module, *arguments, timeout=180):
     return done
 
 
-def launch(strategy, *arguments, timeout=300, succeeds=True):
+def launch(strategy, *arguments, timeout=300, succeeds=True, processes=2):
     """`accelerate launch` with the shipped YAML of a strategy: two processes, gloo, one thread each."""
     command = [
         sys.executable,
@@ -32,6 +32,8 @@ def launch(strategy, *arguments, timeout=300, succeeds=True):
         "accelerate.commands.launch",
         "--config_file",
         f"recipes/accelerate/{strategy}.yaml",
+        "--num_processes",
+        str(processes),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command += ["recipes/train_embedder.py", *arguments]
