@@ -188,9 +188,9 @@ ROTARY: dict[str, tuple[Rotation, tuple[tuple[int, ...], ...]]] = {
 }
 
 
-def _rotary_class(stock: type[nn.Module]) -> type[nn.Module] | None:
-    """A subclass whose forward is the stock's own code, in which a name of `ROTARY` means ours; or None."""
-    forward: Any = stock.forward
+def _rotary_class(stock: Any) -> type[nn.Module] | None:
+    """A subclass of a module class whose forward is its own code, in which a name of `ROTARY` means ours; or None."""
+    forward = stock.forward
     if not isinstance(forward, FunctionType):
         return None
     names = [name for name in ROTARY if name in forward.__code__.co_names]

@@ -162,7 +162,8 @@ def check_launched(args: TrainingArguments, config: EmbedderConfig) -> None:
             "training.save_only_model with load_best_model_at_end: DeepSpeed and FSDP load the best checkpoint with "
             "its optimizer state; set one of the two to false"
         )
-    form = args.fsdp_config["state_dict_type"] if args.fsdp else None
+    settings: Any = args.fsdp_config
+    form = settings["state_dict_type"] if args.fsdp else None
     if args.save_only_model and form == "SHARDED_STATE_DICT":
         raise ConfigError(
             f"training.save_only_model with fsdp_config.state_dict_type '{form}': that is how the optimizer's state is "
