@@ -234,6 +234,29 @@ def test_labelled_by_example_and_by_label(tmp_path):
             read("labelled", path, **options)
 
 
+@pytest.mark.parametrize(("classes", "by_label"), [(2, True), (3, False)])
+def test_labelled_auto_takes_words_for_two_classes_and_examples_for_more(tmp_path, classes, by_label):
+    rows = [{"text": f"text {i}", "label": f"class_{i % classes}"} for i in range(12)]
+    path = write(tmp_path / "train.jsonl", *rows)
+    examples, errors = read("labelled", path, positive="auto", negatives=1)
+    assert errors == [] and len(examples) == 12
+    assert {e.documents[0].content[0].text.startswith("class") for e in examples} == {by_label}
+    texts = {f"class_{i}": f"number {i}" for i in range(classes)}
+    if by_label:
+        named, _ = read("labelled", path, positive="auto", label_texts=texts)
+        assert named[1].documents[0].content == (Text("number 1"),)
+    else:
+        with pytest.raises(ConfigError, match="label_texts has no effect with positive: auto and 3 classes"):
+            read("labelled", path, positive="auto", label_texts=texts)
+
+
+def test_pairs_in_both_directions(tmp_path):
+    path = write(tmp_path / "train.jsonl", *({"sentence1": f"a{i}", "sentence2": f"b{i}", "score": i} for i in (3, 5)))
+    examples, _ = read("pairs", path, at_least=4, both_directions=True)
+    found = [(e.query[0].text, e.documents[0].content[0].text, e.documents[0].relevance) for e in examples]
+    assert found == [("a5", "b5", 1.0), ("b5", "a5", 1.0)]
+
+
 def test_pairs_are_scaled(tmp_path):
     row = {"_id": "p", "sentence1": "a", "sentence2": "b"}
     write(tmp_path / "dev.jsonl", {**row, "score": 0}, {**row, "score": 2.5}, {**row, "score": 6}, {**row, "scor": 1})

@@ -1,8 +1,9 @@
 """Classification data as retrieval: a text or picture, and a document that stands for its class, as in NV-Embed.
 
 `positive: example` takes another example of the class ("example-based", the second version of the paper),
-`positive: label` the words of the label ("label-based", the first); negatives come from other classes. Documents carry
-their class as id, so that other documents of the same class in a batch are recognised as duplicates and not taken for
+`positive: label` the words of the label ("label-based", the first); negatives come from other classes. `auto` is the
+rule of the second version: examples, but the words of the label where there are two classes only. Documents carry their
+class as id, so that other documents of the same class in a batch are recognised as duplicates and not taken for
 negatives. Costs: all contents and labels in memory while the cache is built, about 300 bytes a row.
 
 Source: Lee et al., NV-Embed: Improved Techniques for Training LLMs as Generalist Embedding Models, arXiv 2405.17428,
@@ -26,7 +27,7 @@ class Labelled(Format):
 
     Args:
         split: which file; of images.parquet, which rows (its column `split`, where there is one).
-        positive: `example` or `label`.
+        positive: `example`, `label`, or `auto`: `label` for two classes, `example` for more.
         negatives: documents of other classes a record; their classes are drawn without repetition.
         label_texts: label -> the words to embed for it; without it, `_` and `-` in labels become spaces.
         seed: of the drawn examples and classes.
@@ -37,13 +38,14 @@ class Labelled(Format):
     def __init__(
         self,
         split: str = "train",
-        positive: Literal["example", "label"] = "example",
+        positive: Literal["example", "label", "auto"] = "example",
         negatives: Count = 0,
         label_texts: Mapping[str, str] | None = None,
         seed: int = 0,
     ) -> None:
-        if positive not in ("example", "label"):
-            raise ConfigError(f"formats.labelled: positive is '{positive}'; {nearest(positive, ('example', 'label'))}")
+        if positive not in ("example", "label", "auto"):
+            known = ("example", "label", "auto")
+            raise ConfigError(f"formats.labelled: positive is '{positive}'; {nearest(positive, known)}")
         if label_texts is not None and positive == "example":
             raise ConfigError("formats.labelled: label_texts has no effect with positive: example; remove one of them")
         self.split, self.positive, self.negatives = split, positive, negatives
@@ -67,33 +69,43 @@ class Labelled(Format):
             raise ConfigError(
                 f"{file}: {self.negatives} negatives of other classes asked, there are {len(classes)} classes"
             )
+        by_label = self.positive == "label" or (self.positive == "auto" and len(classes) == 2)
+        if self.label_texts is not None and not by_label:
+            raise ConfigError(
+                f"{file}: label_texts has no effect with positive: auto and {len(classes)} classes, whose "
+                "documents are examples; remove it, or set positive: label"
+            )
         for index, row in enumerate(rows):
             try:
-                yield row if isinstance(row, RecordError) else self._record(index, row, classes)
+                yield row if isinstance(row, RecordError) else self._record(index, row, classes, by_label)
             except RecordError as error:
                 yield error
 
-    def _record(self, index: int, row: RawRecord, classes: dict[str, list[tuple[int, Any]]]) -> RawRecord:
+    def _record(
+        self, index: int, row: RawRecord, classes: dict[str, list[tuple[int, Any]]], by_label: bool
+    ) -> RawRecord:
         draw = random.Random(f"{self.seed}:{index}")
         label = row["label"]
         others = draw.sample([name for name in classes if name != label], self.negatives)
-        documents = [{"content": self._content(label, classes, draw, index, row["where"]), "id": label}]
-        documents += [
-            {"content": self._content(other, classes, draw, index, row["where"]), "relevance": 0.0, "id": other}
-            for other in others
-        ]
+
+        def content(name: str) -> Any:
+            if by_label:
+                return self._words(name, row["where"])
+            return self._example(name, classes[name], draw, index, row["where"])
+
+        documents = [{"content": content(label), "id": label}]
+        documents += [{"content": content(other), "relevance": 0.0, "id": other} for other in others]
         record = {"query": row["content"], "documents": documents, "task": "classification", "where": row["where"]}
         return {**record, "id": row["id"]} if row["id"] is not None else record
 
-    def _content(
-        self, label: str, classes: dict[str, list[tuple[int, Any]]], draw: random.Random, index: int, where: str
-    ) -> Any:
-        """What stands for a class: its words, or an example of it other than the query's own row."""
-        if self.positive == "label":
-            if self.label_texts is None:
-                return label.replace("_", " ").replace("-", " ")
-            return column(dict(self.label_texts), label, where)
-        members = classes[label]
+    def _words(self, label: str, where: str) -> Any:
+        if self.label_texts is None:
+            return label.replace("_", " ").replace("-", " ")
+        return column(dict(self.label_texts), label, where)
+
+    @staticmethod
+    def _example(label: str, members: list[tuple[int, Any]], draw: random.Random, index: int, where: str) -> Any:
+        """An example of a class other than the query's own row."""
         if all(place == index for place, _ in members):
             found = f"the class '{label}' has one example only"
             raise RecordError(where, found, "Use positive: label, or remove the record", "lonely class")

@@ -17,6 +17,7 @@ class Pairs(Format):
         low, high: the scale of the scores; `low` becomes relevance 0 and `high` 1.
         at_least: leave out pairs that score less; contrastive training needs it, since a pair of middling similarity is
             neither positive nor negative (NV-Embed keeps 4 and above of 5, section 4.1.2).
+        both_directions: each text is the query of the other one (NV-Embed on STS data).
     """
 
     name: ClassVar[str] = "pairs"
@@ -31,11 +32,12 @@ class Pairs(Format):
         low: float = 0.0,
         high: float = 5.0,
         at_least: float | None = None,
+        both_directions: bool = False,
     ) -> None:
         if low >= high:
             raise ConfigError(f"formats.pairs: low {low} is not below high {high}")
         self.split, self.first, self.second, self.score, self.low, self.high = split, first, second, score, low, high
-        self.at_least = low if at_least is None else at_least
+        self.at_least, self.both_directions = low if at_least is None else at_least, both_directions
 
     def files(self, path: Path) -> list[Path]:
         return [path / f"{self.split}.jsonl" if path.is_dir() else path]
@@ -49,6 +51,8 @@ class Pairs(Format):
                 record = self._record(row, where)
                 if row[self.score] >= self.at_least:
                     yield record
+                    if self.both_directions:
+                        yield self._record({**row, self.first: row[self.second], self.second: row[self.first]}, where)
             except RecordError as error:
                 yield error
 
