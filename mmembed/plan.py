@@ -38,7 +38,7 @@ from mmembed.objectives import Objective, build_objective
 from mmembed.preprocess import Preprocessor
 from mmembed.training.arguments import training_arguments
 from mmembed.training.batch_report import check_sources, count_negatives, count_visual
-from mmembed.training.batches import build_collator, chunk_tokens, data_seed, plan_batches
+from mmembed.training.batches import build_collator, chunk_tokens, data_seed, graded_sources, plan_batches
 from mmembed.training.estimate import Estimate, Stage, outline, size, with_training
 from mmembed.training.launch import divides_weights
 from mmembed.training.preflight import preflight
@@ -58,7 +58,7 @@ class RunPlan:
     parameters: dict[str, tuple[int, int]]  # tower -> (trained, all)
     negatives: dict[str, float]  # own, in_batch, other_processes: a query, at most
     batches_sampled: int
-    queries_a_batch: int
+    queries_a_batch: int  # on average, where sources have batches of their own size
     accumulation: int
     tokens: float
     padded_tokens: float
@@ -120,7 +120,9 @@ def plan_run(
     model, preprocessor = outline(config, media)
     unshared = _unshared(config, model)
     packed = _packed(config, model)
-    batches = _draw(config, data, plan, preprocessor, args, sample, share_prefix=unshared is None, packed=packed)
+    batches = _draw(
+        config, objective, data, plan, preprocessor, args, sample, share_prefix=unshared is None, packed=packed
+    )
     throughput_is = "stated"
     if measure is not None:
         throughput, throughput_is = _measured(config, measure, media), f"measured here over {measure} steps"
@@ -133,7 +135,7 @@ def plan_run(
         devices=devices,
         parameters=estimate.parameters(),
         longest_allowed=max(config.lengths.query_max_length, config.lengths.document_max_length),
-        queries_a_batch=plan.batch_size,
+        queries_a_batch=round(_mean([batch.n_queries for batch in batches])),
         accumulation=args.gradient_accumulation_steps,
         unshared=unshared,
         features=_features(config, model, devices) if counted["visual_tokens"] else "",
@@ -169,6 +171,7 @@ def _count(batches: Sequence[Batch], objective: Objective, preprocessor: Preproc
 
 def _draw(
     config: EmbedderConfig,
+    objective: Objective,
     data: Sequence[Source],
     plan: BatchPlan,
     preprocessor: Preprocessor,
@@ -178,7 +181,8 @@ def _draw(
     packed: bool,
 ) -> list[Batch]:
     """Batches evenly spread over the first epoch; the first ones where a later one takes reading a stream up to it."""
-    collator = build_collator(config, preprocessor, args, chunk_tokens(config), share_prefix, packed)
+    graded = graded_sources(data, objective)
+    collator = build_collator(config, preprocessor, args, chunk_tokens(config), share_prefix, packed, graded)
     streamed = any(isinstance(source, RecordStream) for source in data)
     step = 1 if streamed else max(1, len(plan) // sample)
     mixed = MixedDataset(data)

@@ -98,7 +98,8 @@ class LengthsConfig(_Block):
 
 class SourceConfig(_Block):
     """One data source. `path` is relative to `data.root`; `options` go to the format's constructor; `name` is the path
-    unless given. `streaming` reads it while training goes on, shuffled through `shuffle_buffer` records (10,000)."""
+    unless given. `streaming` reads it while training goes on, shuffled through `shuffle_buffer` records (10,000).
+    `batch_size` takes the place of training.per_device_train_batch_size for its batches."""
 
     path: str
     format: str = "jsonl"
@@ -110,6 +111,7 @@ class SourceConfig(_Block):
     in_batch_negatives: bool = True
     task: Task | None = None
     max_examples: Positive | None = None
+    batch_size: Positive | None = None
     streaming: bool = False
     shuffle_buffer: Positive | None = None
 
@@ -143,9 +145,10 @@ class MediaLimitsConfig(_Block):
 class DataConfig(_Block):
     """Training and dev sources. A query gets `train_group_size` documents, `positives_per_query` of them positive.
 
-    `mixing_alpha` gives a source without `weight` the weight size**alpha. `ignore_fields` names fields of the data
-    that may go unused (`score`, `negatives`, `instruction`, `relevance`) or are taken out of every record (`image`,
-    `video`, `audio`).
+    `mixing` says how often which source comes: `temperature` gives a source without `weight` the weight size**alpha
+    (`mixing_alpha`), `proportional` as many batches as it fills, `round_robin` one after the other. `ignore_fields`
+    names fields of the data that may go unused (`score`, `negatives`, `instruction`, `relevance`) or are taken out of
+    every record (`image`, `video`, `audio`).
     """
 
     root: str | None = None
@@ -156,6 +159,7 @@ class DataConfig(_Block):
     on_bad_record: Literal["raise", "skip"] = "raise"
     train_group_size: Positive = 8
     positives_per_query: Positive = 1
+    mixing: Literal["temperature", "proportional", "round_robin"] = "temperature"
     mixing_alpha: float = Field(default=0.5, ge=0)
     ignore_fields: tuple[Literal["score", "negatives", "instruction", "image", "video", "audio", "relevance"], ...] = ()
 
@@ -166,6 +170,17 @@ class DataConfig(_Block):
                 f"positives_per_query {self.positives_per_query} is above train_group_size "
                 f"{self.train_group_size}; a group holds positives and negatives"
             )
+        if "mixing_alpha" in self.model_fields_set and self.mixing != "temperature":
+            raise ConfigError(f"mixing_alpha has no effect with mixing '{self.mixing}'; remove one of them")
+        for source in self.train if self.mixing == "round_robin" else ():
+            if source.weight is not None:
+                raise ConfigError(
+                    f"mixing 'round_robin' gives all sources the same share: weight {source.weight:g} of "
+                    f"'{source.name}' has no effect; remove one of them"
+                )
+        for source in self.dev:
+            if source.batch_size is not None:
+                raise ConfigError(f"data.dev '{source.name}': batch_size acts in training only; remove it")
         for sources in (self.train, self.dev):
             names = [source.name for source in sources]
             for name in names:
@@ -271,7 +286,7 @@ class EmbedderConfig(_Block):
     @field_validator("pooling", "prompt", "objective")
     @classmethod
     def _has_type(cls, value: TypedBlock | tuple[TypedBlock, ...]) -> TypedBlock | tuple[TypedBlock, ...]:
-        for block in value if isinstance(value, tuple) else (value,):
+        for block in objective_blocks(value):
             if isinstance(block, dict) and not isinstance(block.get("type"), str):
                 raise ConfigError("the block has no 'type'; write the name, or {type: name, ...options}")
         return value
@@ -285,6 +300,16 @@ class EmbedderConfig(_Block):
     def hash(self) -> str:
         """Identifies the run in checkpoints: sha256 of the canonical JSON, first 16 hex digits."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def objective_blocks(value: Any) -> list[Any]:
+    """The blocks of an objective, which is one, a list, or either of these for each task or source."""
+    if isinstance(value, list | tuple):
+        return list(value)
+    per_batch = [value[key] for key in ("by_task", "by_source") if isinstance(value, dict) and key in value]
+    if len(per_batch) == 1 and isinstance(per_batch[0], dict) and len(value) == 1:
+        return [block for entry in per_batch[0].values() for block in objective_blocks(entry)]
+    return [value]
 
 
 def block_type(block: TypedBlock) -> str:
@@ -331,6 +356,11 @@ def _objective_clashes(config: EmbedderConfig, objective: Mapping[str, Any]) -> 
             "objective.matryoshka + similarity 'dot' + normalize: a truncated unit vector is not a unit vector; use "
             "cosine, or normalize: false"
         )
+    if objective.get("positives") == "one_at_a_time" and config.data.positives_per_query == 1:
+        clashes.append(
+            "objective.positives 'one_at_a_time' has no effect with one positive a query; set data.positives_per_query "
+            "to 2 or more"
+        )
     return clashes
 
 
@@ -363,8 +393,15 @@ def _clashes(config: EmbedderConfig) -> list[str]:
             "model.dtype 'float16' + adapter.type 'none': half-precision weights lose small updates; use float32 "
             "weights with training.fp16 or training.bf16"
         )
-    for block in config.objective if isinstance(config.objective, tuple) else (config.objective,):
+    for block in objective_blocks(config.objective):
         clashes += _objective_clashes(config, block_options(block))
+    by_source = config.objective.get("by_source") if isinstance(config.objective, dict) else None
+    names = [source.name for source in config.data.train]
+    for name in by_source if isinstance(by_source, dict) and names else ():
+        if name not in names:
+            clashes.append(
+                f"objective.by_source: there is no source '{name}' in data.train; {nearest(str(name), names)}"
+            )
     if "freeze" in config.model.model_fields_set:  # the default gives way to that of a saved embedder, not read here
         frozen = [tower for tower in config.training.learning_rates if tower in config.model.freeze]
         clashes += [frozen_rate(tower, config.model.freeze) for tower in frozen]
@@ -395,6 +432,7 @@ def _stream_clashes(config: EmbedderConfig) -> list[str]:
     for source in config.data.train:
         if source.streaming and int(config.training.arguments.get("max_steps", -1)) < 1:
             clashes.append(f"data.train '{source.name}': nobody knows the length of a stream; set training.max_steps")
-        if source.streaming and source.weight is None and len(config.data.train) > 1:
+        shared = len(config.data.train) > 1 and config.data.mixing != "round_robin"
+        if source.streaming and source.weight is None and shared:
             clashes.append(f"data.train '{source.name}': a stream beside others needs a weight (1.0: an average one)")
     return clashes

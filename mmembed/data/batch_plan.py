@@ -35,16 +35,18 @@ class BatchPlan(torch.utils.data.Sampler[list[Draw]]):
     Args:
         sizes: rows of each source; None of a stream, whose rows are positions of an endless sequence.
         weights: share of batches of each source (see `mixing_weights`); default: each source once, whole batches of it.
-        batch_size: rows a rank and step.
+        batch_size: rows a rank and step; one number, or one a source.
         seed: of all orders.
         world_size, rank: processes that train together, and which one this is.
         keys: a source's (N, 2) integers from `RecordDataset.keys`; rows that share one do not meet in a batch where
             avoidable. None: no rows share anything.
         names: of the sources, for messages.
         batches: of an epoch; needed where a source is a stream.
+        round_robin: one source after the other in the order given, each epoch from the first on; weights must be equal.
+            Else sources come in random order.
 
-    Else an epoch has as many batches as whole global batches fit into the sources. They are shared out by weight; each
-    source gets at least one. The length is the same on all ranks.
+    Without `batches` an epoch has as many batches as whole global batches fit into the sources. They are shared out by
+    weight; each source gets at least one. The length is the same on all ranks.
 
     Raises:
         ConfigError: no sources, a source with fewer rows than one global batch, weights that do not fit.
@@ -54,23 +56,29 @@ class BatchPlan(torch.utils.data.Sampler[list[Draw]]):
         self,
         sizes: Sequence[int | None],
         weights: Sequence[float] | None = None,
-        batch_size: int = 32,
+        batch_size: int | Sequence[int] = 32,
         seed: int = 0,
         world_size: int = 1,
         rank: int = 0,
         keys: Sequence[np.ndarray | None] | None = None,
         names: Sequence[str] | None = None,
         batches: int | None = None,
+        round_robin: bool = False,
     ) -> None:
-        self.sizes, self.batch_size, self.seed = tuple(sizes), batch_size, seed
+        self.sizes, self.seed, self.round_robin = tuple(sizes), seed, round_robin
+        self.batch_sizes = (batch_size,) * len(self.sizes) if isinstance(batch_size, int) else tuple(batch_size)
         self.world_size, self.rank, self.epoch = world_size, rank, 0
         keys = [None] * len(self.sizes) if keys is None else keys
         self._check(names or [f"source {i}" for i in range(len(self.sizes))], keys)
-        self._passes = [None if size is None else size // self.global_batch_size for size in self.sizes]  # in batches
+        self._passes = [  # in batches
+            None if size is None else size // self.batch_rows(source) for source, size in enumerate(self.sizes)
+        ]
         known = [number for number in self._passes if number is not None]
         if len(known) < len(self.sizes) and (batches is None or weights is None):
             raise ConfigError("batch plan: a stream has no length; give weights and the batches of an epoch")
         shares = known if weights is None else tuple(weights)
+        if round_robin and len(set(shares)) > 1:
+            raise ConfigError(f"batch plan: round robin with weights {list(shares)}; it gives all sources the same")
         if len(shares) != len(self.sizes) or min(shares) <= 0:
             raise ConfigError(
                 f"batch plan: weights {list(shares)} for {len(self.sizes)} sources; give each one above 0"
@@ -80,10 +88,9 @@ class BatchPlan(torch.utils.data.Sampler[list[Draw]]):
         self._groups = [None if item is None else _groups(item) for item in keys]
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
 
-    @property
-    def global_batch_size(self) -> int:
-        """Rows of all ranks together."""
-        return self.batch_size * self.world_size
+    def batch_rows(self, source: int) -> int:
+        """Rows of a batch of a source, of all ranks together."""
+        return self.batch_sizes[source] * self.world_size
 
     @property
     def batches_per_source(self) -> tuple[int, ...]:
@@ -99,15 +106,19 @@ class BatchPlan(torch.utils.data.Sampler[list[Draw]]):
 
     def __iter__(self) -> Iterator[list[Draw]]:
         epoch = self.epoch
-        order = np.repeat(np.arange(len(self.sizes)), self._counts)
-        self._generator(epoch, purpose=0).shuffle(order)
+        if self.round_robin:
+            order = np.arange(len(self)) % len(self.sizes)  # counts differ by one at most, the first have more
+        else:
+            order = np.repeat(np.arange(len(self.sizes)), self._counts)
+            self._generator(epoch, purpose=0).shuffle(order)
         drawn = [epoch * count for count in self._counts]
         for source in order.tolist():
-            mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+            size, whole = self.batch_sizes[source], self.batch_rows(source)
+            mine = slice(self.rank * size, (self.rank + 1) * size)
             passes, number = self._passes[source], drawn[source]
             drawn[source] += 1
             if passes is None:
-                rows = range(number * self.global_batch_size, (number + 1) * self.global_batch_size)
+                rows = range(number * whole, (number + 1) * whole)
                 yield [(source, row, 0) for row in rows[mine]]
                 continue
             visit, place = divmod(number, passes)
@@ -125,12 +136,13 @@ class BatchPlan(torch.utils.data.Sampler[list[Draw]]):
         generator = self._generator(source, number, purpose=1)
         batches, size = self._passes[source], self.sizes[source]
         assert batches is not None and size is not None, "a stream has no order"
-        order = _permutation(generator, size)[: batches * self.global_batch_size]
+        whole = self.batch_rows(source)
+        order = _permutation(generator, size)[: batches * whole]
         groups = self._groups[source]
         if groups is not None:
             place = _permutation(generator, int(groups.max()) + 1)  # of each group in the deck
             order = order[np.argsort(place[groups[order]], kind="stable")]
-        return order.reshape(self.global_batch_size, batches).T  # row i into batch i modulo batches
+        return order.reshape(whole, batches).T  # row i into batch i modulo batches
 
     def _generator(self, *numbers: int, purpose: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, purpose, *numbers))
@@ -138,14 +150,16 @@ class BatchPlan(torch.utils.data.Sampler[list[Draw]]):
     def _check(self, names: Sequence[str], keys: Sequence[np.ndarray | None]) -> None:
         if not self.sizes:
             raise ConfigError("batch plan: there is no source; add one to data.train")
-        if not 0 <= self.rank < self.world_size or self.batch_size < 1:
-            raise ConfigError(f"batch plan: rank {self.rank} of {self.world_size}, batch size {self.batch_size}")
-        for name, size in zip(names, self.sizes, strict=True):
-            if size is not None and size < self.global_batch_size:
+        if len(self.batch_sizes) != len(self.sizes) or min(self.batch_sizes) < 1:
+            raise ConfigError(f"batch plan: batch sizes {list(self.batch_sizes)} for {len(self.sizes)} sources")
+        if not 0 <= self.rank < self.world_size:
+            raise ConfigError(f"batch plan: rank {self.rank} of {self.world_size}")
+        for source, (name, size) in enumerate(zip(names, self.sizes, strict=True)):
+            if size is not None and size < self.batch_rows(source):
                 raise ConfigError(
-                    f"data source '{name}' has {size} rows, one batch takes {self.global_batch_size} "
-                    f"({self.world_size} processes x {self.batch_size}); lower per_device_train_batch_size or use "
-                    "fewer processes, or remove the source"
+                    f"data source '{name}' has {size} rows, one batch takes {self.batch_rows(source)} "
+                    f"({self.world_size} processes x {self.batch_sizes[source]}); lower per_device_train_batch_size "
+                    "(or the source's batch_size) or use fewer processes, or remove the source"
                 )
         for name, size, of in zip(names, self.sizes, keys, strict=True):
             if of is not None and len(of) != size:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mmembed.config.blocks import SourceConfig
-from mmembed.content import Audio, Content, Document, Example, Image, Text, Video
+from mmembed.content import Audio, Content, Document, Example, Image, Task, Text, Video
 from mmembed.data.labels import BatchLabels
 from mmembed.data.prefixes import Group, group_by_prefix
 from mmembed.data.records import is_untrainable_pair
@@ -117,6 +117,8 @@ class Collator:
             nothing is repeated to fill a group.
         share_prefix: plan chunks whose rows begin with the same tokens, for a model that computes these once.
         packed: plan chunks of texts that share nothing without their padding, for a model that computes none.
+        graded: names of sources whose objective takes graded pairs (STS): of them all documents of a record come, each
+            with its similarity, whatever the size of groups.
     """
 
     def __init__(
@@ -130,14 +132,16 @@ class Collator:
         seed: int = 0,
         share_prefix: bool = False,
         packed: bool = False,
+        graded: Collection[str] = (),
     ) -> None:
-        self.preprocessor, self.sources = preprocessor, sources
+        self.preprocessor, self.sources, self.graded = preprocessor, sources, frozenset(graded)
         self.share_prefix, self.packed = share_prefix, packed
         self.chunk_tokens, self.chunk_rows = chunk_tokens, chunk_rows
         self.train_group_size, self.positives_per_query, self.seed = train_group_size, positives_per_query, seed
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
-        """Raises RecordError where a record has no positive or a picture is gone, ConfigError from the preprocessor."""
+        """Raises RecordError where a record has no positive, a pair no similarity from 0 to 1, or a picture is gone;
+        ConfigError from the preprocessor."""
         source = self.sources[examples[0].source]
         groups = [self._group(example) for example in examples]
         documents = [document for group in groups for document in group]
@@ -164,7 +168,7 @@ class Collator:
             document_keys=torch.tensor([document_keys(document) for document in documents]),
             query_keys=torch.tensor([content_key(example.query) for example in examples]),
             positive_keys=_positive_keys(examples),
-            in_batch=source.in_batch_negatives,
+            in_batch=source.in_batch_negatives and examples[0].source not in self.graded,
             source=examples[0].source,
             scores=torch.tensor([math.nan if one.score is None else one.score for one in documents]),
             task=examples[0].task,
@@ -201,7 +205,9 @@ class Collator:
             raise name_record(error, where, read) from None
 
     def _group(self, example: Example) -> list[Document]:
-        """The documents drawn for one query: positives first."""
+        """The documents drawn for one query: positives first; all of them, as they stand, where they are graded."""
+        if example.source in self.graded:
+            return self._pairs(example)
         positives = [document for document in example.documents if document.relevance > 0]
         negatives = [document for document in example.documents if document.relevance <= 0]
         if not positives:
@@ -219,6 +225,16 @@ class Collator:
         generator = random.Random(f"{self.seed}:{example.visit}:{example.where}")
         group = _draw(positives, self.positives_per_query, generator)
         return group + _draw(negatives, self.train_group_size - self.positives_per_query, generator)
+
+    @staticmethod
+    def _pairs(example: Example) -> list[Document]:
+        highest = max(document.relevance for document in example.documents)
+        if example.task is not Task.STS or highest > 1:
+            found = f"a relevance of {highest:g} in a record of task '{example.task}'"
+            raise RecordError(
+                example.where, found, "Graded pairs have task sts and similarities from 0 to 1: correct the record"
+            )
+        return list(example.documents)
 
 
 def tokenize(preprocessor: Preprocessor, items: Sequence[Item], where: Sequence[str]) -> list[Row]:
@@ -362,11 +378,12 @@ def _update_image(digest: hashlib.blake2b, image: Image) -> None:
 
 
 def _positive_keys(examples: Sequence[Example]) -> Tensor:
-    """(Q, P, 2): rows with fewer positives repeat their first."""
+    """(Q, P, 2): rows with fewer positives repeat their first; one without, the query itself, which never counts."""
     keys = [
         [document_keys(document) for document in example.documents if document.relevance > 0][:KNOWN_POSITIVES]
         for example in examples
     ]
+    keys = [row or [(content_key(one.query),) * 2] for row, one in zip(keys, examples, strict=True)]
     width = max(len(row) for row in keys)
     return torch.tensor([row + row[:1] * (width - len(row)) for row in keys])
 

@@ -27,6 +27,7 @@ import torch.utils.data
 from mmembed.content import Audio, Content, Example, Image, Task, Video
 from mmembed.data.batch_plan import Draw
 from mmembed.data.format_base import FORMATS, Format, RawRecord
+from mmembed.data.labels import Grades
 from mmembed.data.records import MEDIA_KINDS, is_untrainable_pair, parse_record, resolve_media, without_media
 from mmembed.errors import ConfigError, MediaError, RecordError
 from mmembed.media import MediaLimits, MediaStore, build_once, default_cache_dir
@@ -88,8 +89,9 @@ class RecordDataset(torch.utils.data.Dataset[Example]):
         fields: what the data carries: `score`, `negatives`, `relevance` (graded, but of STS), `instruction`, `image`,
             `video`, `audio`.
         tasks: the tasks that occur.
+        grades: the relevances that occur.
         untrainable: how many STS records are neither positive nor negative pairs, and `file:line` of the first; of no
-            concern to a dev source.
+            concern to a dev source, and to an objective that takes graded pairs.
 
     Raises:
         RecordError: the first bad record, under `raise`.
@@ -122,6 +124,7 @@ class RecordDataset(torch.utils.data.Dataset[Example]):
         self.fields = set(summary["fields"])
         self.tasks = {Task(task) for task in summary["tasks"]}
         self.untrainable: tuple[int, str] = tuple(summary["untrainable"])
+        self.grades = Grades(*summary["grades"])
         if self.skipped:
             total = sum(self.skipped.values())
             logger.warning("%s: skipped %d bad records: %s", self.name, total, dict(self.skipped))
@@ -273,6 +276,7 @@ class _Builder:
         self.fields: set[str] = set()
         self.tasks: set[str] = set()
         self.untrainable: tuple[int, str] = (0, "")
+        self.grades = Grades()
         self.checked: set[int] = set()  # hashes of the last references that were found good: pictures are shared
         self.listed: set[int] = set()  # and of the last files that were listed: a table holds many pictures
         self.pictures: TextIO | None = None
@@ -294,7 +298,7 @@ class _Builder:
                 rows += 1
             writer.finalize()
         parts = {"skipped": dict(self.skipped), "fields": sorted(self.fields), "tasks": sorted(self.tasks)}
-        return {"rows": rows, "untrainable": self.untrainable, **parts}
+        return {"rows": rows, "untrainable": self.untrainable, "grades": self.grades.as_list() if rows else [], **parts}
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         return usable(self.reader.read(self.path), self._row, self.on_bad_record, self.skipped)
@@ -306,6 +310,8 @@ class _Builder:
         self._check_media(example)
         self.tasks.add(example.task.value)
         self.fields.update(fields_of(example))
+        for document in example.documents:
+            self.grades.add(document.relevance)
         if is_untrainable_pair(example):
             self.untrainable = (self.untrainable[0] + 1, self.untrainable[1] or where)
         positive = max(example.documents, key=lambda document: document.relevance)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,29 @@ import torch
 from torch import Tensor
 
 from mmembed.content import Task
+
+_TOLD_APART = 3
+
+
+class Grades:
+    """The relevances of a source: the lowest, the highest, and how many different ones (3 stands for more)."""
+
+    def __init__(self, low: float = math.inf, high: float = -math.inf, distinct: int = 0) -> None:
+        self.low, self.high, self._distinct = low, high, distinct
+        self._seen: set[float] = set()
+
+    @property
+    def distinct(self) -> int:
+        return max(self._distinct, len(self._seen))
+
+    def add(self, relevance: float) -> None:
+        self.low, self.high = min(self.low, relevance), max(self.high, relevance)
+        if len(self._seen) < _TOLD_APART:
+            self._seen.add(relevance)
+
+    def as_list(self) -> list[Any]:
+        """What the constructor takes."""
+        return [self.low, self.high, self.distinct]
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,43 @@
 """How often each source is drawn.
 
 Sizes of sources differ by orders of magnitude. In proportion to size (alpha 1) the largest source is nearly all of the
-training, in equal shares (alpha 0) the smallest is repeated until it is memorised; size**0.5 lies between them.
+training, in equal shares (alpha 0) the smallest is repeated until it is memorised; size**0.5 lies between them. Rules:
+
+- temperature: shares of batches follow rows**alpha;
+- proportional: each source as often as it fills batches (CoDiEmb, arXiv 2508.11442, training code);
+- round_robin: equal shares, one after the other.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 from mmembed.errors import ConfigError
+
+MixingRule = Literal["temperature", "proportional", "round_robin"]
+
+
+def shares(
+    rule: MixingRule,
+    sizes: Sequence[int | None],
+    batch_rows: Sequence[int],
+    explicit: Sequence[float | None],
+    alpha: float = 0.5,
+) -> list[float]:
+    """The share of batches of each source by a rule; the shares add up to 1.
+
+    Args:
+        sizes, explicit, alpha: as of `mixing_weights`; round_robin has no use for them, proportional none for alpha.
+        batch_rows: rows of a batch of each source, of all processes.
+
+    Raises:
+        ConfigError: as `mixing_weights`.
+    """
+    if rule == "round_robin":
+        return [1 / len(sizes)] * len(sizes)
+    if rule == "proportional":
+        batches = [None if size is None else max(1, size // rows) for size, rows in zip(sizes, batch_rows, strict=True)]
+        return mixing_weights(batches, explicit, 1.0)
+    return mixing_weights(sizes, explicit, alpha)
 
 
 def mixing_weights(sizes: Sequence[int | None], explicit: Sequence[float | None], alpha: float = 0.5) -> list[float]:

@@ -37,6 +37,7 @@ from mmembed.content import Example, Task
 from mmembed.data import dataset
 from mmembed.data.dataset import RecordDataset, base_folder, fields_of, ignored_media, locate, settle, usable
 from mmembed.data.format_base import FORMATS, RawRecord
+from mmembed.data.labels import Grades
 from mmembed.data.records import is_untrainable_pair, parse_record
 from mmembed.errors import ConfigError, RecordError
 from mmembed.media import MediaStore
@@ -67,13 +68,14 @@ class RecordStream(torch.utils.data.Dataset[Example]):
             them are taken out, as of RecordDataset.
 
     Attributes:
-        fields, tasks, untrainable, skipped: as of RecordDataset, of the first thousand records.
+        fields, tasks, grades, untrainable, skipped: as of RecordDataset, of the first thousand records.
         least: rows that a pass has to have: a global batch.
 
     Raises:
         ConfigError: no such source or format, a format that cannot be streamed, no usable record, a pass that is
             shorter than `least`.
-        RecordError: a bad record under `raise`, a record that carries a field which the first ones do not.
+        RecordError: a bad record under `raise`, a record that carries a field, or is of a task, which none of the first
+            ones is.
     """
 
     size = None  # nobody knows before it was read
@@ -115,6 +117,9 @@ class RecordStream(torch.utils.data.Dataset[Example]):
         self.skipped.clear()  # they come again
         self.fields = {field for example in examples for field in fields_of(example)}
         self.tasks: set[Task] = {example.task for example in examples}
+        self.grades = Grades()
+        for document in itertools.chain.from_iterable(example.documents for example in examples):
+            self.grades.add(document.relevance)
         untrainable = [example.where for example in examples if is_untrainable_pair(example)]
         self.untrainable = (len(untrainable), untrainable[0] if untrainable else "")
 
@@ -131,6 +136,13 @@ class RecordStream(torch.utils.data.Dataset[Example]):
                     f"Let an early record carry it, or set data.ignore_fields: [{field}]",
                     "late field",
                 )
+        if example.task not in self.tasks:
+            raise RecordError(
+                example.where,
+                f"is of task '{example.task}', which none of the first {_FIRST:,} records of the stream is",
+                "Make it a source of its own, or set the source's task",
+                "late task",
+            )
         return dataclasses.replace(example, source=self.name, visit=visit)
 
     def _next(self, position: int) -> tuple[RawRecord, int]:

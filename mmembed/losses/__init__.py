@@ -59,14 +59,22 @@ class Scores:
 class Loss(nn.Module):
     """Base of the losses.
 
-    `reads` names what it uses of the labels beyond positive or not: `relevance`, `score` (a teacher's, in `targets`).
-    `couples_rows` says that the loss of a row depends on other rows; an objective then gives the rows of all processes.
+    reads: what it uses of the labels beyond positive or not: `relevance`, `score` (a teacher's, in `targets`).
+    couples_rows: whether the loss of a row depends on other rows; an objective then gives the rows of all processes.
+    objective: what the loss becomes where YAML names it as an objective: `contrastive`, or `pairs` (graded pairs).
+    needs_grades: whether it has nothing to learn from a source that only tells relevant from not.
+
     A row without what the loss compares (no positive, no teacher's score) gives 0.
     """
 
     name: ClassVar[str]
     reads: ClassVar[frozenset[str]] = frozenset()
     couples_rows: ClassVar[bool] = False
+    objective: ClassVar[str] = "contrastive"
+    needs_grades: ClassVar[bool] = False
+
+    def __init__(self) -> None:  # without options of its own a loss takes none: nn.Module would take any
+        super().__init__()
 
     def __call__(self, scores: Scores) -> Tensor:
         """`forward` in float32 or above, outside autocast: a loss is a difference of numbers that are nearly equal."""

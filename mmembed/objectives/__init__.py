@@ -11,16 +11,22 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from mmembed.content import Task
 from mmembed.data.labels import BatchLabels
 from mmembed.embeddings import Embeddings
 from mmembed.errors import ConfigError, nearest
 from mmembed.losses import LOSSES
 from mmembed.registry import Registry
+
+if TYPE_CHECKING:
+    from mmembed.data.streaming import Source
+
+PER_BATCH = ("by_task", "by_source")
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,8 @@ class Objective(nn.Module):
     """Base of the objectives.
 
     `gather` runs the collectives once; `compare` turns what it gave into the loss and may run several times on
-    truncated embeddings (matryoshka). `reads` names what is used of the labels beyond positive or not.
+    truncated embeddings (matryoshka). `reads` names what is used of the labels beyond positive or not, `pairs` says
+    that it takes graded pairs: all documents of a record, each with its similarity from 0 to 1 (STS).
 
     An objective that remembers (a queue, temperatures, running means) keeps its memory in buffers, which are saved and
     resumed, and overrides `news` and `keep`. `compare` never changes it: a step that ran out of memory is taken again.
@@ -62,9 +69,24 @@ class Objective(nn.Module):
         return frozenset()
 
     @property
+    def pairs(self) -> bool:
+        return False
+
+    @property
     def across_processes(self) -> bool:
         """Whether a query meets the documents of other processes."""
         return False
+
+    def part_for(self, source: str, task: Task, or_first: bool = False) -> Objective:
+        """What batches of this source are trained with: the objective itself, unless there is one a task or source.
+
+        Args:
+            or_first: where nothing is said of such a source, take the first; ConfigError without.
+        """
+        return self
+
+    def check(self, sources: Sequence[Source]) -> None:
+        """Raises ConfigError where it has nothing to learn from one of the sources, or would misread its labels."""
 
     def similarity_of(self, queries: Embeddings, documents: Embeddings) -> Tensor:
         """Q queries, C documents -> (Q, C) similarities as the objective compares them, without temperature."""
@@ -127,14 +149,18 @@ def build_objective(block: ObjectiveBlock, embedding_size: int | None = None) ->
     """Builds what YAML says:
 
         contrastive                                             an objective by its name
-        {type: wasserstein, temperature: .05}                   a loss by its name: contrastive with that loss
+        {type: wasserstein, temperature: .05}                   a loss by its name: contrastive (or pairs) with it
         {type: contrastive, matryoshka: {dims: [256, 64]}}      `matryoshka` wraps any objective
         [{type: infonce}, {type: uniformity, weight: .1}]       a weighted sum
+        {by_task: {retrieval: {type: infonce}, sts: pearson}}   one of the above for the batches of each task
+        {by_source: {squad-en: {type: infonce}, ...}}           or of each source
 
     Raises ConfigError on unknown names and options, on dims above `embedding_size`, and on a sum of nothing.
     """
     from mmembed.objectives.combined import Combined, Part
 
+    if isinstance(block, Mapping) and block.keys() & set(PER_BATCH):
+        return _build_per_batch(block, embedding_size)
     if isinstance(block, str | Mapping):
         return _build_one(block, embedding_size)
     if not block:
@@ -161,23 +187,37 @@ def _build_one(block: str | Mapping[str, Any], embedding_size: int | None) -> Ob
     matryoshka = options.pop("matryoshka", None)
     name = options.get("type")
     if isinstance(name, str) and name not in OBJECTIVES.classes() and name in LOSSES.classes():
-        options = _contrastive_with(name, options)
+        options = _with_loss(name, options)
     given = {} if embedding_size is None else {"embedding_size": embedding_size}  # none where a config is only checked
     objective = OBJECTIVES.build(options, **given)
     return objective if matryoshka is None else Matryoshka.build(objective, matryoshka, embedding_size)
 
 
-def _contrastive_with(loss: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The block of a contrastive objective with a loss, where the options of both stand side by side."""
-    from mmembed.objectives.contrastive import Contrastive
+def _build_per_batch(block: Mapping[str, Any], embedding_size: int | None) -> Objective:
+    from mmembed.objectives.per_batch import PerBatch
 
-    of_objective = set(inspect.signature(Contrastive).parameters) - {"loss"}
-    of_loss = {
-        key
-        for key, parameter in inspect.signature(LOSSES.get(loss)).parameters.items()
-        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    }
+    by: Literal["by_task", "by_source"] = "by_task" if "by_task" in block else "by_source"
+    entries = block[by]
+    if len(block) > 1 or not isinstance(entries, Mapping):
+        raise ConfigError(
+            f"objective: {by} stands alone and holds an objective each, for example {{by_task: {{retrieval: infonce, "
+            f"sts: pearson}}}}; found {dict(block)}"
+        )
+    objectives = {}
+    for name, inner in entries.items():
+        try:
+            objectives[str(name)] = build_objective(inner, embedding_size)
+        except ConfigError as error:
+            raise ConfigError(f"objective.{by}.{name}: {error}") from None
+    return PerBatch(by, objectives)
+
+
+def _with_loss(loss: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The block of the objective that a loss stands for, where the options of both stand side by side."""
+    of_loss = set(inspect.signature(LOSSES.get(loss)).parameters)
+    objective = LOSSES.get(loss).objective
+    of_objective = set(inspect.signature(OBJECTIVES.get(objective)).parameters) - {"loss"}
     for key in options.keys() - {"type"} - of_objective - of_loss:
         raise ConfigError(f"objective '{loss}': unknown option '{key}'; {nearest(key, of_objective | of_loss)}")
     block = {key: value for key, value in options.items() if key in of_objective}
-    return {**block, "type": Contrastive.name, "loss": {k: v for k, v in options.items() if k not in of_objective}}
+    return {**block, "type": objective, "loss": {k: v for k, v in options.items() if k not in of_objective}}

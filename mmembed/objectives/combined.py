@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from mmembed.data.labels import BatchLabels
 from mmembed.embeddings import Embeddings
+from mmembed.errors import ConfigError
 from mmembed.objectives import Objective, View
+
+if TYPE_CHECKING:
+    from mmembed.data.streaming import Source
 
 
 @dataclass(frozen=True)
@@ -32,10 +36,19 @@ class Combined(Objective):
 
     Metrics are those of each part, the first part winning where two share a name, and `loss_<name>`, without weight.
     Health monitors look at the first part, whose scores rank documents in most recipes.
+
+    Raises:
+        ConfigError: some parts take graded pairs and others positives and negatives.
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
         super().__init__()
+        kinds = {part.objective.pairs: part.name for part in parts}
+        if len(kinds) > 1:
+            raise ConfigError(
+                f"objective: '{kinds[True]}' takes graded pairs, '{kinds[False]}' takes positives and negatives, and a "
+                "batch is one or the other; give each its batches with objective: {by_task: ...}"
+            )
         self.parts = tuple(parts)
         self.objectives = nn.ModuleList([part.objective for part in parts])
 
@@ -44,8 +57,16 @@ class Combined(Objective):
         return frozenset().union(*(part.objective.reads for part in self.parts))
 
     @property
+    def pairs(self) -> bool:
+        return self.parts[0].objective.pairs
+
+    @property
     def across_processes(self) -> bool:
         return any(part.objective.across_processes for part in self.parts)
+
+    def check(self, sources: Sequence[Source]) -> None:
+        for part in self.parts:
+            part.objective.check(sources)
 
     def similarity_of(self, queries: Embeddings, documents: Embeddings) -> Tensor:
         return self.parts[0].objective.similarity_of(queries, documents)

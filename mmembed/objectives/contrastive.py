@@ -10,9 +10,9 @@ floats, a few times.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from mmembed.objectives.relations import Relations
 from mmembed.objectives.similarity import get_similarity
 from mmembed.objectives.temperature import Temperature
 
+if TYPE_CHECKING:
+    from mmembed.data.streaming import Source
+
 
 @dataclass(frozen=True)
 class Gathered:
@@ -42,6 +45,7 @@ class Gathered:
     targets: Tensor | None = None  # (Q, C), for a loss that reads scores
     siblings: Embeddings | None = None  # S more columns: inputs of the rows' own side
     apart: Tensor | None = None  # (Q, S), which of them are negatives
+    turns: Tensor | None = None  # (C,) which positive of its query a candidate is, -1 for a negative; where it matters
     reverse: Gathered | None = None  # rows are positive documents, columns are the queries of all processes
     weight: float = 1.0  # of the mean over rows: this process's share of the rows of all, times their number
 
@@ -61,6 +65,9 @@ class Contrastive(Objective):
             (DCL, arXiv 2110.06848; GTE, arXiv 2308.03281). Not for sources with in-batch negatives off.
         false_negative_margin: negatives whose similarity is above the best positive's + margin do not count (0.1 in
             Qwen3-Embedding, arXiv 2506.05176, section 2).
+        positives: `together` (default) shows a loss all positives of a query at once; `one_at_a_time` takes the k-th of
+            every query with all negatives, the other positives being left out for everybody, and averages over k
+            (CoDiEmb, arXiv 2508.11442, training code). It acts on the direction from queries to documents.
     """
 
     name = "contrastive"
@@ -75,6 +82,7 @@ class Contrastive(Objective):
         mask_duplicates: bool = True,
         same_tower_negatives: bool = False,
         false_negative_margin: float | None = None,
+        positives: Literal["together", "one_at_a_time"] = "together",
     ) -> None:
         super().__init__()
         self.loss = LOSSES.build(loss)
@@ -82,7 +90,7 @@ class Contrastive(Objective):
         self.similarity = similarity if similarity is None else get_similarity(similarity)
         self.symmetric, self.cross_device_negatives = symmetric, cross_device_negatives
         self.mask_duplicates, self.false_negative_margin = mask_duplicates, false_negative_margin
-        self.same_tower_negatives = same_tower_negatives
+        self.same_tower_negatives, self.positives = same_tower_negatives, positives
         if false_negative_margin is not None and false_negative_margin < 0:
             raise ConfigError(
                 f"objective.false_negative_margin: {false_negative_margin} would mask true negatives; use 0 or more"
@@ -95,6 +103,15 @@ class Contrastive(Objective):
     @property
     def across_processes(self) -> bool:
         return self.cross_device_negatives
+
+    def check(self, sources: Sequence[Source]) -> None:
+        for source in sources:
+            grades = source.grades
+            if self.loss.needs_grades and grades.distinct + (grades.low > 0) < 3:
+                raise ConfigError(
+                    f"data source '{source.name}' tells relevant from not, no degrees; objective '{self.loss.name}' "
+                    "compares degrees. Train on it with infonce, or give its documents graded relevances"
+                )
 
     def similarity_of(self, queries: Embeddings, documents: Embeddings) -> Tensor:
         similarity = self.similarity or get_similarity("cosine" if queries.mask is None else "maxsim")
@@ -120,6 +137,7 @@ class Contrastive(Objective):
             relations.targets(rows, slice(None)) if "score" in self.loss.reads else None,
             all_queries if siblings else None,
             relations.queries_apart(rows, self.mask_duplicates) if siblings else None,
+            relations.turns() if self.positives == "one_at_a_time" else None,
         )
         return replace(forward, reverse=self._reverse(forward, all_queries, documents)) if reversed_too else forward
 
@@ -176,7 +194,7 @@ class Contrastive(Objective):
             masked = {reason: cells.float().mean() for reason, cells in reasons.items()}
         if self.false_negative_margin is not None:
             masked["margin"] = (gathered.valid & ~scores.valid[:, documents]).float().mean()
-        chance = self._chance(scores)
+        chance = self._chance(scores, gathered.turns)
         if gathered.reverse is not None:
             chance = (chance + self._chance(self._scores(gathered.reverse)[1]) * gathered.reverse.weight) / 2
         return View(
@@ -189,13 +207,27 @@ class Contrastive(Objective):
             chance,
         )
 
-    def _chance(self, scores: Scores) -> Tensor:
-        return self.loss(replace(scores, values=torch.zeros_like(scores.values))).mean()
+    def _chance(self, scores: Scores, turns: Tensor | None = None) -> Tensor:
+        return self._losses(replace(scores, values=torch.zeros_like(scores.values)), turns).mean()
+
+    def _losses(self, scores: Scores, turns: Tensor | None) -> Tensor:
+        """(Q,) losses: of all positives, or the mean of those of each turn that a row has a positive in."""
+        if turns is None:
+            return self.loss(scores)
+        turns = functional.pad(turns, (0, scores.values.shape[1] - len(turns)), value=-1)  # siblings are negatives
+        total = 0 * scores.values.sum(1)  # (Q,), of the graph also where no row has a positive
+        taken = torch.zeros_like(total)
+        for turn in range(int(turns.max()) + 1):
+            now = turns == turn  # (C + S,)
+            shown = replace(scores, relevance=scores.relevance * now, valid=scores.valid & (now | (turns < 0)))
+            total = total + self.loss(shown)
+            taken += shown.positive.any(1)
+        return total / taken.clamp_min(1)
 
     def _direction(self, gathered: Gathered) -> tuple[Tensor, dict[str, Tensor]]:
         similarities, scores = self._scores(gathered)
         metrics = self._metrics(similarities.detach(), scores, gathered.valid.shape[1])
-        return self.loss(scores).mean() * gathered.weight, metrics
+        return self._losses(scores, gathered.turns).mean() * gathered.weight, metrics
 
     def _scores(self, gathered: Gathered) -> tuple[Tensor, Scores]:
         """-> similarities (Q, C + S) and what the loss sees of them; S more columns where siblings are negatives."""

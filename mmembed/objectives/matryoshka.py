@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import Field
@@ -18,6 +18,9 @@ from mmembed.embeddings import Embeddings
 from mmembed.errors import ConfigError
 from mmembed.objectives import Objective, View
 from mmembed.registry import check_options
+
+if TYPE_CHECKING:
+    from mmembed.data.streaming import Source
 
 Weight = Annotated[float, Field(gt=0)]  # 0 would leave a dim out, below 0 its loss would grow
 
@@ -59,8 +62,15 @@ class Matryoshka(Objective):
         return self.objective.reads
 
     @property
+    def pairs(self) -> bool:
+        return self.objective.pairs
+
+    @property
     def across_processes(self) -> bool:
         return self.objective.across_processes
+
+    def check(self, sources: Sequence[Source]) -> None:
+        self.objective.check(sources)
 
     def similarity_of(self, queries: Embeddings, documents: Embeddings) -> Tensor:
         return self.objective.similarity_of(queries, documents)

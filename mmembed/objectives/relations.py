@@ -98,6 +98,15 @@ class Relations:
             apart &= ~self._same_query(query_index, slice(None), own)
         return apart
 
+    def turns(self) -> Tensor:
+        """(C,) long: 0 for the first positive of its query in the batch, 1 for the second, ...; -1 for a negative."""
+        seen: dict[int, int] = {}
+        found = []
+        for owner, positive in zip(self.owner.tolist(), (self.relevance > 0).tolist(), strict=True):
+            found.append(seen.get(owner, 0) if positive else -1)
+            seen[owner] = seen.get(owner, 0) + positive
+        return torch.tensor(found, device=self.owner.device)
+
     def reasons(self, queries: slice, documents: slice) -> dict[str, Tensor]:
         """Why `mask_duplicates` takes a candidate out -> (Q, C) bool; a cell has one reason."""
         query_index, own, relevance = self._grid(queries, documents)

@@ -47,11 +47,17 @@ def check_sources(
         multimodal: whether the backbone reads pictures (`mmembed.models.continuing.reads_pictures`).
 
     Raises:
-        ConfigError: a source has nothing to compare its positives with, has STS pairs of middling similarity, or
-            carries what the objective, the size of the groups, the prompt or the backbone leaves unused.
+        ConfigError: a source does not suit its objective (`Objective.check`), has nothing to compare its positives
+            with, has STS pairs of middling similarity, or carries what the objective, the size of the groups, the
+            prompt or the backbone leaves unused.
     """
-    unused = _unread(config, objective) | _unwritten(PROMPTS.build(config.prompt), multimodal)
+    objective.check(datasets)
+    unwritten = _unwritten(PROMPTS.build(config.prompt), multimodal)
     for dataset in datasets:
+        part = objective.part_for(dataset.name, min(dataset.tasks))
+        if part.pairs:
+            _refuse(dataset, config, _unread(config, part) | unwritten)
+            continue
         if not dataset.source.in_batch_negatives and "negatives" not in dataset.fields:
             raise ConfigError(
                 f"data source '{dataset.name}' has in-batch negatives off and no document of relevance 0: its loss is "
@@ -62,9 +68,10 @@ def check_sources(
             raise ConfigError(
                 f"data source '{dataset.name}': {count:,} STS records, the first at {where}, have a relevance below "
                 f"{STS_POSITIVE}: neither positives nor negatives of contrastive training. Leave them out: format "
-                "pairs has options: {at_least: ...}, from another file remove them"
+                "pairs has options: {at_least: ...}, from another file remove them. Or train on all of them with an "
+                "objective for graded pairs: pearson, rank_kl, pro"
             )
-        _refuse(dataset, config, unused)
+        _refuse(dataset, config, _unread(config, part) | unwritten)
 
 
 def batch_report(
@@ -93,13 +100,14 @@ def batch_report(
     """
     lines = ["sources:"]
     warnings = []
-    for dataset, batches in zip(datasets, plan.batches_per_source, strict=True):
-        source = dataset.source
+    for dataset, batches, rows in zip(datasets, plan.batches_per_source, plan.batch_sizes, strict=True):
+        source, part = dataset.source, objective.part_for(dataset.name, min(dataset.tasks))
         tasks = ", ".join(sorted(task.value for task in dataset.tasks))
-        negatives = "on" if source.in_batch_negatives else "off"
+        each = f" of {rows} queries" if len(set(plan.batch_sizes)) > 1 else ""
+        kind = "graded pairs" if part.pairs else f"in-batch negatives {'on' if source.in_batch_negatives else 'off'}"
         lines.append(
-            f"  {dataset.name}: {_extent(dataset)} ({tasks}), {batches:,} of {len(plan):,} batches an epoch, "
-            f"in-batch negatives {negatives}"
+            f"  {dataset.name}: {_extent(dataset)} ({tasks}), {batches:,} of {len(plan):,} batches an "
+            f"epoch{each}, {kind}"
         )
         if dataset.skipped:
             lines.append(f"    skipped {sum(dataset.skipped.values()):,} bad records: {dict(dataset.skipped)}")
@@ -134,9 +142,12 @@ def keep_tokens(config: EmbedderConfig) -> int | None:
 def count_negatives(batch: Batch, objective: Objective, world_size: int) -> tuple[float, float, float]:
     """Of a query: its own hard negatives, in-batch negatives of its process, and of all others, at most."""
     labels = batch.labels
+    part = objective.part_for(labels.source, labels.task)
+    if part.pairs:
+        return 0.0, 0.0, 0.0
     own = int((labels.relevance <= 0).sum()) / batch.n_queries
     others = (batch.n_documents - batch.n_documents / batch.n_queries) if labels.in_batch else 0.0
-    remote = (world_size - 1) * batch.n_documents if labels.in_batch and objective.across_processes else 0.0
+    remote = (world_size - 1) * batch.n_documents if labels.in_batch and part.across_processes else 0.0
     return own, others, remote
 
 
@@ -160,6 +171,14 @@ def _batch_lines(
 ) -> list[str]:
     labels = first.labels
     own, others, remote = count_negatives(first, objective, plan.world_size)
+    sizes = " or ".join(map(str, sorted(set(plan.batch_sizes))))
+    if objective.part_for(labels.source, labels.task).pairs:
+        compared = f"{first.n_documents} graded pairs, compared within this process"
+    else:
+        compared = (
+            f"{own:.1f} hard negatives a query, {others:.0f} in-batch negatives of this process and {remote:.0f} of "
+            "others at most (duplicates and known positives do not count)"
+        )
     inputs = sum(len(chunk.rows) for chunk in first.chunks)
     pictured = [row for chunk in first.chunks for row in chunk.rows if row.images]
     visual = count_visual(pictured, preprocessor)
@@ -168,9 +187,8 @@ def _batch_lines(
         kept = first.chunks[-1].padded_tokens
     again = max(0, first.padded_tokens - kept) if kept is not None else 0
     lines = [
-        f"batch: {plan.batch_size} queries x {plan.world_size} processes of one source",
-        f"first batch ('{labels.source}'): {own:.1f} hard negatives a query, {others:.0f} in-batch negatives of this "
-        f"process and {remote:.0f} of others at most (duplicates and known positives do not count)",
+        f"batch: {sizes} queries x {plan.world_size} processes of one source",
+        f"first batch ('{labels.source}'): {compared}",
         f"  {inputs:,} distinct inputs ({len(pictured):,} with images), {first.tokens:,} tokens ({visual:,} visual), "
         f"{first.padded_tokens / (first.tokens - first.saved_tokens) - 1:.0%} padding, {len(first.chunks)} chunks, "
         f"{again / first.padded_tokens:.0%} encoded twice",

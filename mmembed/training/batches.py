@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from transformers import TrainingArguments
 
 from mmembed.config.blocks import EmbedderConfig
 from mmembed.data.batch_plan import BatchPlan
 from mmembed.data.collate import Collator
-from mmembed.data.mixing import mixing_weights
+from mmembed.data.mixing import shares
 from mmembed.data.streaming import RecordStream, Source
+from mmembed.objectives import Objective
 from mmembed.preprocess import Preprocessor
 
 CHUNKS_A_BUDGET = 4  # finer chunks have less padding but smaller products (docs/log.md, chunk size)
@@ -33,21 +34,36 @@ def plan_batches(
         ConfigError: a source is smaller than one global batch.
     """
     sizes = [source.size for source in data]
-    streams = [source for source in data if isinstance(source, RecordStream)]
+    streams = {number: source for number, source in enumerate(data) if isinstance(source, RecordStream)}
+    batch_sizes = [source.batch_size or args.per_device_train_batch_size for source in config.data.train]
     plan = BatchPlan(
         sizes,
-        mixing_weights(sizes, [source.weight for source in config.data.train], config.data.mixing_alpha),
-        batch_size=args.per_device_train_batch_size,
+        shares(
+            config.data.mixing,
+            sizes,
+            [rows * world_size for rows in batch_sizes],
+            [source.weight for source in config.data.train],
+            config.data.mixing_alpha,
+        ),
+        batch_size=batch_sizes,
         seed=data_seed(args),
         world_size=world_size,
         rank=rank,
         keys=[source.keys() for source in data],
         names=[source.name for source in data],
         batches=args.max_steps * args.gradient_accumulation_steps if streams else None,
+        round_robin=config.data.mixing == "round_robin",
     )
-    for stream in streams:
-        stream.least = plan.global_batch_size
+    for number, stream in streams.items():
+        stream.least = plan.batch_rows(number)
     return plan
+
+
+def graded_sources(data: Sequence[Source], objective: Objective) -> frozenset[str]:
+    """Names of the sources whose objective takes graded pairs. Raises ConfigError where a source has no objective."""
+    return frozenset(
+        source.name for source in data if any(objective.part_for(source.name, task).pairs for task in source.tasks)
+    )
 
 
 def build_collator(
@@ -57,6 +73,7 @@ def build_collator(
     chunk_tokens: int,
     share_prefix: bool,
     packed: bool,
+    graded: Collection[str] = (),
 ) -> Collator:
     """What makes a batch of the drawn records; see `Collator`."""
     return Collator(
@@ -69,6 +86,7 @@ def build_collator(
         seed=data_seed(args),
         share_prefix=share_prefix,
         packed=packed,
+        graded=graded,
     )
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,13 +48,17 @@ _FREE = frozenset(  # change no step of a trajectory; the batch of a process is 
     )
 ) | {"data.root", "data.media_root"}  # what lies there is compared by its records
 
+_OWN_BATCH = re.compile(r"data\.train\.\d+\.batch_size")  # as that of all sources
+
 
 def describe_run(config: EmbedderConfig, args: TrainingArguments) -> dict[str, Any]:
-    """What `training_run.json` says, but for the `sources`: a name, the rows and a digest of each."""
+    """What `training_run.json` says, but for the `sources`: a name, the rows and a digest of each. `of_sources`: rows
+    of a global batch of those that have their own."""
     return {
         "config": config.model_dump(mode="json"),
         "world_size": args.world_size,
         "global_batch_size": args.world_size * args.per_device_train_batch_size,
+        "of_sources": {one.name: args.world_size * one.batch_size for one in config.data.train if one.batch_size},
         "state": _state_of(args),
     }
 
@@ -202,7 +207,7 @@ def _chosen(config: EmbedderConfig, args: TrainingArguments) -> Path | None:
     lines = [
         f"{key}: {before.get(key, '(not set)')!r} in the checkpoint, {now.get(key, '(not set)')!r} now"
         for key in sorted(before.keys() | now.keys())
-        if key not in _FREE and before.get(key) != now.get(key)
+        if key not in _FREE and not _OWN_BATCH.fullmatch(key) and before.get(key) != now.get(key)
     ]
     _refuse(found, lines, named=asked not in _WORDS)
     logger.info("going on from %s", found)
@@ -233,6 +238,15 @@ def _check_batches(checkpoint: Path, saved: dict[str, Any], run: dict[str, Any])
             f"{run['global_batch_size']} ({run['world_size']} x {run['global_batch_size'] // run['world_size']}): the "
             f"run could not go on at the same place in its data. Instead {remedy}"
         )
+    own, ours = saved.get("of_sources", {}), run["of_sources"]  # no entry in what earlier versions wrote
+    for name in sorted(own.keys() | ours.keys()):
+        before, now = own.get(name, rows), ours.get(name, rows)
+        if before != now:
+            raise CheckpointError(
+                f"{checkpoint}: a batch of '{name}' had {before} rows ({processes} processes), now it would have {now} "
+                f"({run['world_size']}): the run could not go on at the same place in its data. Set the source's "
+                f"batch_size so that {before} rows come together"
+            )
     if saved["state"] != run["state"]:
         raise CheckpointError(
             f"{checkpoint}: the optimizer's state was written by {_in_words(saved['state'])}, now there is "

@@ -327,8 +327,9 @@ class Estimate:
             positive_keys=batch.labels.positive_keys[:queries],
         )
         many = self.longest if self.model.pooling.multi_vector else 1
-        found = measure_objective(self.objective, labels, self.model.embedding_size, many)
-        columns = batch.n_documents * (self.devices if self.objective.across_processes else 1)
+        of_batch = self.objective.part_for(labels.source, labels.task)
+        found = measure_objective(of_batch, labels, self.model.embedding_size, many)
+        columns = batch.n_documents * (self.devices if of_batch.across_processes else 1)
         return found * (batch.n_queries * columns) / (queries * documents)
 
     def _vision(self) -> Vision:

@@ -93,20 +93,24 @@ def metric_names(tasks: Mapping[str, Iterable[Task]]) -> list[str]:
 def evaluate(
     dev_sets: Sequence[DevSet],
     encode: Callable[[Chunk], Embeddings],
-    similarity: Similarity,
+    similarity: Callable[[DevSet], Similarity],
     preprocessor: Preprocessor,
     token_budget: int,
     share_prefix: bool = False,
     packed: bool = False,
 ) -> dict[str, float]:
-    """-> `{name}_ndcg_at_10`, `{name}_recall_at_10` or `{name}_spearman` a source, and their means without a name."""
+    """-> `{name}_ndcg_at_10`, `{name}_recall_at_10` or `{name}_spearman` a source, and their means without a name.
+
+    Args:
+        similarity: how the objective of a source compares.
+    """
     found: dict[str, list[float]] = {}
     metrics: dict[str, float] = {}
     for dev in dev_sets:
         how = (encode, preprocessor, token_budget, share_prefix, packed)
         queries = _embed(dev.queries, dev.where, *how)
         documents = _embed(dev.documents, dev.where[len(dev.queries) :], *how)
-        values = _measure(dev, queries, documents, similarity)
+        values = _measure(dev, queries, documents, similarity(dev))
         for key, value in values.items():
             metrics[f"{dev.name}_{key}"] = value
             found.setdefault(key, []).append(value)

@@ -197,7 +197,7 @@ def _collapse(logs: Sequence[Mapping[str, Any]]) -> Iterable[tuple[str, str]]:
         "batch, and go back to a checkpoint before step {step}"
     ).format(step=logs[-1]["step"])
     last = logs[-1]
-    if _twice(logs, lambda log: log.get("negatives", 0.0) + 1 >= FEWEST and log.get("effective_rank", RANK) < RANK):
+    if _twice(logs, lambda log: _candidates(log) >= FEWEST and log.get("effective_rank", RANK) < RANK):
         yield "rank collapse", f"vectors use {last['effective_rank']:.1f} directions: they lie on a line. {remedy}"
     if _twice(logs, lambda log: log.get("uniformity", -1.0) > UNIFORMITY):
         yield "collapse", f"all vectors are nearly one point (uniformity {last['uniformity']:.3f}). {remedy}"
@@ -207,6 +207,11 @@ def _collapse(logs: Sequence[Mapping[str, Any]]) -> Iterable[tuple[str, str]]:
             f"positives are no more similar than negatives (gap {last['score_gap']:.4f}). {remedy}; where it was so "
             "from the start, the pairs may be unrelated",
         )
+
+
+def _candidates(log: Mapping[str, Any]) -> float:
+    """That a query meets, or graded pairs that are compared."""
+    return float(max(log.get("negatives", 0.0) + 1, log.get("pairs", 0.0)))
 
 
 def _twice(logs: Sequence[Mapping[str, Any]], ill: Any) -> bool:

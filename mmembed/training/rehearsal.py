@@ -37,7 +37,7 @@ def worst_batch(
         The batch, its number in the epoch, and how many were looked at. All processes choose the same number: that of
         the largest share of any process.
     """
-    most = count or max(1, INPUTS // (plan.batch_size * inputs_a_query))
+    most = count or max(1, INPUTS // (max(plan.batch_sizes) * inputs_a_query))
     step = max(1, -(-len(plan) // most))
     seen = [(number, draws) for number, draws in enumerate(plan) if number % step == 0]
     tokens = torch.tensor([collate(draws).padded_tokens for _, draws in seen], device=device)  # (n,)

@@ -52,7 +52,7 @@ from mmembed.preprocess import Preprocessor
 from mmembed.threads import NARROW
 from mmembed.training.arguments import output_folder, with_metric
 from mmembed.training.batch_report import Report, batch_report, check_sources, keep_tokens
-from mmembed.training.batches import build_collator, chunk_tokens, plan_batches
+from mmembed.training.batches import build_collator, chunk_tokens, graded_sources, plan_batches
 from mmembed.training.checkpoints import RUN, STATE, check_same_data, describe_run, read_run, writing
 from mmembed.training.engines import engine_of, offer_on_cpu
 from mmembed.training.evaluation import DevSet, build_dev_set, evaluate
@@ -133,7 +133,8 @@ class EmbedderTrainer(Trainer):
         self.plan = plan_batches(config, train, args, args.world_size, args.process_index)
         shared, packed = self._unshared() is None, self._unpacked() is None
         size = self.halving.budget.chunk_tokens
-        self.collator = build_collator(config, preprocessor, args, size, shared, packed)
+        graded = graded_sources(train, objective)
+        self.collator = build_collator(config, preprocessor, args, size, shared, packed, graded)
 
     def _follow_the_engine(self) -> None:
         """What the engine decides: the size of chunks, whether each has a picture, what FSDP2 leaves whole."""
@@ -510,14 +511,22 @@ class EmbedderTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         was_training = model.training
         model.eval()
-        similarity = self.model.objective.similarity_of
+        objective: Objective = self.model.objective
         encode = functools.partial(self._encode, model)
         budget = self.halving.budget.chunk_tokens
         dev_sets = self.dev_sets if eval_dataset is None else eval_dataset
         share = self.collator.share_prefix
         packed = self.collator.packed
         with self.engine.quiet():
-            found = evaluate(dev_sets, encode, similarity, self.preprocessor, budget, share, packed)
+            found = evaluate(
+                dev_sets,
+                encode,
+                lambda dev: objective.part_for(dev.name, dev.task, or_first=True).similarity_of,
+                self.preprocessor,
+                budget,
+                share,
+                packed,
+            )
         model.train(was_training)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         metrics[f"{metric_key_prefix}_seconds"] = round(time.perf_counter() - started, 2)

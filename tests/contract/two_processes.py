@@ -1,5 +1,6 @@
 """Run by torchrun with two processes: name of an objective -> relative errors of loss, gradient and memory after two
-steps, against one process with all queries."""
+steps, against one process with all queries, or with the share of each process after the other where the objective does
+not look across processes."""
 
 from __future__ import annotations
 
@@ -15,12 +16,19 @@ from tests.equivalence.toy import SIZE, ToyEncoder, gradients, make_batch, relat
 QUERIES = 12
 
 
-def two_steps(name, first=0, count=QUERIES, chunk_tokens=10**6):
-    """Loss of the second step, gradients of both, memory; averaged over processes where there are some."""
+def two_steps(name, shares, chunk_tokens=10**6):
+    """Loss of the second step, gradients of both, memory; averaged over shares and processes.
+
+    Args:
+        shares: the first query of a batch, and how many there are.
+    """
     encoder, objective = ToyEncoder().double(), build_objective(name, SIZE).double()
     for seed in (0, 1):
-        batch = make_batch(QUERIES, 5, chunk_tokens, seed=seed, first=first, count=count, positives=3)
-        loss, _ = contrastive_step(encoder, objective, batch, keep_tokens=30)
+        losses = []
+        for first, count in shares:
+            batch = make_batch(QUERIES, 5, chunk_tokens, seed=seed, first=first, count=count, positives=3)
+            losses.append(contrastive_step(encoder, objective, batch, keep_tokens=30, scale=1 / len(shares))[0])
+        loss = torch.stack(losses).mean()
         objective.commit()
     reduce_gradients([*encoder.parameters(), *objective.parameters()])
     memory = [value.double().flatten() for _, value in objective.named_buffers()]
@@ -29,13 +37,16 @@ def two_steps(name, first=0, count=QUERIES, chunk_tokens=10**6):
 
 def main() -> None:
     names = list(OBJECTIVES.classes())
-    expected = {name: two_steps(name) for name in names}
+    expected = {
+        name: two_steps(name, [(0, 12)] if build_objective(name, SIZE).across_processes else [(0, 6), (6, 6)])
+        for name in names
+    }
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     report = {}
     for name in names:
         # 6 queries each, in chunks of different sizes: the processes run a different number of forwards
-        loss, gradient, memory = two_steps(name, 6 * rank, 6, 20 + 30 * rank)
+        loss, gradient, memory = two_steps(name, [(6 * rank, 6)], 20 + 30 * rank)
         alone, gradient_alone, memory_alone = expected[name]
         report[name] = (0.0, relative(gradient, gradient_alone), relative(memory, memory_alone))
         dist.all_reduce(loss)

@@ -5,6 +5,7 @@ import random
 import torch
 from torch import nn
 
+from mmembed.content import Task
 from mmembed.data.collate import Batch, plan_chunks
 from mmembed.data.labels import BatchLabels
 from mmembed.embeddings import Embeddings
@@ -46,11 +47,12 @@ def make_batch(
     ragged=False,
     twins=False,
     positives=1,
+    graded=False,
 ):
     """A batch of `count` queries from `first` on, out of `queries`: the slice that one process would get.
 
     The first `positives` documents of a query are positive; `ragged`: all documents of query 0 are positive; `twins`:
-    the first and the last query have the same positive.
+    the first and the last query have the same positive; `graded`: all documents are pairs with a similarity.
     """
     generator = random.Random(seed)
     count = queries - first if count is None else count
@@ -69,13 +71,16 @@ def make_batch(
     relevance = torch.tensor([1.0] * positives + [0.0] * (per_query - positives)).repeat(count)
     if ragged and first == 0:
         relevance[:per_query] = 1.0
+    if graded:
+        relevance = torch.linspace(0, 1, queries * per_query).roll(queries)[first * per_query :][: count * per_query]
     labels = BatchLabels(
         owner=torch.arange(count).repeat_interleave(per_query),
         relevance=relevance,
         document_keys=keys.reshape(-1, 1).expand(-1, 2),
         query_keys=torch.arange(first, first + count),
         positive_keys=keys[:, :positives, None].expand(-1, -1, 2),
-        in_batch=in_batch,
+        in_batch=in_batch and not graded,
+        task=Task.STS if graded else Task.RETRIEVAL,
     )
     chunks = plan_chunks(rows, chunk_tokens, chunk_rows)
     return Batch(count, count * per_query, chunks, torch.arange(len(rows)), labels)

@@ -10,6 +10,12 @@ from mmembed.training.gradcache import contrastive_step, reduce_gradients
 from tests.equivalence.toy import ToyEncoder, gradients, make_batch, relative
 
 LOCAL = {"temperature": {"value": 0.1, "learn": True}, "symmetric": True, "cross_device_negatives": False}
+BY_TASK = {
+    "by_task": {
+        "retrieval": {"type": "infonce", "temperature": 0.1},
+        "sts": ["pearson", "pro", "rank_kl", {"type": "thresholded_infonce", "threshold": 0.7, "temperature": 0.1}],
+    }
+}
 CASES = {
     "learned temperature": ({"temperature": {"value": 0.1, "learn": True}}, False, {}),
     "symmetric": ({"temperature": 0.1, "symmetric": True}, False, {}),
@@ -26,6 +32,9 @@ CASES = {
     "own group only": ({"temperature": 0.1}, False, {"in_batch": False}),
     "matryoshka": ({"temperature": 0.1, "matryoshka": {"dims": [8, 4]}}, False, {}),
     "negatives of its own process": (LOCAL, False, {"twins": True}),
+    "one positive at a time": ({"temperature": 0.1, "positives": "one_at_a_time"}, False, {"ragged": True}),
+    "by task, retrieval": (BY_TASK, False, {}),
+    "by task, graded pairs": (BY_TASK, False, {"graded": True}),  # compared within each process
 }
 
 
@@ -35,7 +44,7 @@ def main() -> None:
     rank = dist.get_rank()
     report = {}
     for name, (options, multi_vector, labels) in CASES.items():
-        encoder, objective = ToyEncoder(multi_vector=multi_vector), build_objective({"type": "contrastive", **options})
+        encoder, objective = ToyEncoder(multi_vector=multi_vector), build(options)
         # 3 queries each, in chunks of different sizes: the processes run a different number of forwards
         batch = make_batch(6, 3, 20 + 30 * rank, first=3 * rank, count=3, **labels)
         loss, metrics = contrastive_step(encoder, objective, batch, keep_tokens=30)
@@ -58,14 +67,19 @@ def main() -> None:
 
 
 def single_process(options, multi_vector, labels):
-    """Loss and gradient of the whole batch in one process; where negatives are local, the means of its two halves."""
-    encoder, objective = ToyEncoder(multi_vector=multi_vector), build_objective({"type": "contrastive", **options})
-    halves = [{"first": 0, "count": 3}, {"first": 3, "count": 3}] if options is LOCAL else [{}]
+    """Loss and gradient of the whole batch in one process; where others are not looked at, the means of its halves."""
+    encoder, objective = ToyEncoder(multi_vector=multi_vector), build(options)
+    alone = options is LOCAL or labels.get("graded")
+    halves = [{"first": 0, "count": 3}, {"first": 3, "count": 3}] if alone else [{}]
     share = 1 / len(halves)
     batches = [make_batch(6, 3, 10**6, **labels, **half) for half in halves]
     losses = [contrastive_step(encoder, objective, batch, None, scale=share)[0].item() for batch in batches]
     (encoder.unused.weight.sum() / 2).backward()
     return sum(losses) * share, gradients(encoder, objective)
+
+
+def build(options):
+    return build_objective(options if "by_task" in options else {"type": "contrastive", **options})
 
 
 if __name__ == "__main__":

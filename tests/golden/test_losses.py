@@ -1,6 +1,7 @@
 """Losses, objectives and the Lion step against values computed outside this repository (losses.json)."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from mmembed.data.labels import BatchLabels
 from mmembed.embeddings import Embeddings
 from mmembed.losses import LOSSES, Scores
+from mmembed.losses.rank_kl import ranks
 from mmembed.objectives import build_objective
 from mmembed.training.optimizers import Lion
 
@@ -150,3 +152,90 @@ def test_lion_step():
     optimizer.step()
     assert parameter.tolist() == pytest.approx(entry["expected"]["p"], abs=1e-12)
     assert optimizer.state[parameter]["momentum"].tolist() == pytest.approx(entry["expected"]["exp_avg"], abs=1e-12)
+
+
+def entry_of(slug, name):
+    (entry,) = (entry for entry in GOLDEN[slug] if entry["name"].startswith(name))
+    return entry
+
+
+def pairs_of(values, gold):
+    """N graded pairs as `pairs` hands them to a loss: one row."""
+    return Scores(values[None], gold[None], torch.ones(1, len(values), dtype=torch.bool))
+
+
+STS = {"Pearson": "pearson", "rank-KL": "rank_kl", "PRO": "pro"}
+
+
+@pytest.mark.parametrize("name", STS)
+def test_graded_pairs(name):
+    entry = entry_of("codiemb", name)
+    predicted, gold = tensor(entry["inputs"]["pred"]), tensor(entry["inputs"]["gold"], grad=False)
+    temperature = entry["params"].get("temperature", 1.0)  # a correlation has none
+    loss = LOSSES.build(STS[name])(pairs_of(predicted / temperature, gold)).sum()
+    loss.backward()
+    assert loss.item() == pytest.approx(entry["loss"], abs=TOLERANCE)
+    assert predicted.grad.norm().item() == pytest.approx(entry["grad_norms"]["pred"], abs=TOLERANCE)
+    if name == "rank-KL":
+        whole = LOSSES.build({"type": "rank_kl", "reduction": "sum"})(pairs_of(predicted / temperature, gold))
+        assert whole.item() == pytest.approx(entry["expected"]["sum_value"], abs=TOLERANCE)
+        found = ranks(pairs_of(predicted, gold))[0]
+        assert found.tolist() == entry["expected"]["avg_rank"]
+
+
+def test_the_sum_of_graded_pairs_through_its_yaml():
+    """Unit vectors in the plane, whose cosine with the query (1, 0) is the golden prediction."""
+    entry = entry_of("codiemb", "STS total")
+    predicted = tensor(entry["inputs"]["pred"])
+    weights = entry["params"]
+    objective = build_objective(
+        [
+            {"type": "pearson", "weight": weights["w_pearson"]},
+            {"type": "pro", "weight": weights["w_pro"]},
+            {"type": "rank_kl", "weight": weights["w_kl"]},
+        ]
+    )
+    count = len(predicted)
+    documents = torch.stack([predicted, (1 - predicted.square()).sqrt()], dim=1)  # (N, 2)
+    queries = torch.tensor([[1.0, 0.0]], dtype=torch.float64).expand(count, -1)
+    labels = replace(labels_of(count, count), relevance=tensor(entry["inputs"]["gold"], grad=False))
+    loss, metrics = objective(Embeddings(queries), Embeddings(documents), labels)
+    loss.backward()
+    assert loss.item() == pytest.approx(entry["loss"], abs=TOLERANCE)
+    assert predicted.grad.norm().item() == pytest.approx(entry["grad_norms"]["pred"], abs=TOLERANCE)
+    assert metrics["loss_pearson"].item() == pytest.approx(entry_of("codiemb", "Pearson")["loss"], abs=TOLERANCE)
+
+
+def test_graded_pairs_above_a_threshold_are_anchors():
+    entry = entry_of("codiemb", "STS thresholded")
+    queries, documents = tensor(entry["inputs"]["q"]), tensor(entry["inputs"]["p"])
+    objective = build_objective({"type": "thresholded_infonce", **entry["params"], "similarity": "dot"})
+    labels = replace(
+        labels_of(len(queries), len(documents)), relevance=tensor(entry["inputs"]["gold"], grad=False), in_batch=False
+    )
+    loss, _ = objective(Embeddings(queries), Embeddings(documents), labels)
+    loss.backward()
+    assert loss.item() == pytest.approx(entry["loss"], abs=TOLERANCE)
+    assert queries.grad.norm().item() == pytest.approx(entry["grad_norms"]["q"], abs=TOLERANCE)
+    assert documents.grad.norm().item() == pytest.approx(entry["grad_norms"]["p"], abs=TOLERANCE)
+
+
+def test_one_positive_at_a_time():
+    entry = entry_of("codiemb", "IR multi-positive")
+    queries, documents, parameters = tensor(entry["inputs"]["q"]), tensor(entry["inputs"]["p"]), entry["params"]
+    objective = build_objective(
+        {
+            "type": "contrastive",
+            "temperature": parameters["temperature"],
+            "similarity": "dot",
+            "positives": "one_at_a_time",
+        }
+    )
+    positives, negatives = parameters["positives_per_query"], parameters["negatives_per_query"]
+    labels = labels_of(len(queries), len(documents), positives + negatives)
+    relevance = (torch.arange(len(documents)) % (positives + negatives) < positives).double()
+    loss, _ = objective(Embeddings(queries), Embeddings(documents), replace(labels, relevance=relevance))
+    loss.backward()
+    assert loss.item() == pytest.approx(entry["loss"], abs=TOLERANCE)
+    assert queries.grad.norm().item() == pytest.approx(entry["grad_norms"]["q"], abs=TOLERANCE)
+    assert documents.grad.norm().item() == pytest.approx(entry["grad_norms"]["p"], abs=TOLERANCE)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from benchmarks.plan_scale import measure, mined_keys
 from mmembed.data.batch_plan import BatchPlan, _groups
-from mmembed.data.mixing import mixing_weights
+from mmembed.data.mixing import mixing_weights, shares
 from mmembed.errors import ConfigError
 
 
@@ -98,6 +98,49 @@ def test_processes_share_one_global_batch(case):
     assert shared == [step[0] for step in batches(one, epoch)]
 
 
+@given(plans(), st.integers(1, 3))
+def test_sources_may_have_batches_of_their_own_size(case, factor):
+    """Every second source has `factor` times the rows a batch: the same rows come, however many processes share."""
+    arguments, epoch = case
+    sizes = [factor ** (i % 2) * size for i, size in enumerate(arguments["sizes"])]
+    rows = [factor ** (i % 2) * arguments["batch_size"] for i in range(len(sizes))]
+    arguments = {**arguments, "sizes": sizes, "batch_size": rows}
+    seen = Counter()
+    steps = batches(arguments, epoch)
+    for step in steps:
+        (source,) = {source for rank in step for source, _, _ in rank}
+        assert all(len(rank) == rows[source] for rank in step)
+        seen.update(row for rank in step for row in rank)
+    assert set(seen.values()) == {1}
+    world = arguments["world_size"]
+    assert len(seen) == sum(size // (one * world) * one * world for size, one in zip(sizes, rows, strict=True))
+    one = {**arguments, "batch_size": [one * world for one in rows], "world_size": 1}
+    assert [[row for rank in step for row in rank] for step in steps] == [step[0] for step in batches(one, epoch)]
+
+
+@given(plans())
+def test_round_robin_takes_one_source_after_the_other(case):
+    arguments, epoch = case
+    count = len(arguments["sizes"])
+    steps = batches(arguments, epoch, weights=[1 / count] * count, round_robin=True)
+    assert [step[0][0][0] for step in steps] == [number % count for number in range(len(steps))]
+    counts = BatchPlan(**arguments, weights=[1 / count] * count, round_robin=True).batches_per_source
+    assert max(counts) - min(counts) <= 1 and sum(counts) == len(steps)
+
+
+@pytest.mark.parametrize(
+    ("rule", "weights", "expected"),  # 100 rows in batches of 10, 300 in batches of 15: 10 and 20 batches
+    [
+        ("proportional", [None, None], [1 / 3, 2 / 3]),
+        ("temperature", [None, None], [0.25, 0.75]),
+        ("proportional", [2.0, None], [2 / 3.3333333, 1.3333333 / 3.3333333]),  # an average source fills 15 batches
+        ("round_robin", [None, None], [0.5, 0.5]),
+    ],
+)
+def test_rules_of_mixing(rule, weights, expected):
+    assert shares(rule, [100, 300], [10, 15], weights, alpha=1.0) == pytest.approx(expected)
+
+
 def test_seed_and_epoch_matter():
     def rows(seed, epoch):
         return batches({"sizes": [200], "batch_size": 10, "seed": seed, "world_size": 1}, epoch)
@@ -169,6 +212,8 @@ def test_more_ranks_than_data_says_the_numbers():
         ({"sizes": [50], "rank": 1}, "rank 1 of 1"),
         ({"sizes": [50], "weights": [0.0]}, "above 0"),
         ({"sizes": [50], "weights": [1.0, 2.0]}, "1 sources"),
+        ({"sizes": [50, 50], "batch_size": [2]}, "2 sources"),
+        ({"sizes": [50, 50], "weights": [1.0, 2.0], "round_robin": True}, "all sources the same"),
         ({"sizes": [50], "keys": [np.zeros((3, 2))]}, "50 rows and 3 keys"),
     ],
 )

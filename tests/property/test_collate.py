@@ -85,6 +85,35 @@ def test_labels_carry_what_a_teacher_said_and_the_task(preprocessor):
     assert labels.to("cpu").scores.shape == labels.owner.shape
 
 
+def graded(*relevances, where="f:1", task=Task.STS):
+    documents = tuple(Document((Text(f"{where} {one}"),), one) for one in relevances)
+    return Example((Text(f"query {where}"),), documents, task=task, source="s", where=where)
+
+
+def test_graded_pairs_come_whole_and_with_their_similarities(preprocessor):
+    """Whatever a group may hold: also middling pairs and records without a positive."""
+    make = collator(preprocessor, train_group_size=1, graded={"s"})
+    labels = make([graded(0.5, 0.0, 1.0), graded(0.0, where="f:2")]).labels
+    assert labels.owner.tolist() == [0, 0, 0, 1]
+    assert labels.relevance.tolist() == [0.5, 0.0, 1.0, 0.0]
+    assert not labels.in_batch and labels.task is Task.STS
+    assert labels.positive_keys.shape == (2, 2, 2)
+    with pytest.raises(RecordError, match="neither positive nor negative"):
+        collator(preprocessor)([graded(0.5)])
+
+
+@pytest.mark.parametrize(
+    ("record", "named"),
+    [
+        (graded(2.0, 0.5, where="f:3"), r"f:3: a relevance of 2 in a record of task 'sts'"),
+        (graded(1.0, 0.0, where="f:4", task=Task.RETRIEVAL), r"f:4: .*task 'retrieval'"),
+    ],
+)
+def test_what_is_no_graded_pair_is_named(preprocessor, record, named):
+    with pytest.raises(RecordError, match=named):
+        collator(preprocessor, graded={"s"})([record])
+
+
 def test_negatives_do_not_depend_on_how_processes_share_a_batch(preprocessor):
     """More negatives than the group takes: the record, the seed and the visit choose, not the neighbours."""
 

@@ -82,7 +82,7 @@ def test_the_report_counts_negatives_that_a_query_meets(across, in_batch, remote
     labels = BatchLabels(owner, relevance, keys[:, None].repeat(1, 2), keys[:2], keys[:2, None, None], in_batch, "some")
     batch = Batch(2, 4, (Chunk(torch.tensor([0]), (Row([1, 2]),)),), torch.zeros(6, dtype=torch.long), labels)
     objective = build_objective({"type": "contrastive", "cross_device_negatives": across, **matryoshka})
-    plan = SimpleNamespace(world_size=2, batch_size=2)
+    plan = SimpleNamespace(world_size=2, batch_sizes=(2,))
     preprocessor = SimpleNamespace(family=SimpleNamespace(multimodal=False, tokenizer=None))
     line = _batch_lines(build_config({}), plan, batch, objective, preprocessor, 1)[1]
     own = 2 if in_batch else 0

@@ -1,0 +1,156 @@
+"""Graded pairs (STS): the similarities of all pairs of a batch against their gold, in one row.
+
+Each query meets its own documents only; N pairs give Scores of one row (1, N): values = similarity / temperature,
+relevance = the gold similarity in [0, 1]. So a loss that ranks candidates ranks pairs. Nothing is gathered from other
+processes, as in CoDiEmb (arXiv 2508.11442, training code): each process has the loss of its own pairs, and gradients
+are averaged. Cost: (Q, N) similarities, of which N are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mmembed.content import Task
+from mmembed.data.labels import BatchLabels
+from mmembed.embeddings import Embeddings
+from mmembed.errors import ConfigError
+from mmembed.losses import LOSSES, Scores
+from mmembed.losses.pearson import correlation
+from mmembed.objectives import Objective, View
+from mmembed.objectives.similarity import get_similarity
+from mmembed.objectives.temperature import Temperature
+
+if TYPE_CHECKING:
+    from mmembed.data.streaming import Source
+
+SIMILAR = 0.5  # gold from which the health monitors call a pair similar
+
+
+@dataclass(frozen=True)
+class GatheredPairs:
+    """Q queries and the N documents of this process; `owner` (N,) is the query of each, `gold` (N,) how similar."""
+
+    queries: Embeddings
+    documents: Embeddings
+    owner: Tensor
+    gold: Tensor
+
+
+class GradedPairs(Objective):
+    """Any loss over one row of graded pairs.
+
+    Args:
+        loss: name or block of a loss.
+        temperature: a number (default 0.05, CoDiEmb's for `rank_kl` and `pro`), or `{value, learn}`.
+        similarity: cosine, dot, maxsim, maxsim_mean; default cosine for one vector an input, maxsim for several.
+    """
+
+    name = "pairs"
+
+    def __init__(
+        self,
+        loss: str | Mapping[str, Any] = "pearson",
+        temperature: float | Mapping[str, Any] = 0.05,
+        similarity: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.loss = LOSSES.build(loss)
+        self.temperature = Temperature(temperature)
+        self.similarity = similarity if similarity is None else get_similarity(similarity)
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return self.loss.reads
+
+    @property
+    def pairs(self) -> bool:
+        return True
+
+    def check(self, sources: Sequence[Source]) -> None:
+        check_pairs(self.loss.name, sources)
+        for source in sources:
+            if source.grades.low == source.grades.high:
+                raise ConfigError(
+                    f"data source '{source.name}': all pairs have the same similarity {source.grades.low:g}; objective "
+                    f"'{self.loss.name}' compares degrees. Remove the source, or look at how its scores are read"
+                )
+            if self.loss.needs_grades and source.grades.distinct < 3:
+                raise ConfigError(
+                    f"data source '{source.name}': its similarities are {source.grades.low:g} and "
+                    f"{source.grades.high:g} only; objective '{self.loss.name}' compares degrees. Train on the similar "
+                    "pairs with a contrastive objective"
+                )
+
+    def similarity_of(self, queries: Embeddings, documents: Embeddings) -> Tensor:
+        similarity = self.similarity or get_similarity("cosine" if queries.mask is None else "maxsim")
+        return similarity(queries, documents)  # (Q, N)
+
+    def gather(self, queries: Embeddings, documents: Embeddings, labels: BatchLabels) -> GatheredPairs:
+        """Raises ConfigError for a single pair: there is nothing to compare it with."""
+        if len(labels.owner) < 2:
+            raise ConfigError(
+                f"objective '{self.loss.name}': source '{labels.source}' gives one pair a batch, it compares pairs; "
+                "raise training.per_device_train_batch_size or the source's batch_size"
+            )
+        return GatheredPairs(queries, documents, labels.owner, labels.relevance)
+
+    def truncate(self, gathered: GatheredPairs, size: int) -> GatheredPairs:
+        return replace(gathered, queries=gathered.queries.truncate(size), documents=gathered.documents.truncate(size))
+
+    def compare(self, gathered: GatheredPairs) -> tuple[Tensor, dict[str, Tensor]]:
+        scores = self._scores(gathered)
+        found, _ = correlation(scores)
+        metrics = {
+            "correlation": found.detach().squeeze(0),
+            "pairs": torch.tensor(float(len(gathered.owner)), device=gathered.gold.device),
+        }
+        if self.temperature.learn:
+            metrics["temperature"] = 1 / torch.as_tensor(self.temperature.scale()).detach()
+        return self.loss(scores).squeeze(0), metrics
+
+    def view(self, gathered: GatheredPairs) -> View:
+        """A pair of gold SIMILAR or more counts as positive, another as negative. Equal scores have no loss to know."""
+        similarities = self.similarity_of(gathered.queries, gathered.documents)  # (Q, N)
+        index = torch.arange(len(similarities), device=gathered.owner.device)
+        own = index[:, None] == gathered.owner[None, :]  # (Q, N)
+        similar = (own & (gathered.gold >= SIMILAR)).to(similarities.dtype)
+        return View(gathered.queries, gathered.documents, similarities, similar, own, {}, None)
+
+    def _scores(self, gathered: GatheredPairs) -> Scores:
+        """(1, N), in float32 at least: in bfloat16 different golds would become ties."""
+        similarities = self.similarity_of(gathered.queries, gathered.documents)  # (Q, N)
+        own = similarities[gathered.owner, torch.arange(len(gathered.owner), device=gathered.owner.device)]  # (N,)
+        own = own.to(torch.promote_types(own.dtype, torch.float32)) * self.temperature.scale()
+        gold = gathered.gold.to(own.dtype)
+        return Scores(own[None], gold[None], torch.ones(1, len(own), dtype=torch.bool, device=own.device))
+
+
+def check_pairs(name: str, sources: Sequence[Source]) -> None:
+    """Raises ConfigError for a source whose relevances are no similarities of pairs, and for an option that it ignores.
+
+    Args:
+        name: of the objective, for the message.
+    """
+    for source in sources:
+        if source.tasks != {Task.STS}:
+            tasks = ", ".join(sorted(source.tasks))
+            raise ConfigError(
+                f"data source '{source.name}' ({tasks}): objective '{name}' is for graded pairs. Use a contrastive "
+                "objective for it (objective: {by_task: ...} has one a task), or set the source's task to sts where "
+                "its relevances are similarities from 0 to 1"
+            )
+        if source.grades.high > 1:
+            raise ConfigError(
+                f"data source '{source.name}': a similarity is {source.grades.high:g}; objective '{name}' takes 0 to "
+                "1. Divide by the highest, or read it with format pairs and its options low and high"
+            )
+        if "in_batch_negatives" in source.source.model_fields_set:
+            raise ConfigError(
+                f"data source '{source.name}': in_batch_negatives has no effect with objective '{name}', where pairs "
+                "are compared with pairs; remove it"
+            )
