@@ -146,7 +146,14 @@ class Embedder:
         return next(self.model.parameters()).device
 
     def save(self, folder: str | Path) -> None:
-        """Writes a self-describing checkpoint. Raises CheckpointError; a previous one there survives a failure."""
+        """Writes a self-describing checkpoint, with the vectors that this model gives of fixed inputs.
+
+        It is not read again here, as training does it: that takes a second model in memory beside this one, which a
+        device that serves need not have. `mmembed verify FOLDER` compares the folder with those vectors, anywhere.
+
+        Raises:
+            CheckpointError: it cannot be written; a previous one there survives.
+        """
         save_checkpoint(folder, self.model, self.preprocessor)
 
     def encode(

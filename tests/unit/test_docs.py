@@ -1,11 +1,22 @@
 """The documents do not drift from the code."""
 
+import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import PIL.Image
 import pytest
+import yaml
+
+from mmembed.config import _Loader, build_config, load_config  # the loader that runs are read with
+from mmembed.data.dataset import RecordDataset, locate, media_store
+from mmembed.data.format_base import FORMATS
+from mmembed.data.records import parse_record
+from mmembed.objectives import build_objective
+from mmembed.training.batch_report import check_sources
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -28,12 +39,60 @@ def test_links_and_named_files_exist(page):
     assert not missing, f"{page.name} names what does not exist: {missing}"
 
 
-def test_every_yaml_block_of_the_readme_is_a_valid_run():
-    import yaml
+def blocks(language):
+    """The code blocks of the README in a language."""
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S)
 
-    from mmembed.config import _Loader, build_config  # the loader that runs are read with
 
-    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S)
-    assert blocks
-    for block in blocks:
-        build_config(yaml.load(block, _Loader))
+def trainings():
+    """The training commands of the README that name a shipped file: (file, overrides)."""
+    commands = [shlex.split(line) for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
+    named = [words[words.index("--config") + 1 :] for words in commands if "--config" in words]
+    return [(ROOT / words[0], words[1:]) for words in named if words[0].startswith("recipes/")]
+
+
+def assert_part_of(part, whole, key=""):
+    """Each key and value of a YAML tree is in another one; of a list some entries may be missing."""
+    if isinstance(part, dict):
+        for name, value in part.items():
+            assert name in whole, f"{key}.{name}"
+            assert_part_of(value, whole[name], f"{key}.{name}")
+    elif isinstance(part, list) and isinstance(part[0], dict):
+        assert all(entry in whole for entry in part), key
+    else:
+        assert part == whole, key
+
+
+def test_the_yaml_of_the_readme_is_a_part_of_the_file_that_its_command_runs():
+    """And what it names is there: sources are found, of the kind that it says, with a record of each."""
+    (block,) = blocks("yaml")
+    tree = yaml.load(block, _Loader)
+    file = trainings()[0][0]
+    assert_part_of(tree, yaml.load(file.read_text(encoding="utf-8"), _Loader))
+    data = build_config(tree).data
+    assert data.train and data.dev
+    for source in (*data.train, *data.dev):
+        reader = FORMATS.build({"type": source.format, **source.options})
+        record = next(iter(reader.read(locate(source, ROOT / data.root))))
+        assert parse_record(record, record["where"]).documents
+
+
+def test_the_training_commands_of_the_readme_find_their_data(tmp_path):
+    """One runs on the shipped sets, one on records like the README's own."""
+    (record,) = [json.loads(block) for block in blocks("json")]
+    (tmp_path / "img").mkdir()
+    PIL.Image.new("RGB", (64, 64)).save(tmp_path / record["documents"][0]["content"]["image"])
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    shipped, own = (load_config(file, overrides) for file, overrides in trainings())
+    for source in (*shipped.data.train, *shipped.data.dev):
+        assert locate(source, ROOT / shipped.data.root)
+    assert own.data.root == "/my/data"
+    own = own.model_copy(update={"data": own.data.model_copy(update={"root": str(tmp_path)})})
+    media = media_store(own.data)
+    train, dev = (
+        [RecordDataset(one, media, cache_dir=tmp_path / "cache", root=tmp_path) for one in sources]
+        for sources in (own.data.train, own.data.dev)
+    )
+    check_sources(train, own, build_objective(own.objective), multimodal=True)
+    assert len(train[0]) == len(dev[0]) == 1
