@@ -5,6 +5,7 @@ import json
 import pytest
 
 from mmembed.cli import main
+from mmembed.media_limits import MediaLimits
 
 
 @pytest.fixture
@@ -69,8 +70,8 @@ def test_media_limits_out_of_range(tmp_path, capsys, flags):
     assert f"{flags[0][2:].replace('-', '_')}: found {flags[1]}" in error
 
 
-def test_media_root_and_bad_records_of_a_file_of_queries(tmp_path, monkeypatch):
-    """Both reach the queries, also where the collection is encoded already."""
+def test_media_root_limits_and_bad_records_of_a_file_of_queries(tmp_path, monkeypatch):
+    """All reach the queries, also where the collection is encoded already."""
     from mmembed import cli
     from mmembed.inference import encoding
 
@@ -83,8 +84,8 @@ def test_media_root_and_bad_records_of_a_file_of_queries(tmp_path, monkeypatch):
         seen["queries"], seen["on_bad"] = [entry.content for entry in entries], on_bad
         raise Stop
 
-    def media(embedder, root):
-        seen["root"] = root
+    def media(embedder, root, limits):
+        seen["root"], seen["limits"] = root, limits
         return embedder
 
     target, queries = tmp_path / "photos.enc", tmp_path / "queries.jsonl"
@@ -99,8 +100,10 @@ def test_media_root_and_bad_records_of_a_file_of_queries(tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "_load_media", media)
     for flags, root in (([], tmp_path), (["--media-root", str(tmp_path / "other")], tmp_path / "other")):
         with pytest.raises(Stop):
-            main(["search", str(target), "--queries", str(queries), "--on-bad-record", "skip", *flags])
+            skip = ["--on-bad-record", "skip", "--max-bytes", "77", "--allow-urls"]
+            main(["search", str(target), "--queries", str(queries), *skip, *flags])
         assert seen["root"] == root
+        assert seen["limits"] == MediaLimits(max_bytes=77, allow_urls=True)
         assert seen["on_bad"] == "skip"
         assert seen["queries"] == ["a red bus"]
 
