@@ -76,6 +76,7 @@ class Pairs:
 class Aligned(Objective):
     """Base: `gather`, `truncate` and the monitors' view are here, `term` is the method."""
 
+    many_vectors: ClassVar[bool | None] = False
     least_pairs: ClassVar[int] = 1  # with fewer the term is not defined
     contrasts: ClassVar[bool] = False  # other pairs are negatives: sources must allow that
     takes_negatives: ClassVar[bool] = False  # hard negatives of the records
@@ -85,7 +86,7 @@ class Aligned(Objective):
         return True
 
     @property
-    def positives(self) -> int:
+    def positives_needed(self) -> int:
         """How many positives of a query are compared; a query with fewer is left out."""
         return 1
 
@@ -109,14 +110,14 @@ class Aligned(Objective):
                 f"'{labels.source}' has in_batch_negatives: false; train it with another objective"
             )
         groups = group_documents(labels)
-        found = [query for query, (positives, _) in enumerate(groups) if len(positives) >= self.positives]
+        found = [query for query, (positives, _) in enumerate(groups) if len(positives) >= self.positives_needed]
         device = labels.owner.device
         counts = gather_counts(len(found), device)
         with_any = sum(gather_counts(sum(bool(positives) for positives, _ in groups), device))
         self._check_enough(sum(counts), with_any, labels.source)
         rows = torch.tensor(found, dtype=torch.long, device=device)  # (n,)
-        views = torch.tensor([groups[query][0][: self.positives] for query in found], dtype=torch.long, device=device)
-        views = views.view(-1, self.positives)  # (n, 1 + F)
+        firsts = [groups[query][0][: self.positives_needed] for query in found]
+        views = torch.tensor(firsts, dtype=torch.long, device=device).view(-1, self.positives_needed)  # (n, 1 + F)
         vectors = gather_rows(documents.vectors[views], counts)  # (N, 1 + F, E)
         negatives, has_negative, negative_keys = self._negatives(documents.vectors, labels, rows, groups, counts)
         query_keys = gather_rows(labels.query_keys[rows], counts)
@@ -141,9 +142,9 @@ class Aligned(Objective):
     def _check_enough(self, pairs: int, with_any: int, source: str) -> None:
         if pairs < self.least_pairs and with_any >= self.least_pairs:
             raise ConfigError(
-                f"objective '{self.name}' compares a query with {self.positives} positives, source '{source}' gives "
-                f"{pairs} such queries in a batch of {with_any}; add positives to the records and set "
-                f"data.positives_per_query: {self.positives}"
+                f"objective '{self.name}' compares a query with {self.positives_needed} positives, source '{source}' "
+                f"gives {pairs} such queries in a batch of {with_any}; add positives to the records and set "
+                f"data.positives_per_query: {self.positives_needed}"
             )
         if pairs < self.least_pairs:
             raise ConfigError(
@@ -230,3 +231,8 @@ def same_content(query_keys: Tensor, view_keys: Tensor, positive_keys: Tensor) -
 def drawn(deviation: float, seed: int, *shape: int) -> Tensor:
     """Normal numbers for the first values of parameters, the same in all processes and on any device."""
     return deviation * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), device="cpu")
+
+
+def generator_at(seed: int, step: int) -> torch.Generator:
+    """Of a step's random numbers, the same in all processes and after a resume."""
+    return torch.Generator().manual_seed((seed * 0x9E3779B1 + step) % 2**32)  # the CPU's generator takes 32 bits

@@ -46,7 +46,7 @@ class ALIP(Aligned):
         self.means = KeyedRows(3)  # by the size of the vectors, which matryoshka cuts
 
     @property
-    def positives(self) -> int:
+    def positives_needed(self) -> int:
         return 2
 
     def term(self, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:

@@ -52,7 +52,7 @@ class CACR(Aligned):
         self.views, self.detach_weights = views, detach_weights
 
     @property
-    def positives(self) -> int:
+    def positives_needed(self) -> int:
         return self.views - 1
 
     def term(self, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:

@@ -40,7 +40,7 @@ class CleanCLIP(Aligned):
         self.temperature, self.weight = Temperature(temperature), weight
 
     @property
-    def positives(self) -> int:
+    def positives_needed(self) -> int:
         return 3
 
     def term(self, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:

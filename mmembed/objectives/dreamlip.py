@@ -41,7 +41,7 @@ class DreamLIP(Aligned):
         self.temperature, self.captions = Temperature(temperature), captions
 
     @property
-    def positives(self) -> int:
+    def positives_needed(self) -> int:
         return self.captions
 
     def term(self, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:

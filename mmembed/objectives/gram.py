@@ -50,7 +50,7 @@ class Gram(Aligned):
         )
 
     @property
-    def positives(self) -> int:
+    def positives_needed(self) -> int:
         return self.modalities - 1
 
     def term(self, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:

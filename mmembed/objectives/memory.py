@@ -50,6 +50,12 @@ class KeyedRows(nn.Module):
             self._place = {key: number for number, key in enumerate(self.keys.tolist())}
         return self._place
 
+    def _apply(self, fn: Any, recurse: bool = True) -> KeyedRows:
+        super()._apply(fn, recurse)
+        if self.rows.dtype in (torch.bfloat16, torch.float16):  # an engine's: small steps would be lost in these
+            self.rows = self.rows.float()
+        return self
+
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         for name in ("keys", "rows"):
             saved = state_dict.get(prefix + name)

@@ -38,7 +38,7 @@ class MVDHEL(Aligned):
         self.temperature, self.views = Temperature(temperature), views
 
     @property
-    def positives(self) -> int:
+    def positives_needed(self) -> int:
         return self.views - 1
 
     def term(self, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:

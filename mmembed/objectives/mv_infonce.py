@@ -43,7 +43,7 @@ class MVInfoNCE(Aligned):
         self.temperature, self.views, self.denominator = Temperature(temperature), views, denominator
 
     @property
-    def positives(self) -> int:
+    def positives_needed(self) -> int:
         return self.views - 1
 
     def term(self, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmembed.objectives.aligned import Aligned, Pairs
+from mmembed.objectives.aligned import Aligned, Pairs, generator_at
 
 
 class RaFA(Aligned):
@@ -32,7 +32,7 @@ class RaFA(Aligned):
         self.register_buffer("step", torch.zeros(1, dtype=torch.long))
 
     def term(self, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
-        generator = torch.Generator().manual_seed(self.seed * 2**32 + int(self.step))
+        generator = generator_at(self.seed, int(self.step))
         reference = torch.randn(pairs.queries.shape, generator=generator).to(pairs.queries)  # (N, E)
         return random_alignment(*pairs.unit, reference), {}
 

@@ -46,7 +46,7 @@ class TCL(Aligned):
         self.of_queries, self.of_positives = Queue(size, embedding_size), Queue(size, embedding_size)
 
     @property
-    def positives(self) -> int:
+    def positives_needed(self) -> int:
         return 3
 
     @property

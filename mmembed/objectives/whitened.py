@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mmembed.errors import ConfigError
-from mmembed.objectives.aligned import Aligned, Pairs
+from mmembed.objectives.aligned import Aligned, Pairs, generator_at
 from mmembed.objectives.softmax import info_nce
 from mmembed.objectives.temperature import Temperature
 from mmembed.registry import Positive
@@ -61,7 +61,7 @@ class Whitened(Aligned):
                 f"objective 'whitened': {count} pairs in a batch cannot whiten groups of {self.group_size} dimensions; "
                 "raise training.per_device_train_batch_size, or lower group_size"
             )
-        generator = torch.Generator().manual_seed(self.seed * 2**32 + int(self.step))
+        generator = generator_at(self.seed, int(self.step))
         orders = [torch.randperm(size, generator=generator) for _ in range(1 + self.views)]
         anchor = functional.normalize(whiten(pairs.queries, self.group_size, orders[0]), dim=-1)
         terms = []

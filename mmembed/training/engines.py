@@ -172,7 +172,7 @@ class DeepSpeed(Engine):
             if not parameter.ds_persist:
                 raise ConfigError(
                     "training.deepspeed: zero_optimization.stage3_param_persistence_threshold is too small to keep the "
-                    'learned temperature whole; write "auto", or a number above 1'
+                    f"objective's {parameter.ds_numel:,} learned numbers whole; write a number above that"
                 )
             parameter.all_gather()
 

@@ -40,6 +40,7 @@ def preflight(config: EmbedderConfig) -> Objective:
     POOLINGS.check(config.pooling)
     PROMPTS.build(config.prompt)
     objective = build_objective(config.objective)
+    _check_objective(config, objective)
     for source in (*config.data.train, *config.data.dev):
         try:
             FORMATS.build({"type": source.format, **source.options})
@@ -50,6 +51,26 @@ def preflight(config: EmbedderConfig) -> Objective:
     if not Path(resolve_backbone(config.model.name_or_path), SETTINGS).exists():  # a saved embedder was checked so once
         _check_backbone(config)
     return objective
+
+
+def _check_objective(config: EmbedderConfig, objective: Objective) -> None:
+    """Raises ConfigError where a part of the objective compares what this config does not give it."""
+    pooling = config.pooling if isinstance(config.pooling, str) else str(config.pooling["type"])
+    several = POOLINGS.get(pooling).multi_vector
+    for part in objective.modules():
+        if not isinstance(part, Objective) or "name" not in vars(type(part)):  # sums and matryoshka have no name
+            continue
+        if part.many_vectors not in (None, several):
+            wanted = (
+                "several vectors an input: use pooling 'multi_vector'" if part.many_vectors else "one vector an input"
+            )
+            raise ConfigError(f"objective '{part.name}' + pooling '{pooling}': it compares {wanted}")
+        if part.positives_needed > config.data.positives_per_query:
+            raise ConfigError(
+                f"objective '{part.name}' compares a query with {part.positives_needed} positives: set "
+                f"data.positives_per_query to {part.positives_needed} (it is {config.data.positives_per_query}) and "
+                "data.train_group_size to that or more"
+            )
 
 
 def check_libraries(config: EmbedderConfig) -> None:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from mmembed.objectives import OBJECTIVES, build_objective
 from mmembed.training.gradcache import contrastive_step, reduce_gradients
+from tests.contract.test_every_objective import MANY
 from tests.equivalence.toy import SIZE, ToyEncoder, gradients, make_batch, relative
 
 QUERIES = 12
@@ -22,7 +23,7 @@ def two_steps(name, shares, chunk_tokens=10**6):
     Args:
         shares: the first query of a batch, and how many there are.
     """
-    encoder, objective = ToyEncoder().double(), build_objective(name, SIZE).double()
+    encoder, objective = ToyEncoder(multi_vector=name in MANY).double(), build_objective(name, SIZE).double()
     for seed in (0, 1):
         losses = []
         for first, count in shares:

@@ -24,6 +24,7 @@ from mmembed.objectives.contrastive_gap import gap_terms
 from mmembed.objectives.cwcl import similarity_weights, weighted_contrast
 from mmembed.objectives.degla import global_term, grounded
 from mmembed.objectives.dreamlip import multi_caption
+from mmembed.objectives.global_local import of_parts
 from mmembed.objectives.gram import volumes
 from mmembed.objectives.hycd import distillation
 from mmembed.objectives.isogclr import State, robust
@@ -331,6 +332,13 @@ def test_tcl_within_a_modality() -> None:
     unknown = torch.zeros(3, 3, dtype=torch.bool)
     loss = against_queue(feat, augmented, queue, apart(3), unknown, 1 / of["params"]["temperature"])
     check(of, loss, feat=feat)
+
+
+def test_tcl_of_the_parts() -> None:
+    of = entry("tcl", "global-local intra-modal term")
+    local, means = inputs(of, "local", "global_")
+    mask = torch.ones(local.shape[:2], dtype=torch.bool)
+    check(of, of_parts(means, local, mask, apart(2), 1 / of["params"]["temperature"]), local=local, global_=means)
 
 
 def test_isogclr_visits() -> None:

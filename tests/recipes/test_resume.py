@@ -57,6 +57,7 @@ def assert_same_outcome(whole, stopped):
 EVALUATED = ["training.eval_strategy=steps", "training.eval_steps=2", "training.load_best_model_at_end=true"]
 EVALUATED += ["training.early_stopping_patience=3", "training.save_strategy=steps", "training.save_steps=2"]
 STREAMED = ["data.train=[{path: text.jsonl, streaming: true, shuffle_buffer: 7, weight: 2}, {path: pictures.jsonl}]"]
+REMEMBERING = "[{type: isogclr}, {type: negative_queue, size: 8}, rafa, {type: prototypes, prototypes: 4, labels: 2}]"
 BY_EPOCH = ["training.eval_strategy=epoch", "training.save_strategy=steps", "training.save_steps=2"]
 BY_EPOCH += ["training.early_stopping_patience=1", "training.metric_for_best_model=eval_recall_at_10"]
 
@@ -72,6 +73,7 @@ BY_EPOCH += ["training.early_stopping_patience=1", "training.metric_for_best_mod
         ((2,), ["training.optimizer=lion", "training.learning_rate=1e-3", "training.logging_steps=4"]),
         ((2,), ["training.optimizer=adafactor"]),
         ((2,), ["training.optimizer=adamw_8bit", "adapter={type: none}", "training.learning_rate=1e-3"]),
+        ((2, 3), [f"objective={REMEMBERING}", "training.max_steps=6", "training.gradient_accumulation_steps=2"]),
         ((3,), ["training.lr_scheduler_type=reduce_lr_on_plateau", "training.learning_rate=0.3", *EVALUATED]),
     ],
     ids=[
@@ -83,6 +85,7 @@ BY_EPOCH += ["training.early_stopping_patience=1", "training.metric_for_best_mod
         "lion",
         "adafactor",
         "8 bits, all weights",
+        "an objective that remembers",
         "plateau",
     ],
 )
@@ -98,6 +101,10 @@ def test_a_stopped_run_ends_where_the_uninterrupted_one_does(config_file, tmp_pa
         assert same(*pair)
         return
     assert_same_outcome(whole, stopped)
+    if f"objective={REMEMBERING}" in overrides:
+        memory = outcome(whole)[1]
+        assert len(memory["objectives.0.memory.keys"]) > 8 and memory["objectives.1.queue.seen"] > 8
+        assert memory["objectives.2.step"] == 6  # optimizer steps
 
 
 SAVED = ["training.save_strategy=steps", "training.save_steps=2", "data.dev=[]"]
