@@ -8,6 +8,7 @@ One file per loss; `LOSSES.build("infonce")`.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -45,15 +46,21 @@ class Scores:
                 f"Scores: values, relevance, valid and targets must share one (Q, C) shape, found {shapes}"
             )
 
-    @property
+    @cached_property
     def positive(self) -> Tensor:
         """(Q, C) bool: valid and relevant."""
         return self.valid & (self.relevance > 0)
 
-    @property
+    @cached_property
     def negative(self) -> Tensor:
         """(Q, C) bool: valid and not relevant."""
-        return self.valid & (self.relevance <= 0)
+        return self.valid & ~self.positive
+
+    @cached_property
+    def cells(self) -> tuple[Tensor, Tensor]:
+        """Rows and columns of the positives, (P,) each."""
+        rows, columns = self.positive.nonzero(as_tuple=True)
+        return rows, columns
 
 
 class Loss(nn.Module):
@@ -78,11 +85,11 @@ class Loss(nn.Module):
 
     def __call__(self, scores: Scores) -> Tensor:
         """`forward` in float32 or above, outside autocast: a loss is a difference of numbers that are nearly equal."""
-        values = scores.values if scores.values.dtype == torch.float64 else scores.values.float()
-        targets = None if scores.targets is None else scores.targets.to(values.dtype)
-        scores = replace(scores, values=values, relevance=scores.relevance.to(values.dtype), targets=targets)
-        with torch.autocast(values.device.type, enabled=False):
-            losses: Tensor = super().__call__(scores)
+        wide = torch.promote_types(scores.values.dtype, torch.float32)
+        tensors = {"values": scores.values, "relevance": scores.relevance, "targets": scores.targets}
+        narrow = {key: one.to(wide) for key, one in tensors.items() if one is not None and one.dtype != wide}
+        with torch.autocast(scores.values.device.type, enabled=False):
+            losses: Tensor = super().__call__(replace(scores, **narrow) if narrow else scores)
         return losses
 
     def forward(self, scores: Scores) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mmembed.losses import Loss, Scores
-from mmembed.losses.rows import logsumexp, mean_of_positives
+from mmembed.losses.rows import against, mean_of_positives
 
 
 class DCL(Loss):
@@ -30,7 +30,9 @@ class DCL(Loss):
 
     def forward(self, scores: Scores) -> Tensor:
         """Scores -> (Q,) losses, 0 for a row without a positive or without a negative."""
-        negative = scores.negative  # (Q, C)
-        rows, columns = (scores.positive & negative.any(1, keepdim=True)).nonzero(as_tuple=True)  # (P,) each
-        losses = logsumexp(scores.values, negative)[rows] - scores.values[rows, columns]  # (P,)
+        rows, columns = scores.cells  # (P,) each
+        contested = scores.negative.any(1)[rows]
+        rows, columns = rows[contested], columns[contested]
+        negatives, positives = against(scores.values, scores.negative, rows, columns)  # (Q,), (P,)
+        losses = negatives[rows] - positives  # (P,)
         return mean_of_positives(losses, rows, len(scores.values))

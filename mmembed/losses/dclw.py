@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mmembed.losses import Loss, Scores
-from mmembed.losses.rows import logsumexp, mean_of_positives
+from mmembed.losses.rows import against, mean_of_positives
 
 
 class DCLW(Loss):
@@ -40,10 +40,11 @@ class DCLW(Loss):
 
     def forward(self, scores: Scores) -> Tensor:
         """Scores -> (Q,) losses, 0 for a row without a positive or without a negative."""
-        negative = scores.negative  # (Q, C)
-        rows, columns = (scores.positive & negative.any(1, keepdim=True)).nonzero(as_tuple=True)  # (P,) each
-        positives = scores.values[rows, columns]  # (P,)
+        rows, columns = scores.cells  # (P,) each
+        contested = scores.negative.any(1)[rows]
+        rows, columns = rows[contested], columns[contested]
+        negatives, positives = against(scores.values, scores.negative, rows, columns)  # (Q,), (P,)
         weights = 2 - len(positives) * (positives * scores.temperature / self.sigma).softmax(0)  # (P,)
         weights = weights.detach() if self.detach_weights else weights
-        losses = logsumexp(scores.values, negative)[rows] - weights * positives  # (P,)
+        losses = negatives[rows] - weights * positives  # (P,)
         return mean_of_positives(losses, rows, len(scores.values))

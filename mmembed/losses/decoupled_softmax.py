@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mmembed.losses import Loss, Scores
-from mmembed.losses.rows import logsumexp, mean_of_positives
+from mmembed.losses.rows import against, mean_of_positives
 
 
 class DecoupledSoftmax(Loss):
@@ -31,7 +31,7 @@ class DecoupledSoftmax(Loss):
 
     def forward(self, scores: Scores) -> Tensor:
         """Scores -> (Q,) losses, 0 for a row without a positive."""
-        rows, columns = scores.positive.nonzero(as_tuple=True)  # (P,) each
-        negatives = logsumexp(scores.values, scores.negative)  # (Q,)
-        losses = functional.softplus(negatives[rows] - scores.values[rows, columns])  # (P,)
+        rows, columns = scores.cells  # (P,) each
+        negatives, positives = against(scores.values, scores.negative, rows, columns)  # (Q,), (P,)
+        losses = functional.softplus(negatives[rows] - positives)  # (P,)
         return mean_of_positives(losses, rows, len(scores.values))

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from mmembed.errors import ConfigError
 from mmembed.losses import Loss, Scores
-from mmembed.losses.rows import logsumexp, mean_of_positives
+from mmembed.losses.rows import against, logsumexp, mean_of_positives
 
 
 class InfoNCE(Loss):
@@ -45,23 +45,25 @@ class InfoNCE(Loss):
 
     def forward(self, scores: Scores) -> Tensor:
         """Scores -> (Q,) losses."""
-        rows, columns = scores.positive.nonzero(as_tuple=True)  # (P,) each
-        positives, relevance = scores.values[rows, columns], scores.relevance[rows, columns]  # (P,) each
+        rows, columns = scores.cells  # (P,) each
+        relevance = scores.relevance[rows, columns]  # (P,)
         if self.negatives == "all":
-            losses = logsumexp(scores.values, scores.valid)[rows] - positives  # (P,)
+            losses = logsumexp(scores.values, scores.valid)[rows] - scores.values[rows, columns]  # (P,)
         else:
+            lower, positives = _lower(scores, rows, columns, relevance)  # (P,) each
             # -log(e^s / (e^s + e^n)) = softplus(n - s): exact also where the loss is far below the rounding of s
-            losses = functional.softplus(_lower(scores, rows, relevance) - positives)  # (P,)
+            losses = functional.softplus(lower - positives)
         return mean_of_positives(losses, rows, len(scores.values), relevance)
 
 
-def _lower(scores: Scores, rows: Tensor, relevance: Tensor) -> Tensor:
-    """Of each positive: the logsumexp of the candidates whose relevance is lower, (P,)."""
+def _lower(scores: Scores, rows: Tensor, columns: Tensor, relevance: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each positive: the logsumexp of the candidates whose relevance is lower, and its own score, (P,) each."""
     best = relevance.new_zeros(len(scores.values)).scatter_reduce(0, rows, relevance, "amax")  # (Q,)
     if bool((relevance == best[rows]).all()):  # one grade a row: the matrix itself, without copies of its rows
-        return logsumexp(scores.values, scores.valid & (scores.relevance < best[:, None]))[rows]
+        lower, positives = against(scores.values, scores.negative, rows, columns)  # (Q,), (P,)
+        return lower[rows], positives
     grades, level = torch.unique(relevance, return_inverse=True)  # (L,), (P,)
     pair, of_positive = torch.unique(rows * len(grades) + level, return_inverse=True)  # (G,), (P,)
     row = pair // len(grades)  # (G,)
     lower = scores.valid[row] & (scores.relevance[row] < grades[pair % len(grades)].unsqueeze(1))  # (G, C)
-    return logsumexp(scores.values[row], lower)[of_positive]
+    return logsumexp(scores.values[row], lower)[of_positive], scores.values[rows, columns]

@@ -53,7 +53,7 @@ class MannWhitney(Loss):
 
     def forward(self, scores: Scores) -> Tensor:
         """Scores -> (Q,) losses."""
-        rows, columns = scores.positive.nonzero(as_tuple=True)  # (P,) each
+        rows, columns = scores.cells  # (P,) each
         negative = scores.negative  # (Q, C)
         count = negative.sum().clamp_min(1) if self.reduction == "mean" else 1
         losses: Tensor = _SumOverNegatives.apply(scores.values[rows, columns], scores.values, negative)

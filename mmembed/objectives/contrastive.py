@@ -3,8 +3,9 @@
 Scores are similarity / temperature; labels become an explicit relevance matrix; `symmetric` averages in the other
 direction (each positive document against all queries), as CLIP does. Where queries have different numbers of positives,
 a process's reverse loss weighs as many as it has, so that the mean over processes is the mean over all positives.
-A loss that couples its rows gets the queries of all processes, so that it is the same number everywhere. Cost: (Q, C)
-floats, a few times.
+A loss that couples its rows gets the queries of all processes, so that it is the same number everywhere. Cost: three
+products of (Q, E) and (C, E), one float and one bool a cell of (Q, C), and the loss in blocks of rows; a few (Q, C) of
+floats more for losses that couple rows and for late interaction.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from mmembed.embeddings import Embeddings
 from mmembed.errors import ConfigError
 from mmembed.losses import LOSSES, Scores
 from mmembed.objectives import Objective, View
+from mmembed.objectives.blocks import blocked_mean
 from mmembed.objectives.gather import gather_counts, gather_embeddings
 from mmembed.objectives.relations import Relations
-from mmembed.objectives.similarity import get_similarity
+from mmembed.objectives.similarity import PRODUCTS_OF, Similarity, get_similarity
 from mmembed.objectives.temperature import Temperature
 
 if TYPE_CHECKING:
@@ -114,8 +116,10 @@ class Contrastive(Objective):
                 )
 
     def similarity_of(self, queries: Embeddings, documents: Embeddings) -> Tensor:
-        similarity = self.similarity or get_similarity("cosine" if queries.mask is None else "maxsim")
-        return similarity(queries, documents)  # (Q, C)
+        return self._similarity(queries)(queries, documents)  # (Q, C)
+
+    def _similarity(self, embeddings: Embeddings) -> Similarity:
+        return self.similarity or get_similarity("cosine" if embeddings.mask is None else "maxsim")
 
     def gather(self, queries: Embeddings, documents: Embeddings, labels: BatchLabels) -> Gathered:
         """Q local queries, D local documents -> rows and columns. Collectives run in the same order everywhere."""
@@ -186,7 +190,7 @@ class Contrastive(Objective):
 
     def view(self, gathered: Gathered) -> View:
         """Of the direction from queries to documents."""
-        similarities, scores = self._scores(gathered)
+        scores = self._all_scores(gathered)
         documents = slice(gathered.valid.shape[1])
         masked: dict[str, Tensor] = {}
         if self.mask_duplicates:
@@ -196,11 +200,11 @@ class Contrastive(Objective):
             masked["margin"] = (gathered.valid & ~scores.valid[:, documents]).float().mean()
         chance = self._chance(scores, gathered.turns)
         if gathered.reverse is not None:
-            chance = (chance + self._chance(self._scores(gathered.reverse)[1]) * gathered.reverse.weight) / 2
+            chance = (chance + self._chance(self._all_scores(gathered.reverse)) * gathered.reverse.weight) / 2
         return View(
             gathered.queries,
             gathered.candidates,
-            similarities[:, documents],
+            scores.values[:, documents] * scores.temperature,
             scores.relevance[:, documents],
             scores.valid[:, documents],
             masked,
@@ -225,24 +229,48 @@ class Contrastive(Objective):
         return total / taken.clamp_min(1)
 
     def _direction(self, gathered: Gathered) -> tuple[Tensor, dict[str, Tensor]]:
-        similarities, scores = self._scores(gathered)
-        metrics = self._metrics(similarities.detach(), scores, gathered.valid.shape[1])
-        return self._losses(scores, gathered.turns).mean() * gathered.weight, metrics
+        """In blocks of rows where similarities are a product and the loss takes each row for itself."""
+        side = PRODUCTS_OF.get(self._similarity(gathered.queries))
+        if side is None or self.loss.couples_rows or next(self.loss.parameters(), None) is not None:
+            scores = self._all_scores(gathered)
+            loss = self._losses(scores, gathered.turns).mean() * gathered.weight
+            return loss, self._metrics([self._tally(scores, gathered)])
+        scale, tallies = self.temperature.scale(), []
 
-    def _scores(self, gathered: Gathered) -> tuple[Tensor, Scores]:
-        """-> similarities (Q, C + S) and what the loss sees of them; S more columns where siblings are negatives."""
+        def losses_of(values: Tensor, rows: slice, temperature: Tensor) -> Tensor:
+            scores = self._scores(gathered, values, rows, temperature)
+            tallies.append(self._tally(scores, gathered))
+            return self._losses(scores, gathered.turns)
+
+        left, right = side(gathered.queries) * scale, side(gathered.candidates)  # (Q, E), (C, E)
+        if gathered.siblings is not None:
+            right = torch.cat([right, side(gathered.siblings)])  # (C + S, E)
+        temperature = 1 / torch.as_tensor(scale, dtype=left.dtype, device=left.device)
+        loss = blocked_mean(left, right, temperature, losses_of)
+        return loss * gathered.weight, self._metrics(tallies)
+
+    def _all_scores(self, gathered: Gathered) -> Scores:
+        """Of all rows at once."""
         similarities = self.similarity_of(gathered.queries, gathered.candidates)  # (Q, C)
-        relevance, valid, targets = gathered.relevance, gathered.valid, gathered.targets
-        if gathered.siblings is not None and gathered.apart is not None:
-            more = gathered.apart.shape[1]
-            similarities = torch.cat([similarities, self.similarity_of(gathered.queries, gathered.siblings)], 1)
-            relevance, valid = functional.pad(relevance, (0, more)), torch.cat([valid, gathered.apart], 1)
-            targets = None if targets is None else functional.pad(targets, (0, more), value=math.nan)
-        relevance = relevance.to(similarities.dtype)
-        if self.false_negative_margin is not None:
-            valid = valid & ~self._false_negatives(similarities.detach(), relevance, valid)
+        if gathered.siblings is not None:
+            more = self.similarity_of(gathered.queries, gathered.siblings)  # (Q, S)
+            similarities = torch.cat([similarities, more], 1)
         scale = self.temperature.scale()
-        return similarities, Scores(similarities * scale, relevance, valid, targets, 1 / scale)
+        return self._scores(gathered, similarities * scale, slice(None), 1 / scale)
+
+    def _scores(self, gathered: Gathered, values: Tensor, rows: slice, temperature: Tensor | float) -> Scores:
+        """What the loss sees of some rows; values (b, C + S), S more columns where siblings are negatives."""
+        relevance, valid = gathered.relevance[rows], gathered.valid[rows]  # (b, C)
+        targets = None if gathered.targets is None else gathered.targets[rows]
+        if gathered.apart is not None:
+            apart = gathered.apart[rows]  # (b, S)
+            more = apart.shape[1]
+            relevance, valid = functional.pad(relevance, (0, more)), torch.cat([valid, apart], 1)
+            targets = None if targets is None else functional.pad(targets, (0, more), value=math.nan)
+        relevance = relevance.to(values.dtype)
+        if self.false_negative_margin is not None:
+            valid = valid & ~self._false_negatives(values.detach() * temperature, relevance, valid)
+        return Scores(values, relevance, valid, targets, temperature)
 
     def _false_negatives(self, similarities: Tensor, relevance: Tensor, valid: Tensor) -> Tensor:
         positive = valid & (relevance > 0)  # (Q, C)
@@ -250,21 +278,38 @@ class Contrastive(Objective):
         return ~positive & (similarities > best + (self.false_negative_margin or 0.0))
 
     @torch.no_grad()
-    def _metrics(self, similarities: Tensor, scores: Scores, documents: int) -> dict[str, Tensor]:
-        """`accuracy` is among documents: the first columns."""
-        positive, negative = scores.positive, scores.negative
-        ranked = similarities.masked_fill(~scores.valid, float("-inf"))[:, :documents]
-        top = ranked.argmax(1, keepdim=True)  # (Q, 1)
+    def _tally(self, scores: Scores, gathered: Gathered) -> Tensor:
+        """Sums over some rows, in the order that `_metrics` reads; a hit is a positive above all other documents."""
+        documents = gathered.valid.shape[1]
+        values = scores.values.to(torch.promote_types(scores.values.dtype, torch.float32))
+        rows, columns = scores.cells
+        of_positives = values[rows, columns]  # (P,)
+        lowest = torch.full_like(values[:, 0], float("-inf"))  # (b,)
+        best = lowest.scatter_reduce(0, rows, of_positives, "amax")
+        others = torch.where(scores.negative, values, float("-inf"))[:, :documents].amax(1)  # (b,)
+        found = values.sum() - of_positives.sum()
+        if not bool(scores.valid.all()):
+            found = torch.where(scores.negative, values, 0.0).sum()
+        sums = [
+            values.new_tensor(len(values)),
+            (best > others).sum(),
+            of_positives.sum() * scores.temperature,
+            values.new_tensor(len(rows)),
+            found * scores.temperature,
+            scores.negative.sum(),
+        ]
+        return torch.stack([one.to(values.dtype) for one in sums])
+
+    @torch.no_grad()
+    def _metrics(self, tallies: Sequence[Tensor]) -> dict[str, Tensor]:
+        sums = torch.stack(list(tallies)).sum(0) if tallies else torch.zeros(6)
+        count, hits, of_positives, positives, of_negatives, negatives = sums
         metrics = {
-            "accuracy": positive.gather(1, top).float().mean(),
-            "positive_similarity": _masked_mean(similarities, positive),
-            "negative_similarity": _masked_mean(similarities, negative),
-            "negatives": negative.sum(1).float().mean(),
+            "accuracy": hits / count,
+            "positive_similarity": of_positives / positives.clamp_min(1),
+            "negative_similarity": of_negatives / negatives.clamp_min(1),
+            "negatives": negatives / count,
         }
         if self.temperature.learn:
             metrics["temperature"] = 1 / torch.as_tensor(self.temperature.scale())
         return metrics
-
-
-def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    return (values * mask).sum() / mask.sum().clamp_min(1)

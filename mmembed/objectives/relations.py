@@ -2,7 +2,7 @@
 
 Three kinds of other queries' documents are no negatives and are masked when asked: a known positive of the query (in
 the batch or not), the positive of another query with the same content, and the query's own content. Documents are the
-same by content or by id, so equal texts under different ids are found. Cost: 2 P + 2 comparisons of (Q, C) integers.
+same by content or by id, so equal texts under different ids are found. Cost: a few (Q, C) of booleans.
 """
 
 from __future__ import annotations
@@ -118,25 +118,54 @@ class Relations:
     def _grid(self, queries: slice, documents: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Numbers of the queries (Q,), whose document a column is (Q, C) bool, relevance (Q, C)."""
         query_index = torch.arange(len(self.query_keys), device=self.owner.device)[queries]  # (Q,)
-        own = query_index[:, None] == self.owner[documents][None, :]  # (Q, C)
-        return query_index, own, torch.where(own, self.relevance[documents][None, :], 0.0)
+        owner, grades = self.owner[documents], self.relevance[documents]  # (C,) each
+        row = torch.full_like(self.query_keys, -1)  # (M,)
+        row[query_index] = torch.arange(len(query_index), device=row.device)
+        columns = (row[owner] >= 0).nonzero().squeeze(1)
+        rows = row[owner[columns]]
+        own = torch.zeros(len(query_index), len(owner), dtype=torch.bool, device=row.device)
+        relevance = torch.zeros(own.shape, dtype=grades.dtype, device=row.device)
+        own[rows, columns], relevance[rows, columns] = True, grades[columns]
+        return query_index, own, relevance
 
     def _known_positives(self, query_index: Tensor, documents: slice) -> Tensor:
         """(Q, C) bool: documents that the query has as a positive, by content or by id, drawn or not."""
-        keys = self.document_keys[documents]  # (C, 2)
+        keys, positive_keys = self.document_keys[documents], self.positive_keys[query_index]  # (C, 2), (Q, P, 2)
         known = torch.zeros(len(query_index), len(keys), dtype=torch.bool, device=keys.device)
-        for positive_keys in self.positive_keys[query_index].unbind(1):  # (Q, 2) each; P is small
-            for column in (0, 1):
-                known |= keys[None, :, column] == positive_keys[:, None, column]
+        for column in (0, 1):
+            mark_members(known, positive_keys[:, :, column], keys[:, column])
         return known
 
     def _same_query(self, query_index: Tensor, documents: slice, own: Tensor) -> Tensor:
         """(Q, C) bool: the query's own content, and what answers another query of the same content."""
         query_keys = self.query_keys[query_index][:, None]  # (Q, 1)
-        answers = (self.relevance[documents] > 0)[None, :] & (
-            self.query_keys[self.owner[documents]][None, :] == query_keys
-        )
-        return (self.document_keys[documents][None, :, 0] == query_keys) | (answers & ~own)
+        same = torch.zeros_like(own)
+        if len(self.query_keys.unique()) < len(self.query_keys):
+            positive = (self.relevance[documents] > 0).nonzero().squeeze(1)  # (P,)
+            answers = torch.zeros(len(own), len(positive), dtype=torch.bool, device=own.device)
+            mark_members(answers, query_keys, self.query_keys[self.owner[documents][positive]])
+            same[:, positive] = answers & ~own[:, positive]
+        mark_members(same, query_keys, self.document_keys[documents][:, 0])
+        return same
+
+
+def mark_members(marks: Tensor, sets: Tensor, keys: Tensor) -> None:
+    """Sets marks (Q, C) to true where the row's set, sets (Q, K), holds the column's key, keys (C,).
+
+    By a table of the distinct keys: K comparisons a cell would be slow for sets that a few keys are in.
+    """
+    if not len(keys):
+        return
+    distinct, place = torch.unique(keys, return_inverse=True)  # (U,), (C,)
+    found = torch.searchsorted(distinct, sets.contiguous()).clamp_max(len(distinct) - 1)  # (Q, K)
+    rows, members = (distinct[found] == sets).nonzero(as_tuple=True)
+    found = found[rows, members]
+    if len(distinct) == len(keys):
+        marks[rows, place.argsort()[found]] = True
+        return
+    table = torch.zeros(len(marks), len(distinct), dtype=torch.bool, device=marks.device)
+    table[rows, found] = True
+    marks |= table[:, place]
 
 
 def gather_positive_keys(keys: Tensor, counts: list[int]) -> Tensor:

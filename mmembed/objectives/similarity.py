@@ -21,12 +21,20 @@ Similarity = Callable[[Embeddings, Embeddings], Tensor]
 PRODUCTS = 2**24  # dot products of late interaction alive at once: 64 MB in float32
 
 
+def unit(embeddings: Embeddings) -> Tensor:
+    return functional.normalize(embeddings.vectors, dim=-1)
+
+
+def raw(embeddings: Embeddings) -> Tensor:
+    return embeddings.vectors
+
+
 def cosine(a: Embeddings, b: Embeddings) -> Tensor:
-    return functional.normalize(a.vectors, dim=-1) @ functional.normalize(b.vectors, dim=-1).T
+    return unit(a) @ unit(b).T
 
 
 def dot(a: Embeddings, b: Embeddings) -> Tensor:
-    return a.vectors @ b.vectors.T
+    return raw(a) @ raw(b).T
 
 
 def maxsim(a: Embeddings, b: Embeddings) -> Tensor:
@@ -53,6 +61,8 @@ def maxsim_mean(a: Embeddings, b: Embeddings) -> Tensor:
 
 
 SIMILARITIES: dict[str, Similarity] = {"cosine": cosine, "dot": dot, "maxsim": maxsim, "maxsim_mean": maxsim_mean}
+# those that are a product of (A, E) and (B, E), and what makes a side of it
+PRODUCTS_OF: dict[Similarity, Callable[[Embeddings], Tensor]] = {cosine: unit, dot: raw}
 
 
 def get_similarity(name: str) -> Similarity:

@@ -23,7 +23,8 @@ from mmembed.data.collate import Batch, Chunk, plan_chunks
 from mmembed.media import MediaStore
 from mmembed.models.continuing import backbone_of
 from mmembed.models.embedding_model import EmbeddingModel, assemble, settings_of
-from mmembed.objectives import build_objective
+from mmembed.objectives import blocks, build_objective
+from mmembed.objectives.blocks import cells_of_a_block
 from mmembed.preprocess import Preprocessor
 from mmembed.training.batch_report import count_visual, keep_tokens
 from mmembed.training.batches import chunk_tokens
@@ -328,9 +329,10 @@ class Estimate:
         )
         many = self.longest if self.model.pooling.multi_vector else 1
         of_batch = self.objective.part_for(labels.source, labels.task)
-        found = measure_objective(of_batch, labels, self.model.embedding_size, many)
         columns = batch.n_documents * (self.devices if of_batch.across_processes else 1)
-        return found * (batch.n_queries * columns) / (queries * documents)
+        scale = batch.n_queries * columns / (queries * documents)
+        with cells_of_a_block(round(blocks.CELLS / scale)):
+            return scale * measure_objective(of_batch, labels, self.model.embedding_size, many)
 
     def _vision(self) -> Vision:
         """Of the pictures in the drawn batches; nothing where there are none."""
