@@ -3,13 +3,14 @@
 Every query stands beside its positives in the order of their relevance (of equals, in the order of the record): the
 first is its partner, an objective that compares more views takes the next ones. Across processes all pairs are gathered
 with gradients, and the loss of the gathered pairs is the same number everywhere. An objective is one file with one
-method, `term`. Cost of the base: 2 V (V + P) comparisons of (N, N) integers for V views and P known positives.
+method, `term`. Cost of the base: a sort of the keys, and (N, N) booleans.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from mmembed.errors import ConfigError
 from mmembed.objectives import Objective, View
 from mmembed.objectives.gather import gather_counts, gather_rows, world
 from mmembed.objectives.relations import gather_positive_keys
+
+if TYPE_CHECKING:
+    from mmembed.data.streaming import Source
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,8 @@ class Pairs:
 
     def knows(self, keys: Tensor) -> Tensor:
         """(M, 2) keys of documents -> (N, M) bool: a positive of the pair, or its query."""
-        known = self.query_keys[:, None] == keys[None, :, 0]
-        for positive in (*self.view_keys.unbind(1), *self.positive_keys.unbind(1)):  # (N, 2) each
-            for column in (0, 1):
-                known |= positive[:, None, column] == keys[None, :, column]
-        return known
+        contents, ids = torch.cat([self.view_keys, self.positive_keys], dim=1).unbind(-1)  # (N, V + P) each
+        return meet(torch.cat([self.query_keys[:, None], contents], dim=1), keys[:, :1]) | meet(ids, keys[:, 1:])
 
 
 class Aligned(Objective):
@@ -105,10 +106,7 @@ class Aligned(Objective):
                 f"objective '{self.name}' compares one vector an input; pooling 'multi_vector' gives many"
             )
         if self.contrasts and not labels.in_batch:
-            raise ConfigError(
-                f"objective '{self.name}': the pairs of a batch are negatives of each other, but source "
-                f"'{labels.source}' has in_batch_negatives: false; train it with another objective"
-            )
+            raise ConfigError(alone(self.name, labels.source))
         groups = group_documents(labels)
         found = [query for query, (positives, _) in enumerate(groups) if len(positives) >= self.positives_needed]
         device = labels.owner.device
@@ -138,6 +136,10 @@ class Aligned(Objective):
             local=slice(start, start + len(found)),
             left_out=1 - sum(counts) / max(with_any, 1),
         )
+
+    def check(self, sources: Sequence[Source]) -> None:
+        if self.contrasts:
+            check_in_batch(self.name, sources)
 
     def _check_enough(self, pairs: int, with_any: int, source: str) -> None:
         if pairs < self.least_pairs and with_any >= self.least_pairs:
@@ -205,6 +207,21 @@ class Aligned(Objective):
         return View(own, others, self.similarity_of(own, others), relevance, valid, {}, None)
 
 
+def check_in_batch(objective: str, sources: Sequence[Source]) -> None:
+    """Raises ConfigError where a source forbids that its documents are negatives of other queries."""
+    for source in sources:
+        if not source.source.in_batch_negatives:
+            raise ConfigError(alone(objective, source.name))
+
+
+def alone(objective: str, source: str) -> str:
+    """The message for a source whose queries meet their own documents only."""
+    return (
+        f"objective '{objective}': the pairs of a batch are negatives of each other, but source '{source}' has "
+        "in_batch_negatives: false; train it with another objective"
+    )
+
+
 Group = tuple[list[int], list[int]]
 
 
@@ -219,13 +236,40 @@ def group_documents(labels: BatchLabels) -> list[Group]:
 
 def same_content(query_keys: Tensor, view_keys: Tensor, positive_keys: Tensor) -> Tensor:
     """(N,), (N, V, 2), (N, P, 2) keys -> (N, N) bool, as `Pairs.same`."""
-    same = query_keys[:, None] == query_keys[None, :]
-    for views in view_keys.unbind(1):  # (N, 2) each
-        same |= query_keys[:, None] == views[None, :, 0]
-        for known in (*view_keys.unbind(1), *positive_keys.unbind(1)):
-            for column in (0, 1):
-                same |= known[:, None, column] == views[None, :, column]
-    return same | same.T
+    contents, ids = torch.cat([view_keys, positive_keys], dim=1).unbind(-1)  # (N, V + P) each
+    own = torch.cat([query_keys[:, None], view_keys[..., 0]], dim=1)  # (N, 1 + V)
+    same = torch.zeros(len(own), len(own), dtype=torch.bool, device=own.device)
+    for rows, columns in (
+        _matches(torch.cat([query_keys[:, None], contents], dim=1), own),
+        _matches(ids, view_keys[..., 1]),
+    ):
+        same[rows, columns] = same[columns, rows] = True
+    return same
+
+
+def meet(left: Tensor, right: Tensor) -> Tensor:
+    """(N, A), (M, B) int64 keys -> (N, M) bool: which rows have a key in common.
+
+    >>> meet(torch.tensor([[1, 2], [3, 3]]), torch.tensor([[2], [3], [4]]))
+    tensor([[ True, False, False],
+            [False,  True, False]])
+    """
+    met = torch.zeros(len(left), len(right), dtype=torch.bool, device=left.device)
+    met[_matches(left, right)] = True
+    return met
+
+
+def _matches(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of (N, A) and (M, B) that have a key in common, (K,) each: by sorting, for most have none."""
+    left = left.sort(1).values
+    first_time = torch.cat([torch.ones_like(left[:, :1], dtype=torch.bool), left[:, 1:] != left[:, :-1]], dim=1)
+    rows, wanted = first_time.nonzero()[:, 0], left[first_time]
+    keys, order = right.flatten().sort()  # (M B,)
+    start = torch.searchsorted(keys, wanted)
+    count = torch.searchsorted(keys, wanted, right=True) - start
+    within = torch.arange(int(count.sum()), device=left.device) - (count.cumsum(0) - count).repeat_interleave(count)
+    found = order[start.repeat_interleave(count) + within] // max(right.shape[1], 1)
+    return rows.repeat_interleave(count), found
 
 
 def drawn(deviation: float, seed: int, *shape: int) -> Tensor:

@@ -10,9 +10,9 @@ the mean. Cost: N x N T products a side, in blocks of rows that are made again i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,10 +23,13 @@ from mmembed.data.labels import BatchLabels
 from mmembed.embeddings import Embeddings
 from mmembed.errors import ConfigError
 from mmembed.objectives import Objective, View
-from mmembed.objectives.aligned import group_documents
+from mmembed.objectives.aligned import alone, check_in_batch, group_documents
 from mmembed.objectives.gather import gather_counts, gather_embeddings, gather_rows, world
 from mmembed.objectives.similarity import maxsim
 from mmembed.objectives.temperature import Temperature
+
+if TYPE_CHECKING:
+    from mmembed.data.streaming import Source
 
 PRODUCTS = 2**24  # alive at once: 64 MB in float32
 
@@ -63,6 +66,9 @@ class GlobalLocal(Objective):
     def across_processes(self) -> bool:
         return True
 
+    def check(self, sources: Sequence[Source]) -> None:
+        check_in_batch(self.name, sources)
+
     def similarity_of(self, queries: Embeddings, documents: Embeddings) -> Tensor:
         return maxsim(queries, documents)
 
@@ -71,10 +77,7 @@ class GlobalLocal(Objective):
         if queries.mask is None:
             raise ConfigError("objective 'global_local' compares an input with its vectors: use pooling 'multi_vector'")
         if not labels.in_batch:
-            raise ConfigError(
-                f"objective 'global_local': the inputs of a batch are negatives of each other, but source "
-                f"'{labels.source}' has in_batch_negatives: false; train it with another objective"
-            )
+            raise ConfigError(alone(self.name, labels.source))
         firsts = {query: group[0][0] for query, group in enumerate(group_documents(labels)) if group[0]}
         rows = torch.tensor(list(firsts), dtype=torch.long, device=labels.owner.device)  # (n,)
         chosen = torch.tensor(list(firsts.values()), dtype=torch.long, device=labels.owner.device)  # (n,)

@@ -9,14 +9,18 @@ phrases); the paper's batches also hold the nearest pictures of each picture. Co
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from mmembed.data.labels import BatchLabels
 from mmembed.embeddings import Embeddings
 from mmembed.errors import ConfigError
+from mmembed.objectives.aligned import alone, check_in_batch
 from mmembed.objectives.contrastive import Contrastive, Gathered
 from mmembed.objectives.gather import gather_counts
+
+if TYPE_CHECKING:
+    from mmembed.data.streaming import Source
 
 
 class NegCLIP(Contrastive):
@@ -32,13 +36,13 @@ class NegCLIP(Contrastive):
     def __init__(self, temperature: float | Mapping[str, Any] = 0.07, similarity: str | None = None) -> None:
         super().__init__(temperature=temperature, similarity=similarity, symmetric=True)
 
+    def check(self, sources: Sequence[Source]) -> None:
+        check_in_batch(self.name, sources)
+
     def gather(self, queries: Embeddings, documents: Embeddings, labels: BatchLabels) -> Gathered:
         """Raises ConfigError where the source forbids in-batch negatives, or gives no hard ones."""
         if not labels.in_batch:
-            raise ConfigError(
-                f"objective 'negclip': the pairs of a batch are negatives of each other, but source '{labels.source}' "
-                "has in_batch_negatives: false; train it with another objective"
-            )
+            raise ConfigError(alone(self.name, labels.source))
         if not sum(gather_counts(int((labels.relevance <= 0).sum()), labels.relevance.device)):
             raise ConfigError(
                 f"objective 'negclip' needs hard negatives, source '{labels.source}' gives none; add negatives to the "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from mmembed.data.labels import BatchLabels
 from mmembed.embeddings import Embeddings
 from mmembed.errors import ConfigError
 from mmembed.objectives import build_objective
+from mmembed.objectives.aligned import meet, same_content
 from mmembed.objectives.global_local import of_parts
 from mmembed.objectives.memory import KeyedRows, Queue
 from mmembed.objectives.prototypes import balanced, discrimination
@@ -189,9 +191,13 @@ def test_too_little_is_refused_with_source_and_objective(block, of, message) -> 
 
 @pytest.mark.parametrize("name", ["cwcl", "gram", "negclip", "isogclr", "negative_queue"])
 def test_sources_without_in_batch_negatives_are_refused(name) -> None:
+    """In a batch, and before one is made."""
     queries, documents, labels = batch(positives=2)
     with pytest.raises(ConfigError, match=f"'{name}'.*'letters' has in_batch_negatives: false"):
         build_objective(name)(queries, documents, replace(labels, in_batch=False))
+    source = SimpleNamespace(name="letters", source=SimpleNamespace(in_batch_negatives=False))
+    with pytest.raises(ConfigError, match=f"'{name}'.*'letters' has in_batch_negatives: false"):
+        build_objective(["uniformity", name]).check([source])
 
 
 def test_supcon_and_prototypes_take_classes() -> None:
@@ -258,3 +264,25 @@ def test_queries_with_too_few_views_are_left_out_and_counted() -> None:
 def test_a_config_that_gives_too_little_is_refused_before_data_are_read(block, message) -> None:
     with pytest.raises(ConfigError, match=message):
         preflight(build_config(block))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_who_is_the_same_against_loops(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    queries = torch.randint(0, 40, (9,), generator=generator)
+    views, known = (torch.randint(0, 40, (9, count, 2), generator=generator) for count in (2, 3))
+    expected = torch.zeros(9, 9, dtype=torch.bool)
+    for i in range(9):
+        contents = {int(queries[i]), *views[i, :, 0].tolist(), *known[i, :, 0].tolist()}
+        ids = {*views[i, :, 1].tolist(), *known[i, :, 1].tolist()}
+        for j in range(9):
+            shared = contents & {int(queries[j]), *views[j, :, 0].tolist()} or ids & set(views[j, :, 1].tolist())
+            expected[i, j] |= bool(shared)
+            expected[j, i] |= bool(shared)
+    assert same_content(queries, views, known).equal(expected)
+    assert not expected.all()
+
+
+def test_nobody_meets_nothing() -> None:
+    assert meet(torch.zeros(3, 2).long(), torch.zeros(0, 1).long()).shape == (3, 0)
+    assert meet(torch.zeros(0, 2).long(), torch.zeros(4, 1).long()).shape == (0, 4)
