@@ -60,11 +60,12 @@ def main() -> None:
 
 
 def names() -> list[str]:
-    """Every loss as an objective, and every objective that is none."""
+    """Every loss as an objective, and every objective that is none and compares one vector an input."""
     from mmembed.losses import LOSSES
     from mmembed.objectives import OBJECTIVES
 
-    return sorted({*LOSSES.classes(), *OBJECTIVES.classes()} - {"contrastive"})  # which is infonce
+    of_one_vector = {name for name, one in OBJECTIVES.classes().items() if one.many_vectors is not True}
+    return sorted({*LOSSES.classes(), *of_one_vector} - {"contrastive"})  # which is infonce
 
 
 def measure(name: str, setting: tuple[int, int, int, str], rounds: int, threads: int | None) -> Row:
@@ -100,7 +101,7 @@ def contenders(name: str, queries: int, documents: int, size: int, device: str) 
 
     objective = build_objective(name, embedding_size=size).to(device)
     graded = "relevance" in objective.reads and name not in INFONCE_FAMILY
-    positives = objective.positives if isinstance(objective, Aligned) else 1
+    positives = objective.positives_needed if isinstance(objective, Aligned) else 1
     labels = labels_of(queries, documents, positives, graded).to(device)
     draw = torch.Generator().manual_seed(0)
     common = torch.randn(size, generator=draw)
@@ -134,7 +135,7 @@ def labels_of(queries: int, documents: int, positives: int, graded: bool) -> Bat
     if group < 2 or group * queries != documents:
         raise SystemExit(f"objectives: {documents} documents are no multiple, twice or more, of {queries} queries")
     keys = torch.arange(documents).view(-1, 1).expand(-1, 2)
-    relevant = [2.0] * positives + [1.0] if graded else [1.0] * positives
+    relevant = [1.0] * positives + [0.5] if graded else [1.0] * positives
     grades = torch.tensor((relevant + [0.0] * group)[:group])
     return BatchLabels(
         owner=torch.arange(queries).repeat_interleave(group),

@@ -21,8 +21,8 @@ class KLDivergence(Loss):
     """List-wise: the scores of a query become a distribution that should be that of its grades.
 
     Args:
-        label_temperature: divides grades, not scores (1 in SyCL, whose grades are 0 to 3). With grades of 0 and 1 among
-            thousands of candidates the target is nearly uniform; 0.1 makes it nearly the positive alone.
+        label_temperature: divides grades, not scores (1 in SyCL, whose grades are 0 to 3). Among thousands of
+            candidates of grade 0 such a target is nearly uniform; below 1 more of it is on the best.
 
     >>> import torch
     >>> values, valid = torch.tensor([[3.0, 2.0]]), torch.ones(1, 2, dtype=torch.bool)
@@ -33,6 +33,7 @@ class KLDivergence(Loss):
 
     name = "kl_divergence"
     reads: ClassVar[frozenset[str]] = frozenset({"relevance"})
+    needs_grades = True
 
     def __init__(self, label_temperature: Annotated[float, Field(gt=0)] = 1.0) -> None:
         super().__init__()

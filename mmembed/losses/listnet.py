@@ -31,6 +31,7 @@ class ListNet(Loss):
 
     name = "listnet"
     reads: ClassVar[frozenset[str]] = frozenset({"relevance"})
+    needs_grades = True
 
     def __init__(self, label_temperature: Annotated[float, Field(gt=0)] = 1.0) -> None:
         super().__init__()

@@ -43,6 +43,7 @@ class Wasserstein(Loss):
 
     name = "wasserstein"
     reads: ClassVar[frozenset[str]] = frozenset({"relevance"})
+    needs_grades = True
     couples_rows = True
 
     def __init__(self, label_temperature: Annotated[float, Field(gt=0)] = 1.0) -> None:

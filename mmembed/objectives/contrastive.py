@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from mmembed.data.streaming import Source
 
 
+PLACEHOLDERS = 8  # teacher's scores that are one number: fewer may be chance
+
+
 @dataclass(frozen=True)
 class Gathered:
     """Rows and columns of the two score matrices; the reverse one only where the objective is symmetric."""
@@ -108,6 +111,11 @@ class Contrastive(Objective):
 
     def check(self, sources: Sequence[Source]) -> None:
         for source in sources:
+            if "score" in self.loss.reads and "score" not in source.fields:
+                raise ConfigError(
+                    f"data source '{source.name}' carries no 'score'; objective '{self.loss.name}' learns from a "
+                    "teacher's. Score its documents with a teacher, or train on it with infonce"
+                )
             grades = source.grades
             if self.loss.needs_grades and grades.distinct + (grades.low > 0) < 3:
                 raise ConfigError(
@@ -122,7 +130,12 @@ class Contrastive(Objective):
         return self.similarity or get_similarity("cosine" if embeddings.mask is None else "maxsim")
 
     def gather(self, queries: Embeddings, documents: Embeddings, labels: BatchLabels) -> Gathered:
-        """Q local queries, D local documents -> rows and columns. Collectives run in the same order everywhere."""
+        """Q local queries, D local documents -> rows and columns. Collectives run in the same order everywhere.
+
+        Raises ConfigError where a teacher's scores are needed and are all one number.
+        """
+        if "score" in self.loss.reads:
+            self._refuse_placeholders(labels)
         coupled, siblings = self.loss.couples_rows, self.same_tower_negatives and labels.in_batch
         across = self.cross_device_negatives and (labels.in_batch or coupled)
         reversed_too = self.symmetric and labels.in_batch
@@ -144,6 +157,14 @@ class Contrastive(Objective):
             relations.turns() if self.positives == "one_at_a_time" else None,
         )
         return replace(forward, reverse=self._reverse(forward, all_queries, documents)) if reversed_too else forward
+
+    def _refuse_placeholders(self, labels: BatchLabels) -> None:
+        found = labels.relevance.new_zeros(0) if labels.scores is None else labels.scores[~labels.scores.isnan()]
+        if len(found) >= PLACEHOLDERS and bool((found == found[0]).all()):
+            raise ConfigError(
+                f"data source '{labels.source}': all {len(found)} scores of a batch are {found[0].item():g}; objective "
+                f"'{self.loss.name}' learns from a teacher's. Look at how its 'score' is read, or train with infonce"
+            )
 
     def _reverse(self, forward: Gathered, all_queries: Embeddings, documents: Embeddings) -> Gathered:
         """The same with positive documents as rows: local ones, or of all processes where the loss couples them."""

@@ -17,6 +17,7 @@ from mmembed.losses import LOSSES, Scores
 from mmembed.objectives import build_objective
 
 NAMES = list(LOSSES.classes())
+CONTRASTIVE = [name for name in NAMES if LOSSES.get(name).objective == "contrastive"]  # others need no positive
 TAUGHT = [name for name in NAMES if "score" in LOSSES.get(name).reads]
 EDGES = [0.0, 1.0, -1.0, 20.0, -20.0, 100.0]  # cosine / temperature reaches 100
 
@@ -45,11 +46,7 @@ def copied(scores: Scores, valid: torch.Tensor | None = None, columns: torch.Ten
 @settings(max_examples=60, deadline=None)
 @given(scores=batches())
 def test_losses_and_gradients_are_finite(name: str, scores: Scores) -> None:
-    try:
-        losses = LOSSES.build(name)(scores)
-    except ConfigError:  # a teacher that gives all candidates the same score
-        assert name in TAUGHT
-        return
+    losses = LOSSES.build(name)(scores)
     assert losses.shape == (len(scores.values),) and torch.isfinite(losses).all()
     if losses.requires_grad:
         (gradient,) = torch.autograd.grad(losses.sum(), scores.values)
@@ -65,10 +62,7 @@ def test_masking_is_removing(name: str, scores: Scores, data) -> None:
     valid, kept = scores.valid.clone(), torch.arange(scores.values.shape[1]) != column
     valid[:, column] = False
     loss = LOSSES.build(name)
-    try:
-        found = loss(copied(scores, valid=valid))
-    except ConfigError:
-        return
+    found = loss(copied(scores, valid=valid))
     if kept.any():
         torch.testing.assert_close(found, loss(copied(scores, columns=kept)), rtol=1e-4, atol=1e-4)
     else:
@@ -91,7 +85,7 @@ EMPTY = {
 
 
 @pytest.mark.parametrize("kind", EMPTY)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CONTRASTIVE)
 def test_an_empty_row_gives_nothing_and_spoils_nothing(name: str, kind: str) -> None:
     scores, loss = normal_batch(), LOSSES.build(name)
     relevance, valid = EMPTY[kind](scores)
@@ -129,7 +123,7 @@ def test_half_precision_scores_are_compared_in_single_precision(name: str) -> No
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CONTRASTIVE)
 def test_every_loss_is_an_objective_under_autocast(name: str, symmetric: bool) -> None:
     queries, documents = (
         torch.randn(count, 16, generator=torch.Generator().manual_seed(count)).requires_grad_() for count in (4, 8)
@@ -162,10 +156,7 @@ def test_gradients_are_those_of_the_value(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TAUGHT)
-@pytest.mark.parametrize(
-    ("number", "message"), [(1.0, f"losses.*all {6 * 12} teacher's scores .* are 1;"), (math.inf, "infinite")]
-)
-def test_a_teacher_that_says_nothing_is_refused(name: str, number: float, message: str) -> None:
+def test_an_infinite_teacher_is_refused(name: str) -> None:
     scores = normal_batch()
-    with pytest.raises(ConfigError, match=f"losses.{name}: .*{message.removeprefix('losses')}"):
-        LOSSES.build(name)(dataclasses.replace(scores, targets=torch.full_like(scores.targets, number)))
+    with pytest.raises(ConfigError, match=f"losses.{name}: .*infinite"):
+        LOSSES.build(name)(dataclasses.replace(scores, targets=torch.full_like(scores.targets, math.inf)))

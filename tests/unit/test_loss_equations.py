@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+from mmembed.config import build_config
+from mmembed.data.dataset import RecordDataset
+from mmembed.errors import ConfigError
 from mmembed.losses import LOSSES, Scores, mann_whitney, soft_top_k
 from mmembed.losses.wasserstein import squared_distance
+from mmembed.objectives import build_objective
 from tests.unit.test_contrastive import embed, make_labels
 
 NAN = math.nan
@@ -236,8 +243,6 @@ def test_multicsr_counts_negatives_that_the_guide_did_not_score() -> None:
 @pytest.mark.parametrize("mask", [True, False])
 def test_other_queries_are_negatives_unless_they_ask_the_same(mask: bool) -> None:
     """Queries 0 and 3 have one content, the positive of query 2 is known to answer query 1; one document a query."""
-    from mmembed.objectives import build_objective
-
     queries, documents = embed(4), embed(4, seed=1)
     labels = make_labels([0, 1, 2, 3], [1, 1, 1, 1], query_keys=[7, 8, 9, 7], extra=[-1, 102, -2, -3])
     same = {(0, 3), (3, 0), (1, 2)} if mask else set()
@@ -263,8 +268,6 @@ def test_other_queries_are_negatives_unless_they_ask_the_same(mask: bool) -> Non
 
 
 def test_other_queries_are_no_negatives_where_a_source_has_none_in_the_batch() -> None:
-    from mmembed.objectives import build_objective
-
     queries, documents = embed(3), embed(6, seed=1)
     labels = make_labels([0, 0, 1, 1, 2, 2], [1, 0, 1, 0, 1, 0], in_batch=False)
     losses = [
@@ -272,3 +275,46 @@ def test_other_queries_are_no_negatives_where_a_source_has_none_in_the_batch() -
         for same in (True, False)
     ]
     torch.testing.assert_close(*losses)
+
+
+# Sources that do not suit ---------------------------------------------------------------------------------------------
+
+
+def source_check(folder: Path, objective: object, document_numbers: list[dict[str, float]]) -> None:
+    folder.mkdir()
+    file = folder / "some.jsonl"
+    documents = [{"content": f"document {place}", **numbers} for place, numbers in enumerate(document_numbers)]
+    file.write_text(json.dumps({"query": "q", "documents": documents}) + "\n", encoding="utf-8")
+    config = build_config({"data": {"train": [{"path": str(file), "name": "some"}]}, "objective": objective})
+    build_objective(config.objective).check([RecordDataset(config.data.train[0], cache_dir=folder / "cache")])
+
+
+BINARY = [{"relevance": 1}, {"relevance": 0}]
+TAUGHT = [{"relevance": 1, "score": 0.9}, {"relevance": 0, "score": 0.1}]
+GRADED = [{"relevance": 2}, {"relevance": 1}, {"relevance": 0}]
+
+
+@pytest.mark.parametrize("name", ["wasserstein", "kl_divergence", "listnet"])
+def test_graded_losses_refuse_binary_sources(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"'some' tells relevant from not, no degrees; objective '{name}'"):
+        source_check(tmp_path / "binary", name, BINARY)
+    source_check(tmp_path / "graded", name, GRADED)
+
+
+@pytest.mark.parametrize("name", ["distil_kl", "margin_mse", "dse", "dcd", "udr", "multicsr"])
+def test_distillation_refuses_sources_without_a_teacher(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"'some' carries no 'score'; objective '{name}'"):
+        source_check(tmp_path / "binary", name, BINARY)
+    source_check(tmp_path / "taught", [name, "infonce"], TAUGHT)
+
+
+def test_a_teacher_that_always_says_the_same_is_refused() -> None:
+    labels = make_labels([0, 0, 1, 1, 2, 2, 3, 3], [1, 0] * 4)
+    objective = build_objective("margin_mse")
+    for scores, refused in ((torch.full((8,), 0.5), True), (torch.tensor([0.5] * 7 + [0.4]), False)):
+        given = dataclasses.replace(labels, scores=scores, source="some")
+        if refused:
+            with pytest.raises(ConfigError, match="'some': all 8 scores of a batch are 0.5; objective 'margin_mse'"):
+                objective.gather(embed(4), embed(8, seed=1), given)
+        else:
+            objective.gather(embed(4), embed(8, seed=1), given)
