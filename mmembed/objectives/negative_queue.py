@@ -4,7 +4,8 @@ L = -mean_i log( e^{s_ii} / ( e^{s_ii} + sum_{j != i} e^{s_ij} + sum_{k in queue
 
 With `in_batch: true` as in ESimCSE (arXiv 2109.04380), with false the middle sum is left out as in Contriever (arXiv
 2112.09118) and MoCo. This step's positives enter the queue when the step is made. Rows of the queue that are a known
-positive of the query, or the query itself, do not count.
+positive of the query, or the query itself, do not count. Without negatives of the batch the first step has none at all,
+and a loss of 0.
 
 No momentum encoder: the trainer holds one model, so the queue's vectors are those of earlier weights of this model,
 where Contriever's come from a slow copy (m .9995). They go stale within some tens of steps at common learning rates,

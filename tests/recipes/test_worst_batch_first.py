@@ -23,14 +23,17 @@ def trained(config_file, *overrides):
     return trainer, seen
 
 
-def test_the_trajectory_is_the_same_bit_for_bit(config_file):
-    (without, plain), (first, seen) = trained(config_file), trained(config_file, "training.worst_batch_first=true")
+@pytest.mark.parametrize("overrides", [[], ["objective=[{type: isogclr}, {type: negative_queue, size: 8}]"]])
+def test_the_trajectory_is_the_same_bit_for_bit(config_file, overrides):
+    """Of weights, and of what an objective remembers."""
+    without, plain = trained(config_file, *overrides)
+    first, seen = trained(config_file, *overrides, "training.worst_batch_first=true")
     assert seen[1:] == plain
     assert seen[0] == max(
         first.collator([first.train_dataset[draw] for draw in draws]).padded_tokens for draws in first.plan
     )
     assert any(module.p > 0 for module in first.model.modules() if isinstance(module, torch.nn.Dropout))
-    for one, other in zip(without.model.parameters(), first.model.parameters(), strict=True):
+    for one, other in zip(without.model.state_dict().values(), first.model.state_dict().values(), strict=True):
         assert torch.equal(one, other)
     logs = [[entry["loss"] for entry in run.state.log_history if "loss" in entry] for run in (without, first)]
     assert logs[0] == logs[1]
