@@ -4,9 +4,9 @@
 
 Imports cost most of a start, so this process imports everything once and forks: each life is a real process that
 begins with `main(arguments)`. Where it dies is drawn: up to four milliseconds (less than a step, so a quick machine
-gets no further) after it began its n-th step, its n-th evaluation, or its n-th operation on a file of a checkpoint. One
-that is to `stop` sends SIGTERM to its whole process
-group in its n-th step instead, data workers included. Prints what each life left behind as JSON.
+gets no further) after it began its n-th step, its n-th evaluation, its n-th operation on a file of a checkpoint, or its
+n-th one on the `final` model in the output folder. One that is to `stop` sends SIGTERM to its whole process group in
+its n-th step instead, data workers included. Prints what each life left behind as JSON.
 """
 
 import importlib
@@ -18,6 +18,8 @@ import sys
 import threading
 from pathlib import Path
 
+SPREAD = 6  # between the four moments of a final save, which is 23 operations long
+
 
 def main() -> None:
     job = json.loads(sys.argv[1])
@@ -25,12 +27,15 @@ def main() -> None:
     import_all()
     left = []
     for kind in [*job["lives"], None]:
-        status = life(job["arguments"], kind, draw.randint(1, 4), draw.uniform(0, 0.004), folder)
+        number = draw.randint(1, 4) * (SPREAD if kind == "final" else 1)
+        status = life(job["arguments"], kind, number, draw.uniform(0, 0.004), folder)
         killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
         found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-")[1]))
         whole = [path.name for path in found if (path / "trainer_state.json").exists()]
         left.append({"kind": kind, "killed": killed, "status": os.waitstatus_to_exitcode(status), "complete": whole})
         left[-1]["cut"] = [path.name for path in found if path.name not in whole]
+        left[-1]["finished"] = (folder / "metrics.json").exists()
+        left[-1]["root"] = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.exists() else []
     print(json.dumps(left))
 
 
@@ -78,14 +83,23 @@ def arrange(kind: str, number: int, delay: float, folder: Path) -> None:
         elif seen == number:
             threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
-    if kind == "write":
+    if kind in ("write", "final"):
         operations = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
+        saving = kind == "write"
 
         def watch(event: str, values: tuple) -> None:
             writes = event in operations or (event == "open" and isinstance(values[2], int) and values[2] & os.O_WRONLY)
-            if writes and f"{folder.name}/checkpoint-" in str(values[0]):
+            places = [f"{folder.name}/checkpoint-"] if kind == "write" else [f"/{folder.name}/", f"/.{folder.name}."]
+            if saving and writes and any(place in str(values[0]) for place in places):
                 note()
 
+        def save(*arguments: object, **options: object) -> object:
+            nonlocal saving
+            saving = saving or len(arguments) == 1  # else a checkpoint's folder is given
+            return usual_save(*arguments, **options)
+
+        usual_save = trainer.EmbedderTrainer.save_model
+        trainer.EmbedderTrainer.save_model = save
         sys.addaudithook(watch)
         return
     owner, name = (trainer, "evaluate") if kind == "evaluation" else (trainer.EmbedderTrainer, "training_step")

@@ -249,7 +249,8 @@ def test_a_checkpoint_of_an_adapter_holds_adapter_and_heads_alone(config_file, t
 
 @pytest.mark.slow
 def test_killed_at_any_moment_and_started_again(config_file, tmp_path):
-    """Real processes die of SIGKILL in steps, evaluations and writing checkpoints, one stops on SIGTERM, the last ends.
+    """Real processes die of SIGKILL in steps, evaluations, writing checkpoints and the final model, one of SIGTERM,
+    the last ends.
 
     Dropout, accumulation, a data worker, a learned temperature, early stopping's counter, logs that span checkpoints.
     """
@@ -257,7 +258,19 @@ def test_killed_at_any_moment_and_started_again(config_file, tmp_path):
     overrides += ["training.gradient_accumulation_steps=2", "training.save_total_limit=2"]
     lives = {
         "whole": [],
-        "killed": ["write", "step", "write", "evaluation", "write", "stop", "write", "step", "write", "write"],
+        "killed": [
+            "write",
+            "step",
+            "write",
+            "evaluation",
+            "write",
+            "stop",
+            "write",
+            "step",
+            "write",
+            "write",
+            *["final"] * 4,
+        ],
     }
     for name, kinds in lives.items():
         arguments = command(config_file, tmp_path / name, *overrides)
@@ -271,5 +284,8 @@ def test_killed_at_any_moment_and_started_again(config_file, tmp_path):
     assert all(one["killed"] or one["status"] == 75 for one in left[:-1]), left
     assert [one["kind"] for one in left if one["status"] == 75] == ["stop"]
     assert any(one["cut"] for one in left), left  # a kill while a checkpoint was written
+    finals = [one for one in left if one["kind"] == "final"]
+    assert all(one["killed"] and not one["finished"] for one in finals), left
+    assert len({tuple(one["root"]) for one in finals}) > 1, left  # before and after the model was put in place
     assert len({tuple(one["complete"]) for one in left}) > 3, left  # and progress between kills
     assert_same_outcome(tmp_path / "whole", tmp_path / "killed")
