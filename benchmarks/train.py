@@ -4,9 +4,9 @@
 
 Both sides fine-tune the whole language tower of the nano weights (mean pooling, vision tower and its projector frozen,
 AdamW, InfoNCE at temperature 0.05 over in-batch negatives) through their own trainers, on the same pairs in the same
-batches; the losses of all steps must agree, or a row has no timing:
-
-    TOLERANCES   {precision: (first step, later steps)}, relative; `details.losses` has what was found
+batches. The losses of all steps must agree, or a row has no timing: to 1e-4 in float32, to 3e-4 under bfloat16
+autocast, where the sides round in other places. Measured: float32 7e-7 in three steps of 24 pairs of each kind, bfloat16
+5e-5 there and 2e-5 in two steps of 256. `details` has the losses and the largest difference.
 
     train_fp32, train_bf16          batch 256: one question a SQuAD paragraph, one a MedQuAD answer, so lengths are
                                     skewed and no batch holds a passage twice
@@ -47,7 +47,7 @@ from benchmarks._common import DATA, INSTRUCTION, Row, environment, own_peak_mb,
 SEARCHED = 256  # pairs of the steps that choose the peer's setting
 QUERY_LENGTHS, DOCUMENT_LENGTH = {"text": 64, "instruction": 128, "images": 256, "instructed images": 256}, 256
 PICTURED = ("images", "instructed images")
-TOLERANCES = {"fp32": (1e-4, 1e-3), "bf16": (2e-2, 2e-2)}
+TOLERANCES = {"fp32": 1e-4, "bf16": 3e-4}  # of a loss
 TEMPERATURE = 0.05
 LEARNING_RATE = 1e-4
 PEER_SETTINGS = ("size=16", "size=32", "size=64", "tokens=4096", "tokens=8192")
@@ -133,9 +133,9 @@ def _runs(name: str, batch: int, steps: int, rounds: int, peer: str, threads: in
 def _row(name: str, batch: int, runs: dict[str, list[dict[str, Any]]], peer: str) -> Row:
     case = CASES[name]
     losses = {side: found[0]["losses"] for side, found in runs.items()}
-    apart = [abs(ours - other) / abs(other) for ours, other in zip(*losses.values(), strict=True)]
-    first, later = TOLERANCES[case.precision]
-    if apart[0] > first or max(apart) > later:
+    apart = [abs(ours - other) for ours, other in zip(*losses.values(), strict=True)]
+    print(f"{name}: losses differ by at most {max(apart):.2g}", file=sys.stderr)
+    if not all(one <= TOLERANCES[case.precision] for one in apart):
         raise SystemExit(f"{name}: losses differ: {losses}; the timing would mean nothing")
     speeds = {
         side: [batch / (run["seconds"][0] if case.first else statistics.median(run["seconds"][1:])) for run in found]
