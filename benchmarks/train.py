@@ -5,8 +5,8 @@
 Both sides fine-tune the whole language tower of the nano weights (mean pooling, vision tower and its projector frozen,
 AdamW, InfoNCE at temperature 0.05 over in-batch negatives) through their own trainers, on the same pairs in the same
 batches. The losses of all steps must agree, or a row has no timing: to 1e-4 in float32, to 3e-4 under bfloat16
-autocast, where the sides round in other places. Measured: float32 7e-7 in three steps of 24 pairs of each kind, bfloat16
-5e-5 there and 2e-5 in two steps of 256. `details` has the losses and the largest difference.
+autocast, where the sides round in other places. Measured: float32 7e-7 in three steps of 24 texts or pictures,
+bfloat16 5e-5 there and 2e-5 in two steps of 256 texts. `details` has the losses and the largest difference.
 
     train_fp32, train_bf16          batch 256: one question a SQuAD paragraph, one a MedQuAD answer, so lengths are
                                     skewed and no batch holds a passage twice
