@@ -1,11 +1,15 @@
 """Reading and writing of the files that evaluation lives on. Light: imports neither mteb nor torch."""
 
+import hashlib
 import json
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from mmembed.errors import RecordError
+
+DATA_FILES = (".jsonl", ".json", ".tsv", ".parquet")
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
@@ -28,3 +32,14 @@ def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
     partial = path.with_name(f".{path.name}.part")
     partial.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+@cache
+def fingerprint(folder: Path) -> str:
+    """A digest of a folder's data files (names and bytes), 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in DATA_FILES):
+        digest.update(path.relative_to(folder).as_posix().encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]

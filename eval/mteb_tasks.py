@@ -6,9 +6,7 @@ in judged pools) and the ranking itself, for reports. Pictures stay encoded byte
 asks for a batch: memory is the size of the files, not of the pixels.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +19,13 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.types import Modalities
 
 import mmembed.backbones  # noqa: F401 - lets torchvision import on a CPU before mteb.evaluate pulls it in
-from eval.files import read_json, read_jsonl
+from eval.files import fingerprint, read_json, read_jsonl
 from eval.tasks.local import LANGUAGES, Row
 from mmembed import metrics
 from mmembed.errors import ConfigError, RecordError
 
 TOP_KEPT = 10  # documents of a ranking kept for reports
 ALL_EXAMPLES = 1_000_000  # "samples per label" that takes the whole training part
-DATA_FILES = (".jsonl", ".json", ".tsv", ".parquet")
 
 
 def build_task(row: Row, root: Path, split: str) -> AbsTask:
@@ -59,17 +56,6 @@ def build_task(row: Row, root: Path, split: str) -> AbsTask:
     task = type(f"Local{kind.__name__}", (kind,), {"metadata": metadata})()
     task.row, task.folder, task.split = row, folder, split
     return task
-
-
-@cache
-def fingerprint(folder: Path) -> str:
-    """A digest of a folder's data files (names and bytes), 16 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in DATA_FILES):
-        digest.update(path.relative_to(folder).as_posix().encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
 
 
 class EmptyTask(ConfigError):

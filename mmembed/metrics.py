@@ -92,6 +92,32 @@ def pairwise_accuracy(scores: ArrayLike, relevance: ArrayLike, valid: ArrayLike 
     return out
 
 
+def pooled_auc(scores: ArrayLike, relevance: ArrayLike, k: int = 500, valid: ArrayLike | None = None) -> float:
+    """Area under one ROC curve of all queries together: can one threshold on the score serve every query?
+
+    The pool holds every positive (relevance above 0) and the k best-scored others of every query, as in the
+    Mann-Whitney loss's paper (arXiv 2510.00137, with k = 500). Unlike an area by query it sees scores that are shifted
+    from query to query. Equal scores count one half. NaN without a positive or without another document.
+
+    Args:
+        scores, relevance: (Q, C); valid: (Q, C) bool, which columns are candidates of the query.
+
+    Raises:
+        MmembedError: k below 1, shapes differ, or a score is NaN.
+    """
+    if k < 1:
+        raise MmembedError(f"pooled_auc: k is {k}; give the number of other documents a query, 1 or more")
+    values, labels, mask = _matrices(scores, relevance, valid)
+    positive = mask & (labels > 0)  # (Q, C)
+    others = -np.sort(-np.where(mask & ~positive, values, -np.inf), axis=1)[:, :k]  # (Q, min(k, C))
+    kept = np.arange(others.shape[1]) < (mask & ~positive).sum(1, keepdims=True)
+    found, wrong = values[positive], others[kept]  # (P,), (N,)
+    if not len(found) or not len(wrong):
+        return float("nan")
+    ranks = average_ranks(np.concatenate([found, wrong]))[: len(found)]
+    return float((ranks.sum() - len(found) * (len(found) + 1) / 2) / (len(found) * len(wrong)))
+
+
 def spearman(a: ArrayLike, b: ArrayLike) -> float:
     """Spearman's rank correlation of two (N,) series, equal values sharing their mean rank. NaN if one is constant."""
     return pearson(average_ranks(a), average_ranks(b))

@@ -1,0 +1,177 @@
+"""Measures the papers' claims again: trains the arms of each with the nano backbone, and says what holds.
+
+    python -m eval.claims --plan                                     # arms, seeds, hours; starts nothing
+    python -m eval.claims --seeds 3 --data-root DATA --work runs/claims --write docs/claims.md
+    python -m eval.claims --only mw_auc dcl_small_batch --seeds 2 --budget 50
+
+Each arm and seed is trained by `python -m recipes.train_embedder` and measured by `python -m eval.claims.measuring`, in
+processes of their own, and kept as one JSON file in --work. The same command after a stop computes what is missing; a
+result of another code, config or data is computed again. A run of the default 200 steps takes two to three minutes on
+two cores; the table, written after each claim, follows the rule in `eval.claims.verdicts`.
+
+Exit status: 0 done, 1 some runs failed (the others are in the table), 2 refused, 130 stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from eval.claims import page
+from eval.claims.declaration import DECLARED, Claim, read_claims
+from eval.claims.runs import REPOSITORY, Run, RunFailed, code_digest, data_of, estimate, execute, kept, planned
+from mmembed.arguments import Parser
+from mmembed.errors import MmembedError
+
+STEPS = 200
+DATA = REPOSITORY / "data"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    try:
+        claims = read_claims(options.only, options.claims)
+        for claim in claims:
+            data_of(claim, options.data_root)  # refuses what is missing before the first hour
+        runs = planned(claims, options.seeds, options.budget, options.data_root)
+        show_plan(runs, options.work)
+        if options.plan:
+            return 0
+        failed = work_through(claims, runs, options)
+    except MmembedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on with what is missing", file=sys.stderr)
+        return 130
+    for failure in failed:
+        print(f"failed: {failure}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="python -m eval.claims", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", metavar="CLAIM", help="names of claims (default: all)")
+    parser.add_argument("--claims", type=Path, default=DECLARED, metavar="FOLDER",
+                        help="YAML files of other claims (default: those of the papers)")  # fmt: skip
+    parser.add_argument("--seeds", type=_positive, default=3, help="runs of each arm (default 3)")
+    parser.add_argument(
+        "--budget", type=_positive, default=STEPS, metavar="STEPS", help=f"of each run (default {STEPS})"
+    )
+    parser.add_argument("--data-root", type=Path, default=DATA,
+                        help="folder of the data sets (default: the slice in the repository)")  # fmt: skip
+    parser.add_argument("--work", type=Path, default=Path("runs/claims"), help="keeps results (default runs/claims)")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="the table as Markdown, plots in a folder beside it")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--plan", action="store_true", help="say what would run and for how long, and end")
+    action.add_argument("--no-runs", action="store_true", help="the table of the results that are kept; train nothing")
+    options = parser.parse_args(arguments)
+    options.work, options.data_root = options.work.absolute(), options.data_root.absolute()
+    return options
+
+
+def show_plan(runs: Sequence[Run], work: Path) -> None:
+    """Claims, arms and seeds, what is there already, and the hours of the rest."""
+    pairs = [(run, kept(run, work)) for run in runs]
+    for claim in dict.fromkeys(run.claim.name for run in runs):
+        of_claim = [(run, result) for run, result in pairs if run.claim.name == claim]
+        arms, seeds = (dict.fromkeys(getattr(run, key) for run, _ in of_claim) for key in ("arm", "seed"))
+        done = sum(result is not None for _, result in of_claim)
+        print(f"{claim:24s} {len(seeds)} seeds x {', '.join(arms)}; {done} of {len(of_claim)} runs are there")
+    done_results = [result for _, result in pairs if result is not None]
+    missing = [run for run, result in pairs if result is None]
+    basis = "the runs that are there" if any(result["steps"] > 1 for result in done_results) else "two quiet cores"
+    hours = estimate(missing, done_results) / 3600
+    print(f"{len(missing)} runs to do, about {hours:.1f} hours (estimated from {basis})", flush=True)
+
+
+def work_through(claims: Sequence[Claim], runs: Sequence[Run], options: argparse.Namespace) -> list[RunFailed]:
+    """Runs what is missing; the page after each claim. Returns the failures."""
+    failed: list[RunFailed] = []
+    findings = {claim.name: page.found(claim, kept_results(claim, runs, options.work)) for claim in claims}
+    about = about_runs(runs, options)
+    for claim in claims:
+        for number, run in enumerate(runs, start=1):
+            if options.no_runs or run.claim is not claim or kept(run, options.work) is not None:
+                continue
+            print(f"[{number}/{len(runs)}] {run.name}", end="", flush=True)
+            try:
+                result = execute(run, options.work)
+            except RunFailed as error:
+                failed.append(error)
+                print("  failed", flush=True)
+                continue
+            print(f"  {sum(result['seconds'].values()):.0f} s", flush=True)
+        findings[claim.name] = page.found(claim, kept_results(claim, runs, options.work))
+        if options.write:
+            page.write(options.write, list(findings.values()), about)
+        show(findings[claim.name])
+    return failed
+
+
+def kept_results(claim: Claim, runs: Sequence[Run], work: Path) -> dict[str, dict[int, dict[str, Any]]]:
+    """arm -> seed -> result."""
+    results: dict[str, dict[int, dict[str, Any]]] = {}
+    for run in runs:
+        result = kept(run, work) if run.claim is claim else None
+        if result is not None:
+            results.setdefault(run.arm, {})[run.seed] = result
+    return results
+
+
+def about_runs(runs: Sequence[Run], options: argparse.Namespace) -> list[str]:
+    """What the page says of how its numbers were made."""
+    from eval.run import versions
+
+    data = {folder: mark for run in runs for folder, mark in data_of(run.claim, run.data_root).items()}
+    return [
+        f"- Command: `{command_of(options)}`",
+        f"- Seeds {', '.join(map(str, sorted({run.seed for run in runs})))}; {max(run.steps for run in runs)} steps.",
+        f"- Code {code_digest()}; data {', '.join(f'{folder} {mark}' for folder, mark in sorted(data.items()))}.",
+        f"- {platform.machine()}, {os.cpu_count()} cores; "
+        + ", ".join(f"{name} {version}" for name, version in versions().items())
+        + ".",
+    ]
+
+
+def command_of(options: argparse.Namespace) -> str:
+    """What gives these numbers elsewhere; the data root is told by the fingerprints of its folders."""
+    command = ["python", "-m", "eval.claims", "--seeds", str(options.seeds), "--budget", str(options.budget)]
+    command += ["--only", *options.only] if options.only else []
+    command += ["--claims", options.claims.name] if options.claims != DECLARED else []
+    command += ["--data-root", "DATA"] if options.data_root != DATA else []
+    command += ["--write", str(options.write)] if options.write else []
+    return shlex.join(command)
+
+
+def show(finding: page.Finding) -> None:
+    print(f"{finding.claim.name}: {finding.verdict}")
+    for outcome in finding.outcomes:
+        bounds = "" if outcome.low is None else f" [{outcome.low:+.4f}, {outcome.high:+.4f}]"
+        difference = "-" if outcome.difference is None else f"{outcome.difference:+.4f}{bounds}"
+        comparison = outcome.comparison
+        print(f"    {page.title(outcome)}: {comparison.arm} - {comparison.than} = {difference}  {outcome.verdict}: "
+              f"{outcome.reason}", flush=True)  # fmt: skip
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return number
+
+
+def _stop(*_: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _stop)  # as Ctrl-C: the running command ends with this one
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""Claims through the real commands: stopped in between, gone on with, and the page at the end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from eval.claims.__main__ import main
+
+ROOT = Path(__file__).resolve().parents[2]
+CLAIM = """
+paper: "A paper, arXiv 0000.00000"
+sentence: {sentence}
+base: {{data: {{train: [{{path: mbpp, format: beir}}]}}, training: {{per_device_train_batch_size: 4, warmup_steps: 0}}}}
+arms:
+  one: {{objective: {{type: infonce, temperature: 0.05}}}}
+  other: {{objective: {{type: dcl, temperature: 0.05}}}}
+comparisons:
+{comparisons}
+"""
+
+pytestmark = pytest.mark.slow  # a run starts two processes that import torch, or mteb
+
+
+def test_a_stopped_table_goes_on_with_what_is_missing(tmp_path, capsys):
+    claims, work, table = tmp_path / "claims", tmp_path / "work", tmp_path / "page.md"
+    claims.mkdir()
+    vectors = "  - {arm: one, than: other, task: mbpp, metric: pooled_auc}\n  - {arm: one, than: other, task: mbpp}"
+    cut = "  - {arm: one, than: other, task: mbpp, dim: 8, direction: not_lower}"
+    (claims / "a.yaml").write_text(CLAIM.format(sentence="a sentence", comparisons=vectors))
+    (claims / "b.yaml").write_text(CLAIM.format(sentence="another sentence", comparisons=cut))
+    arguments = ["--claims", str(claims), "--work", str(work), "--seeds", "1", "--budget", "2", "--write", str(table)]
+
+    process = subprocess.Popen([sys.executable, "-m", "eval.claims", *arguments], cwd=ROOT, start_new_session=True,
+                               env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    started = work / "a" / "other" / "seed-0" / "training.log"
+    give_up = time.monotonic() + 300
+    while not started.exists() and process.poll() is None and time.monotonic() < give_up:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 130
+    assert [path.parent.parent.name for path in work.rglob("result.json")] == ["one"]
+    time.sleep(0.5)
+    left = [found for found in psutil.process_iter(["cmdline"]) if str(work) in " ".join(found.info["cmdline"] or [])]
+    assert not left, "a training runs on"
+    first = work / "a" / "one" / "seed-0" / "result.json"
+    written = first.stat().st_mtime_ns
+
+    assert main(arguments) == 0
+    assert first.stat().st_mtime_ns == written
+    assert len(list(work.rglob("result.json"))) == 4
+    assert "1 of 2 runs are there" in capsys.readouterr().out
+    result = json.loads((work / "a" / "other" / "seed-0" / "result.json").read_text())
+    assert result["config"]["training"]["max_steps"] == 2
+    numbers = result["scores"]["mbpp"]
+    assert 0.5 < numbers["pooled_auc"] < 1 and 0 < numbers["centroid_distance"] < 2 and 0.1 < numbers["ndcg_at_10"] < 1
+    cut_scores = json.loads((work / "b" / "one" / "seed-0" / "result.json").read_text())["scores"]
+    assert cut_scores["mbpp@8"]["ndcg_at_10"] < cut_scores["mbpp"]["ndcg_at_10"]
+    assert not list(work.rglob("*.safetensors"))
+    text = table.read_text()
+    assert "inconclusive: 1 seed" in text and "4 runs" in text and "mbpp at 8 dimensions" in text
+    assert {path.name for path in (tmp_path / "page").iterdir()} == {"a.svg", "b.svg"}
+
+    assert main([*arguments, "--no-runs"]) == 0  # nothing is missing, nothing is run
+    assert first.stat().st_mtime_ns == written and table.read_text() == text
+
+
+def test_a_failed_run_does_not_stop_the_others_and_says_where_its_log_is(tmp_path, capsys):
+    claims = tmp_path / "claims"
+    claims.mkdir()
+    comparison = "  - {arm: one, than: other, task: mbpp}"
+    text = CLAIM.format(sentence="a sentence", comparisons=comparison).replace(
+        "temperature: 0.05}}\n  other", "temperature: 0}}\n  other"
+    )
+    (claims / "a.yaml").write_text(text)
+    assert main(["--claims", str(claims), "--work", str(tmp_path / "work"), "--seeds", "1", "--budget", "1"]) == 1
+    shown = capsys.readouterr()
+    assert "failed: a: one, seed 0: exit status 2" in shown.err and "training.log" in shown.err
+    assert "temperature" in shown.err  # what the command said
+    assert (tmp_path / "work/a/other/seed-0/result.json").exists()

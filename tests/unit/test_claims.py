@@ -1,0 +1,221 @@
+"""Claims: declared data, the rule of the verdicts, and what makes a kept result valid."""
+
+import json
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from eval.claims import page, runs
+from eval.claims.__main__ import main
+from eval.claims.declaration import Comparison, merged, read_claim, read_claims
+from eval.claims.runs import Run, kept, planned
+from eval.claims.verdicts import FAILS, HOLDS, OPEN, compare, interval, overall
+from mmembed.config import load_config
+from mmembed.errors import ConfigError, MmembedError
+from mmembed.metrics import pooled_auc
+from mmembed.objectives import build_objective
+
+CLAIM = """
+paper: "A paper, arXiv 0000.00000"
+sentence: One thing is better than another.
+base: {data: {train: [{path: mbpp, format: beir}]}}
+arms:
+  one: {objective: {type: infonce, temperature: 0.05}}
+  other: {objective: {type: dcl}}
+comparisons:
+  - {arm: one, than: other, task: mbpp}
+"""
+
+
+def seeds(*numbers):
+    return dict(enumerate(numbers))
+
+
+def outcome(direction, arm, than):
+    return compare(Comparison(arm="a", than="b", task="t", direction=direction), seeds(*arm), seeds(*than))
+
+
+def declared(tmp_path, text=CLAIM):
+    path = tmp_path / "thing.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("direction", "arm", "than", "verdict"),
+    [
+        ("higher", (0.52, 0.53, 0.54), (0.40, 0.42, 0.41), HOLDS),
+        ("higher", (0.40, 0.42, 0.41), (0.52, 0.53, 0.54), FAILS),
+        ("lower", (0.40, 0.42, 0.41), (0.52, 0.53, 0.54), HOLDS),
+        ("lower", (0.52, 0.53, 0.54), (0.40, 0.42, 0.41), FAILS),
+        ("higher", (0.5010, 0.5011, 0.5012), (0.5, 0.5, 0.5), FAILS),  # surely higher, by what does not matter
+        ("higher", (0.50, 0.56, 0.48), (0.5, 0.5, 0.5), OPEN),
+        ("higher", (0.6,), (0.5,), OPEN),
+        ("higher", (0.6, 0.6), (0.5, 0.5), OPEN),
+        ("higher", (), (0.5,), OPEN),
+        ("not_lower", (0.501, 0.502, 0.500), (0.5, 0.5, 0.5), HOLDS),
+        ("not_lower", (0.48, 0.481, 0.479), (0.5, 0.5, 0.5), FAILS),
+        ("not_lower", (0.48, 0.52, 0.50), (0.5, 0.5, 0.5), OPEN),
+    ],
+)
+def test_verdicts_follow_the_rule(direction, arm, than, verdict):
+    assert outcome(direction, arm, than).verdict == verdict
+
+
+def test_one_seed_has_no_interval_and_says_so():
+    found = outcome("higher", (0.6,), (0.5,))
+    assert found.low is None and found.reason == "1 seed" and found.difference == pytest.approx(0.1)
+    assert outcome("higher", (0.6, 0.6), (0.5, 0.5)).reason == "the seeds all give one number"
+
+
+def test_interval_is_students_t_of_paired_differences():
+    from scipy.stats import ttest_rel
+
+    rng = np.random.default_rng(0)
+    arm, than = rng.normal(0.5, 0.1, (2, 6))
+    expected = ttest_rel(arm, than).confidence_interval(0.95)
+    assert interval(list(arm - than)) == pytest.approx((expected.low, expected.high))
+
+
+def test_seeds_that_one_arm_lacks_are_left_out():
+    comparison = Comparison(arm="a", than="b", task="t")
+    found = compare(comparison, {0: 0.6, 2: 0.7, 3: 9.0}, {0: 0.5, 1: -9.0, 2: 0.5})
+    assert list(found.arm) == list(found.than) == [0, 2] and found.difference == pytest.approx(0.15)
+
+
+def test_a_claim_holds_only_where_all_its_comparisons_do():
+    assert overall([HOLDS, HOLDS]) == HOLDS
+    assert overall([HOLDS, OPEN]) == OPEN and overall([]) == OPEN
+    assert overall([HOLDS, OPEN, FAILS]) == FAILS
+
+
+def test_every_declared_claim_builds_its_arms(tmp_path):
+    claims = read_claims()
+    assert len(claims) >= 14
+    for claim in claims:
+        for arm in claim.arms:
+            path = tmp_path / f"{claim.name}-{arm}.json"  # JSON is YAML
+            path.write_text(json.dumps(claim.config(arm, steps=7, seed=3)))
+            config = load_config(path)
+            build_objective(config.objective, 256)
+            assert config.training.arguments["seed"] == 3
+            assert config.training.arguments["max_steps"] == (7 if claim.trained else 1)
+
+
+def test_a_misspelt_claim_names_the_nearest(capsys):
+    assert main(["--only", "mw_acu", "--plan"]) == 2
+    assert "there is no claim 'mw_acu'; did you mean 'mw_auc'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("than: other", "than: othr", "there is no arm 'othr'; did you mean 'other'"),
+        ("task: mbpp}", "task: mbpp, metrik: accuracy}", "comparisons.0.metrik"),
+        ("type: dcl}", "type: dcl}, training: {max_grad_norm: 0.1}", "differ in training"),
+        ("type: dcl}", "type: dcl}, lengths: {query_max_length: 8}", "differ in lengths"),
+        ("type: dcl}", "type: dcl}, data: {train: [{path: odex, format: beir}]}", "differ in data.train"),
+        ("type: dcl}", "type: dcl}, data: {train_group_size: 2}", "differ in data,"),
+    ],
+)
+def test_a_claim_that_compares_unlike_things_is_refused(tmp_path, old, new, message):
+    with pytest.raises(ConfigError, match=r"thing\.yaml") as refused:
+        read_claim(declared(tmp_path, CLAIM.replace(old, new)))
+    assert message in str(refused.value)
+
+
+def test_a_typed_block_is_taken_as_a_whole():
+    base = {"objective": {"type": "a", "x": 1}, "data": {"root": "r", "train": [1]}}
+    assert merged(base, {"objective": {"type": "b"}, "data": {"train": [2]}}) == {
+        "objective": {"type": "b"},
+        "data": {"root": "r", "train": [2]},
+    }
+    assert merged({"pooling": "mean"}, {"pooling": {"type": "latent"}}) == {"pooling": {"type": "latent"}}
+
+
+@pytest.fixture
+def one_run(tmp_path):
+    return planned([read_claim(declared(tmp_path))], seeds=1, steps=2, root=runs.REPOSITORY / "data")[0]
+
+
+def test_a_result_is_valid_while_config_code_and_data_agree(one_run, tmp_path, monkeypatch):
+    def is_kept(run):
+        return kept(run, tmp_path) is not None
+
+    assert not is_kept(one_run)
+    folder = one_run.folder(tmp_path)
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps({"key": one_run.key}))
+    assert is_kept(one_run)
+    longer = Run(one_run.claim, one_run.arm, one_run.seed, 3, one_run.data_root)
+    assert longer.folder(tmp_path) == folder and not is_kept(longer)
+    monkeypatch.setattr(runs, "fingerprint", lambda folder: "other data")
+    assert not is_kept(one_run)
+    monkeypatch.undo()
+    monkeypatch.setattr(runs, "code_digest", lambda: "other code")
+    assert not is_kept(one_run)
+
+
+def test_runs_come_seed_by_seed_and_an_untrained_claim_once(tmp_path):
+    claim = read_claim(declared(tmp_path))
+    order = [(run.seed, run.arm) for run in planned([claim], 2, 5, tmp_path)]
+    assert order == [(0, "one"), (0, "other"), (1, "one"), (1, "other")]
+    still = claim.model_copy(update={"trained": False})
+    assert [run.seed for run in planned([still], 3, 5, tmp_path)] == [0, 0]
+
+
+def test_a_missing_data_set_is_named(tmp_path, capsys):
+    (tmp_path / "mbpp").mkdir()
+    assert main(["--only", "mw_auc", "--plan", "--data-root", str(tmp_path)]) == 2
+    assert "squad-en" in capsys.readouterr().err
+
+
+def test_the_page_without_runs_has_no_numbers(tmp_path):
+    page.write(tmp_path / "claims.md", [page.found(claim, {}) for claim in read_claims()], ["- Command"])
+    text = (tmp_path / "claims.md").read_text()
+    assert "No run was made yet" in text and "- Command" not in text and "mw_auc" in text
+    assert not (tmp_path / "claims").exists()
+
+
+def test_the_page_shows_means_interval_verdict_and_plot(tmp_path):
+    claim = read_claim(declared(tmp_path))
+    numbers = {"one": (0.5, 0.6, 0.55), "other": (0.3, 0.41, 0.36)}
+    results = {
+        arm: {
+            seed: {"arm": arm, "steps": 9, "seconds": {"training": 1800}, "scores": {"mbpp": {"ndcg_at_10": number}}}
+            for seed, number in enumerate(values)
+        }
+        for arm, values in numbers.items()
+    }
+    page.write(tmp_path / "claims.md", [page.found(claim, results)], ["- Command: `x`"])
+    text = (tmp_path / "claims.md").read_text()
+    low, high = interval([0.2, 0.19, 0.19])
+    assert "| mbpp, ndcg_at_10 | one | 0.5500 | other | 0.3567 | higher |" in text
+    assert f"+0.1933 ({low:+.4f} to {high:+.4f}) | 3 | holds" in text
+    assert "6 runs, 3.0 hours" in text and "- Command: `x`" in text
+    assert (tmp_path / "claims" / "thing.svg").read_text().count("<circle") == 6
+
+
+def test_pooled_auc_agrees_with_sklearn_on_the_pool():
+    rng = np.random.default_rng(1)
+    scores = rng.integers(0, 12, (7, 30)) / 4  # ties
+    relevance = (rng.random((7, 30)) < 0.1) * rng.integers(1, 3, (7, 30))
+    valid = rng.random((7, 30)) < 0.8
+    for k in (1, 5, 500):
+        values, labels = [], []
+        for row in range(7):
+            places = [place for place in range(30) if valid[row, place]]
+            found = [scores[row, place] for place in places if relevance[row, place] > 0]
+            wrong = sorted((scores[row, place] for place in places if relevance[row, place] == 0), reverse=True)[:k]
+            values += found + wrong
+            labels += [1] * len(found) + [0] * len(wrong)
+        assert pooled_auc(scores, relevance, k, valid) == pytest.approx(roc_auc_score(labels, values))
+
+
+def test_pooled_auc_sees_a_shift_between_queries_and_refuses_nothing_to_compare():
+    scores, relevance = np.array([[2.0, 1.0], [6.0, 5.0]]), [[1, 0], [1, 0]]
+    assert pooled_auc(scores, relevance) == 0.75  # in each query it is 1
+    assert np.isnan(pooled_auc(scores, [[0, 0], [0, 0]]))
+    with pytest.raises(MmembedError, match="k is 0"):
+        pooled_auc(scores, relevance, k=0)
