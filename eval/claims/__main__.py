@@ -6,8 +6,8 @@
 
 Each arm and seed is trained by `python -m recipes.train_embedder` and measured by `python -m eval.claims.measuring`, in
 processes of their own, and kept as one JSON file in --work. The same command after a stop computes what is missing; a
-result of another code, config or data is computed again. A run of the default 200 steps takes two to three minutes on
-two cores; the table, written after each claim, follows the rule in `eval.claims.verdicts`.
+result of another code, config or data is computed again. The default of 120 steps is meant to take two to three minutes
+on two quiet cores; the table, written after each claim, follows the rule in `eval.claims.verdicts`.
 
 Exit status: 0 done, 1 some runs failed (the others are in the table), 2 refused, 130 stopped.
 """
@@ -30,7 +30,7 @@ from eval.claims.runs import REPOSITORY, Run, RunFailed, code_digest, data_of, e
 from mmembed.arguments import Parser
 from mmembed.errors import MmembedError
 
-STEPS = 200
+STEPS = 120
 DATA = REPOSITORY / "data"
 
 
@@ -87,7 +87,9 @@ def show_plan(runs: Sequence[Run], work: Path) -> None:
         print(f"{claim:24s} {len(seeds)} seeds x {', '.join(arms)}; {done} of {len(of_claim)} runs are there")
     done_results = [result for _, result in pairs if result is not None]
     missing = [run for run, result in pairs if result is None]
-    basis = "the runs that are there" if any(result["steps"] > 1 for result in done_results) else "two quiet cores"
+    basis = (
+        "the runs that are there" if any(result["steps"] for result in done_results) else "the demo, on two quiet cores"
+    )
     hours = estimate(missing, done_results) / 3600
     print(f"{len(missing)} runs to do, about {hours:.1f} hours (estimated from {basis})", flush=True)
 

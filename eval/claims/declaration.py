@@ -47,7 +47,7 @@ class Comparison(_Block):
 class Claim(_Block):
     """What a paper says, and how it is tested here.
 
-    trained: false leaves the backbone as it is: one step of a rate that moves no weight.
+    trained: false measures what training would begin with.
     instructions: as in `python -m eval.run`.
     note: what a reader of the result must know.
     """
@@ -77,9 +77,7 @@ class Claim(_Block):
 
     def config(self, arm: str, steps: int, seed: int) -> Tree:
         """The training config of a run, without paths."""
-        budget: Tree = {"training": {"max_steps": steps, "seed": seed}}
-        if not self.trained:
-            budget = {"training": {"max_steps": 1, "seed": seed, "learning_rate": 1e-30, "warmup_steps": 0}}
+        budget: Tree = {"training": {"seed": seed} | ({"max_steps": steps} if self.trained else {})}
         return merged(_tree(DECLARED / "base.yaml"), self.base, self.arms[arm], budget)
 
 
