@@ -30,7 +30,7 @@ from mmembed.errors import ConfigError, MmembedError
 REPOSITORY = Path(__file__).resolve().parents[2]
 CODE = ("mmembed", "recipes/train_embedder.py", "eval/run.py", "eval/mteb_adapter.py", "eval/mteb_tasks.py",
         "eval/tasks", "eval/claims/measuring.py", "eval/claims/untrained.py")  # fmt: skip
-# Until a run is kept: the demo's 300 steps of 64 queries take about five minutes on two quiet cores; the rest is a guess.
+# Until a run is kept: the demo's 300 steps of 64 queries take about five minutes on two quiet cores; around is a guess.
 SECONDS_A_STEP, SECONDS_AROUND = 1.0, 45.0
 
 
@@ -112,9 +112,9 @@ def execute(run: Run, work: Path) -> dict[str, Any]:
     """Trains and measures through the real commands; the result, also written.
 
     Raises:
-        RunFailed: a command ended with an error; its output is in the run's folder.
+        RunFailed: a command ended with an error (its output is in the run's folder), or the code changed meanwhile.
     """
-    folder = run.folder(work)
+    folder, code = run.folder(work), code_digest()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     claim, embedder, root = run.claim, folder / "embedder", str(run.data_root)
@@ -129,9 +129,13 @@ def execute(run: Run, work: Path) -> dict[str, Any]:
     measuring += ["--dims", *map(str, claim.dims)] if claim.dims else []
     seconds = {step: _command(command, folder / f"{step}.log", run)
                for step, command in (("training", training), ("measuring", measuring))}  # fmt: skip
+    if code_digest.__wrapped__() != code:
+        raise RunFailed(
+            f"{run.name}: the code changed while it ran, so nobody knows what made its numbers; start again"
+        )
     result = {
         "claim": claim.name, "arm": run.arm, "seed": run.seed, "steps": run.steps, "key": run.key,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": seconds, "code": code_digest(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": seconds, "code": code,
         "data": data_of(claim, run.data_root), "config": run.config, "scores": read_json(folder / "scores.json"),
     }  # fmt: skip
     write_json(folder / "result.json", result)

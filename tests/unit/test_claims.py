@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 from eval.claims import page, runs
 from eval.claims.__main__ import main
 from eval.claims.declaration import Comparison, merged, read_claim, read_claims
-from eval.claims.runs import Run, kept, planned
+from eval.claims.runs import Run, RunFailed, execute, kept, planned
 from eval.claims.verdicts import FAILS, HOLDS, OPEN, compare, interval, overall
 from mmembed.config import load_config
 from mmembed.errors import ConfigError, MmembedError
@@ -155,6 +155,21 @@ def test_a_result_is_valid_while_config_code_and_data_agree(one_run, tmp_path, m
     monkeypatch.undo()
     monkeypatch.setattr(runs, "code_digest", lambda: "other code")
     assert not is_kept(one_run)
+
+
+def test_numbers_of_code_that_changed_meanwhile_are_no_result(one_run, tmp_path, monkeypatch):
+    source = tmp_path / "module.py"
+    source.write_text("before")
+    monkeypatch.setattr(runs, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(runs, "CODE", ("module.py",))
+    monkeypatch.setattr(runs, "_command", lambda *_: source.write_text("after"))
+    runs.code_digest.cache_clear()
+    try:
+        with pytest.raises(RunFailed, match="the code changed while it ran"):
+            execute(one_run, tmp_path)
+    finally:
+        runs.code_digest.cache_clear()
+    assert kept(one_run, tmp_path) is None
 
 
 def test_runs_come_seed_by_seed_and_an_untrained_claim_once(tmp_path):
