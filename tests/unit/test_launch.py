@@ -17,7 +17,7 @@ from mmembed.config import build_config, load_config
 from mmembed.errors import ConfigError
 from mmembed.training.arguments import training_arguments
 from mmembed.training.engines import DeepSpeed, engine_of
-from mmembed.training.launch import launched_with
+from mmembed.training.launch import divides_weights, launched_with
 
 ROOT = Path(__file__).parents[2]
 BEST = {"load_best_model_at_end": True, "save_only_model": True, "eval_strategy": "steps", "save_strategy": "steps"}
@@ -211,6 +211,14 @@ def test_shipped_deepspeed_files_leave_everything_to_the_config(tmp_path, stage)
     assert found.config["zero_optimization"]["stage"] == stage
     assert found.config["gradient_clipping"] == 0.3
     assert not found.mismatches
+
+
+@pytest.mark.parametrize(("given", "divided"), [(1, False), (2, False), (3, True), ("fsdp", True), (None, False)])
+def test_whether_weights_are_divided_is_known_before_a_launch(given, divided):
+    """`mmembed plan` asks, for what becomes of the features of images."""
+    file = str(ROOT / "recipes" / "deepspeed" / f"zero{given}.json")
+    arguments = {None: {}, "fsdp": {"fsdp": True}}.get(given, {"deepspeed": file})
+    assert divides_weights(arguments) == divided
 
 
 def commands():
