@@ -10,7 +10,7 @@ from eval.claims import page, runs
 from eval.claims.__main__ import main
 from eval.claims.declaration import Comparison, merged, read_claim, read_claims
 from eval.claims.runs import Run, RunFailed, execute, kept, planned
-from eval.claims.verdicts import FAILS, HOLDS, OPEN, compare, interval, overall
+from eval.claims.verdicts import FAILS, HOLDS, OPEN, RULE, compare, interval, overall
 from mmembed.config import load_config
 from mmembed.errors import ConfigError, MmembedError
 from mmembed.metrics import pooled_auc
@@ -234,3 +234,7 @@ def test_pooled_auc_sees_a_shift_between_queries_and_refuses_nothing_to_compare(
     assert np.isnan(pooled_auc(scores, [[0, 0], [0, 0]]))
     with pytest.raises(MmembedError, match="k is 0"):
         pooled_auc(scores, relevance, k=0)
+
+
+def test_the_shipped_page_follows_the_rule_in_force():
+    assert f"## The rule of the verdicts\n\n{RULE}\n" in (runs.REPOSITORY / "docs" / "claims.md").read_text()
