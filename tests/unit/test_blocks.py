@@ -6,19 +6,24 @@ import pytest
 import torch
 
 from mmembed.embeddings import Embeddings
+from mmembed.losses import LOSSES
 from mmembed.objectives import blocks, build_objective
 from mmembed.objectives.relations import mark_members
 from tests.unit.test_contrastive import make_labels
 
 CASES = {
-    "infonce": {},
+    "defaults": {},
     "learned temperature": {"temperature": {"value": 0.2, "learn": True}},
     "symmetric": {"symmetric": True, "temperature": 0.2},
     "dot": {"similarity": "dot", "temperature": 3.0},
     "margin": {"false_negative_margin": 0.0, "temperature": 0.2},
     "same tower": {"same_tower_negatives": True, "symmetric": True, "loss": "dcl"},
     "own group only": {"temperature": 0.3},
-    "a teacher": {"loss": "distil_kl", "temperature": 0.3},
+    **{
+        name: {"loss": name, "temperature": 0.3}
+        for name, loss in LOSSES.classes().items()
+        if loss.objective == "contrastive"
+    },
 }
 
 
