@@ -20,15 +20,15 @@ def test_rows_of_startup_have_their_ratio_and_goal():
 
 def test_rows_of_the_equivalence_table(capsys):
     cells = {
-        ("one process", "LoRA", "one chunk", 1): Cell(),
-        ("one process", "LoRA", "many chunks", 1): Cell(2e-6, 3e-5),
-        ("DDP", "LoRA", "one chunk", 1): Cell(0.0, 0.0),
-        ("ZeRO-3", "QLoRA", "one chunk", 1): Cell(refused="not with 4 bits"),
-        ("FSDP2", "full", "many chunks", 2): Cell(3e-4, 1e-5),
+        ("one process", "LoRA", equivalence.LARGE, 1): Cell(),
+        ("one process", "LoRA", equivalence.SMALL, 1): Cell(2e-6, 3e-5),
+        ("DDP", "LoRA", equivalence.LARGE, 1): Cell(0.0, 0.0),
+        ("ZeRO-3", "QLoRA", equivalence.LARGE, 1): Cell(refused="not with 4 bits"),
+        ("FSDP2", "full", equivalence.SMALL, 2): Cell(3e-4, 1e-5),
     }
     show(equivalence.rows_of(cells, 1e-4), as_json=True)
     chunked, same, apart = json.loads(capsys.readouterr().out)["rows"]
-    assert chunked["name"] == "one process, LoRA, many chunks, accumulation 1"
+    assert chunked["name"] == "one process, LoRA, small chunks, accumulation 1"
     assert (chunked["ours"], chunked["limit"], chunked["ratio_to_limit"]) == (3e-5, 1e-4, 3.33)
     assert same["ours"] == 0 and same["ratio_to_limit"] is None and same["meets"]
     assert apart["ours"] == 3e-4 and apart["ratio_to_limit"] < apart["goal_to_limit"] and not apart["meets"]
