@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Annotated, ClassVar
+
+from pydantic import Field
 from torch import Tensor
 
-from mmembed.losses import Scores
+from mmembed.losses import Loss, Scores
 from mmembed.losses.rows import masked
+
+
+class GradedLoss(Loss):
+    """Base of the list-wise losses whose target is the distribution of the grades.
+
+    Args:
+        label_temperature: divides grades, not scores; see `kl_divergence`.
+    """
+
+    reads: ClassVar[frozenset[str]] = frozenset({"relevance"})
+    needs_grades = True
+
+    def __init__(self, label_temperature: Annotated[float, Field(gt=0)] = 1.0) -> None:
+        super().__init__()
+        self.label_temperature = label_temperature
 
 
 def graded(scores: Scores, label_temperature: float) -> tuple[Tensor, Tensor]:

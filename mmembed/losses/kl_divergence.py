@@ -8,16 +8,13 @@ The list-wise baseline of SyCL (arXiv 2503.23239), "batchmean" there: mean over 
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
-
-from pydantic import Field
 from torch import Tensor
 
-from mmembed.losses import Loss, Scores
-from mmembed.losses.distributions import cross_entropy, entropy, graded
+from mmembed.losses import Scores
+from mmembed.losses.distributions import GradedLoss, cross_entropy, entropy, graded
 
 
-class KLDivergence(Loss):
+class KLDivergence(GradedLoss):
     """List-wise: the scores of a query become a distribution that should be that of its grades.
 
     Args:
@@ -32,12 +29,6 @@ class KLDivergence(Loss):
     """
 
     name = "kl_divergence"
-    reads: ClassVar[frozenset[str]] = frozenset({"relevance"})
-    needs_grades = True
-
-    def __init__(self, label_temperature: Annotated[float, Field(gt=0)] = 1.0) -> None:
-        super().__init__()
-        self.label_temperature = label_temperature
 
     def forward(self, scores: Scores) -> Tensor:
         """Scores -> (Q,) losses, 0 for a row without a positive."""

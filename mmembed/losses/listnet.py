@@ -8,16 +8,13 @@ first place. It is `kl_divergence` plus the entropy of the grades, which has no 
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
-
-from pydantic import Field
 from torch import Tensor
 
-from mmembed.losses import Loss, Scores
-from mmembed.losses.distributions import cross_entropy, graded
+from mmembed.losses import Scores
+from mmembed.losses.distributions import GradedLoss, cross_entropy, graded
 
 
-class ListNet(Loss):
+class ListNet(GradedLoss):
     """List-wise cross-entropy against graded relevance.
 
     Args:
@@ -30,12 +27,6 @@ class ListNet(Loss):
     """
 
     name = "listnet"
-    reads: ClassVar[frozenset[str]] = frozenset({"relevance"})
-    needs_grades = True
-
-    def __init__(self, label_temperature: Annotated[float, Field(gt=0)] = 1.0) -> None:
-        super().__init__()
-        self.label_temperature = label_temperature
 
     def forward(self, scores: Scores) -> Tensor:
         """Scores -> (Q,) losses, 0 for a row without a positive."""

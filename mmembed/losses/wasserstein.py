@@ -16,19 +16,18 @@ decomposition of (n, n), about 20 n^3 operations; rows are coupled.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mmembed.losses import Loss, Scores
-from mmembed.losses.distributions import graded
+from mmembed.losses import Scores
+from mmembed.losses.distributions import GradedLoss, graded
 from mmembed.losses.rows import masked
 
 
-class Wasserstein(Loss):
+class Wasserstein(GradedLoss):
     """List-wise on graded data: the squared 2-Wasserstein distance between scores and grades of the whole batch.
 
     Args:
@@ -42,13 +41,7 @@ class Wasserstein(Loss):
     """
 
     name = "wasserstein"
-    reads: ClassVar[frozenset[str]] = frozenset({"relevance"})
-    needs_grades = True
     couples_rows = True
-
-    def __init__(self, label_temperature: Annotated[float, Field(gt=0)] = 1.0) -> None:
-        super().__init__()
-        self.label_temperature = label_temperature
 
     def forward(self, scores: Scores) -> Tensor:
         """Scores -> (Q,): the loss of the batch in each row with a positive, 0 in the others, which are left out."""
