@@ -29,6 +29,19 @@ INSTRUCTION = (
     "answer it; a passage counts if a careful reader could give the answer from it alone, and not if it names the same "
     "things.\nQuery: "
 )
+QWEN3 = {  # of Qwen/Qwen3-0.6B-Base, config.json
+    "hidden_size": 1024,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 3072,
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    "tie_word_embeddings": True,
+}
 
 
 @dataclass

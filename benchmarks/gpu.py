@@ -55,7 +55,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from benchmarks._common import DATA, INSTRUCTION, Row, environment, own_peak_mb, parser, set_up, show, texts
+from benchmarks._common import DATA, INSTRUCTION, QWEN3, Row, environment, own_peak_mb, parser, set_up, show, texts
 from benchmarks.train import (
     DOCUMENT_LENGTH,
     LEARNING_RATE,
@@ -96,19 +96,6 @@ TINY_SETTINGS = {
     "text": {"ours": ("autocast,keep=512", "bf16-padded,chunk=512"), "peer": ("autocast,size=4", "bf16,size=8")},
     "images": {"ours": ("bf16,chunk=512",), "peer": ("bf16,size=4",)},
     "encode": {"ours": ("auto", "padded"), "peer": ("size=4",)},
-}
-QWEN3 = {  # of Qwen/Qwen3-0.6B-Base, config.json
-    "hidden_size": 1024,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "intermediate_size": 3072,
-    "vocab_size": 151936,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-6,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-    "tie_word_embeddings": True,
 }
 QWEN2_VL_TEXT = {  # of Qwen/Qwen2-VL-2B, config.json
     "hidden_size": 1536,

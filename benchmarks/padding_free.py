@@ -21,7 +21,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from benchmarks._common import Row, compare, parser, set_up, show, texts
+from benchmarks._common import QWEN3, Row, compare, parser, set_up, show, texts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,17 +29,6 @@ if TYPE_CHECKING:
     from mmembed.models.embedding_model import EmbeddingModel
     from mmembed.preprocess import Preprocessor
 
-SHAPE = {  # of Qwen3-0.6B
-    "vocab_size": 151936,
-    "hidden_size": 1024,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "intermediate_size": 3072,
-    "max_position_embeddings": 32768,
-    "rope_theta": 1e6,
-}
 TINY = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -75,7 +64,7 @@ def main() -> None:
     count, pairs = (24, 8) if arguments.tiny else (arguments.texts, arguments.pairs)
     rows = []
     for mode in MODES:
-        model, preprocessor = build({**SHAPE, **(TINY if arguments.tiny else {})}, mode, device, dtype)
+        model, preprocessor = build({**QWEN3, **(TINY if arguments.tiny else {})}, mode, device, dtype)
         if on_gpu:
             reason = model.unpacked("auto", device, dtype)
             if reason is not None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks import padding_free
+from benchmarks._common import QWEN3
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def test_it_runs(settings_restored, monkeypatch, capsys):
 def test_different_vectors_are_no_benchmark(settings_restored, monkeypatch):
     """As a kernel that is wrong on some machine would give."""
     model, preprocessor = padding_free.build(
-        {**padding_free.SHAPE, **padding_free.TINY}, "causal", torch.device("cpu"), torch.float32
+        {**QWEN3, **padding_free.TINY}, "causal", torch.device("cpu"), torch.float32
     )
     monkeypatch.setattr("mmembed.backbones.packed._one_by_one", lambda packed, query, *rest: query.transpose(1, 2))
     with pytest.raises(SystemExit, match="vectors differ"):
