@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from mmembed.backbones.packed import Packed, attend_packed
-from mmembed.backbones.shared_prefix import SharedPrefix, attend_behind, masked_attention
+from mmembed.backbones.shared_prefix import Kernel, SharedPrefix, attend_behind, masked_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,9 +46,14 @@ def attend(
     scaling: float | None = None,
     shared_prefix: SharedPrefix | None = None,
     packed_sequences: Packed | None = None,
+    prefix_kernel: Kernel = masked_attention,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention in the interface of transformers; transformers' own where nothing is shared or packed."""
+    """Attention in the interface of transformers; transformers' own where nothing is shared or packed.
+
+    Args:
+        prefix_kernel: computes the attention behind a shared prefix.
+    """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if follows(module, packed_sequences):
@@ -56,7 +61,7 @@ def attend(
         return attend_packed(packed_sequences, query, key, value, dropout, scaling, **options), None
     if follows(module, shared_prefix):
         assert shared_prefix is not None
-        return attend_behind(shared_prefix, query, key, value, dropout, scaling, masked_attention, **options), None
+        return attend_behind(shared_prefix, query, key, value, dropout, scaling, prefix_kernel, **options), None
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
     )

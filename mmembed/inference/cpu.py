@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from mmembed.backbones import attention as attending
 from mmembed.backbones import shared_prefix as sharing
-from mmembed.backbones.packed import Packed, attend_packed
+from mmembed.backbones.packed import Packed
 from mmembed.inference.elementwise import accelerate_elementwise
 
 ATTENTION = "mmembed_cpu"
@@ -108,25 +108,29 @@ def attend(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention in the interface of transformers: query (B, H, T, D), key and value (B, G, S, D) -> (B, T, H, D)."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     fast = query.dtype == torch.bfloat16 and query.device.type == "cpu" and not torch.is_grad_enabled()
-    if attending.follows(module, packed_sequences):
-        assert packed_sequences is not None
-        return attend_packed(packed_sequences, query, key, value, dropout, scaling, **options), None
-    if attending.follows(module, shared_prefix):
-        assert shared_prefix is not None
-        kernel = _causal_blocks if fast and options.get("sliding_window") is None else sharing.masked_attention
-        return sharing.attend_behind(shared_prefix, query, key, value, dropout, scaling, kernel, **options), None
     ours = (
         fast
+        and not any(attending.follows(module, layout) for layout in (shared_prefix, packed_sequences))
         and attention_mask is None
         and query.shape[2] == key.shape[2]
         and all(options.get(name) is None for name in sharing.UNKNOWN_TO_US)
     )
     if not ours:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **options
+        if fast and options.get("sliding_window") is None:
+            options["prefix_kernel"] = _causal_blocks
+        return attending.attend(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout,
+            scaling,
+            shared_prefix,
+            packed_sequences,
+            is_causal=is_causal,
+            **options,
         )
     causal = bool(module.is_causal if is_causal is None else is_causal)
     return _blocked_attention(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, causal), None
