@@ -6,8 +6,9 @@
 
 Each arm and seed is trained by `python -m recipes.train_embedder` and measured by `python -m eval.claims.measuring`, in
 processes of their own, and kept as one JSON file in --work. The same command after a stop computes what is missing; a
-result of another code, config or data is computed again. The default of 120 steps is meant to take two to three minutes
-on two quiet cores; the table, written after each claim, follows the rule in `eval.claims.verdicts`.
+result of another config or data is computed again, and one of other code unless --any-code is given. The default of 120
+steps is meant to take two to three minutes on two quiet cores; the table, written after each claim, follows the rule in
+`eval.claims.verdicts`.
 
 Exit status: 0 done, 1 some runs failed (the others are in the table), 2 refused, 130 stopped.
 """
@@ -26,7 +27,7 @@ from typing import Any, NoReturn
 
 from eval.claims import page
 from eval.claims.declaration import DECLARED, Claim, read_claims
-from eval.claims.runs import REPOSITORY, Run, RunFailed, code_digest, data_of, estimate, execute, kept, planned
+from eval.claims.runs import REPOSITORY, Results, Run, RunFailed, data_of, estimate, execute, planned
 from mmembed.arguments import Parser
 from mmembed.errors import MmembedError
 
@@ -41,10 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for claim in claims:
             data_of(claim, options.data_root)  # refuses what is missing before the first hour
         runs = planned(claims, options.seeds, options.budget, options.data_root)
-        show_plan(runs, options.work)
+        results = Results(options.work, page.results_beside(options.write) if options.write else None, options.any_code)
+        show_plan(runs, results)
         if options.plan:
             return 0
-        failed = work_through(claims, runs, options)
+        failed = work_through(claims, runs, results, options)
     except MmembedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -68,7 +70,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data-root", type=Path, default=DATA,
                         help="folder of the data sets (default: the slice in the repository)")  # fmt: skip
     parser.add_argument("--work", type=Path, default=Path("runs/claims"), help="keeps results (default runs/claims)")
-    parser.add_argument("--write", type=Path, metavar="PAGE", help="the table as Markdown, plots in a folder beside it")
+    parser.add_argument("--write", type=Path, metavar="PAGE",
+                        help="the table as Markdown; plots and results in a folder beside it")  # fmt: skip
+    parser.add_argument("--any-code", action="store_true", help="keep the results of other versions of the code, too")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--plan", action="store_true", help="say what would run and for how long, and end")
     action.add_argument("--no-runs", action="store_true", help="the table of the results that are kept; train nothing")
@@ -77,9 +81,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def show_plan(runs: Sequence[Run], work: Path) -> None:
+def show_plan(runs: Sequence[Run], results: Results) -> None:
     """Claims, arms and seeds, what is there already, and the hours of the rest."""
-    pairs = [(run, kept(run, work)) for run in runs]
+    pairs = [(run, results.of(run)) for run in runs]
     for claim in dict.fromkeys(run.claim.name for run in runs):
         of_claim = [(run, result) for run, result in pairs if run.claim.name == claim]
         arms, seeds = (dict.fromkeys(getattr(run, key) for run, _ in of_claim) for key in ("arm", "seed"))
@@ -94,14 +98,16 @@ def show_plan(runs: Sequence[Run], work: Path) -> None:
     print(f"{len(missing)} runs to do, about {hours:.1f} hours (estimated from {basis})", flush=True)
 
 
-def work_through(claims: Sequence[Claim], runs: Sequence[Run], options: argparse.Namespace) -> list[RunFailed]:
+def work_through(
+    claims: Sequence[Claim], runs: Sequence[Run], results: Results, options: argparse.Namespace
+) -> list[RunFailed]:
     """Runs what is missing; the page after each claim. Returns the failures."""
     failed: list[RunFailed] = []
-    findings = {claim.name: page.found(claim, kept_results(claim, runs, options.work)) for claim in claims}
+    findings = {claim.name: page.found(claim, kept_results(claim, runs, results)) for claim in claims}
     about = about_runs(runs, options)
     for claim in claims:
         for number, run in enumerate(runs, start=1):
-            if options.no_runs or run.claim is not claim or kept(run, options.work) is not None:
+            if options.no_runs or run.claim is not claim or results.of(run) is not None:
                 continue
             print(f"[{number}/{len(runs)}] {run.name}", end="", flush=True)
             try:
@@ -111,21 +117,21 @@ def work_through(claims: Sequence[Claim], runs: Sequence[Run], options: argparse
                 print("  failed", flush=True)
                 continue
             print(f"  {sum(result['seconds'].values()):.0f} s", flush=True)
-        findings[claim.name] = page.found(claim, kept_results(claim, runs, options.work))
+        findings[claim.name] = page.found(claim, kept_results(claim, runs, results))
         if options.write:
             page.write(options.write, list(findings.values()), about)
         show(findings[claim.name])
     return failed
 
 
-def kept_results(claim: Claim, runs: Sequence[Run], work: Path) -> dict[str, dict[int, dict[str, Any]]]:
+def kept_results(claim: Claim, runs: Sequence[Run], results: Results) -> dict[str, dict[int, dict[str, Any]]]:
     """arm -> seed -> result."""
-    results: dict[str, dict[int, dict[str, Any]]] = {}
+    found: dict[str, dict[int, dict[str, Any]]] = {}
     for run in runs:
-        result = kept(run, work) if run.claim is claim else None
+        result = results.of(run) if run.claim is claim else None
         if result is not None:
-            results.setdefault(run.arm, {})[run.seed] = result
-    return results
+            found.setdefault(run.arm, {})[run.seed] = result
+    return found
 
 
 def about_runs(runs: Sequence[Run], options: argparse.Namespace) -> list[str]:
@@ -136,7 +142,7 @@ def about_runs(runs: Sequence[Run], options: argparse.Namespace) -> list[str]:
     return [
         f"- Command: `{command_of(options)}`",
         f"- Seeds {', '.join(map(str, sorted({run.seed for run in runs})))}; {max(run.steps for run in runs)} steps.",
-        f"- Code {code_digest()}; data {', '.join(f'{folder} {mark}' for folder, mark in sorted(data.items()))}.",
+        f"- Data: {', '.join(f'{folder} {mark}' for folder, mark in sorted(data.items()))}.",
         f"- {platform.machine()}, {os.cpu_count()} cores; "
         + ", ".join(f"{name} {version}" for name, version in versions().items())
         + ".",

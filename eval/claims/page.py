@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -54,14 +55,23 @@ def found(claim: Claim, results: Mapping[str, Mapping[int, Mapping[str, Any]]]) 
 
 
 def write(path: Path, findings: Sequence[Finding], about: Sequence[str]) -> None:
-    """The page, and a plot a claim in a folder beside it, `claims/<name>.svg`."""
+    """The page; in a folder beside it a plot a claim, `claims/<name>.svg`, and the results, one a line."""
     measured = [finding for finding in findings if any(outcome.arm for outcome in finding.outcomes)]
     path.parent.mkdir(parents=True, exist_ok=True)
     for finding in measured:
         plot = path.with_suffix("") / f"{finding.claim.name}.svg"
         plot.parent.mkdir(exist_ok=True)
         plot.write_text(drawn(finding), encoding="utf-8")
+    results = [result for finding in measured for result in finding.all_results]
+    if results:
+        lines = [json.dumps(result, sort_keys=True) + "\n" for result in results]
+        results_beside(path).write_text("".join(lines), encoding="utf-8")
     path.write_text(written(findings, about, path.stem), encoding="utf-8")
+
+
+def results_beside(path: Path) -> Path:
+    """Where the results of a page lie."""
+    return path.with_suffix("") / "results.jsonl"
 
 
 def written(findings: Sequence[Finding], about: Sequence[str], folder: str) -> str:
@@ -81,7 +91,12 @@ def written(findings: Sequence[Finding], about: Sequence[str], folder: str) -> s
 def _summary(findings: Sequence[Finding], about: Sequence[str]) -> str:
     results = [result for finding in findings for result in finding.all_results]
     hours = sum(sum(result["seconds"].values()) for result in results) / 3600
-    lines = [*about, f"- {len(results)} runs, {hours:.1f} hours.", "", "| claim | paper | verdict |", "|---|---|---|"]
+    claims: dict[str, dict[str, None]] = {}
+    for result in results:
+        claims.setdefault(result["code"], {})[result["claim"]] = None
+    lines = [*about, f"- {len(results)} runs, {hours:.1f} hours of run time."]
+    lines += [f"- Code {code}: {', '.join(of_code)}." for code, of_code in claims.items()]
+    lines += ["", "| claim | paper | verdict |", "|---|---|---|"]
     for finding in findings:
         name = finding.claim.name
         lines.append(f"| [{name}](#{name}) | {finding.claim.paper} | {finding.verdict} |")

@@ -1,7 +1,8 @@
 """Runs of arms, one JSON file each: what is there and still valid is not run again.
 
-A result is valid while its key is the same: the config, the seed, what is measured, the data files, and the code that
-trains and measures (not this package's pages). A killed run leaves no result and starts again.
+A result is valid while its key is the same (the config, the seed, what is measured, the data files), and the code that
+trains and measures (not this package's pages), unless results of other code are asked for. A killed run leaves no
+result and starts again. Results that a page was written from lie beside it, one a line, and are read from there, too.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,10 @@ class Run:
 
     @property
     def key(self) -> str:
-        """What makes the numbers, as 16 hexadecimal digits."""
+        """What makes the numbers, beside the code, as 16 hexadecimal digits."""
         claim = self.claim
         measures = [claim.tasks, claim.of_vectors, claim.dims, claim.instructions]
-        text = json.dumps([self.config, measures, data_of(claim, self.data_root), code_digest()], sort_keys=True)
+        text = json.dumps([self.config, measures, data_of(claim, self.data_root)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -99,13 +100,34 @@ def planned(claims: Iterable[Claim], seeds: int, steps: int, root: Path) -> list
     ]
 
 
-def kept(run: Run, work: Path) -> dict[str, Any] | None:
-    """The run's result, if it is there and was made by this code, config and data."""
-    path = run.folder(work) / "result.json"
-    if not path.is_file():
-        return None
-    result: dict[str, Any] = read_json(path)
-    return result if result["key"] == run.key else None
+@dataclass(frozen=True)
+class Results:
+    """What was measured before, and where.
+
+    work: a folder a run. shipped: the results a page was written from. any_code: results of other code count.
+    """
+
+    work: Path
+    shipped: Path | None = None
+    any_code: bool = False
+
+    def of(self, run: Run) -> dict[str, Any] | None:
+        """The run's result, if it is there and was made by this config and data, and by this code."""
+        path = run.folder(self.work) / "result.json"
+        found = [read_json(path)] if path.is_file() else []
+        found += self._shipped.get((run.claim.name, run.arm, run.seed), [])
+        valid = [result for result in found if result["key"] == run.key]
+        of_this_code = [result for result in valid if result["code"] == code_digest()]
+        return next(iter(of_this_code or (valid if self.any_code else [])), None)
+
+    @cached_property
+    def _shipped(self) -> dict[tuple[str, str, int], list[dict[str, Any]]]:
+        found: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+        if self.shipped is not None and self.shipped.is_file():
+            for line in self.shipped.read_text(encoding="utf-8").splitlines():
+                result = json.loads(line)
+                found.setdefault((result["claim"], result["arm"], result["seed"]), []).append(result)
+        return found
 
 
 def execute(run: Run, work: Path) -> dict[str, Any]:

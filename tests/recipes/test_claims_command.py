@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,10 +66,13 @@ def test_a_stopped_table_goes_on_with_what_is_missing(tmp_path, capsys):
     assert not list(work.rglob("*.safetensors"))
     text = table.read_text()
     assert "inconclusive: 1 seed" in text and "4 runs" in text and "mbpp at 8 dimensions" in text
-    assert {path.name for path in (tmp_path / "page").iterdir()} == {"a.svg", "b.svg"}
+    assert {path.name for path in (tmp_path / "page").iterdir()} == {"a.svg", "b.svg", "results.jsonl"}
 
     assert main([*arguments, "--no-runs"]) == 0  # nothing is missing, nothing is run
     assert first.stat().st_mtime_ns == written and table.read_text() == text
+    shutil.rmtree(work)
+    assert main([*arguments, "--no-runs"]) == 0  # the results beside the page
+    assert table.read_text() == text
 
 
 def test_a_failed_run_does_not_stop_the_others_and_says_where_its_log_is(tmp_path, capsys):

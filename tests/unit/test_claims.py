@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 from eval.claims import page, runs
 from eval.claims.__main__ import main
 from eval.claims.declaration import Comparison, merged, read_claim, read_claims
-from eval.claims.runs import Run, RunFailed, execute, kept, planned
+from eval.claims.runs import Results, Run, RunFailed, execute, planned
 from eval.claims.verdicts import FAILS, HOLDS, OPEN, RULE, compare, interval, overall
 from mmembed.config import load_config
 from mmembed.errors import ConfigError, MmembedError
@@ -140,13 +140,13 @@ def one_run(tmp_path):
 
 
 def test_a_result_is_valid_while_config_code_and_data_agree(one_run, tmp_path, monkeypatch):
-    def is_kept(run):
-        return kept(run, tmp_path) is not None
+    def is_kept(run, **options):
+        return Results(tmp_path, **options).of(run) is not None
 
     assert not is_kept(one_run)
     folder = one_run.folder(tmp_path)
     folder.mkdir(parents=True)
-    (folder / "result.json").write_text(json.dumps({"key": one_run.key}))
+    (folder / "result.json").write_text(json.dumps({"key": one_run.key, "code": runs.code_digest()}))
     assert is_kept(one_run)
     longer = Run(one_run.claim, one_run.arm, one_run.seed, 3, one_run.data_root)
     assert longer.folder(tmp_path) == folder and not is_kept(longer)
@@ -154,7 +154,20 @@ def test_a_result_is_valid_while_config_code_and_data_agree(one_run, tmp_path, m
     assert not is_kept(one_run)
     monkeypatch.undo()
     monkeypatch.setattr(runs, "code_digest", lambda: "other code")
-    assert not is_kept(one_run)
+    assert not is_kept(one_run) and is_kept(one_run, any_code=True)
+    assert not is_kept(longer, any_code=True)
+
+
+def test_results_beside_a_page_count_and_those_of_this_code_first(one_run, tmp_path, monkeypatch):
+    shipped = tmp_path / "results.jsonl"
+    same = {"claim": "thing", "arm": one_run.arm, "seed": one_run.seed, "key": one_run.key}
+    lines = [{**same, "code": "older"}, {**same, "code": runs.code_digest()}, {**same, "key": "of another config"}]
+    shipped.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert Results(tmp_path, shipped).of(one_run) == lines[1]
+    assert Results(tmp_path, shipped, any_code=True).of(one_run) == lines[1]
+    monkeypatch.setattr(runs, "code_digest", lambda: "newer")
+    assert Results(tmp_path, shipped).of(one_run) is None
+    assert Results(tmp_path, shipped, any_code=True).of(one_run) == lines[0]
 
 
 def test_numbers_of_code_that_changed_meanwhile_are_no_result(one_run, tmp_path, monkeypatch):
@@ -169,7 +182,7 @@ def test_numbers_of_code_that_changed_meanwhile_are_no_result(one_run, tmp_path,
             execute(one_run, tmp_path)
     finally:
         runs.code_digest.cache_clear()
-    assert kept(one_run, tmp_path) is None
+    assert Results(tmp_path).of(one_run) is None
 
 
 def test_runs_come_seed_by_seed_and_an_untrained_claim_once(tmp_path):
@@ -198,7 +211,14 @@ def test_the_page_shows_means_interval_verdict_and_plot(tmp_path):
     numbers = {"one": (0.5, 0.6, 0.55), "other": (0.3, 0.41, 0.36)}
     results = {
         arm: {
-            seed: {"arm": arm, "steps": 9, "seconds": {"training": 1800}, "scores": {"mbpp": {"ndcg_at_10": number}}}
+            seed: {
+                "claim": "thing",
+                "code": "c0de",
+                "arm": arm,
+                "steps": 9,
+                "seconds": {"training": 1800},
+                "scores": {"mbpp": {"ndcg_at_10": number}},
+            }
             for seed, number in enumerate(values)
         }
         for arm, values in numbers.items()
@@ -208,8 +228,9 @@ def test_the_page_shows_means_interval_verdict_and_plot(tmp_path):
     low, high = interval([0.2, 0.19, 0.19])
     assert "| mbpp, ndcg_at_10 | one | 0.5500 | other | 0.3567 | higher |" in text
     assert f"+0.1933 ({low:+.4f} to {high:+.4f}) | 3 | holds" in text
-    assert "6 runs, 3.0 hours" in text and "- Command: `x`" in text
+    assert "6 runs, 3.0 hours" in text and "- Code c0de: thing." in text and "- Command: `x`" in text
     assert (tmp_path / "claims" / "thing.svg").read_text().count("<circle") == 6
+    assert len((tmp_path / "claims" / "results.jsonl").read_text().splitlines()) == 6
 
 
 def test_pooled_auc_agrees_with_sklearn_on_the_pool():
