@@ -1,14 +1,25 @@
-"""Writes the component tables of docs/methods.md from the registries, so that the page cannot drift from the code.
+"""Writes the tables of docs/methods.md and the pages of docs/methods/ from the code and from what was measured.
 
-python tools/methods_tables.py            # rewrite the tables
-python tools/methods_tables.py --check    # exit 1 and say so when the page is out of date
+python tools/methods_tables.py            # rewrite them
+python tools/methods_tables.py --check    # exit 1 and say so when they are out of date
+
+A component's entry is its module's docstring: a first line, paragraphs (those that are equations stand as they are),
+and one that begins with "When: ", which says when to take it. Options are the constructor's, explained by the docstring
+of the class. Measurements are those of benchmarks/results/objectives.json and docs/claims/results.jsonl.
 """
 
 import inspect
+import json
 import re
 import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+from eval.claims import page
+from eval.claims.declaration import read_claims
 from mmembed.data.format_base import FORMATS
 from mmembed.losses import LOSSES
 from mmembed.objectives import OBJECTIVES
@@ -16,8 +27,10 @@ from mmembed.pooling import POOLINGS
 from mmembed.prompts import PROMPTS
 from mmembed.registry import Registry
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "methods.md"
-FAMILIES = {"poolings": POOLINGS, "prompts": PROMPTS, "losses": LOSSES, "objectives": OBJECTIVES, "formats": FORMATS}
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "methods.md"
+COSTS = ROOT / "benchmarks" / "results" / "objectives.json"
+CLAIMS = ROOT / "docs" / "claims.md"
 FROM_THE_RUN = {
     "hidden_size",
     "embedding_size",
@@ -27,40 +40,202 @@ FROM_THE_RUN = {
 }  # constructor arguments that a user does not write
 
 
+@dataclass(frozen=True)
+class Family:
+    """Components of one registry. key: of the config block that names one; None: a table and no entries."""
+
+    registry: Registry[Any]
+    key: str | None = None
+    title: str = ""
+
+
+FAMILIES = {
+    "poolings": Family(POOLINGS, "pooling", "Poolings"),
+    "prompts": Family(PROMPTS, "prompt", "Prompts"),
+    "losses": Family(LOSSES, "objective", "Losses"),
+    "objectives": Family(OBJECTIVES, "objective", "Objectives"),
+    "formats": Family(FORMATS),
+}
+
+
 def main() -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    fresh = page
-    for family, registry in FAMILIES.items():
-        block = f"<!-- table: {family} -->\n{table(registry)}\n<!-- end -->"
-        fresh, count = re.subn(rf"<!-- table: {family} -->.*?<!-- end -->", lambda _, b=block: b, fresh, flags=re.S)
+    stale = [path for path, text in pages() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    if "--check" not in sys.argv[1:]:
+        for path, text in pages():
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    elif stale:
+        names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
+        sys.exit(f"{names}: out of date; run python tools/methods_tables.py")
+
+
+def pages() -> Iterator[tuple[Path, str]]:
+    """Every generated page and what it should say."""
+    fresh = PAGE.read_text(encoding="utf-8")
+    for name, family in FAMILIES.items():
+        block = f"<!-- table: {name} -->\n{table(name, family)}\n<!-- end -->"
+        fresh, count = re.subn(rf"<!-- table: {name} -->.*?<!-- end -->", lambda _, b=block: b, fresh, flags=re.S)
         if count != 1:
-            sys.exit(f"{PAGE.name}: needs exactly one '<!-- table: {family} -->' ... '<!-- end -->', found {count}")
-    if "--check" in sys.argv[1:]:
-        if fresh != page:
-            sys.exit(f"{PAGE.name}: the tables are out of date; run python tools/methods_tables.py")
-    else:
-        PAGE.write_text(fresh, encoding="utf-8")
+            sys.exit(f"{PAGE.name}: needs exactly one '<!-- table: {name} -->' ... '<!-- end -->', found {count}")
+        if family.key is not None:
+            yield PAGE.with_suffix("") / f"{name}.md", entries(name, family)
+    yield PAGE, fresh
 
 
-def table(registry: Registry) -> str:  # type: ignore[type-arg]
+def table(name: str, family: Family) -> str:
     lines = ["| `type` | what it is | options |", "|---|---|---|"]
-    for name, cls in registry.classes().items():
-        about = (
-            inspect.cleandoc(cls.__doc__ or inspect.getmodule(cls).__doc__ or "").split("\n\n")[0].replace("\n", " ")
-        )
-        lines.append(f"| `{name}` | {about.replace('|', chr(92) + '|')} | {options(cls)} |")
+    for component, cls in family.registry.classes().items():
+        link = f"`{component}`" if family.key is None else f"[`{component}`](methods/{name}.md#{component})"
+        lines.append(f"| {link} | {_cell(_about(cls))} | {options(cls)} |")
     return "\n".join(lines)
 
 
 def options(cls: type) -> str:
     """`name=default` of every constructor argument that a user writes."""
-    shown = []
-    for parameter in inspect.signature(cls).parameters.values():
-        if parameter.name in FROM_THE_RUN:
-            continue
-        required = parameter.default is inspect.Parameter.empty
-        shown.append(f"`{parameter.name}`" if required else f"`{parameter.name}={parameter.default!r}`")
+    shown = [
+        f"`{parameter.name}`" if parameter.default is parameter.empty else f"`{parameter.name}={parameter.default!r}`"
+        for parameter in written_by_users(cls)
+    ]
     return ", ".join(shown) or "none"
+
+
+def written_by_users(cls: type) -> list[inspect.Parameter]:
+    return [one for one in inspect.signature(cls).parameters.values() if one.name not in FROM_THE_RUN]
+
+
+def entries(name: str, family: Family) -> str:
+    """The page of a family: an entry a component."""
+    head = (
+        f"# {family.title}\n\nWritten by `python tools/methods_tables.py` from the code; do not edit. "
+        "[Methods](../methods.md) says how they fit together.\n"
+    )
+    return "\n".join(
+        [head, *(_entry(component, cls, name, family) for component, cls in family.registry.classes().items())]
+    )
+
+
+def _entry(component: str, cls: type, name: str, family: Family) -> str:
+    paragraphs = inspect.cleandoc(inspect.getmodule(cls).__doc__ or "").split("\n\n")
+    when = [text.removeprefix("When: ") for text in paragraphs if text.startswith("When: ")]
+    if len(when) != 1:
+        sys.exit(f"{inspect.getfile(cls)}: its docstring needs one paragraph 'When: ...', which says when to take it")
+    body = [_paragraph(text) for text in paragraphs if not text.startswith("When: ")]
+    papers = dict.fromkeys(re.findall(r"\b\d{4}\.\d{4,5}\b", "\n".join(paragraphs)))
+    links = ", ".join(f"[arXiv {number}](https://arxiv.org/abs/{number})" for number in papers)
+    parts = [f"## {component}", *body, f"**When**: {_plain(when[0])}"]
+    parts += [f"**Paper**: {links}"] if links else []
+    parts += [f"```yaml\n{block_of(component, cls, family)}\n```"]
+    parts += [explained] if (explained := _options_explained(cls)) else []
+    if name == "losses":
+        objective = cls.objective  # type: ignore[attr-defined]
+        parts.append(f"Beside them the options of [`{objective}`](objectives.md#{objective}).")
+    measured = list(_measured(component, family))
+    parts.append("\n".join(["**Measured here**:", "", *measured]) if measured else "**Measured here**: no.")
+    return "\n\n".join(parts) + "\n"
+
+
+def block_of(component: str, cls: type, family: Family) -> str:
+    """The line of YAML that names the component, with the defaults of its options."""
+    defaults = {
+        one.name: list(one.default) if isinstance(one.default, tuple) else one.default
+        for one in written_by_users(cls)
+        if one.default is not one.empty and one.default is not None and one.default != ""
+    }
+    options = "".join(f", {name}: {_flow(value)}" for name, value in defaults.items())
+    return f"{family.key}: {{type: {component}{options}}}"
+
+
+def _flow(value: Any) -> str:
+    """A value as YAML on one line, which JSON is; words stand without quotes."""
+    return value if isinstance(value, str) and re.fullmatch(r"[a-z]\w*", value) else json.dumps(value)
+
+
+def _options_explained(cls: type) -> str:
+    """A list of the options, as the class's docstring explains them."""
+    text = inspect.cleandoc(cls.__doc__ or "")
+    found = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", text, flags=re.S | re.M)
+    if found is None:
+        return ""
+    lines: list[str] = []
+    for line in found[1].strip("\n").splitlines():
+        new = re.match(r"    (\w[\w, ]*): (.*)", line)
+        if new and not all(one.strip() in FROM_THE_RUN for one in new[1].split(",")):
+            lines.append("- " + ", ".join(f"`{one.strip()}`" for one in new[1].split(",")) + f": {_plain(new[2])}")
+        elif new is None and lines and line.strip():
+            lines.append(f"  {_plain(line.strip())}")
+    return "\n".join(lines)
+
+
+def _measured(component: str, family: Family) -> Iterator[str]:
+    """Bullets: the cost beside a matrix product, and the claims that the component took part in."""
+    for row in costs():
+        name, size, device = row["name"].rsplit("_", 2)
+        if family.key == "objective" and name == component:
+            queries, documents, width = (f"{int(number):,}" for number in size.split("x"))
+            yield (
+                f"- Forward and backward {1 / row['ratio_to_limit']:.1f} times the matrix product's, "
+                f"{row['peak_mb_ours']:,} MB ({device}, {queries} queries, {documents} documents of {width} numbers)"
+            )
+    for finding in findings():
+        claim = finding.claim
+        used = {arm for arm in claim.arms if component in _types(claim.config(arm, 1, 0).get(family.key))}
+        for outcome in finding.outcomes:
+            arms = (outcome.comparison.arm, outcome.comparison.than)
+            if outcome.arm and used & set(arms):
+                means = (sum(one.values()) / len(one) for one in (outcome.arm, outcome.than))
+                numbers = ", ".join(f"{arm} {mean:.3f}" for arm, mean in zip(arms, means, strict=True))
+                link = f"[{claim.name}](../claims.md#{claim.name})"
+                yield f"- {link}, {page.title(outcome)}: {numbers} ({outcome.verdict})"
+
+
+@cache
+def costs() -> list[dict[str, Any]]:
+    return json.loads(COSTS.read_text(encoding="utf-8"))["rows"] if COSTS.is_file() else []
+
+
+@cache
+def findings() -> list[page.Finding]:
+    """Of the results that docs/claims.md was written from."""
+    results: dict[str, dict[str, dict[int, Any]]] = {}
+    path = page.results_beside(CLAIMS)
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        result = json.loads(line)
+        results.setdefault(result["claim"], {}).setdefault(result["arm"], {})[result["seed"]] = result
+    return [page.found(claim, results[claim.name]) for claim in read_claims() if claim.name in results]
+
+
+def _types(block: Any) -> Iterator[str]:
+    """Every name in a block: `type`, `loss`, of lists and of objectives by task, too."""
+    if isinstance(block, str):
+        yield block
+    elif isinstance(block, Mapping):
+        for key, value in block.items():
+            if key in ("type", "loss") or isinstance(value, Mapping | list):
+                yield from _types(value)
+    elif isinstance(block, list):
+        for one in block:
+            yield from _types(one)
+
+
+def _about(cls: type) -> str:
+    return inspect.cleandoc(cls.__doc__ or inspect.getmodule(cls).__doc__ or "").split("\n\n")[0].replace("\n", " ")
+
+
+def _paragraph(text: str) -> str:
+    """An equation, or several lines of them, as it is; anything else, also one within sentences, as text."""
+    lines = text.splitlines()
+    equation = re.match(r"[\w`|()<>+*^, -]{1,40}? *(=|<-) ", lines[0]) and not re.search(r"\.\)?\s+[A-Z]|arXiv", text)
+    return f"```text\n{text}\n```" if equation else "\n".join(_plain(line) for line in lines)
+
+
+def _plain(text: str) -> str:
+    """Signs that Markdown would take for its own, outside of code, escaped."""
+    pieces = re.split(r"(`[^`]*`)", text)
+    return "".join(piece if piece.startswith("`") else re.sub(r"([*<])", r"\\\1", piece) for piece in pieces)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ distillation (Rao et al., arXiv 2207.01426), for a fusion model (ViLT, METER) th
 query moves with the student. The weight is that of the authors' code, whose squared error is averaged over the batch
 before it is weighted, so that a query's weight acts on all queries; here it acts on its own. Choosing hard negatives by
 the teacher is data preparation: give the documents that it scored. Cost: a few passes over (Q, C).
+
+When: a cross-encoder's scores of each query's candidates are there, and the teacher is sure where the student is not.
 """
 
 from __future__ import annotations

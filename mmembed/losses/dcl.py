@@ -7,6 +7,8 @@ does not shrink the gradient of pairs that are already right. The loss can be ne
 queries as negatives: that is `same_tower_negatives: true` of the contrastive objective. The released code masks by
 adding log(1e-45), which is too little at temperatures of 0.01 and below; here masked cells are out. Other positives of
 the row are in no denominator. Cost: one logsumexp over (Q, C).
+
+When: batches are small (8 to 256), where InfoNCE's own positive shrinks the gradient.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ L_i = 1/|P_i| sum_p ( -w_ip s_ip + log sum_{j in N_i} exp(s_ij) ),  w_ip = 2 - n
 The softmax runs over all n positives of the batch, so weights are 1 on average and near 2 for a positive of low
 similarity (Yeh et al., arXiv 2110.06848; sigma .5 in the released code). tau s is the similarity without temperature.
 The gradient flows through the weight, as in the released code. Rows are coupled by the softmax. Cost: as `dcl`.
+
+When: as `dcl`, and far positives should count more than near ones.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ already ranks high pushes the others down. Its softmax baseline is `{type: infon
 positives of a row, which the released code does not divide by. The released code masks with -100, here masked cells are
 out. For ungraded data this is `infonce`; the difference is that it does not look at grades. Cost: one logsumexp over
 (Q, C).
+
+When: queries have many positives (labels, tags) that must not push each other down.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ L_i = sum_p w_ip * -log( exp(s_ip) / (exp(s_ip) + sum_{j in negatives(i, p)} exp
 
 With one positive a query this is the loss of van den Oord et al. (arXiv 1807.03748, eq. 4) as every embedder uses it.
 Cost: one logsumexp over (G, C), a row for each query and distinct grade of its positives (Q for ungraded data).
+
+When: nothing speaks for another one. The default; the only one that needs no more than pairs.
 """
 
 from __future__ import annotations

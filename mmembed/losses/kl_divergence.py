@@ -4,6 +4,8 @@ L_i = sum_j y_ij log( y_ij / x_ij ),  x = softmax(s_i), y = softmax(r_i / tau_la
 
 The list-wise baseline of SyCL (arXiv 2503.23239), "batchmean" there: mean over queries. It has the gradient of
 `listnet` and is 0 where scores order as grades do. Cost: two softmaxes over (Q, C).
+
+When: documents have grades and the order within a query matters; `listnet` has the same gradient.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ L_i = -sum_j y_ij log x_ij,  x = softmax(s_i), y = softmax(r_i / tau_label) over
 
 Cao et al., "Learning to rank: from pairwise approach to listwise approach" (ICML 2007), with the probabilities of the
 first place. It is `kl_divergence` plus the entropy of the grades, which has no gradient. Cost: as `kl_divergence`.
+
+When: documents have grades and the order within a query matters; the classic to compare others with.
 """
 
 from __future__ import annotations

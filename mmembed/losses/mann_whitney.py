@@ -11,6 +11,8 @@ Cost: P positives times |N| negatives, 5e11 for 4,096 queries with 32,768 candid
 one number that are smooth on the scale of 1, so beyond 2^24 comparisons the negatives are counted in cells of width
 1/16 with their first three moments about the middle (Taylor's formula: relative error under 1e-7) and positives meet
 cells: a few passes over (Q, C) in blocks, nothing of size P x |N|. Gradients come from the same formula.
+
+When: scores of different queries are compared: one threshold for all, filtering, deduplication.
 """
 
 from __future__ import annotations

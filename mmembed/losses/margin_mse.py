@@ -5,6 +5,8 @@ L_i = mean_{p, n} ( (s_ip - s_in) - (t_ip - t_in) )^2 over a query's positives a
 Hofstätter et al. (arXiv 2010.02666), on raw dot products: `similarity: dot, temperature: 1.0`. Margins do not depend on
 where the teacher's scores are centred, but on their scale. Cost: a few passes over (Q, C): with a = s - t the mean over
 pairs is var(a_p) + var(a_n) + (mean a_p - mean a_n)^2, without pairs.
+
+When: a teacher scored a positive and negatives of each query, on a scale worth copying.
 """
 
 from __future__ import annotations

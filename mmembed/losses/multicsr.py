@@ -7,6 +7,8 @@ each document here. A negative without a guide's score counts. The released code
 makes it exp(0) = 1 instead of removing it, writes the threshold as phi / .05 whatever the temperature, and averages a
 binary cross-entropy over all B x 2B cells, whose size shrinks with the batch; here masked cells are out and the loss is
 InfoNCE. Cost: that of `infonce`.
+
+When: in-batch or mined negatives may be false, and a frozen guide's similarities are in the data.
 """
 
 from __future__ import annotations

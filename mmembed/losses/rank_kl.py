@@ -3,6 +3,8 @@
 r_i = average rank of y_i (0 is the highest, equal ones share), t_i = (N - 1 - r_i) / (N - 1),
 L = KL( softmax(t / tau) || softmax(s / tau) ) / N, as in CoDiEmb (arXiv 2508.11442). The division by N is that of the
 released code (`batchmean` of a row): its weight 5 means 5 / N, so the batch size moves the mix. Cost: a sort of (Q, C).
+
+When: pairs carry a similarity and Spearman's correlation is what is measured.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ DEXML (arXiv 2310.10636). The gradient through t is that of the implicit functio
 v = alpha p (1 - p). t is found by Newton steps kept inside a bracket, which halve it where they would leave it. The
 released code masks with -100, here masked cells are out. Cost: about ten passes over (Q, C) without gradients, in
 blocks of rows, then a sigmoid with them.
+
+When: what counts is whether positives are among the first k, not where (recall@k).
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ where exchanging it moves something at the top (LambdaRank). Ranks are whole num
 InfoNCE part has all valid candidates as negatives, the query's own too. The released code averages over the pairs of
 the whole batch; here over those of the query, so that its loss does not depend on its neighbours: equal where all
 queries have as many. Cost: (Q, K, K) pairs of the K scored candidates, and one logsumexp over (Q, C).
+
+When: documents carry a language model's feedback (how much an example helps it) and retrieval is for prompts.
 """
 
 from __future__ import annotations

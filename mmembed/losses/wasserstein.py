@@ -12,6 +12,8 @@ What it is blind to: L compares statistics of the batch, so exchanging the score
 Keep in-batch negatives on (without other queries' columns and with grades in one order, C_Y is 0), keep batches large,
 and look at an evaluation by query. Cost: two softmaxes over (n, C), two products (n, C) x (C, n) and a singular value
 decomposition of (n, n), about 20 n^3 operations; rows are coupled.
+
+When: documents have several grades (synthetic passages of SyCL) and batches are large.
 """
 
 from __future__ import annotations

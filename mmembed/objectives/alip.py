@@ -7,6 +7,8 @@ x are queries, t their positives, c synthetic captions (the second positive of a
 - a_i = e^{(s(x_i, t_i) - H_xt)}^gamma and b_i alike with c where w_i is below 1, else 1.
 H are running means (.99, first 1) of each similarity over batches, updated before they are used, and saved; all
 similarities are cosines. Cost: (N, N) floats four times.
+
+When: pictures come with a noisy text of the web and a synthetic caption, and neither can be trusted alone.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ does not run and the paper leaves open how heads are joined: the sum inside the 
 temperature is an MLP of a pair; ours is the mean of a function of either side, tau = low + (high - low) / 2
 (sigmoid(f_m(x_i)) + sigmoid(f_m(y_j))), which needs no N^2 vectors. Heads serve the training alone: what is saved and
 searched is the embedding before them. Cost: (M, N, N) floats twice.
+
+When: one similarity cannot say in what respect two things are alike; experimental.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ L = sum_p w+_p c(x, x+_p) - sum_n w-_n c(x, x-_n),  w+ = softmax(t+ c),  w- = so
 two views, a row of the first against the other samples of the second. With two views w+ is 1 and only the repulsion is
 weighted. Unit vectors bound the repulsion, so the loss is at most 4 away from 0. Gradients flow through the weights as
 in the authors' small-scale code; `detach_weights` stops them as in their ImageNet code. Cost: (N, N) a pair of views.
+
+When: batches are small, and hard pairs should weigh more without a temperature to tune.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ L = InfoNCE both ways(x, y) + weight / 2 ( InfoNCE(x, x') + InfoNCE(y, y') )
 (arXiv 2303.03323.) The self terms have one direction, from a content to the augmentations. They break what poisoned
 pairs have taught; train on clean pairs only. The augmented query x' is the second positive of a record, the augmented
 positive y' its third. Cost: (N, N) floats four times.
+
+When: pairs of the web may be poisoned and a clean set with augmentations is at hand.
 """
 
 from __future__ import annotations

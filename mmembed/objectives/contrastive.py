@@ -6,6 +6,8 @@ a process's reverse loss weighs as many as it has, so that the mean over process
 A loss that couples its rows gets the queries of all processes, so that it is the same number everywhere. Cost: three
 products of (Q, E) and (C, E), one float and one bool a cell of (Q, C), and the loss in blocks of rows; a few (Q, C) of
 floats more for losses that couple rows and for late interaction.
+
+When: any loss over scores is wanted, with its similarity, masks, temperature and direction.
 """
 
 from __future__ import annotations

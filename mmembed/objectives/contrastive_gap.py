@@ -7,6 +7,8 @@ L = L_clip + L_uniform + L_xuniform + L_align over unit vectors x (queries) and 
 - L_align = mean_i |x_i - y_i|^2.
 The normaliser 1/N (not 1/N^2) shifts values, not gradients. Pairs of one content do not repel each other. Cost: (N, N)
 floats four times.
+
+When: pictures and texts lie in two separate regions and a mixed index ranks one of them first.
 """
 
 from __future__ import annotations

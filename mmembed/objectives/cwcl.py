@@ -6,6 +6,8 @@ L = -1/N sum_i 1 / (sum_j w_ij) sum_j w_ij log softmax_j(u_i.v_j / tau),  w_ij =
 frozen there; here they never get a gradient through w. `reverse` averages with plain InfoNCE from v to u (our reading).
 An encoder whose vectors lie in a narrow cone makes all w nearly 1 and the target nearly uniform: watch the logged
 `weight_entropy` (share of that of equal weights), and raise `sharpness`. Cost: (N, N) floats three times.
+
+When: a tower is frozen and good: what it finds alike is a graded target for the other one.
 """
 
 from __future__ import annotations

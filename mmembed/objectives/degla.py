@@ -9,6 +9,8 @@ The released TGC masks the wrong negatives (it tiles where they are stored sampl
 There the teacher is a running mean of the weights (.9996), and the squared distance to it is added (.005, summed). The
 trainer holds one model, so our teacher of TGC is the positive's own vector without a gradient, and the distillation
 term, which would be 0, is left out: what protects from forgetting is missing. Cost: (N, N (1 + H)) floats.
+
+When: captions have hard negatives of word order or attributes, and what the model knew must stay.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ Every caption stays in the denominator of a query, its own others too; the targe
 sum over captions and no mean, as in the authors' code. The captions are the positives of a record in order. The term
 that groups sub-captions with patches of the picture needs patch weights, which one vector an input has not. Cost:
 (N, N K) floats twice.
+
+When: a picture has several captions, sentences of a long one for example, and all of them are right.
 """
 
 from __future__ import annotations

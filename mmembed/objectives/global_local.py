@@ -6,6 +6,8 @@ for queries and for positives, averaged (arXiv 2202.10401): z_il are the unit ve
 `multi_vector`), g_i the unit vector of their mean. Vectors of other inputs of the same side are negatives, those of the
 same content are not. The paper pools patches before this term and takes g from the model's own global token; here g is
 the mean. Cost: N x N T products a side, in blocks of rows that are made again in the backward.
+
+When: pooling is `multi_vector` and the parts of an input should agree with the whole.
 """
 
 from __future__ import annotations

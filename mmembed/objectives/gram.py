@@ -7,6 +7,8 @@ det = |a|^2 det(G) - g^T adj(G) g, with G the Gram matrix of the other modalitie
 matrix is inverted, so nothing happens where modalities coincide, and the root has an epsilon inside (the rounding of
 the dtype), so its gradient stays finite there; the released code's is NaN. A volume cannot tell a vector from its
 negative. Cost: (N, N) floats k (k + 1) / 2 times.
+
+When: a sample has three modalities or more, and all of them should be near each other at once.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ The teacher there is the frozen model that training starts from; the trainer hol
 itself without a gradient: the same in the first step, and close to it at the paper's rate of 1e-6 for one epoch. It
 then drifts with the student, which weakens what the term preserves; `distillation` takes a real teacher's vectors.
 Cost: (N, N) floats four times.
+
+When: beside `rafa`, or alone where a fine-tuning must not forget how it ranked before.
 """
 
 from __future__ import annotations

@@ -14,6 +14,9 @@ repository builds a mask of negatives and does not use it; here it counts.
 The memory (log u, tau, m of both sides) is kept by the content of the query: six numbers a pair, gathered, so that all
 processes hold the same, saved and resumed. Data whose queries never come back gain nothing. Cost: (N, N) floats four
 times.
+
+When: batches are small and data uneven: frequent meanings want a higher temperature than rare ones. Needs several
+epochs.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ L = mean_i ( sum_v log sum_{j != i} e^{z_iv.z_jv / tau} - log sum_{v != w} e^{z_
 repel each other. The numerator counts ordered pairs of views, as the formula is printed; the released code counts
 unordered ones, a difference of log 2 in the value and none in the gradient. Pairs of one content are no negatives; a
 sample without another one has no loss. Cost: (V, N, N) floats.
+
+When: a sample has three views or more of different modalities, which should not repel each other.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ L = -mean_i log( sum_{v != w} e^{z_iv.z_iw / tau} / sum_{v, (j, w) counted} e^{z
 (arXiv 2507.06979, README of the authors' code.) What the denominator counts: `cross` views other than v of all samples,
 as the formula is printed; `all` views of all samples but (i, v) itself, as the code that the authors released does.
 Pairs of one content are no negatives. Cost: (V N, V N) floats.
+
+When: a sample has three views or more, one ratio for all instead of one a pair of views.
 """
 
 from __future__ import annotations

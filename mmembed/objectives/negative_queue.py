@@ -11,6 +11,8 @@ No momentum encoder: the trainer holds one model, so the queue's vectors are tho
 where Contriever's come from a slow copy (m .9995). They go stale within some tens of steps at common learning rates,
 hence a short default; Contriever's 131,072 and ESimCSE's 2.5 batches are for momentum encoders. Cost: (N, N + size)
 floats, and size x E in memory.
+
+When: memory or data allow small batches only, and the queue is the way to more negatives.
 """
 
 from __future__ import annotations

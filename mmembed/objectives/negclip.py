@@ -5,6 +5,8 @@ L = 1/2 ( InfoNCE(image -> captions and all negative captions) + InfoNCE(caption
 That is `contrastive`, symmetric, on records whose negatives are such captions. A negative that equals a positive of the
 query (nothing in it could be swapped) is masked out. Records for it come from swaps of words (nouns, adjectives, verb
 phrases); the paper's batches also hold the nearest pictures of each picture. Cost: that of `contrastive`.
+
+When: captions have negatives that differ in word order, attribute or relation.
 """
 
 from __future__ import annotations

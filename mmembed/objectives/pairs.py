@@ -4,6 +4,8 @@ Each query meets its own documents only; N pairs give Scores of one row (1, N): 
 relevance = the gold similarity in [0, 1]. So a loss that ranks candidates ranks pairs. Nothing is gathered from other
 processes, as in CoDiEmb (arXiv 2508.11442, training code): each process has the loss of its own pairs, and gradients
 are averaged. Cost: (Q, N) similarities, of which N are read.
+
+When: the data are graded pairs (STS); choose the loss by its name.
 """
 
 from __future__ import annotations

@@ -14,6 +14,8 @@ both come from the batch, which needs no pass over the data but sees no more tha
 prototypes without a sample: SwAV then adds a queue, here choose K below the global batch. Prototypes serve the training
 alone. No negatives are compared, so false ones do not exist, and any source will do. Cost: (N, K) floats, 2 x
 `iterations` times.
+
+When: samples have meanings in common and no labels: clusters instead of false negatives.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ The same r for both sides (the path of the released code with a noise each has a
 between modalities without a contrast; beside it `hycd` keeps what the model knows: `[rafa, hycd]` is CLIP-Refine with
 its weights 1 and 1. Numbers follow from (seed, step), the same in all processes. The mean is over N E values, so the
 gradient is small by E: that is as published, with AdamW. Cost: (N, E) floats.
+
+When: as a term, to close the gap of modalities after training; with `hycd` it is CLIP-Refine.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ L = mean_i -(tau / tau_base) / |P(i)| sum_{p in P(i)} log( e^{z_i.z_p / tau} / s
 (Khosla et al., arXiv 2004.11362, eq. 2, L_out.) The two views of a sample are a query and its positive; samples are of
 one class where they share a document by content or by id (documents that stand for a class carry its name as id), or
 the query. Cost: (2 N, 2 N) floats.
+
+When: queries carry classes: classification, intents, clustering.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ the step is made. There, primed vectors come from a momentum encoder and the cro
 (.4); the trainer holds one model, so ours are its own vectors without a gradient and hard targets, and queues go stale
 sooner (see `negative_queue`). The two terms of a vector with its own tokens are `global_local`. Cost: (N, N) floats
 twice, (N, N + size) twice.
+
+When: both sides have augmentations and each modality should stay ordered within itself.
 """
 
 from __future__ import annotations

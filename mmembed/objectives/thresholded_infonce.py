@@ -4,6 +4,8 @@ L = mean over i with y_i >= threshold of -log( e^{s_ii / tau} / sum_j e^{s_ij / 
 2508.11442, training code: tau 0.02, threshold 1), which takes the vectors of the middle hidden layer. Here they are the
 final ones: a model gives one set of vectors an input, so the middle layer cannot be had. As there, documents of other
 processes are no candidates.
+
+When: graded pairs should also contrast: the best of them are anchors against all others.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ As there, no gradient flows through the covariance. Permutations follow from (se
 that it would have drawn. Groups must be much narrower than the batch: an N of the group's size or less is refused, and
 directions with less than 1e-5 of the group's largest variance are not blown up. What is saved and searched is the
 embedding itself. Cost: (N, N) floats and E / group_size decompositions of (group_size, group_size), K + 1 times.
+
+When: vectors of a frozen or lightly trained backbone are anisotropic and batches hold 64 or more.
 """
 
 from __future__ import annotations

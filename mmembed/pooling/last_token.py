@@ -1,4 +1,7 @@
-"""The hidden state of the last token: the one that has seen everything under causal attention."""
+"""The hidden state of the last token: the one that has seen everything under causal attention.
+
+When: the backbone stays causal and is large enough to gather a meaning in its last token.
+"""
 
 import torch
 

@@ -7,6 +7,8 @@ pre-norm GEGLU feed-forward, residual; masked mean.
 projection; an MLP of two linear layers with GELU between; mean.
 Cost a token: `num_heads * dim_head * (2 * hidden + 2 * num_latents)` multiply-adds for the attention, and as much as a
 decoder layer's feed-forward.
+
+When: the backbone is bidirectional and data suffice to train a block of its own (NV-Embed's hundreds of sets).
 """
 
 from typing import ClassVar, Literal

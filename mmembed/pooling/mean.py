@@ -1,4 +1,7 @@
-"""Mean over the tokens of the pool mask."""
+"""Mean over the tokens of the pool mask.
+
+When: the backbone is bidirectional, or small. The default.
+"""
 
 import torch
 

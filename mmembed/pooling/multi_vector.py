@@ -2,6 +2,8 @@
 
 The vectors are normalised one by one by the model and compared by the objective's `maxsim`; the pool mask goes with
 them, so padding and instruction tokens never match anything.
+
+When: quality matters more than the size of the index: late interaction over tokens and patches.
 """
 
 import torch

@@ -1,6 +1,8 @@
 """Mean with weights that grow with the position (SGPT, arXiv 2202.08904, equation 2).
 
 Under causal attention later tokens have seen more; the i-th pooled token weighs i / sum of 1..n.
+
+When: the backbone stays causal and is small: later tokens have seen more.
 """
 
 import torch

@@ -1,4 +1,7 @@
-"""The content as the user's turn of the backbone's own chat template, the instruction as the system's turn."""
+"""The content as the user's turn of the backbone's own chat template, the instruction as the system's turn.
+
+When: the backbone is a chat model and is fine-tuned as an embedder.
+"""
 
 from mmembed.content import Content, Role
 from mmembed.prompts import PromptStyle, Rendered

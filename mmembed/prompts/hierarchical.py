@@ -4,6 +4,8 @@ The system turn is the same for queries and documents: summarise an image, descr
 holds the instruction and the content; a query ends with a request to represent it in one word. The embedding is the
 last token's state, after the assistant's header: use last_token pooling. The strings are part of a checkpoint: to
 serve a model trained elsewhere, set them to its own.
+
+When: a chat model embeds several data sets without training, or as the start of SaHa.
 """
 
 from mmembed.content import Content, Role

@@ -1,4 +1,7 @@
-"""`Instruct: ... Query: ...` before a query, documents bare (E5-mistral, arXiv 2401.00368; NV-Embed, section 4)."""
+"""`Instruct: ... Query: ...` before a query, documents bare (E5-mistral, arXiv 2401.00368; NV-Embed, section 4).
+
+When: several tasks are told apart by an instruction on the query's side.
+"""
 
 from mmembed.content import Content, Role
 from mmembed.errors import ConfigError

@@ -2,6 +2,8 @@
 
 PromptEOL (arXiv 2307.16645) and E5-V (2407.12580) showed that a generative model compresses its input best when it is
 about to say it in one word. Use it with last_token pooling; works without any training.
+
+When: a chat model embeds without training.
 """
 
 from mmembed.content import Content, Image, Role, Text, Video

@@ -1,4 +1,7 @@
-"""The content alone, after its instruction if it has one."""
+"""The content alone, after its instruction if it has one.
+
+When: the backbone is no chat model, or prefixes are fixed (`query: `, `passage: `). The default.
+"""
 
 from mmembed.content import Content, Role
 from mmembed.prompts import PromptStyle, Rendered

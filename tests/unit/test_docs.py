@@ -16,6 +16,8 @@ from mmembed.data.dataset import RecordDataset, locate, media_store
 from mmembed.data.format_base import FORMATS
 from mmembed.data.records import parse_record
 from mmembed.objectives import build_objective
+from mmembed.pooling import POOLINGS
+from mmembed.prompts import PROMPTS
 from mmembed.training.batch_report import check_sources
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,6 +29,21 @@ def test_methods_tables_are_current():
         [sys.executable, "tools/methods_tables.py", "--check"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs" / "methods").glob("*.md")), ids=lambda page: page.stem)
+def test_the_line_of_yaml_of_every_method_is_its_defaults(page):
+    entries = re.findall(r"^## (\w+)\n.*?```yaml\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+    assert len(entries) >= 5
+    for name, text in entries:
+        ((key, block),) = yaml.load(text, _Loader).items()
+        assert block["type"] == name
+        if key == "objective":
+            build_objective(block, embedding_size=256)
+        else:
+            registry = {"pooling": POOLINGS, "prompt": PROMPTS}[key]
+            given = {"hidden_size": 64} if key == "pooling" else {}
+            registry.build(block, **given)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
