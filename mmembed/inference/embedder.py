@@ -57,7 +57,8 @@ if TYPE_CHECKING:
 Batch = tuple[list[int], Tensor, Tensor | None]  # positions in the contents, vectors, mask; on the CPU
 Planned = tuple[list[int], Sequence[Row], int, bool]  # positions in the contents, rows, shared tokens, packed
 Vectors = Any  # (N, W) numpy array or tensor; a list of (T, W) for multi-vector models
-TOKEN_BUDGETS = {"cpu": 2048}  # padded tokens in a batch: what stays in the processor's cache (see docs/inference.md)
+CPU_TOKENS = 2048  # padded tokens in a batch: what stays in the processor's cache (see docs/inference.md)
+AMX_TOKENS = 4096  # of texts in bfloat16 where the processor has matrix units for it: less would not fill them
 TOKEN_BUDGET = 16384  # on accelerators
 WINDOW = 16384  # contents tokenized together: bounds the memory for token ids, loses nothing measurable in padding
 PREPARED = 2  # batches prepared ahead of a model that computes one at a time
@@ -69,7 +70,7 @@ class _How:
 
     role: Role
     instruction: str | Sequence[str | None] | None
-    token_budget: int
+    token_budget: int | None
     share_prefix: bool
     packed: bool
 
@@ -178,7 +179,7 @@ class Embedder:
             role: "query" or "document": the prompt style decides what it means.
             instruction: one for all contents, or one a content; a content that brings its own keeps it.
             token_budget: padded tokens in a batch, visual tokens included; a longer content is a batch of its own.
-                None: 2048 on a CPU, 16384 on an accelerator.
+                None: 2048 on a CPU (4096 for texts in bfloat16 with AMX), 16384 on an accelerator.
             share_prefix: "auto" computes tokens that contents of a batch begin with (an instruction) once, where the
                 backbone allows it (see `EmbeddingModel.unshared`); "off" for each content. The same vectors.
             attention_kernel: "packed" computes texts without padding, "padded" with it; the same vectors. "auto" packs
@@ -199,7 +200,9 @@ class Embedder:
         _check_options(role=role, output=output, share_prefix=share_prefix, attention_kernel=attention_kernel)
         share = share_prefix == "auto" and self.model.unshared() is None
         packed = self.model.unpacked(attention_kernel, self.device, self.model.dtype) is None
-        how = _How(role, instruction, self._budget(token_budget), share, packed)
+        if token_budget is not None and token_budget < 1:
+            raise MmembedError(f"token_budget: {token_budget}; give at least 1, typically 2048 to 32768")
+        how = _How(role, instruction, token_budget, share, packed)
         multi_vector, normalize = self.model.pooling.multi_vector, self.model.normalize
         precision = check_precision(precision)
         store = _Store(len(contents), self.embedding_size, truncate_dim, precision, normalize, multi_vector)
@@ -230,11 +233,11 @@ class Embedder:
 
     # Batches --------------------------------------------------------------------------------------------------------
 
-    def _budget(self, asked: int | None) -> int:
-        budget = TOKEN_BUDGETS.get(self.device.type, TOKEN_BUDGET) if asked is None else asked
-        if budget < 1:
-            raise MmembedError(f"token_budget: {budget}; give at least 1, typically 2048 to 32768")
-        return budget
+    def _default_budget(self, rows: Sequence[Row]) -> int:
+        if self.device.type != "cpu":
+            return TOKEN_BUDGET
+        units = self.model.dtype == torch.bfloat16 and cpu_capabilities().get("amx_bf16")
+        return AMX_TOKENS if units and not any(row.images for row in rows) else CPU_TOKENS
 
     def _batches(self, contents: Sequence[ContentLike], how: _How) -> Iterator[Batch]:
         """The vectors of each batch, wherever they were computed."""
@@ -270,7 +273,8 @@ class Embedder:
                     items.append(_item(contents[index], how.role, how.instruction_of(index)))
             rows = self._tokenize(items, start)
             shareable = [self.preprocessor.shareable(row) for row in rows] if how.share_prefix else None
-            for chunk in plan_chunks(rows, how.token_budget, shareable=shareable, packed=how.packed):
+            budget = how.token_budget or self._default_budget(rows)
+            for chunk in plan_chunks(rows, budget, shareable=shareable, packed=how.packed):
                 yield [start + index for index in chunk.index.tolist()], chunk.rows, chunk.shared, chunk.packed
 
     def _tokenize(self, items: Sequence[Item], start: int) -> list[Row]:

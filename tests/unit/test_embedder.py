@@ -86,6 +86,28 @@ def test_batches_beside_each_other(embedder, contents, alone, monkeypatch):
     np.testing.assert_allclose(together, np.concatenate([alone] * 4), atol=2e-6)
 
 
+@pytest.mark.parametrize(
+    ("amx", "dtype", "pictured", "tokens"),
+    [
+        (True, "bfloat16", False, 4096),
+        (True, "bfloat16", True, 2048),
+        (True, "float32", False, 2048),
+        (False, "bfloat16", False, 2048),
+    ],
+)
+def test_matrix_units_want_larger_batches_of_texts(family_folder, monkeypatch, amx, dtype, pictured, tokens):
+    embedder = Embedder(*build_from_settings(EmbedderSettings(str(family_folder("qwen3_vl")), dtype=dtype)))
+    monkeypatch.setattr(module, "cpu_capabilities", lambda: {"amx_bf16": amx})
+    seen = []
+    plan = module.plan_chunks
+    monkeypatch.setattr(
+        module, "plan_chunks", lambda rows, budget, **rest: seen.append(budget) or plan(rows, budget, **rest)
+    )
+    embedder.encode(["a", "b", *([{"image": picture(0)}] if pictured else [])])
+    embedder.encode(["a"], token_budget=77)
+    assert seen == [tokens, 77]
+
+
 def test_windows_join(embedder, contents, alone, monkeypatch):
     monkeypatch.setattr(module, "WINDOW", 2)
     np.testing.assert_allclose(embedder.encode(contents), alone, atol=2e-6)
