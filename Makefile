@@ -1,8 +1,6 @@
 # Every target makes the virtual environment .venv first where it is missing; nothing has to be installed by hand.
 SHELL := /bin/bash
 PY := .venv/bin/python
-# Spinning OpenMP threads collapse as soon as two processes share the cores; passive waiting costs little alone.
-export OMP_WAIT_POLICY ?= passive
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 PYTEST_ARGS ?=
@@ -16,6 +14,8 @@ env: .venv/.complete
 demo: env
 	$(PY) recipes/demo.py --output runs/demo
 
+# Spinning OpenMP threads collapse as soon as two processes share the cores.
+test: export OMP_WAIT_POLICY ?= passive
 test: env
 	OMP_NUM_THREADS=1 TORCH_EXTENSIONS_DIR=$$(mktemp -d) $(PY) -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 

@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--worst-batch-first", action="store_true", help="the batch with the most tokens before step 1, without effect"
     )
     options = parser.parse_args(arguments)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads would spin beside the workers
     try:
         train(
             load_config(
