@@ -1,7 +1,7 @@
-"""RMSNorm and rotary positions on a CPU: the stock formulas in fewer passes over memory, where no gradient is needed.
+"""RMSNorm, rotary positions and feed-forwards on a CPU: the stock formulas in fewer passes over memory.
 
 Between its products a decoder reads and writes its hidden states again and again; of a narrow one in bfloat16 that was
-45 % of the time on an Intel processor with AMX, and most of it these two:
+45 % of the time on an Intel processor with AMX, and most of it these three:
 
 * An RMSNorm of transformers makes three float32 copies of its input and four further passes. Here one float32 buffer
   receives a block of rows, is normalised in place and written out, before the next block: it stays in the cache of a
@@ -9,6 +9,9 @@ Between its products a decoder reads and writes its hidden states again and agai
 * Rotary positions negate, concatenate, multiply twice and add: with the sign moved to the sine, which the heads share,
   a concatenation and two in-place operations are left. 4 heads of 64: 582 -> 403 us, in float32 865 -> 492. Vision
   towers of the Qwen-VL families rotate in float32, here in blocks as well: 5,496 patches, 4 heads of 32, 2,482 -> 916.
+* A feed-forward writes and reads its wide inside (three times with a gate). Rows do not meet in it, so it is computed
+  for some hundred rows at a time, whose inside stays in the cache: 4,096 tokens, 256 -> 768 -> 256 with a gate, in
+  bfloat16 9.2 -> 5.6 ms, in float32 29.7 -> 22.0; 2,048 tokens 3.8 -> 3.2 and 15.0 -> 10.8.
 
 Nothing is told from names alone: a module or a function is replaced when random inputs show that it computes this
 formula. The replacement is its class, a subclass that hands on to the stock whatever is not inference on a CPU. Pickles
@@ -21,7 +24,7 @@ import copy
 from collections.abc import Callable
 from functools import cache, partial
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +33,7 @@ BLOCK = 2**17  # float32 numbers (512 KB) a core normalises at a time; 256 KB an
 DTYPES = (torch.float32, torch.bfloat16)
 SCALES = (1e-6, 1e-3, 1.0, 30.0)  # of the rows of a probe: among small ones epsilon is seen, whatever it is
 ROTATED = 2**16  # the same for rotations, which hold two such blocks
+ROWS = 512  # tokens a core sends through a feed-forward at a time; 256 and 1,024 took 0 to 20 % longer
 Rotation = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -39,11 +43,17 @@ def accelerate_elementwise(model: nn.Module) -> None:
     What patches a module of transformers afterwards (its `apply_rotary_pos_emb`, say) is not seen by attentions
     prepared before, but by those prepared from then on.
     """
+    feed_forward: dict[type[nn.Module], bool] = {}  # a class is tried once, for its weights may be large
     for module in model.modules():
         if not isinstance(module, _Quick):
             form = _norm_form(module)
             stock: Any = type(module)  # for mypy, which holds classes of modules for unhashable
-            better = _rotary_class(stock) if form is None else _norm_class(stock, *form)
+            if form is not None:
+                better: type[nn.Module] | None = _norm_class(stock, *form)
+            else:
+                if stock not in feed_forward:
+                    feed_forward[stock] = _is_feed_forward(module)
+                better = _by_rows_class(stock) if feed_forward[stock] else _rotary_class(stock)
             if better is not None:
                 module.__class__ = better
 
@@ -132,6 +142,52 @@ def _norm_form(module: nn.Module) -> tuple[str, float] | None:
                 if _alike(stock, rms_norm(hidden, trial, value, offset)):
                     return name, offset
     return None
+
+
+# Feed-forwards ------------------------------------------------------------------------------------------------------
+
+
+class _ByRows(_Quick):
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
+        """(..., D) -> (..., D), some rows after the others; for a gradient, or by name, as the stock."""
+        stock = super().forward
+        alone = len(inputs) == 1 and not named and not torch.is_grad_enabled()
+        size = ROWS * torch.get_num_threads()
+        if not alone or inputs[0].device.type != "cpu" or inputs[0].numel() < 2 * size * inputs[0].shape[-1]:
+            whole: Tensor = stock(*inputs, **named)
+            return whole
+        rows = inputs[0].reshape(-1, inputs[0].shape[-1])  # (N, D)
+        output = torch.empty_like(rows)
+        for block, result in zip(torch.split(rows, size), torch.split(output, size), strict=True):
+            result.copy_(stock(block))
+        return output.view(inputs[0].shape)
+
+
+@cache
+def _by_rows_class(stock: type[nn.Module]) -> type[nn.Module]:
+    return _subclass(stock, _ByRows, {})
+
+
+def _is_feed_forward(module: nn.Module) -> bool:
+    """Whether it is two or three linear maps and an activation, and random rows show that they do not meet in it."""
+    linear = [child for child in module.children() if hasattr(child, "in_features")]
+    others = [child for child in module.children() if not hasattr(child, "in_features")]
+    plain = not module._parameters and not module._buffers and "forward" not in vars(module)
+    if not plain or len(linear) not in (2, 3) or any(True for child in others for _ in child.parameters()):
+        return False
+    weight = next(module.parameters())
+    if weight.device.type != "cpu" or not weight.is_floating_point():
+        return False
+    width = int(cast("nn.Linear", linear[0]).in_features)
+    rows = torch.randn(3, width, generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+    with torch.no_grad():
+        stock = _outcome(module.forward, rows)
+        together = _outcome(module.forward, rows[None])
+        alone = [_outcome(module.forward, row) for row in rows.split(1)]
+    if not isinstance(stock, Tensor) or stock.shape != rows.shape or not all(isinstance(one, Tensor) for one in alone):
+        return False
+    rtol = 1e-5 if weight.dtype == torch.float32 else 2e-2
+    return _alike(stock[None], together, 1e-6, rtol) and _alike(stock, torch.cat(alone), 1e-6, rtol)
 
 
 # Rotary positions ---------------------------------------------------------------------------------------------------
@@ -233,7 +289,7 @@ def _outcome(function: Callable[..., Any], *tensors: Tensor) -> Any:
         return None
 
 
-def _alike(stock: object, ours: Tensor, atol: float = 0.0) -> bool:
-    if not isinstance(stock, Tensor) or stock.shape != ours.shape or stock.dtype != ours.dtype:
+def _alike(stock: object, ours: object, atol: float = 0.0, rtol: float = 1e-5) -> bool:
+    if not isinstance(stock, Tensor) or not isinstance(ours, Tensor):
         return False
-    return torch.allclose(stock, ours, rtol=1e-5, atol=atol)
+    return stock.shape == ours.shape and stock.dtype == ours.dtype and torch.allclose(stock, ours, rtol=rtol, atol=atol)

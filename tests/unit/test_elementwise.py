@@ -149,6 +149,62 @@ def test_norms_are_called_as_the_stock_is():
             norm(hidden_states=hidden)
 
 
+class FeedForward(nn.Module):
+    def __init__(self, width: int = 8, gated: bool = True) -> None:
+        super().__init__()
+        self.up, self.down, self.act = nn.Linear(width, 12), nn.Linear(12, width), nn.SiLU()
+        self.gate = nn.Linear(width, 12) if gated else None
+
+    def forward(self, hidden):
+        inside = self.act(self.up(hidden))
+        return self.down(inside if self.gate is None else inside * self.gate(hidden))
+
+
+class LooksBack(FeedForward):
+    """Rows meet."""
+
+    def forward(self, hidden):
+        return super().forward(hidden).cumsum(-2)
+
+
+class OfBatches(FeedForward):
+    """Refuses rows without a batch."""
+
+    def forward(self, hidden):
+        _, _, _ = hidden.shape
+        return super().forward(hidden)
+
+
+class WithState(FeedForward):
+    def forward(self, hidden):
+        return super().forward(hidden), None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gated", [True, False])
+def test_feed_forwards_take_some_rows_after_the_others(monkeypatch, gated, dtype):
+    monkeypatch.setattr(elementwise, "ROWS", 3)
+    layer, hidden = FeedForward(gated=gated).to(dtype), torch.randn(2, 10 * torch.get_num_threads(), 8).to(dtype)
+    expected, seen = layer(hidden).detach(), []
+    accelerate_elementwise(layer)
+    layer.up.register_forward_hook(lambda module, given, output: seen.append(len(given[0])))
+    with torch.no_grad():
+        torch.testing.assert_close(layer(hidden), expected, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-6)
+        size = 3 * torch.get_num_threads()
+        assert len(seen) > 2 and set(seen[:-1]) == {size} and sum(seen) == hidden.shape[0] * hidden.shape[1]
+        assert torch.equal(layer(hidden[:, :1]), layer(hidden=hidden[:, :1]))  # few rows, and by name: as the stock
+    seen.clear()
+    layer(hidden).sum().backward()
+    assert seen == [2] and layer.up.weight.grad is not None
+
+
+@pytest.mark.parametrize("stock", [LooksBack, OfBatches, WithState])
+def test_what_is_no_feed_forward_is_left_alone(stock):
+    layer = stock()
+    accelerate_elementwise(layer)
+    assert type(layer) is stock
+
+
 def interleaved(query, key, cos, sin, unsqueeze_dim=1):
     """Neighbouring columns are a pair, not columns of the two halves."""
     return tuple(
@@ -232,9 +288,10 @@ def test_rotation_of_patches_in_blocks_is_the_stocks(monkeypatch, dtype, toleran
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families_give_the_stock_vectors_and_gradients(family_folder, family):
+def test_families_give_the_stock_vectors_and_gradients(family_folder, monkeypatch, family):
     """Texts and pictures, float32 and bfloat16; afterwards the model trains as if nothing had happened."""
     model, preprocessor = build_from_settings(EmbedderSettings(str(family_folder(family)), dtype="float32"))
+    monkeypatch.setattr(elementwise, "ROWS", 4)
     model.eval()
     rough = copy.deepcopy(model).bfloat16()
     batch = preprocessor([Item(to_content(content)) for content in contents(family)])
@@ -251,7 +308,7 @@ def test_families_give_the_stock_vectors_and_gradients(family_folder, family):
     stock, stock_rough, stock_gradients, names = vectors(model), vectors(rough), gradients(), set(model.state_dict())
     for one in (model, rough):
         accelerate_elementwise(one.backbone)
-    for part in ("norm", "attn"):
+    for part in ("norm", "attn", "mlp"):
         assert any(part in name for name in replaced(model)), f"no {part} was replaced, so nothing is tested"
     if family in ("qwen2_5_vl", "qwen2_vl", "qwen3_vl"):
         assert any("visual" in name and "attn" in name for name in replaced(model))
