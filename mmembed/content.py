@@ -81,7 +81,9 @@ class Document:
 class Example:
     """One training or evaluation record.
 
-    `where` is `file:line` of its origin, for error messages; `visit` is how often a run has drawn it before.
+    `labels` are paths in trees of labels, from the top level down, that the query and its positives have in common; of
+    a plain label the path is the label alone. `where` is `file:line` of its origin, for error messages; `visit` is how
+    often a run has drawn it before.
     """
 
     query: Content
@@ -92,6 +94,7 @@ class Example:
     id: str | None = None
     where: str = ""
     visit: int = 0
+    labels: tuple[tuple[str, ...], ...] = ()
 
 
 def to_content(value: ContentLike) -> Content:

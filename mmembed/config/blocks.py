@@ -147,8 +147,8 @@ class DataConfig(_Block):
 
     `mixing` says how often which source comes: `temperature` gives a source without `weight` the weight size**alpha
     (`mixing_alpha`), `proportional` as many batches as it fills, `round_robin` one after the other. `ignore_fields`
-    names fields of the data that may go unused (`score`, `negatives`, `instruction`, `relevance`) or are taken out of
-    every record (`image`, `video`, `audio`).
+    names fields of the data that may go unused (`score`, `negatives`, `instruction`, `relevance`, `labels`) or are
+    taken out of every record (`image`, `video`, `audio`).
     """
 
     root: str | None = None
@@ -161,7 +161,9 @@ class DataConfig(_Block):
     positives_per_query: Positive = 1
     mixing: Literal["temperature", "proportional", "round_robin"] = "temperature"
     mixing_alpha: float = Field(default=0.5, ge=0)
-    ignore_fields: tuple[Literal["score", "negatives", "instruction", "image", "video", "audio", "relevance"], ...] = ()
+    ignore_fields: tuple[
+        Literal["score", "negatives", "instruction", "image", "video", "audio", "relevance", "labels"], ...
+    ] = ()
 
     @model_validator(mode="after")
     def _group(self) -> DataConfig:

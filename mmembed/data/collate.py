@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mmembed.config.blocks import SourceConfig
 from mmembed.content import Audio, Content, Document, Example, Image, Task, Text, Video
-from mmembed.data.labels import BatchLabels
+from mmembed.data.labels import BatchLabels, label_keys
 from mmembed.data.prefixes import Group, group_by_prefix
 from mmembed.data.records import is_untrainable_pair
 from mmembed.errors import MediaError, MmembedError, RecordError
@@ -172,6 +172,7 @@ class Collator:
             source=examples[0].source,
             scores=torch.tensor([math.nan if one.score is None else one.score for one in documents]),
             task=examples[0].task,
+            label_keys=label_keys([example.labels for example in examples]),
         )
         limits = [self.preprocessor.shareable(row) for row in rows] if self.share_prefix else None
         chunks = plan_chunks(rows, self.chunk_tokens, self.chunk_rows, where, limits, self.packed)

@@ -86,8 +86,8 @@ class RecordDataset(torch.utils.data.Dataset[Example]):
 
     Attributes:
         skipped: why and how often records were skipped.
-        fields: what the data carries: `score`, `negatives`, `relevance` (graded, but of STS), `instruction`, `image`,
-            `video`, `audio`.
+        fields: what the data carries: `score`, `negatives`, `relevance` (graded, but of STS), `instruction`, `labels`
+            (`classes` where they say no more than the ids of the positives), `image`, `video`, `audio`.
         tasks: the tasks that occur.
         grades: the relevances that occur.
         untrainable: how many STS records are neither positive nor negative pairs, and `file:line` of the first; of no
@@ -418,6 +418,9 @@ def fields_of(example: Example) -> Iterator[str]:
     """What an example carries, as `RecordDataset.fields` names it."""
     if example.instruction is not None:
         yield "instruction"
+    if example.labels:
+        told = {(document.id,) for document in example.documents if document.relevance > 0}
+        yield "classes" if told.issuperset(example.labels) else "labels"
     for document in example.documents:
         if document.score is not None:
             yield "score"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +54,8 @@ class BatchLabels:
     scores: (D,) float, what a teacher gave each document for its owner, in the teacher's units; NaN where it gave none.
         None: nowhere.
     task: of the records.
+    label_keys: (Q, L, D) int64, hashes of the names on each level of each query's label paths, see `label_keys`; 0
+        where a path or a level is missing. None: no record has labels.
     """
 
     owner: Tensor
@@ -63,6 +67,7 @@ class BatchLabels:
     source: str = ""
     scores: Tensor | None = None
     task: Task = Task.RETRIEVAL
+    label_keys: Tensor | None = None
 
     def to(self, device: torch.device | str) -> BatchLabels:
         """The same labels on another device."""
@@ -70,3 +75,28 @@ class BatchLabels:
             key: value.to(device) for key, value in vars(self).items() if isinstance(value, Tensor)
         }
         return dataclasses.replace(self, **tensors)
+
+
+def label_keys(labels: Sequence[Sequence[Sequence[str]]]) -> Tensor | None:
+    """Label paths of Q records -> (Q, L, D) int64: as many paths and levels as the record with the most, 0 beyond.
+
+    Returns None where no record has labels.
+
+    >>> keys = label_keys([[("hotel", "book")], [("hotel",), ("taxi",)]])
+    >>> keys.shape, bool(keys[0, 0, 0] == keys[1, 0, 0]), keys[0, 1].tolist()
+    (torch.Size([2, 2, 2]), True, [0, 0])
+    """
+    most = max(map(len, labels), default=0)
+    if not most:
+        return None
+    deepest = max(len(path) for paths in labels for path in paths)
+    keys = torch.zeros(len(labels), most, deepest, dtype=torch.long)
+    for row, paths in enumerate(labels):
+        for column, path in enumerate(paths):
+            keys[row, column, : len(path)] = torch.tensor([name_key(name) for name in path])
+    return keys
+
+
+def name_key(name: str) -> int:
+    """64 bits of a hash of a label's name, or of the name of one of its levels; never 0."""
+    return int.from_bytes(hashlib.blake2b(b"label" + name.encode(), digest_size=8).digest(), "little", signed=True) or 1

@@ -29,7 +29,7 @@ from mmembed.content import (
 from mmembed.errors import MmembedError, RecordError, nearest
 
 STS_POSITIVE = 0.8  # 4 of 5: what NV-Embed (arXiv 2405.17428) takes for a positive pair
-RECORD_KEYS = ("query", "documents", "instruction", "task", "source", "id")
+RECORD_KEYS = ("query", "documents", "instruction", "task", "source", "id", "labels")
 DOCUMENT_KEYS = ("content", "relevance", "score", "id")
 
 
@@ -72,6 +72,7 @@ def parse_record(record: Mapping[str, Any], where: str) -> Example:
         source=_string(record, "source", where) or "",
         id=_string(record, "id", where),
         where=where,
+        labels=_labels(record["labels"], where) if "labels" in record else (),
     )
 
 
@@ -97,6 +98,8 @@ def example_to_record(example: Example) -> dict[str, Any]:
         record["source"] = example.source
     if example.id is not None:
         record["id"] = example.id
+    if example.labels:
+        record["labels"] = [path[0] if len(path) == 1 else list(path) for path in example.labels]
     return record
 
 
@@ -157,6 +160,21 @@ def _below(value: Any, folder: Path) -> Any:
     if not isinstance(value, str) or "://" in value or value.startswith("data:"):
         return value
     return str(folder / value)
+
+
+def _labels(value: Any, where: str) -> tuple[tuple[str, ...], ...]:
+    """A list of labels, each a name or the names of its levels from the top down."""
+    paths = [[label] if isinstance(label, str) else label for label in value] if isinstance(value, list) else []
+    whole = all(isinstance(path, list) and path and all(isinstance(name, str) for name in path) for path in paths)
+    if not paths or not whole or not all(name.strip() for path in paths for name in path):
+        raise RecordError(
+            where,
+            f"'labels' is {value!r}",
+            'Write a list of labels, each a name or a list of the names of its levels: ["hello", ["hotel", "book"]]; '
+            "or remove the key",
+            "bad labels",
+        )
+    return tuple(tuple(path) for path in paths)
 
 
 def _document(item: Any, key: str, where: str) -> Document:

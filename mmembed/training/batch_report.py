@@ -235,7 +235,7 @@ def _unread(config: EmbedderConfig, objective: Objective) -> dict[str, str]:
             "(grades other than 0 and 1) has no effect with one positive a query, drawn whatever its grade: set "
             "data.positives_per_query to 2 or more"
         )
-    for field in ("score", "relevance"):
+    for field in ("score", "relevance", "labels"):
         if field not in objective.reads:
             unused[field] = "the objective's loss does not read"
     if config.data.train_group_size == config.data.positives_per_query:

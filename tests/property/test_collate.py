@@ -53,6 +53,20 @@ def example(index, positives=1, negatives=3, **options):
     return Example((Text(f"query {index}"),), tuple(documents), source="s", where=f"f:{index}", **options)
 
 
+def test_labels_of_records_become_keys_of_their_paths(preprocessor):
+    labelled = [
+        example(0, labels=(("hotel", "book"), ("hotel",))),
+        example(1),
+        example(2, labels=(("taxi", "book"),)),
+    ]
+    keys = collator(preprocessor)(labelled).labels.label_keys
+    assert keys.shape == (3, 2, 2)
+    assert keys[0, 0, 0] == keys[0, 1, 0] != 0 and keys[0, 0, 1] == keys[2, 0, 1] != 0
+    assert keys[0, 1, 1] == 0 and not keys[1].any() and not keys[2, 1].any()
+    assert keys[2, 0, 0] not in (0, keys[0, 0, 0])
+    assert collator(preprocessor)([example(1)]).labels.label_keys is None
+
+
 @settings(max_examples=25, deadline=None)
 @given(group=st.integers(1, 6), per_query=st.integers(1, 3), seed=st.integers(0, 9), count=st.integers(1, 6))
 def test_groups(preprocessor, group, per_query, seed, count):

@@ -26,10 +26,11 @@ def record(*relevances, task="retrieval"):
     return {"query": "query", "documents": documents, "task": task}
 
 
-def check(tmp_path, records, **data):
+def check(tmp_path, records, objective="contrastive", **data):
     path = tmp_path / "some.jsonl"
     path.write_text("".join(json.dumps(one) + "\n" for one in records))
-    config = build_config({"data": {"train": [{"path": str(path), "name": "some"}], "train_group_size": 4, **data}})
+    sources = {"train": [{"path": str(path), "name": "some"}], "train_group_size": 4, **data}
+    config = build_config({"data": sources, "objective": objective})
     datasets = [RecordDataset(source, cache_dir=tmp_path / "cache") for source in config.data.train]
     check_sources(datasets, config, build_objective(config.objective))
 
@@ -41,6 +42,16 @@ def test_grades_need_several_positives_a_query(tmp_path):
     check(tmp_path, graded, positives_per_query=2)
     check(tmp_path, graded, ignore_fields=["relevance"])
     check(tmp_path, [record(1, 1, 0)])
+
+
+def test_labels_want_an_objective_that_reads_them(tmp_path):
+    labelled = [{**record(1), "labels": [["hotel", "book"]]}]
+    with pytest.raises(ConfigError, match="'some' carries 'labels', which the objective's loss does not read"):
+        check(tmp_path, labelled)
+    check(tmp_path, labelled, ignore_fields=["labels"])
+    check(tmp_path, labelled, objective="tree_supcon")
+    with pytest.raises(ConfigError, match="'tree_supcon' compares labels, source 'some' has none"):
+        check(tmp_path, [record(1)], objective="tree_supcon")
 
 
 def test_grades_act_where_they_are_accepted():

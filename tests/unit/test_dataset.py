@@ -224,6 +224,21 @@ def test_fields_say_what_the_data_carries(tmp_path):
     assert build(tmp_path).fields == {"image", "instruction", "score", "relevance", "negatives"}
 
 
+def test_labels_that_the_ids_of_positives_tell_are_no_field_of_their_own(tmp_path):
+    """Whoever trains on a source of classes without reading labels leaves nothing unused."""
+    told = record("q", documents=[{"content": "d", "id": "hotel"}], labels=["hotel"])
+    for rows, fields in (
+        ([told], {"classes"}),
+        ([record("q", labels=["hotel"])], {"labels"}),
+        ([{**told, "labels": [["hotel", "book"]]}], {"labels"}),
+        ([{**told, "labels": ["hotel", "greeting"]}], {"labels"}),
+        ([told, record("q 2", labels=["taxi"])], {"classes", "labels"}),
+    ):
+        write(tmp_path / "r.jsonl", *rows)
+        assert build(tmp_path).fields == fields
+        assert build(tmp_path)[0].labels
+
+
 def test_keys_are_equal_exactly_where_queries_or_positives_are(tmp_path):
     by_id = [{"content": "other words", "id": "x"}]
     write(

@@ -53,6 +53,7 @@ FULL = Example(
     source="mine",
     id="7",
     where="f:1",
+    labels=(("greeting",), ("hotel", "book")),
 )
 
 
@@ -94,6 +95,12 @@ def test_pictures_in_memory_are_not_written():
         (good(instruction=3), "'instruction' is a int"),
         (good(instruction="a", query={"text": "q", "instruction": "b"}), "two instructions"),
         (good(documents=[{"content": {"text": "d", "instruction": "b"}}]), "document_instruction"),
+        (good(labels=[]), r"'labels' is \[\]. Write a list of labels.*or remove the key"),
+        (good(labels="greeting"), "'labels' is 'greeting'"),
+        (good(labels=[[]]), r"'labels' is \[\[\]\]"),
+        (good(labels=[["hotel", ""]]), "'labels' is"),
+        (good(labels=[["hotel", ["book"]]]), "'labels' is"),
+        (good(labels=[3]), r"'labels' is \[3\]"),
     ],
 )
 def test_bad_records_name_place_and_remedy(record, named):
@@ -248,6 +255,25 @@ def test_labelled_auto_takes_words_for_two_classes_and_examples_for_more(tmp_pat
     else:
         with pytest.raises(ConfigError, match="label_texts has no effect with positive: auto and 3 classes"):
             read("labelled", path, positive="auto", label_texts=texts)
+
+
+def test_labelled_says_the_class_and_the_levels_of_it(tmp_path):
+    rows = [{"text": f"text {i}", "label": f"travel.{name}"} for i, name in enumerate(["bus", "taxi", "bus", "taxi"])]
+    path = write(
+        tmp_path / "train.jsonl", *rows, {"text": "hi", "label": "greeting"}, {"text": "ho", "label": "greeting"}
+    )
+    examples, errors = read("labelled", path)
+    assert errors == []
+    assert [example.labels for example in examples[3:5]] == [(("travel.taxi",),), (("greeting",),)]
+    deep, _ = read("labelled", path, levels=".")
+    assert [example.labels for example in deep[3:5]] == [(("travel", "taxi"),), (("greeting",),)]
+    assert [example.documents for example in deep] == [example.documents for example in examples]
+    with pytest.raises(ConfigError, match="levels '/' stands in none of the labels"):
+        read("labelled", path, levels="/")
+    _, errors = read(
+        "labelled", write(tmp_path / "bad.jsonl", *rows, *[{"text": "x", "label": "a..b"}] * 2), levels="."
+    )
+    assert {error.kind for error in errors} == {"bad labels"}
 
 
 def test_pairs_in_both_directions(tmp_path):

@@ -15,7 +15,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
 
 from mmembed.data.format_base import Format, RawRecord, column, existing, read_json_lines
 from mmembed.errors import ConfigError, RecordError, nearest
@@ -30,6 +32,8 @@ class Labelled(Format):
         positive: `example`, `label`, or `auto`: `label` for two classes, `example` for more.
         negatives: documents of other classes a record; their classes are drawn without repetition.
         label_texts: label -> the words to embed for it; without it, `_` and `-` in labels become spaces.
+        levels: what stands between the levels of a label, for objectives that compare labels as paths of a tree: with
+            "." the label `travel.flight` lies below `travel`. Without it a label is one level.
         seed: of the drawn examples and classes.
     """
 
@@ -41,6 +45,7 @@ class Labelled(Format):
         positive: Literal["example", "label", "auto"] = "example",
         negatives: Count = 0,
         label_texts: Mapping[str, str] | None = None,
+        levels: Annotated[str, Field(min_length=1)] | None = None,
         seed: int = 0,
     ) -> None:
         if positive not in ("example", "label", "auto"):
@@ -49,7 +54,7 @@ class Labelled(Format):
         if label_texts is not None and positive == "example":
             raise ConfigError("formats.labelled: label_texts has no effect with positive: example; remove one of them")
         self.split, self.positive, self.negatives = split, positive, negatives
-        self.label_texts, self.seed = label_texts, seed
+        self.label_texts, self.levels, self.seed = label_texts, levels, seed
 
     def files(self, path: Path) -> list[Path]:
         if not path.is_dir():
@@ -69,6 +74,8 @@ class Labelled(Format):
             raise ConfigError(
                 f"{file}: {self.negatives} negatives of other classes asked, there are {len(classes)} classes"
             )
+        if self.levels is not None and not any(self.levels in label for label in classes):
+            raise ConfigError(f"{file}: levels {self.levels!r} stands in none of the labels; correct or remove it")
         by_label = self.positive == "label" or (self.positive == "auto" and len(classes) == 2)
         if self.label_texts is not None and not by_label:
             raise ConfigError(
@@ -95,7 +102,9 @@ class Labelled(Format):
 
         documents = [{"content": content(label), "id": label}]
         documents += [{"content": content(other), "relevance": 0.0, "id": other} for other in others]
-        record = {"query": row["content"], "documents": documents, "task": "classification", "where": row["where"]}
+        path = [label] if self.levels is None else label.split(self.levels)
+        record = {"query": row["content"], "documents": documents, "task": "classification", "labels": [path]}
+        record["where"] = row["where"]
         return {**record, "id": row["id"]} if row["id"] is not None else record
 
     def _words(self, label: str, where: str) -> Any:
