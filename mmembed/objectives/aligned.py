@@ -43,6 +43,9 @@ class Pairs:
         they are no negatives of each other. True on the diagonal.
     local: rows of this process.
     left_out: share of the queries with a positive that have too few of them.
+    label_keys: (N, L, D) int64, the label paths of each pair as `BatchLabels.label_keys`, of an objective that takes
+        them; else L and D are 0.
+    source: the name of the data source, for messages.
     """
 
     queries: Tensor
@@ -56,7 +59,9 @@ class Pairs:
     positive_keys: Tensor
     same: Tensor
     local: slice
-    left_out: float = 0.0
+    left_out: float
+    label_keys: Tensor
+    source: str
 
     @property
     def unit(self) -> tuple[Tensor, Tensor]:
@@ -81,6 +86,11 @@ class Aligned(Objective):
     least_pairs: ClassVar[int] = 1  # with fewer the term is not defined
     contrasts: ClassVar[bool] = False  # other pairs are negatives: sources must allow that
     takes_negatives: ClassVar[bool] = False  # hard negatives of the records
+    takes_labels: ClassVar[bool] = False  # label paths of the records
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({"labels"}) if self.takes_labels else frozenset()
 
     @property
     def across_processes(self) -> bool:
@@ -100,7 +110,7 @@ class Aligned(Objective):
 
     def gather(self, queries: Embeddings, documents: Embeddings, labels: BatchLabels) -> Pairs:
         """Raises ConfigError, naming source and objective: several vectors an input, in-batch negatives that the source
-        forbids, too few positives, pairs or hard negatives."""
+        forbids, too few positives, pairs, labels or hard negatives."""
         if queries.mask is not None:
             raise ConfigError(
                 f"objective '{self.name}' compares one vector an input; pooling 'multi_vector' gives many"
@@ -135,11 +145,33 @@ class Aligned(Objective):
             same=same_content(query_keys, view_keys, positive_keys),
             local=slice(start, start + len(found)),
             left_out=1 - sum(counts) / max(with_any, 1),
+            label_keys=self._label_keys(labels, rows, counts),
+            source=labels.source,
         )
 
     def check(self, sources: Sequence[Source]) -> None:
         if self.contrasts:
             check_in_batch(self.name, sources)
+        for source in sources if self.takes_labels else ():
+            if source.fields.isdisjoint(("labels", "classes")):
+                raise ConfigError(self._unlabelled(source.name))
+
+    def _unlabelled(self, source: str) -> str:
+        return (
+            f"objective '{self.name}' compares labels, source '{source}' has none; give its records `labels`, or read "
+            "it with format: labelled"
+        )
+
+    def _label_keys(self, labels: BatchLabels, rows: Tensor, counts: list[int]) -> Tensor:
+        """(N, L, D) of all processes, which may differ in L and D."""
+        if not self.takes_labels:
+            return rows.new_zeros(sum(counts), 0, 0)
+        keys = rows.new_zeros(len(rows), 0, 0) if labels.label_keys is None else labels.label_keys[rows]
+        most, deepest = (max(gather_counts(size, rows.device)) for size in keys.shape[1:])
+        if not most:
+            raise ConfigError(self._unlabelled(labels.source))
+        missing = (0, deepest - keys.shape[2], 0, most - keys.shape[1])
+        return gather_rows(functional.pad(keys, missing), counts)
 
     def _check_enough(self, pairs: int, with_any: int, source: str) -> None:
         if pairs < self.least_pairs and with_any >= self.least_pairs:

@@ -45,8 +45,8 @@ class SupCon(Aligned):
         return loss, {"others_of_the_class": alike}
 
 
-def supcon(views: Tensor, same: Tensor, temperature: float, base_temperature: float) -> Tensor:
-    """Unit vectors (V, N, E), classes as (N, N) bool, true on the diagonal -> scalar.
+def supcon(views: Tensor, alike: Tensor, temperature: float, base_temperature: float) -> Tensor:
+    """Unit vectors (V, N, E); who is of one class, (N, N) bool, or how much in [0, 1]; 1 on the diagonal -> scalar.
 
     >>> views = torch.eye(2).expand(2, -1, -1)
     >>> supcon(views, torch.eye(2).bool(), 1.0, 1.0)  # log(e + 2) - 1
@@ -55,7 +55,7 @@ def supcon(views: Tensor, same: Tensor, temperature: float, base_temperature: fl
     count = len(views) * views.shape[1]
     vectors = views.flatten(0, 1)  # (V N, E)
     others = ~torch.eye(count, dtype=torch.bool, device=views.device)
-    positive = same.repeat(len(views), len(views)) & others  # (V N, V N)
+    weights = alike.to(views.dtype).repeat(len(views), len(views)) * others  # (V N, V N)
     shares = log_shares(vectors @ vectors.T / temperature, others)
-    of_anchor = -(shares.masked_fill(~positive, 0)).sum(1) / positive.sum(1).clamp_min(1)  # (V N,)
+    of_anchor = -(shares.masked_fill(weights == 0, 0) * weights).sum(1) / weights.sum(1).clamp_min(1)  # (V N,)
     return of_anchor.mean() * temperature / base_temperature

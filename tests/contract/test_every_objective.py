@@ -11,27 +11,28 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from mmembed.data.labels import BatchLabels
+from mmembed.data.labels import BatchLabels, label_keys
 from mmembed.embeddings import Embeddings
 from mmembed.objectives import OBJECTIVES, Objective, build_objective
 from mmembed.objectives.aligned import Aligned
 from mmembed.training.gradcache import contrastive_step
+from tests.contract.options import CLASSES, block
 from tests.equivalence.toy import SIZE, ToyEncoder, gradients, make_batch, relative
 from tests.runs import in_two_processes
 
 NAMES = list(OBJECTIVES.classes())
 QUERIES, POSITIVES, GROUP = 8, 3, 5
-NO_NEGATIVES = {"alignment", "pairs", "prototypes", "rafa", "uniformity"}  # others repel on their own side, or not
+NO_NEGATIVES = {"alignment", "mlcd", "mochi", "pairs", "proto_clip", "prototypes", "rafa", "uniformity"}
 MANY = [name for name, cls in OBJECTIVES.classes().items() if cls.many_vectors]
 
 
 def build(name: str, **options: object) -> Objective:
-    return build_objective({"type": name, **options}, SIZE)
+    return build_objective({**block(name), **options}, SIZE)
 
 
 def labels(empty: bool = False, twins: bool = False) -> BatchLabels:
-    """Three positives and two negatives a query. `empty`: query 5 has no positive; `twins`: the first positives of the
-    queries 0 and 1 are one content."""
+    """Three positives and two negatives a query, the classes in turn. `empty`: query 5 has no positive; `twins`: the
+    first positives of the queries 0 and 1 are one content."""
     keys = torch.arange(QUERIES * GROUP).view(QUERIES, GROUP) + 100
     if twins:
         keys[1, 0] = keys[0, 0]
@@ -46,6 +47,7 @@ def labels(empty: bool = False, twins: bool = False) -> BatchLabels:
         query_keys=torch.arange(QUERIES),
         positive_keys=both[:, :POSITIVES],
         source="letters",
+        label_keys=label_keys([[(CLASSES[query % len(CLASSES)],)] for query in range(QUERIES)]),
     )
 
 
@@ -81,7 +83,7 @@ def test_it_trains_what_goes_in(name: str) -> None:
     for what, tensor in learned:
         assert tensor.grad is not None and torch.isfinite(tensor.grad).all() and tensor.grad.any(), what
     assert objective.similarity_of(queries, documents).shape == (QUERIES, QUERIES * GROUP)
-    assert objective.reads <= {"relevance", "score"}
+    assert objective.reads <= {"relevance", "score", "labels"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -130,7 +132,7 @@ def test_equal_vectors_do_no_harm(name: str) -> None:
     assert torch.isfinite(queries.vectors.grad).all() and torch.isfinite(documents.vectors.grad).all()
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in MANY])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in (*MANY, "metrix")])  # it attracts mixtures
 def test_the_same_content_is_no_negative(name: str) -> None:
     """Two queries share a positive (with vectors that differ, to see whose gradient is whose): the first is pushed away
     from the one beside the second only where the labels do not tell.

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from mmembed.objectives import OBJECTIVES, build_objective
 from mmembed.training.gradcache import contrastive_step, reduce_gradients
+from tests.contract.options import block
 from tests.contract.test_every_objective import MANY
 from tests.equivalence.toy import SIZE, ToyEncoder, gradients, make_batch, relative
 
@@ -23,7 +24,7 @@ def two_steps(name, shares, chunk_tokens=10**6):
     Args:
         shares: the first query of a batch, and how many there are.
     """
-    encoder, objective = ToyEncoder(multi_vector=name in MANY).double(), build_objective(name, SIZE).double()
+    encoder, objective = ToyEncoder(multi_vector=name in MANY).double(), build_objective(block(name), SIZE).double()
     for seed in (0, 1):
         losses = []
         for first, count in shares:
@@ -39,7 +40,7 @@ def two_steps(name, shares, chunk_tokens=10**6):
 def main() -> None:
     names = list(OBJECTIVES.classes())
     expected = {
-        name: two_steps(name, [(0, 12)] if build_objective(name, SIZE).across_processes else [(0, 6), (6, 6)])
+        name: two_steps(name, [(0, 12)] if build_objective(block(name), SIZE).across_processes else [(0, 6), (6, 6)])
         for name in names
     }
     dist.init_process_group("gloo")

@@ -7,7 +7,7 @@ from torch import nn
 
 from mmembed.content import Task
 from mmembed.data.collate import Batch, plan_chunks
-from mmembed.data.labels import BatchLabels
+from mmembed.data.labels import BatchLabels, label_keys
 from mmembed.embeddings import Embeddings
 from mmembed.preprocess import Row
 
@@ -52,7 +52,8 @@ def make_batch(
     """A batch of `count` queries from `first` on, out of `queries`: the slice that one process would get.
 
     The first `positives` documents of a query are positive; `ragged`: all documents of query 0 are positive; `twins`:
-    the first and the last query have the same positive; `graded`: all documents are pairs with a similarity.
+    the first and the last query have the same positive; `graded`: all documents are pairs with a similarity. Queries
+    are of the classes "0" to "3" in turn.
     """
     generator = random.Random(seed)
     count = queries - first if count is None else count
@@ -81,6 +82,7 @@ def make_batch(
         positive_keys=keys[:, :positives, None].expand(-1, -1, 2),
         in_batch=in_batch and not graded,
         task=Task.STS if graded else Task.RETRIEVAL,
+        label_keys=label_keys([[(str(query % 4),)] for query in chosen]),
     )
     chunks = plan_chunks(rows, chunk_tokens, chunk_rows)
     return Batch(count, count * per_query, chunks, torch.arange(len(rows)), labels)
