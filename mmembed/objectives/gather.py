@@ -53,6 +53,13 @@ def gather_embeddings(embeddings: Embeddings, counts: list[int]) -> Embeddings:
     return Embeddings(gather_rows(vectors, counts), mask)
 
 
+def from_first(tensor: Tensor) -> Tensor:
+    """The first process's values in all of them, in place: for numbers that must not differ by a rounding."""
+    if world()[1] > 1:
+        dist.broadcast(tensor, 0)
+    return tensor
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, counts: list[int]) -> Tensor:

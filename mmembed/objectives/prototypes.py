@@ -7,11 +7,11 @@ not all samples fall into one. The code of one side is the target of the other:
 `swapped`      L = -1/2 sum over sides of mean_i sum_k code_ik log softmax_k(z_i.c / tau)      (SwAV, arXiv 2006.09882)
 `multi_label`  L = 1/2 sum over sides of mean_i log(1 + sum_{k in neg} e^{z_i.c_k / tau})
                    + log(1 + sum_{k in pos} e^{-z_i.c_k / tau}),  pos: the `labels` largest of the other side's code
-               (the loss of MLCD, arXiv 2407.17331, eq. 5; from memory of the paper)
+               (the loss of MLCD on SwAV's codes, a mix of ours)
 
-MLCD's labels come from a clustering of all data before training, and so do ProtoCLIP's prototypes each episode; here
-both come from the batch, which needs no pass over the data but sees no more than it. A batch smaller than K leaves
-prototypes without a sample: SwAV then adds a queue, here choose K below the global batch. Prototypes serve the training
+Codes come from the batch, which needs no pass over the data but sees no more than it: `mlcd` has the labels of a
+clustering of all data, `proto_clip` the prototypes of an episode. A batch smaller than K leaves prototypes without a
+sample: SwAV then adds a queue, here choose K below the global batch. Prototypes serve the training
 alone. No negatives are compared, so false ones do not exist, and any source will do. Cost: (N, K) floats, 2 x
 `iterations` times.
 
@@ -100,7 +100,9 @@ def balanced(scores: Tensor, iterations: int = 3) -> Tensor:
 
 
 def discrimination(scores: Tensor, positive: Tensor) -> Tensor:
-    """(N, K) scores, (N, K) bool -> (N,): positives above 0, others below, in two terms that do not compete.
+    """MLCD's loss: positives above 0, others below, in two terms that do not compete.
+
+    (N, K) scores, (N, K) bool -> (N,).
 
     >>> discrimination(torch.zeros(1, 3), torch.tensor([[True, False, False]]))  # log 2 + log 3
     tensor([1.7918])
