@@ -28,6 +28,8 @@ from mmembed.objectives.global_local import of_parts
 from mmembed.objectives.gram import volumes
 from mmembed.objectives.hycd import distillation
 from mmembed.objectives.isogclr import State, robust
+from mmembed.objectives.metrix import mixed_distances, pull_and_push
+from mmembed.objectives.mochi import first_against_rest, hardest_of, mixed_scores
 from mmembed.objectives.mv_dhel import decoupled
 from mmembed.objectives.mv_infonce import ratios
 from mmembed.objectives.negative_queue import against_queue
@@ -406,6 +408,45 @@ def test_negative_queue(of) -> None:
     named = {query: queries, key: keys}
     loss = against_queue(*sides, queue.detach(), same, known, scale, smoothing)
     check(of, loss, **{name: named[name] for name in of["grad_norms"]})
+
+
+def test_mochi() -> None:
+    (of,) = GOLDEN["mochi"]
+    query, key, queue = inputs(of, "q", "k", "queue")
+    params, fixed, scores = of["params"], queue.detach(), query @ queue.detach().T
+    hard, exists = hardest_of(scores.detach(), torch.zeros(1, 4, dtype=torch.bool), params["N"])
+    assert hard.tolist() == [of["expected"]["hardest"]] and exists.all()
+    first, second = hard[0].tolist()
+    between, itself = fixed[first] @ fixed[second], (query * query.detach()).sum(1)
+    mixed = [
+        mixed_scores(scores[:, first], scores[:, second], between, params["alpha"]),
+        mixed_scores(itself, scores[:, first], scores[:, first].detach(), params["beta"]),
+    ]
+    for score, name in zip(mixed, ("h", "h_prime"), strict=True):
+        mixture = torch.tensor(of["expected"][name], dtype=torch.float64)
+        assert score.item() == pytest.approx((query[0] @ mixture).item(), abs=TOLERANCE)
+    row = torch.cat([(query * key).sum(1, keepdim=True), scores, torch.stack(mixed, 1)], 1) / params["temperature"]
+    check(of, first_against_rest(row, torch.zeros_like(row, dtype=torch.bool)).mean(), q=query)
+
+
+def test_metrix() -> None:
+    (of,) = GOLDEN["metrix"]
+    distances = torch.tensor(of["inputs"]["distances_anchor_to_mix_diag"])
+    pull, push = pull_and_push(distances, of["params"]["lam"], of["params"]["neg_margin"])
+    assert pull.tolist() == pytest.approx(of["expected"]["pos"]) and push.tolist() == pytest.approx(
+        of["expected"]["neg"]
+    )
+    agrees(of, (pull + push).mean())
+
+
+def test_distances_of_mixtures_against_loops() -> None:
+    draw = torch.Generator().manual_seed(0)
+    queries, positives = (functional.normalize(torch.randn(4, 6, generator=draw), dim=1) for _ in range(2))
+    found = mixed_distances(queries, positives, 0.3)
+    for i in range(4):
+        for j in range(4):
+            mixed = functional.normalize(0.3 * positives[i] + 0.7 * positives[j], dim=0)
+            assert found[i, j].item() == pytest.approx((queries[i] - mixed).norm().item(), abs=1e-5)
 
 
 def one_positive(count: int) -> BatchLabels:

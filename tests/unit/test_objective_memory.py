@@ -86,6 +86,47 @@ def test_queued_positives_of_the_query_do_not_count() -> None:
     assert metrics["queued"] == 3
 
 
+def test_mixtures_begin_with_a_full_queue_and_follow_from_the_seed() -> None:
+    """They are harder than what they are made of, so the loss is higher than the queue's alone."""
+    block = {"type": "mochi", "size": 10, "hardest": 4, "mixtures": 6, "query_mixtures": 3}
+    mixing, plain, other = (
+        build_objective({**block, **more}, 8) for more in ({}, {"mixtures": 0, "query_mixtures": 0}, {"seed": 1})
+    )
+    found = [[step(one, batch(seed=seed))[0].item() for seed in range(4)] for one in (mixing, plain, other)]
+    assert found[0][:2] == found[1][:2] == found[2][:2]  # the queue holds ten after the second step
+    assert all(more > less for more, less in zip(found[0][2:], found[1][2:], strict=True))
+    assert found[0][2:] != found[2][2:]
+
+
+def test_known_positives_in_the_queue_do_not_mix() -> None:
+    """A queue of nothing but the query's own positive: no negative is left, and no mixture."""
+    queries, documents, labels = batch(queries=1, negatives=0)
+    objective = build_objective({"type": "mochi", "size": 3, "hardest": 2}, 8)
+    objective.queue.put(documents.vectors.expand(3, -1), labels.document_keys.expand(3, -1))
+    assert objective(queries, documents, labels)[0] == 0
+
+
+def test_metrix_against_loops() -> None:
+    """Pairs that share a positive are no match to mix with."""
+    queries, documents, labels = batch(negatives=0)
+    keys = labels.document_keys.clone()
+    keys[1] = keys[0]
+    twins = replace(labels, document_keys=keys, positive_keys=keys.unsqueeze(1))
+    objective = build_objective({"type": "metrix", "margin": 1.0}, 8)
+    share = torch.rand(3, generator=torch.Generator().manual_seed(0)).median().item()
+    q, p = (functional.normalize(one.vectors, dim=1) for one in (queries, documents))
+    losses = []
+    for i in range(5):
+        for j in range(5):
+            if i != j and {i, j} != {0, 1}:
+                mixed = functional.normalize(share * p[i] + (1 - share) * p[j], dim=0)
+                distance = (q[i] - mixed).norm().item()
+                losses.append(share * distance + (1 - share) * max(0.0, 1.0 - distance))
+    assert objective(queries, documents, twins)[0].item() == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+    first = step(objective, (queries, documents, twins))[0]
+    assert step(objective, (queries, documents, twins))[0] != first  # another share
+
+
 def test_temperatures_follow_the_content_not_the_place() -> None:
     objective = build_objective({"type": "isogclr", "temperature": 0.1})
     queries, documents, labels = batch(queries=4, negatives=0)
@@ -189,7 +230,7 @@ def test_too_little_is_refused_with_source_and_objective(block, of, message) -> 
         build_objective(block)(*batch(**of))
 
 
-@pytest.mark.parametrize("name", ["cwcl", "gram", "negclip", "isogclr", "negative_queue"])
+@pytest.mark.parametrize("name", ["cwcl", "gram", "negclip", "isogclr", "negative_queue", "mochi", "metrix"])
 def test_sources_without_in_batch_negatives_are_refused(name) -> None:
     """In a batch, and before one is made."""
     queries, documents, labels = batch(positives=2)
@@ -217,6 +258,8 @@ def test_supcon_and_prototypes_take_classes() -> None:
         ),
         ({"type": "gram", "modalities": 2}, "gram.modalities: found 2"),
         ({"type": "prototypes", "labels": 64}, "prototypes.labels: 64 of 64 prototypes"),
+        ({"type": "mochi", "size": 8, "hardest": 9}, "mochi.hardest: 9 of a queue of 8"),
+        ({"type": "metrix", "margin": 0}, "metrix.margin: found 0"),
         (
             {"type": "contrastive_gap", "contrastive": 0, "uniform": 0, "cross_uniform": 0, "align": 0},
             "all weights are 0",
