@@ -38,6 +38,10 @@ FROM_THE_RUN = {
     "kwargs",
     "media",
 }  # constructor arguments that a user does not write
+EXAMPLES = {  # for options without which there is nothing to build
+    "hydra": {"classes": ["card_arrival", "age_limit"]},
+    "soft_labels": {"vectors": "labels.enc"},
+}
 
 
 @dataclass(frozen=True)
@@ -135,11 +139,11 @@ def _entry(component: str, cls: type, name: str, family: Family) -> str:
 
 
 def block_of(component: str, cls: type, family: Family) -> str:
-    """The line of YAML that names the component, with the defaults of its options."""
-    defaults = {
+    """The line of YAML that names the component, with the defaults of its options, and examples of what has none."""
+    defaults = EXAMPLES.get(component, {}) | {
         one.name: list(one.default) if isinstance(one.default, tuple) else one.default
         for one in written_by_users(cls)
-        if one.default is not one.empty and one.default is not None and one.default != ""
+        if one.default is not one.empty and one.default not in (None, "", ())
     }
     options = "".join(f", {name}: {_flow(value)}" for name, value in defaults.items())
     return f"{family.key}: {{type: {component}{options}}}"

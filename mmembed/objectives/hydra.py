@@ -14,6 +14,8 @@ itself; its anchors and candidates are one view of an image, here queries and po
 are no negatives. Batch normalisation takes the batch of all processes and keeps no running means, which are of no use
 without inference. The draw follows from (seed, step). There, a classifier on detached vectors is trained beside it to
 watch it; it is left out. Cost: (N, N) floats a few times, in two products: |g * p|^2 and g^2 q . p need no (N, N, E).
+
+When: classes are given and collapse is the worry: it draws something in common out of every pair of classes.
 """
 
 from __future__ import annotations

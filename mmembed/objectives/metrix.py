@@ -9,6 +9,8 @@ sample is, so that the space between a positive and a negative has an order too.
 the margin loss of the samples themselves; here it stands beside any objective: `[{type: infonce}, {type: metrix,
 weight: 0.4}]`. Mixing of inputs and of features, which the paper has as well, is not here: texts have no mean. Lambda
 follows from (seed, step): the second of three uniform numbers is Beta(2, 2). Cost: (N, N) floats a few times.
+
+When: positives are few and what lies between a positive and a negative should be ordered as well.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ whose sampling is read in the authors' UNICOM code: `sampled` counts the positiv
 step), the same in all processes and after a resume. The paper trains images alone; here both sides of a pair have the
 record's labels. No pair is a negative of another, and any source will do. Cost: (N, sampled K) floats, and K x E
 weights with their optimizer state.
+
+When: there are no labels, the data are large and varied, and a good embedder is at hand to cluster them once.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ is full, where the paper waits for some epochs. Queued vectors that are a known 
 neither count nor mix. Numbers follow from (seed, step), the same in all processes and after a resume. As with
 `negative_queue` there is no momentum encoder: the queue holds vectors of earlier weights, hence it is short. Cost: (N,
 size), (N, mixtures) and (size, size) floats; a mixture's score follows from those of its parts.
+
+When: batches are small and the negatives of a queue have become too easy.
 """
 
 from __future__ import annotations

@@ -19,6 +19,8 @@ steps older. Not here: an external teacher (vectors of another model for each pa
 All processes hold the same prototypes: vectors are gathered, and the first process's centres are sent to the others.
 Projections and prototypes serve the training alone, and no pair is a negative of another. Cost: (N, K) floats a few
 times; each episode 8 K E iterations operations a pair, and 2 x episode x head_size floats of memory.
+
+When: two modalities share themes and no labels; beside InfoNCE, which aligns pairs, it groups them.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ Vectors of labels are made once, by any embedder that is to be trusted with them
 
 An `id` is the label as in the records; of a label with levels, their names with "/" between them. The released code
 takes one-hot targets where labels are numbers; here their words are what the file says. Cost: (N, N) floats twice.
+
+When: labels have telling names, and some of them mean nearly the same.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ released training does that, with 768 dimensions each, and the projections serve
 The two views of a sample are a query and its positive, f = 1 between them and between pairs of one content. A record
 without labels agrees with nothing else: among labelled ones it is only pushed. The released code lower-cases names;
 here the data decides. Cost: (2 N, 2 N) floats (V times with subspaces), and (N, distinct names) for each view.
+
+When: labels have levels, or several belong to a sample, and being near in the tree should mean being near.
 """
 
 from __future__ import annotations

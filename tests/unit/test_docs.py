@@ -19,6 +19,7 @@ from mmembed.objectives import build_objective
 from mmembed.pooling import POOLINGS
 from mmembed.prompts import PROMPTS
 from mmembed.training.batch_report import check_sources
+from tests.contract.options import label_vectors
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -39,7 +40,8 @@ def test_the_line_of_yaml_of_every_method_is_its_defaults(page):
         ((key, block),) = yaml.load(text, _Loader).items()
         assert block["type"] == name
         if key == "objective":
-            build_objective(block, embedding_size=256)
+            folder = {"vectors": label_vectors()} if "vectors" in block else {}
+            build_objective(block | folder, embedding_size=256)
         else:
             registry = {"pooling": POOLINGS, "prompt": PROMPTS}[key]
             given = {"hidden_size": 64} if key == "pooling" else {}
