@@ -111,7 +111,7 @@ def batch_report(
         )
         if dataset.skipped:
             lines.append(f"    skipped {sum(dataset.skipped.values()):,} bad records: {dict(dataset.skipped)}")
-        if source.in_batch_negatives and dataset.tasks & set(LABELLED_TASKS):
+        if source.in_batch_negatives and dataset.tasks & set(LABELLED_TASKS) and "labels" not in part.reads:
             warnings.append(
                 f"data source '{dataset.name}' ({tasks}) has in-batch negatives on: texts of one class are false "
                 "negatives of each other; set in_batch_negatives: false (NV-Embed, section 3)"
