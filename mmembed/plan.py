@@ -37,11 +37,18 @@ from mmembed.models.vision_cache import TOUCHED, uncached
 from mmembed.objectives import Objective, build_objective
 from mmembed.preprocess import Preprocessor
 from mmembed.training.arguments import training_arguments
-from mmembed.training.batch_report import check_sources, count_negatives, count_visual
-from mmembed.training.batches import build_collator, chunk_tokens, data_seed, graded_sources, plan_batches
+from mmembed.training.batch_report import APART, check_sources, count_negatives, count_visual
+from mmembed.training.batches import (
+    build_collator,
+    chunk_tokens,
+    data_seed,
+    graded_sources,
+    plan_batches,
+    sources_apart,
+)
 from mmembed.training.estimate import Estimate, Stage, outline, size, with_training
 from mmembed.training.launch import divides_weights
-from mmembed.training.preflight import preflight
+from mmembed.training.preflight import check_dropout, preflight
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -118,7 +125,8 @@ def plan_run(
     check_sources(data, config, objective, reads_pictures(config))
     plan = plan_batches(config, data, args, devices)
     model, preprocessor = outline(config, media)
-    unshared = _unshared(config, model)
+    check_dropout(config, model.named_modules(), preprocessor.family)
+    unshared = _unshared(config, model) or (APART if len(sources_apart(data)) == len(data) else None)
     packed = _packed(config, model)
     batches = _draw(
         config, objective, data, plan, preprocessor, args, sample, share_prefix=unshared is None, packed=packed
@@ -181,11 +189,11 @@ def _draw(
     packed: bool,
 ) -> list[Batch]:
     """Batches evenly spread over the first epoch; the first ones where a later one takes reading a stream up to it."""
-    graded = graded_sources(data, objective)
-    collator = build_collator(config, preprocessor, args, chunk_tokens(config), share_prefix, packed, graded)
+    graded, apart = graded_sources(data, objective), sources_apart(data)
+    collator = build_collator(config, preprocessor, args, chunk_tokens(config), share_prefix, packed, graded, apart)
     streamed = any(isinstance(source, RecordStream) for source in data)
     step = 1 if streamed else max(1, len(plan) // sample)
-    mixed = MixedDataset(data)
+    mixed = MixedDataset(data, data_seed(args))
     return [collator([mixed[draw] for draw in draws]) for draws in islice(plan, 0, step * sample, step)]
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from eval.claims import page
 from eval.claims.declaration import read_claims
 from mmembed.data.format_base import FORMATS
+from mmembed.data.pair_base import PAIR_MAKERS
 from mmembed.losses import LOSSES
 from mmembed.objectives import OBJECTIVES
 from mmembed.pooling import POOLINGS
@@ -58,6 +59,7 @@ FAMILIES = {
     "prompts": Family(PROMPTS, "prompt", "Prompts"),
     "losses": Family(LOSSES, "objective", "Losses"),
     "objectives": Family(OBJECTIVES, "objective", "Objectives"),
+    "pair_makers": Family(PAIR_MAKERS, "pairs", "Makers of pairs"),
     "formats": Family(FORMATS),
 }
 

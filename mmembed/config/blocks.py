@@ -98,12 +98,14 @@ class LengthsConfig(_Block):
 
 class SourceConfig(_Block):
     """One data source. `path` is relative to `data.root`; `options` go to the format's constructor; `name` is the path
-    unless given. `streaming` reads it while training goes on, shuffled through `shuffle_buffer` records (10,000).
+    unless given. `pairs` says how pairs are made of raw documents; their format is `documents` unless given.
+    `streaming` reads it while training goes on, shuffled through `shuffle_buffer` records (10,000).
     `batch_size` takes the place of training.per_device_train_batch_size for its batches."""
 
     path: str
     format: str = "jsonl"
     options: dict[str, Any] = Field(default_factory=dict)
+    pairs: TypedBlock | None = None
     name: str = ""
     weight: float | None = Field(default=None, gt=0)
     instruction: str | None = None
@@ -126,7 +128,10 @@ class SourceConfig(_Block):
     @model_validator(mode="before")
     @classmethod
     def _named(cls, values: Any) -> Any:
-        return {"name": values.get("path", ""), **values} if isinstance(values, dict) else values
+        if not isinstance(values, dict):
+            return values
+        raw = {} if values.get("pairs") is None else {"format": "documents"}
+        return {"name": values.get("path", ""), **raw, **values}
 
 
 class MediaLimitsConfig(_Block):
@@ -183,6 +188,11 @@ class DataConfig(_Block):
         for source in self.dev:
             if source.batch_size is not None:
                 raise ConfigError(f"data.dev '{source.name}': batch_size acts in training only; remove it")
+            if source.pairs is not None:
+                raise ConfigError(
+                    f"data.dev '{source.name}': pairs that are made would measure how they are made; give a source "
+                    "with queries and judged documents"
+                )
         for sources in (self.train, self.dev):
             names = [source.name for source in sources]
             for name in names:

@@ -119,6 +119,8 @@ class Collator:
         packed: plan chunks of texts that share nothing without their padding, for a model that computes none.
         graded: names of sources whose objective takes graded pairs (STS): of them all documents of a record come, each
             with its similarity, whatever the size of groups.
+        apart: names of sources whose pairs differ by dropout: no beginning of their inputs is computed once for
+            several, or these would have one mask.
     """
 
     def __init__(
@@ -133,8 +135,10 @@ class Collator:
         share_prefix: bool = False,
         packed: bool = False,
         graded: Collection[str] = (),
+        apart: Collection[str] = (),
     ) -> None:
-        self.preprocessor, self.sources, self.graded = preprocessor, sources, frozenset(graded)
+        self.preprocessor, self.sources = preprocessor, sources
+        self.graded, self.apart = frozenset(graded), frozenset(apart)
         self.share_prefix, self.packed = share_prefix, packed
         self.chunk_tokens, self.chunk_rows = chunk_tokens, chunk_rows
         self.train_group_size, self.positives_per_query, self.seed = train_group_size, positives_per_query, seed
@@ -174,7 +178,8 @@ class Collator:
             task=examples[0].task,
             label_keys=label_keys([example.labels for example in examples]),
         )
-        limits = [self.preprocessor.shareable(row) for row in rows] if self.share_prefix else None
+        shares = self.share_prefix and source.name not in self.apart
+        limits = [self.preprocessor.shareable(row) for row in rows] if shares else None
         chunks = plan_chunks(rows, self.chunk_tokens, self.chunk_rows, where, limits, self.packed)
         return Batch(len(examples), len(documents), chunks, torch.tensor(place), labels)
 

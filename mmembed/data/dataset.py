@@ -28,7 +28,15 @@ from mmembed.content import Audio, Content, Example, Image, Task, Video
 from mmembed.data.batch_plan import Draw
 from mmembed.data.format_base import FORMATS, Format, RawRecord
 from mmembed.data.labels import Grades
-from mmembed.data.records import MEDIA_KINDS, is_untrainable_pair, parse_record, resolve_media, without_media
+from mmembed.data.pair_base import PairMaker, code_of, maker_of, text_of
+from mmembed.data.records import (
+    MEDIA_KINDS,
+    is_untrainable_pair,
+    parse_document,
+    parse_record,
+    resolve_media,
+    without_media,
+)
 from mmembed.errors import ConfigError, MediaError, RecordError
 from mmembed.media import MediaLimits, MediaStore, build_once, default_cache_dir
 
@@ -90,12 +98,14 @@ class RecordDataset(torch.utils.data.Dataset[Example]):
             (`classes` where they say no more than the ids of the positives), `image`, `video`, `audio`.
         tasks: the tasks that occur.
         grades: the relevances that occur.
+        maker: what makes pairs of the rows, which are raw documents; None where they are records with queries. The
+            other attributes are those of its pairs.
         untrainable: how many STS records are neither positive nor negative pairs, and `file:line` of the first; of no
             concern to a dev source, and to an objective that takes graded pairs.
 
     Raises:
         RecordError: the first bad record, under `raise`.
-        ConfigError: no such source, format or option; no usable record at all.
+        ConfigError: no such source, format, maker of pairs or option; no usable record at all.
         CacheError: the Arrow file cannot be written: the disk is full.
     """
 
@@ -113,9 +123,10 @@ class RecordDataset(torch.utils.data.Dataset[Example]):
         path = locate(source, root)
         self.name = source.name
         reader = FORMATS.build({"type": source.format, **source.options})
+        self.maker = maker_of(source, ignored)
         base = base_folder(path, media)
-        key = _fingerprint(source, reader, path, media, base, on_bad_record, left_out)
-        builder = _Builder(source, reader, path, media, base, on_bad_record, left_out)
+        key = _fingerprint(source, reader, self.maker, path, media, base, on_bad_record, left_out)
+        builder = _Builder(source, reader, self.maker, path, media, base, on_bad_record, left_out)
         folder = build_once(
             Path(cache_dir or default_cache_dir()) / "records" / key, builder.build, _pictures_unchanged
         )
@@ -130,6 +141,8 @@ class RecordDataset(torch.utils.data.Dataset[Example]):
             logger.warning("%s: skipped %d bad records: %s", self.name, total, dict(self.skipped))
         if summary["rows"] == 0:
             raise ConfigError(f"{path}: no usable record ({dict(self.skipped) or 'the source is empty'})")
+        if self.maker is not None:
+            self.maker.use(folder)
         self._folder = folder
         self._rows = _open(folder)
         self._chosen = _sample(summary["rows"], source.max_examples)
@@ -148,8 +161,8 @@ class RecordDataset(torch.utils.data.Dataset[Example]):
         index = index % len(self)
         row = index if self._chosen is None else int(self._chosen[index])
         record, where = self._rows["record"][row].as_py(), self._rows["where"][row].as_py()
-        example = parse_record(json.loads(record), where)
-        return dataclasses.replace(example, source=self.name)
+        parse = parse_record if self.maker is None else parse_document
+        return dataclasses.replace(parse(json.loads(record), where), source=self.name)
 
     def keys(self) -> np.ndarray:
         """(N, 2) int64: a hash of the query, and of the first positive (its id, else its content).
@@ -172,10 +185,13 @@ class RecordDataset(torch.utils.data.Dataset[Example]):
 
 
 class MixedDataset(torch.utils.data.Dataset[Example]):
-    """Several sources under one index, (source, row, visit): what a BatchPlan yields. Streams have no length."""
+    """Several sources under one index, (source, row, visit): what a BatchPlan yields. Streams have no length.
 
-    def __init__(self, sources: Sequence[RecordDataset | RecordStream]) -> None:
-        self.sources = tuple(sources)
+    Of raw documents it gives the pair of that visit, drawn by `seed`.
+    """
+
+    def __init__(self, sources: Sequence[RecordDataset | RecordStream], seed: int = 0) -> None:
+        self.sources, self.seed = tuple(sources), seed
 
     def __len__(self) -> int:
         return sum(source.size or 0 for source in self.sources)
@@ -183,7 +199,9 @@ class MixedDataset(torch.utils.data.Dataset[Example]):
     def __getitem__(self, index: Draw) -> Example:
         source, row, visit = index
         example = self.sources[source][row]
-        return dataclasses.replace(example, visit=example.visit + visit)  # a stream knows its passes itself
+        example = dataclasses.replace(example, visit=example.visit + visit)  # a stream knows its passes itself
+        maker = self.sources[source].maker
+        return example if maker is None else maker.make(example, self.seed)
 
 
 def ignored_media(fields: Collection[str]) -> tuple[str, ...]:
@@ -264,6 +282,7 @@ class _Builder:
         self,
         source: SourceConfig,
         reader: Format,
+        maker: PairMaker | None,
         path: Path,
         media: MediaStore | None,
         base: Path,
@@ -271,6 +290,7 @@ class _Builder:
         left_out: tuple[str, ...],
     ) -> None:
         self.source, self.reader, self.path, self.media, self.base = source, reader, path, media, base
+        self.maker = maker
         self.on_bad_record, self.left_out = on_bad_record, left_out
         self.skipped: Counter[str] = Counter()
         self.fields: set[str] = set()
@@ -297,6 +317,11 @@ class _Builder:
                 writer.write(row)
                 rows += 1
             writer.finalize()
+        if self.maker is not None and rows:
+            self.maker.keep(folder)
+            self.fields |= self.maker.gives
+            for relevance in self.maker.grades:
+                self.grades.add(relevance)
         parts = {"skipped": dict(self.skipped), "fields": sorted(self.fields), "tasks": sorted(self.tasks)}
         return {"rows": rows, "untrainable": self.untrainable, "grades": self.grades.as_list() if rows else [], **parts}
 
@@ -306,20 +331,27 @@ class _Builder:
     def _row(self, record: RawRecord) -> dict[str, Any]:
         where = record["where"]
         settled = settle(record, self.source, self.base, self.left_out)
-        example = parse_record(settled, where)
+        if self.maker is None:
+            example = parse_record(settled, where)
+            positive = max(example.documents, key=lambda document: document.relevance)
+            positive_key = _key(positive.id if positive.id is not None else positive.content)
+            for document in example.documents:
+                self.grades.add(document.relevance)
+            if is_untrainable_pair(example):
+                self.untrainable = (self.untrainable[0] + 1, self.untrainable[1] or where)
+        else:
+            example = parse_document(settled, where)
+            self.maker.check(example)
+            self.maker.count(text_of(example))
+            positive_key = _key(example.query)
         self._check_media(example)
         self.tasks.add(example.task.value)
         self.fields.update(fields_of(example))
-        for document in example.documents:
-            self.grades.add(document.relevance)
-        if is_untrainable_pair(example):
-            self.untrainable = (self.untrainable[0] + 1, self.untrainable[1] or where)
-        positive = max(example.documents, key=lambda document: document.relevance)
         return {
             "record": json.dumps(settled, ensure_ascii=False, separators=(",", ":")),
             "where": where,
             "query_key": _key(example.query),
-            "positive_key": _key(positive.id if positive.id is not None else positive.content),
+            "positive_key": positive_key,
         }
 
     def _check_media(self, example: Example) -> None:
@@ -396,6 +428,7 @@ def _sample(rows: int, count: int | None) -> np.ndarray | None:
 def _fingerprint(
     source: SourceConfig,
     reader: Format,
+    maker: PairMaker | None,
     path: Path,
     media: MediaStore | None,
     base: Path,
@@ -409,7 +442,7 @@ def _fingerprint(
     ]
     checks = None if media is None else [dataclasses.asdict(media.limits), [str(folder) for folder in media.also]]
     settings = [source.format, source.options, source.instruction, source.task, str(base), checks, on_bad_record]
-    settings += left_out
+    settings += [source.pairs, code_of(maker), *left_out]
     text = json.dumps([_code(type(reader)), files, settings], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 

@@ -25,6 +25,7 @@ class Format:
 
     name: ClassVar[str]
     streamable: ClassVar[bool] = False  # whether each of `files` can be given to `read` by itself
+    raw: ClassVar[bool] = False  # its records are raw documents (`parse_document`), of which pairs are made
 
     def read(self, path: Path) -> Iterator[RawRecord | RecordError]:
         """Yields the records of the source at `path` in file order.

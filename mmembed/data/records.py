@@ -76,6 +76,24 @@ def parse_record(record: Mapping[str, Any], where: str) -> Example:
     )
 
 
+def parse_document(record: Mapping[str, Any], where: str) -> Example:
+    """Reads one raw document, which pairs are made of: its content stands as `query`, and it has no documents.
+
+    Raises:
+        RecordError: unknown keys, a text that is empty, a value of a wrong type.
+    """
+    _known(record, ("query", "instruction", "task", "source", "id", "where"), where, "the document")
+    return Example(
+        query=_content(record["query"], "the document", where),
+        documents=(),
+        task=_task(record.get("task"), where),
+        instruction=_string(record, "instruction", where),
+        source=_string(record, "source", where) or "",
+        id=_string(record, "id", where),
+        where=where,
+    )
+
+
 def is_untrainable_pair(example: Example) -> bool:
     """Whether an STS record has a document that is neither a positive nor a negative, or no positive at all."""
     positives = [document.relevance for document in example.documents if document.relevance > 0]

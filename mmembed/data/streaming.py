@@ -38,7 +38,8 @@ from mmembed.data import dataset
 from mmembed.data.dataset import RecordDataset, base_folder, fields_of, ignored_media, locate, settle, usable
 from mmembed.data.format_base import FORMATS, RawRecord
 from mmembed.data.labels import Grades
-from mmembed.data.records import is_untrainable_pair, parse_record
+from mmembed.data.pair_base import maker_of
+from mmembed.data.records import is_untrainable_pair, parse_document, parse_record
 from mmembed.errors import ConfigError, RecordError
 from mmembed.media import MediaStore
 
@@ -68,7 +69,7 @@ class RecordStream(torch.utils.data.Dataset[Example]):
             them are taken out, as of RecordDataset.
 
     Attributes:
-        fields, tasks, grades, untrainable, skipped: as of RecordDataset, of the first thousand records.
+        fields, tasks, grades, untrainable, skipped, maker: as of RecordDataset, of the first thousand records.
         least: rows that a pass has to have: a global batch.
 
     Raises:
@@ -96,6 +97,7 @@ class RecordStream(torch.utils.data.Dataset[Example]):
             frozenset(ignored),
         )
         self._left_out = ignored_media(ignored)
+        self.maker = maker_of(source, ignored)
         path = locate(source, root)
         self._reader = FORMATS.build({"type": source.format, **source.options})
         if not self._reader.streamable:
@@ -116,11 +118,13 @@ class RecordStream(torch.utils.data.Dataset[Example]):
             raise ConfigError(f"{path}: no usable record ({dict(self.skipped) or 'the source is empty'})")
         self.skipped.clear()  # they come again
         self.fields = {field for example in examples for field in fields_of(example)}
+        self.fields |= self.maker.gives if self.maker is not None else set()
         self.tasks: set[Task] = {example.task for example in examples}
         self.grades = Grades()
-        for document in itertools.chain.from_iterable(example.documents for example in examples):
-            self.grades.add(document.relevance)
-        untrainable = [example.where for example in examples if is_untrainable_pair(example)]
+        found = [document.relevance for example in examples for document in example.documents]
+        for relevance in found if self.maker is None else self.maker.grades:
+            self.grades.add(relevance)
+        untrainable = [example.where for example in examples if self.maker is None and is_untrainable_pair(example)]
         self.untrainable = (len(untrainable), untrainable[0] if untrainable else "")
 
     def __getitem__(self, position: int) -> Example:
@@ -220,7 +224,12 @@ class RecordStream(torch.utils.data.Dataset[Example]):
         return record
 
     def _example(self, record: RawRecord) -> Example:
-        return parse_record(settle(record, self.source, self._base, self._left_out), record["where"])
+        settled, where = settle(record, self.source, self._base, self._left_out), record["where"]
+        if self.maker is None:
+            return parse_record(settled, where)
+        document = parse_document(settled, where)
+        self.maker.check(document)
+        return document
 
 
 Source = RecordDataset | RecordStream

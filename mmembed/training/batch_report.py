@@ -21,8 +21,10 @@ from mmembed.errors import ConfigError
 from mmembed.objectives import Objective
 from mmembed.preprocess import Preprocessor, Row
 from mmembed.prompts import PROMPTS, PromptStyle
+from mmembed.training.batches import sources_apart
 from mmembed.training.memory import gradient_bytes, optimizer_bytes, trained_parameters
 
+APART = "the pairs differ by dropout, each input has masks of its own"
 LABELLED_TASKS = (Task.CLASSIFICATION, Task.CLUSTERING)
 
 
@@ -109,6 +111,8 @@ def batch_report(
             f"  {dataset.name}: {_extent(dataset)} ({tasks}), {batches:,} of {len(plan):,} batches an "
             f"epoch{each}, {kind}"
         )
+        if dataset.maker is not None:
+            lines.append(f"    pairs by {dataset.maker.name}, drawn anew from a document at each visit")
         if dataset.skipped:
             lines.append(f"    skipped {sum(dataset.skipped.values()):,} bad records: {dict(dataset.skipped)}")
         if source.in_batch_negatives and dataset.tasks & set(LABELLED_TASKS) and "labels" not in part.reads:
@@ -117,7 +121,8 @@ def batch_report(
                 "negatives of each other; set in_batch_negatives: false (NV-Embed, section 3)"
             )
     lines += _batch_lines(config, plan, first, objective, preprocessor, accumulation, lockstep)
-    lines.append("  " + _sharing(first, unshared))
+    apart = first.labels.source in sources_apart(datasets)
+    lines.append("  " + _sharing(first, unshared or (APART if apart else None)))
     lines += [features] if features and preprocessor.family.multimodal else []
     trained = trained_parameters(model)
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -215,7 +220,7 @@ def _sharing(first: Batch, unshared: str | None) -> str:
 def _extent(dataset: Source) -> str:
     if isinstance(dataset, RecordStream):
         return f"a stream of {len(dataset.shards):,} files"
-    return f"{len(dataset):,} records"
+    return f"{len(dataset):,} {'records' if dataset.maker is None else 'documents'}"
 
 
 def _refuse(dataset: Source, config: EmbedderConfig, unused: dict[str, str]) -> None:

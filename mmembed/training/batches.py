@@ -66,6 +66,11 @@ def graded_sources(data: Sequence[Source], objective: Objective) -> frozenset[st
     )
 
 
+def sources_apart(data: Sequence[Source]) -> frozenset[str]:
+    """Names of the sources whose pairs differ by dropout, so that no prefix of them is shared."""
+    return frozenset(source.name for source in data if source.maker is not None and source.maker.apart)
+
+
 def build_collator(
     config: EmbedderConfig,
     preprocessor: Preprocessor,
@@ -74,6 +79,7 @@ def build_collator(
     share_prefix: bool,
     packed: bool,
     graded: Collection[str] = (),
+    apart: Collection[str] = (),
 ) -> Collator:
     """What makes a batch of the drawn records; see `Collator`."""
     return Collator(
@@ -87,6 +93,7 @@ def build_collator(
         share_prefix=share_prefix,
         packed=packed,
         graded=graded,
+        apart=apart,
     )
 
 

@@ -9,17 +9,22 @@ misspelt option takes seven minutes; this takes about a second.
 from __future__ import annotations
 
 import importlib.util
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from mmembed.backbones import resolve_backbone
+from mmembed.backbones import Family, resolve_backbone
 from mmembed.backbones.adapters import check_adapter, lora_targets
 from mmembed.backbones.loading import outline_backbone
-from mmembed.config.blocks import LORA_TYPES, EmbedderConfig
+from mmembed.config.blocks import LORA_TYPES, EmbedderConfig, TypedBlock, block_type
 from mmembed.data.format_base import FORMATS
+from mmembed.data.pair_base import PAIR_MAKERS, maker_of
 from mmembed.errors import ConfigError, nearest
 from mmembed.models.folder import SETTINGS
+from mmembed.models.randomness import draws
 from mmembed.objectives import Objective, build_objective
 from mmembed.pooling import POOLINGS
 from mmembed.preprocess import check_template
@@ -46,11 +51,48 @@ def preflight(config: EmbedderConfig) -> Objective:
             FORMATS.build({"type": source.format, **source.options})
         except ConfigError as error:
             raise ConfigError(f"data source '{source.name}': {error}") from None
+    _check_pairs(config)
     towers = {"vision", "projector", "language", "pooling"} | ({"objective"} if list(objective.parameters()) else set())
     refuse_idle_rates(config.training.learning_rates, towers, config.model.freeze)
     if not Path(resolve_backbone(config.model.name_or_path), SETTINGS).exists():  # a saved embedder was checked so once
         _check_backbone(config)
     return objective
+
+
+def check_dropout(config: EmbedderConfig, modules: Iterable[tuple[str, nn.Module]], family: Family) -> None:
+    """Raises ConfigError where pairs of a source differ by dropout alone and no part that reads text has any.
+
+    Args:
+        modules: of the model, by name.
+    """
+    names = [source.name for source in config.data.train if source.pairs is not None and _by_dropout(source.pairs)]
+    if not names:
+        return
+    seeing = [pattern for tower, pattern in family.towers().items() if tower in ("vision", "projector")]
+    reading = [(name, one) for name, one in modules if not any(re.search(pattern, f"{name}.") for pattern in seeing)]
+    if draws(reading) is None:
+        raise ConfigError(
+            f"data source '{names[0]}': pairs 'dropout' are a text and itself, and nothing in this model drops values: "
+            "both have one vector, and nothing is learned of them. Set adapter.dropout above 0 (with lora, dora, "
+            "rslora or qlora; SimCSE has 0.1), or take pairs: word_repetition"
+        )
+
+
+def _by_dropout(block: TypedBlock) -> bool:
+    return PAIR_MAKERS.get(block_type(block)).by_dropout
+
+
+def _check_pairs(config: EmbedderConfig) -> None:
+    """Raises ConfigError for makers of pairs that are unknown, wrongly set, or of a source that has queries; and where
+    features would be kept of pictures that never come again."""
+    for source in config.data.train:
+        maker = maker_of(source, config.data.ignore_fields)
+        if maker is not None and "image" in maker.gives and config.training.vision_cache != "off":
+            raise ConfigError(
+                f"data source '{source.name}': pairs '{maker.name}' + training.vision_cache: its pictures are drawn "
+                "anew each time, so features that are kept of them would fill the disk and never be read; set "
+                "training.vision_cache: off"
+            )
 
 
 def _check_objective(config: EmbedderConfig, objective: Objective) -> None:
@@ -118,5 +160,7 @@ def _check_backbone(config: EmbedderConfig) -> None:
         build_objective(config.objective, config.projection or pooling.embedding_size)
     backbone.family.set_pixel_limits(config.lengths.min_pixels, config.lengths.max_pixels)
     check_adapter(backbone, adapter.type, model.freeze)
+    if adapter.type not in LORA_TYPES or adapter.dropout == 0:
+        check_dropout(config, backbone.model.named_modules(), backbone.family)
     if adapter.type in LORA_TYPES:
         lora_targets(backbone, adapter.model_dump(mode="json")["target_modules"], model.freeze)

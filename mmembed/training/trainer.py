@@ -52,7 +52,14 @@ from mmembed.preprocess import Preprocessor
 from mmembed.threads import NARROW
 from mmembed.training.arguments import output_folder, with_metric
 from mmembed.training.batch_report import Report, batch_report, check_sources, keep_tokens
-from mmembed.training.batches import build_collator, chunk_tokens, graded_sources, plan_batches
+from mmembed.training.batches import (
+    build_collator,
+    chunk_tokens,
+    data_seed,
+    graded_sources,
+    plan_batches,
+    sources_apart,
+)
 from mmembed.training.checkpoints import RUN, STATE, check_same_data, describe_run, read_run, writing
 from mmembed.training.engines import engine_of, offer_on_cpu
 from mmembed.training.evaluation import DevSet, build_dev_set, evaluate
@@ -62,6 +69,7 @@ from mmembed.training.memory import optimizer_bytes, trained_parameters
 from mmembed.training.optimizers import Lion, optimizer_name, parameter_groups, refuse_idle_rates
 from mmembed.training.out_of_memory import Budget, Halving, is_out_of_memory, smaller
 from mmembed.training.preemption import Preemption, SaveAfterEpochEnd, start_worker
+from mmembed.training.preflight import check_dropout
 from mmembed.training.rehearsal import worst_batch
 from mmembed.training.report import write_report
 from mmembed.training.tally import Tally
@@ -109,6 +117,7 @@ class EmbedderTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         check_sources(train, config, objective, preprocessor.family.multimodal)
+        check_dropout(config, model.named_modules(), preprocessor.family)
         args = with_metric(args, config, dev)
         whole = Trained(model, objective)
         refuse_idle_rates(config.training.learning_rates, whole.trained_towers(), config.model.freeze)
@@ -123,7 +132,7 @@ class EmbedderTrainer(Trainer):
         super().__init__(
             model=whole,
             args=args,
-            train_dataset=MixedDataset(train),
+            train_dataset=MixedDataset(train, data_seed(args)),
             eval_dataset=self.dev_sets or None,
             callbacks=[*callbacks, *_early_stopping(config), self.preemption, SaveAfterEpochEnd()],
         )
@@ -133,8 +142,8 @@ class EmbedderTrainer(Trainer):
         self.plan = plan_batches(config, train, args, args.world_size, args.process_index)
         shared, packed = self._unshared() is None, self._unpacked() is None
         size = self.halving.budget.chunk_tokens
-        graded = graded_sources(train, objective)
-        self.collator = build_collator(config, preprocessor, args, size, shared, packed, graded)
+        graded, apart = graded_sources(train, objective), sources_apart(train)
+        self.collator = build_collator(config, preprocessor, args, size, shared, packed, graded, apart)
 
     def _follow_the_engine(self) -> None:
         """What the engine decides: the size of chunks, whether each has a picture, what FSDP2 leaves whole."""

@@ -5,18 +5,21 @@ Written against the base classes alone. What a component computes is tested besi
 
 from __future__ import annotations
 
+import pickle
 import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES as TINY_MODELS
 from families import build, items, vectors
 
 from mmembed.backbones import FAMILIES
-from mmembed.content import to_content
+from mmembed.content import Text, to_content
 from mmembed.data.format_base import FORMATS
+from mmembed.data.pair_base import PAIR_MAKERS
 from mmembed.errors import ConfigError
 from mmembed.losses import LOSSES, Loss, Scores
 from mmembed.models.checkpoint import load_checkpoint, save_checkpoint
@@ -41,7 +44,11 @@ LOSS_CLASSES = {**LOSSES.classes(), "docs/extend.md": documented_loss()}
 
 @pytest.mark.parametrize(
     ("registry", "name"),
-    [(registry, name) for registry in (POOLINGS, LOSSES, OBJECTIVES, PROMPTS, FORMATS) for name in registry.classes()],
+    [
+        (registry, name)
+        for registry in (POOLINGS, LOSSES, OBJECTIVES, PROMPTS, FORMATS, PAIR_MAKERS)
+        for name in registry.classes()
+    ],
     ids=lambda value: value if isinstance(value, str) else value.package,
 )
 def test_options_that_it_does_not_have_are_refused(registry, name: str) -> None:
@@ -198,6 +205,33 @@ def test_a_prompt_keeps_the_content_and_masks_the_instruction(name: str, family_
 def test_a_format_reads_with_its_defaults_and_names_a_missing_source(name: str, tmp_path) -> None:
     with pytest.raises(ConfigError, match=re.escape(str(tmp_path / "nowhere"))):
         list(FORMATS.build(name).read(tmp_path / "nowhere" / "x.parquet"))
+
+
+# Pairs ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PAIR_MAKERS.classes())
+def test_a_maker_of_pairs_draws_what_it_says(name: str, tmp_path) -> None:
+    """By its generator alone, after a trip through pickle too; and nothing from a document that lacks something."""
+    maker = PAIR_MAKERS.build({"type": name, "min_count": 1} if name == "representative_words" else name)
+    text = " ".join(f"Bus {n} stands at the old bridge over the river. Train {n} comes from a town." for n in range(8))
+    maker.count(text)
+    maker.keep(tmp_path)
+    maker.use(tmp_path)
+    assert maker.lacks(text) is None
+    pairs = [
+        one.draw(text, np.random.default_rng(seed))
+        for one in (maker, pickle.loads(pickle.dumps(maker)))
+        for seed in range(5)
+    ]
+    for first, second in zip(pairs[:5], pairs[5:], strict=True):
+        assert first == second
+        contents = [first.query, first.positive, *first.negatives]
+        kinds = {type(part).__name__.lower() for content in contents for part in content} - {"text"}
+        assert kinds | ({"negatives"} if first.negatives else set()) == maker.gives
+        assert all(part.text.strip() for content in contents for part in content if isinstance(part, Text))
+    assert len({repr(pair) for pair in pairs[:5]}) == (1 if name == "dropout" else 5)
+    assert set(maker.grades) == {1.0, *(0.0 for pair in pairs for _ in pair.negatives)}
 
 
 # Backbones ------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import yaml
 from mmembed.config import _Loader, build_config, load_config  # the loader that runs are read with
 from mmembed.data.dataset import RecordDataset, locate, media_store
 from mmembed.data.format_base import FORMATS
+from mmembed.data.pair_base import PAIR_MAKERS
 from mmembed.data.records import parse_record
 from mmembed.objectives import build_objective
 from mmembed.pooling import POOLINGS
@@ -43,7 +44,7 @@ def test_the_line_of_yaml_of_every_method_is_its_defaults(page):
             folder = {"vectors": label_vectors()} if "vectors" in block else {}
             build_objective(block | folder, embedding_size=256)
         else:
-            registry = {"pooling": POOLINGS, "prompt": PROMPTS}[key]
+            registry = {"pooling": POOLINGS, "prompt": PROMPTS, "pairs": PAIR_MAKERS}[key]
             given = {"hidden_size": 64} if key == "pooling" else {}
             registry.build(block, **given)
 

@@ -1,4 +1,4 @@
-"""The examples in the docstrings of losses and objectives give what they say."""
+"""The examples in the docstrings of losses, objectives and makers of pairs give what they say."""
 
 import doctest
 import importlib
@@ -8,9 +8,10 @@ import pytest
 
 MODULES = [
     f"{package}.{module.name}"
-    for package in ("mmembed.losses", "mmembed.objectives")
+    for package in ("mmembed.losses", "mmembed.objectives", "mmembed.data.pair_makers")
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__)
 ]
+MODULES.append("mmembed.data.words")
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -317,7 +317,7 @@ def test_the_records_and_contents_of_the_docs_are_right():
 def test_the_sources_of_the_docs_are_right():
     data = DataConfig.model_validate(yaml.safe_load(blocks("yaml")[0])["data"])
     kinds = [FORMATS.build({"type": source.format, **source.options}).name for source in data.train]
-    assert kinds == ["beir", "beir", "pairs", "labelled", "jsonl"]
+    assert kinds == ["beir", "beir", "pairs", "labelled", "jsonl", "documents"]
 
 
 def test_the_format_of_the_docs_reads(tmp_path):
