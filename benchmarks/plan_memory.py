@@ -113,7 +113,7 @@ def _train(tree: dict[str, Any]) -> dict[str, float]:
     media = media_store(config.data)
     model, preprocessor = build_embedding_model(config, media)
     data = [RecordDataset(source, media, root=config.data.root) for source in config.data.train]
-    objective = build_objective(config.objective, model.embedding_size)
+    objective = build_objective(config.objective, model.embedding_size, model.depth)
     trainer = EmbedderTrainer(config, training_arguments(config), model, preprocessor, objective, data)
     start = _start()
     trainer.add_callback(start)

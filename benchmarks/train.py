@@ -321,7 +321,7 @@ def in_order(config: Any, batch: int, folder: str, loaded: Any = None) -> Any:
     args = training_arguments(config)
     media = media_store(config.data)
     model, preprocessor = loaded or build_embedding_model(config, media)
-    objective = build_objective(config.objective, model.embedding_size)
+    objective = build_objective(config.objective, model.embedding_size, model.depth)
     data = [RecordDataset(source, media, cache_dir=folder) for source in config.data.train]
     trainer = EmbedderTrainer(config, args, model, preprocessor, objective, data)
     trainer.plan = InOrder(len(data[0]), batch)

@@ -116,6 +116,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", help="default: the first CUDA device, else the CPU")
     parser.add_argument("--token-budget", type=int, default=8192, help="padded tokens a batch (default: 8192)")
     parser.add_argument("--truncate-dim", type=int, help="keep the first dimensions (Matryoshka)")
+    parser.add_argument("--layers", type=int, help="compute the first decoder layers only (2-D Matryoshka)")
     add_vision_cache(parser)
     add_media_limits(parser, "max_pixels_decoded")  # the pictures of the benchmark lie decoded in tables
     return parser.parse_args(arguments)  # fmt: skip
@@ -245,6 +246,7 @@ def load(name: str, options: argparse.Namespace, rows: Sequence[Row]) -> Loaded:
             device=options.device,
             dtype=options.dtype,
             media=MediaStore(limits=media_limits_of(options)),
+            layers=options.layers,
             **vision_cache_of(options),
         )
     except ConfigError as error:
@@ -263,7 +265,7 @@ def load(name: str, options: argparse.Namespace, rows: Sequence[Row]) -> Loaded:
     provenance = {
         "kind": "mmembed", "path": name, "dtype": str(next(embedder.model.parameters()).dtype).removeprefix("torch."),
         "device": str(embedder.device), "embedding_size": embedder.embedding_size,
-        "multi_vector": multi_vector, **settings,
+        "multi_vector": multi_vector, "layers": options.layers, **settings,
         "parameters": sum(parameter.numel() for parameter in embedder.model.parameters()),
         "fingerprint": model_fingerprint(Path(name)) if Path(name).is_dir() else None,
         "prompt": prompt,

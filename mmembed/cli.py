@@ -101,7 +101,7 @@ def _encode(arguments: argparse.Namespace) -> int:
 
     field = _field(arguments.role)
     entries = read_entries(arguments.source, field)
-    embedder = _load(arguments, arguments.model)
+    embedder = _load(arguments, arguments.model, arguments.layers)
     encoding = Encoding(
         _portable(arguments.model),
         arguments.truncate_dim or embedder.embedding_size,
@@ -109,6 +109,7 @@ def _encode(arguments: argparse.Namespace) -> int:
         arguments.instruction,
         arguments.precision,
         arguments.truncate_dim,
+        arguments.layers,
     )
     with _progress("encode", count_entries(arguments.source, field)) as advance:
         done = write_collection(
@@ -171,7 +172,7 @@ def _search(arguments: argparse.Namespace) -> int:
     if encoded:
         encoding, vectors = open_collection(arguments.target)
         truncate_dim = encoding.truncate_dim
-        embedder = _load(arguments, arguments.model or encoding.model)
+        embedder = _load(arguments, arguments.model or encoding.model, encoding.layers)
         check_model(embedder, encoding, arguments.target)
         size: int | None = encoding.size
     else:
@@ -496,6 +497,7 @@ def _add_encoding(command: Parser) -> None:
     )
     command.add_argument("--instruction", help="instruction of every entry without its own")
     command.add_argument("--truncate-dim", type=int, help="keep the first dimensions (Matryoshka)")
+    command.add_argument("--layers", type=int, help="compute the first decoder layers only (2-D Matryoshka)")
     command.add_argument("--precision", choices=PRECISIONS, default="float32")
     command.add_argument("--token-budget", type=int, help="padded tokens in a batch (default by device)")
     _add_on_bad_record(command)
@@ -514,7 +516,7 @@ def _field(role: str) -> Any:
     return "query" if role == "query" else "documents"
 
 
-def _load(arguments: argparse.Namespace, model: str) -> Embedder:
+def _load(arguments: argparse.Namespace, model: str, layers: int | None = None) -> Embedder:
     """The embedder, its media confined to the folder of what is encoded."""
     from transformers.utils.logging import disable_progress_bar
 
@@ -530,6 +532,7 @@ def _load(arguments: argparse.Namespace, model: str) -> Embedder:
         dtype=arguments.dtype,
         media=MediaStore(root, media_limits_of(arguments)),
         trust_remote_code=arguments.trust_remote_code,
+        layers=layers,
         **vision_cache_of(arguments),
     )
     if embedder.model.pooling.multi_vector:

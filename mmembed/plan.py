@@ -248,7 +248,7 @@ def _measured(config: EmbedderConfig, steps: int, media: MediaStore) -> float:
         model, preprocessor = build_for_training(config, media)
         args = training_arguments(config)
         data = [open_source(source, config.data, media, data_seed(args)) for source in config.data.train]
-        objective = build_objective(config.objective, model.embedding_size)
+        objective = build_objective(config.objective, model.embedding_size, model.depth)
         trainer = EmbedderTrainer(config, args, model, preprocessor, objective, data)
         with contextlib.redirect_stdout(sys.stderr):  # what the loop prints is no part of the plan
             trainer.train()

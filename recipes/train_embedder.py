@@ -103,7 +103,7 @@ def train(config: EmbedderConfig) -> dict[str, float]:
     args = with_metric(args, config, dev_data)
     model, preprocessor = build_for_training(config, media)
     check_trainable(model, any({"image", "video"} & source.fields for source in train_data))
-    objective = build_objective(config.objective, model.embedding_size)
+    objective = build_objective(config.objective, model.embedding_size, model.depth)
     trainer = EmbedderTrainer(config, args, model, preprocessor, objective, train_data, dev_data)
     if main_process:
         print(trainer.report(), flush=True)

@@ -361,12 +361,13 @@ def _objective_clashes(config: EmbedderConfig, objective: Mapping[str, Any]) -> 
         clashes.append(
             f"pooling '{pooling}' + objective.similarity '{similarity}': late interaction needs pooling 'multi_vector'"
         )
-    if isinstance(matryoshka, Mapping) and config.projection and max(matryoshka.get("dims") or [0]) > config.projection:
-        clashes.append(f"objective.matryoshka.dims {matryoshka['dims']}: above projection {config.projection}")
-    if matryoshka and similarity == "dot" and config.normalize:
+    dims = matryoshka.get("dims") if isinstance(matryoshka, Mapping) else None
+    if dims and config.projection and max(dims) > config.projection:
+        clashes.append(f"objective.matryoshka.dims {dims}: above projection {config.projection}")
+    if dims and similarity == "dot" and config.normalize:
         clashes.append(
-            "objective.matryoshka + similarity 'dot' + normalize: a truncated unit vector is not a unit vector; use "
-            "cosine, or normalize: false"
+            "objective.matryoshka.dims + similarity 'dot' + normalize: a truncated unit vector is not a unit vector; "
+            "use cosine, or normalize: false"
         )
     if objective.get("positives") == "one_at_a_time" and config.data.positives_per_query == 1:
         clashes.append(

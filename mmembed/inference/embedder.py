@@ -17,6 +17,7 @@ at a time. Order is restored: row i of the result belongs to content i.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from mmembed.media import MediaStore
     from mmembed.models.embedding_model import EmbeddingModel
 
+logger = logging.getLogger(__name__)
 Batch = tuple[list[int], Tensor, Tensor | None]  # positions in the contents, vectors, mask; on the CPU
 Planned = tuple[list[int], Sequence[Row], int, bool]  # positions in the contents, rows, shared tokens, packed
 Vectors = Any  # (N, W) numpy array or tensor; a list of (T, W) for multi-vector models
@@ -100,6 +102,7 @@ class Embedder:
         dtype: str | torch.dtype = "auto",
         media: MediaStore | None = None,
         trust_remote_code: bool = False,
+        layers: int | None = None,
         vision_cache: str | Path = "off",
         vision_cache_gb: float = 20.0,
     ) -> Embedder:
@@ -111,13 +114,15 @@ class Embedder:
                 `docs/inference.md` for what that changes.
             media: opens images; give a `MediaStore(root)` to resolve and confine relative paths.
             trust_remote_code: run the python code that the backbone brings; a checkpoint cannot ask for it.
+            layers: keep the first decoder layers (2-D Matryoshka) and compute nothing above them; None keeps all.
             vision_cache: keep features of images on disk, so that a picture seen before runs no vision tower: a folder,
                 "auto" for mmembed's cache folder where the backbone allows it, or "off". See
                 `mmembed.models.vision_cache`.
             vision_cache_gb: what all features in that folder may take.
 
         Raises:
-            CheckpointError, ConfigError: nothing loadable there, or this backbone's image features cannot be kept.
+            CheckpointError, ConfigError: nothing loadable there, the backbone has not so many layers, or its image
+                features cannot be kept.
             CacheError: the folder cannot be used.
             MmembedError: this machine has no such device, or there is no such dtype.
         """
@@ -127,6 +132,14 @@ class Embedder:
             path_or_name, resolve_dtype(dtype, device), device, trust_remote_code=trust_remote_code
         )
         model.merge_adapter()  # apart, LoRA takes 1.4 times as long in float32, 2.1 times in bfloat16 (nano)
+        if layers is not None:
+            trained = (*model.settings.layers, model.depth)
+            model.cut(layers)
+            if layers not in trained:
+                logger.warning(
+                    "%s: layer %d was not trained to embed, only %s; its vectors may be poor",
+                    *(path_or_name, layers, ", ".join(map(str, trained))),
+                )
         if media is not None:
             preprocessor.media = media
         if vision_cache != "off":
@@ -261,7 +274,7 @@ class Embedder:
 
     @torch.inference_mode()
     def _compute(self, positions: list[int], inputs: ModelInputs) -> Batch:
-        vectors, mask = self.model(inputs.to(self.device))  # (B, E), or (B, T, E) with (B, T)
+        vectors, mask, _ = self.model(inputs.to(self.device))  # (B, E), or (B, T, E) with (B, T)
         return positions, vectors.cpu(), None if mask is None else mask.cpu()
 
     def _plan(self, contents: Sequence[ContentLike], how: _How) -> Iterator[Planned]:

@@ -37,6 +37,7 @@ class Encoding:
 
     Attributes:
         size: dimensions of a vector before packing to bits.
+        layers: of the decoder, that were computed; None are all.
         probe: the vector of a fixed text, by which a model that has changed since is recognised.
     """
 
@@ -46,6 +47,7 @@ class Encoding:
     instruction: str | None = None
     precision: Precision = "float32"
     truncate_dim: int | None = None
+    layers: int | None = None
     count: int = 0
     skipped: int = 0
     probe: tuple[float, ...] = ()

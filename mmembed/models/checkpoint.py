@@ -53,9 +53,16 @@ def save_checkpoint(
             model is not run then, and `verify_checkpoint` has to record the vectors that `check_recorded` looks for.
 
     Raises:
-        CheckpointError: the disk is full or not writable, or an adapter tensor is empty.
+        CheckpointError: the disk is full or not writable, an adapter tensor is empty, or the adapter is of a backbone
+            whose upper layers were left out: it names a whole one.
     """
     folder = Path(folder)
+    if model.is_cut and model.settings.adapter_type != "none":
+        raise CheckpointError(
+            f"{folder}: an adapter of the first {model.depth} layers would be put on all layers of "
+            f"'{model.settings.name_or_path}'; save the embedder that was loaded with all of them, and leave the upper "
+            "ones out when it is loaded"
+        )
     try:
         with staging(folder) as staged:
             staged.mkdir()

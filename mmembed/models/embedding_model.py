@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,10 +21,11 @@ from torch.nn import functional as F
 from mmembed.backbones import NANO, Backbone, Family, load_backbone
 from mmembed.backbones.adapters import adapted, apply_adapter, quantization_of, run
 from mmembed.backbones.attention import prepare
+from mmembed.backbones.layers import check_layers, decoder_of, keep_layers, last_and_lower, watch
 from mmembed.backbones.packed import AttentionKernel, Packed, no_kernel, unknown
 from mmembed.backbones.shared_prefix import SharedPrefix, flatten, unflatten
 from mmembed.config.blocks import PROMPT_TYPES
-from mmembed.embeddings import Embeddings
+from mmembed.embeddings import Embeddings, Layer
 from mmembed.errors import ConfigError, MmembedError
 from mmembed.pooling import POOLINGS, Pooling
 from mmembed.preprocess import Lengths, ModelInputs, Preprocessor, StoredImages
@@ -42,6 +44,7 @@ class EmbedderSettings:
     """Everything that defines an embedder beside its weights, as plain JSON data.
 
     `attention: None` keeps the backbone's own. Blocks are as in the config; `adapter` None is no adapter.
+    `layers` are the lower ones whose vectors were trained, too.
     `trust_remote_code` is the user's word in this process: it is neither written to a checkpoint nor read from one.
     """
 
@@ -58,9 +61,10 @@ class EmbedderSettings:
     projection: int | None = None
     prompt: str | dict[str, Any] = "plain"
     lengths: dict[str, Any] = field(default_factory=lambda: asdict(Lengths()))
+    layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        self.freeze = tuple(self.freeze)  # JSON has lists
+        self.freeze, self.layers = tuple(self.freeze), tuple(self.layers)  # JSON has lists
 
     @property
     def adapter_type(self) -> str:
@@ -91,6 +95,9 @@ class EmbeddingModel(nn.Module):
         self._virtual_tokens = settings.adapter_type in PROMPT_TYPES
         self.fresh_head = head_sums(self)
         self._unshared = self._prepare_sharing()
+        self.lower_layers: tuple[int, ...] = ()
+        self._hooks: list[Any] = []
+        self._whole_depth = self.depth
 
     @property
     def config(self) -> Any:
@@ -101,6 +108,49 @@ class EmbeddingModel(nn.Module):
     def embedding_size(self) -> int:
         """E, the size of a vector."""
         return self.projection.out_features if isinstance(self.projection, nn.Linear) else self.pooling.embedding_size
+
+    @property
+    def depth(self) -> int:
+        """How many layers the decoder has."""
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether `cut` took layers away."""
+        return self.depth < self._whole_depth
+
+    def give_layers(self, layers: Collection[Layer]) -> None:
+        """From now on `forward` also gives the vectors of these layers (`Embeddings.layers`), through final norm,
+        pooling, projection and normalisation of the last. Saved settings will name them.
+
+        Args:
+            layers: of 1 to depth - 1.
+
+        Raises:
+            ConfigError: there is no such layer below the last, or the decoder is not known.
+        """
+        wanted = sorted(layer if isinstance(layer, int) else 0 for layer in layers)
+        if wanted and not 1 <= wanted[0] <= wanted[-1] < self.depth:
+            raise ConfigError(f"layers: found {wanted}; the backbone has {self.depth}, give 1 to {self.depth - 1}")
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if wanted:
+            check_layers(self.config)
+            self._hooks = watch(decoder_of(self.base), wanted)
+        self.lower_layers = tuple(wanted)
+        self.settings = replace(self.settings, layers=self.lower_layers)
+
+    def cut(self, layers: int) -> None:
+        """Drops the decoder layers above the first `layers`, in place: vectors are then those of that layer.
+
+        Raises:
+            ConfigError: there are not so many, or the decoder is not known.
+        """
+        keep_layers(self.base, layers)
+        trained = tuple(one for one in self.settings.layers if one < layers)
+        self.give_layers([one for one in self.lower_layers if one < layers])
+        self.settings = replace(self.settings, layers=trained)
 
     @property
     def device(self) -> torch.device:
@@ -174,7 +224,7 @@ class EmbeddingModel(nn.Module):
         return cast("PreTrainedModel", adapted(self.backbone).get_base_model())
 
     def forward(self, inputs: ModelInputs) -> Embeddings:
-        """Embeds a batch: -> vectors (B, E), or (B, T, E) and mask (B, T)."""
+        """Embeds a batch: -> vectors (B, E), or (B, T, E) and mask (B, T); as many of each of `lower_layers`."""
         tensors, pool_mask = _right_padded(inputs)
         if inputs.padding is None or (self.family.causal and not self._virtual_tokens):
             tensors.pop("attention_mask")
@@ -187,19 +237,26 @@ class EmbeddingModel(nn.Module):
         if inputs.shared and self.unshared(has_images) is None:
             hidden, pool_mask = self._run_shared(tensors, pool_mask, inputs.shared)
         elif inputs.lengths and not has_images and self._unpackable() is None:
-            hidden = self._run_packed(tensors["input_ids"], inputs.lengths)  # (B, T, H)
+            hidden = self._run_packed(tensors["input_ids"], inputs.lengths)  # (B, T, H) each
         else:
-            hidden = run(self.family, self.backbone, tensors, self.settings.adapter_type)  # (B, T, H)
+            hidden = self._with_lower(lambda: run(self.family, self.backbone, tensors, self.settings.adapter_type))
+        vectors = [self.head(one, pool_mask) for one in hidden]  # (B, E) or (B, T, E) each
+        if inputs.filler:  # rows without content; times 0, so that every parameter takes part on every rank
+            vectors = [one[: -inputs.filler] + 0.0 * one[-inputs.filler :].sum() for one in vectors]
+            pool_mask = pool_mask[: -inputs.filler]
+        lower = dict(zip(self.lower_layers, vectors[1:], strict=True)) or None
+        return Embeddings(vectors[0], pool_mask if self.pooling.multi_vector else None, lower)
+
+    def head(self, hidden: torch.Tensor, pool_mask: torch.Tensor) -> torch.Tensor:
+        """Pooling, projection, normalisation: hidden states (B, T, H), mask (B, T) -> (B, E) or (B, T, E) float32."""
         vectors = self.pooling(hidden, pool_mask)  # (B, H) or (B, T, H)
         if self.projection is not None:
             vectors = self.projection(vectors)
-        vectors = vectors.float()
-        if self.normalize:
-            vectors = F.normalize(vectors, dim=-1)
-        if inputs.filler:  # rows without content; times 0, so that every parameter takes part on every rank
-            vectors = vectors[: -inputs.filler] + 0.0 * vectors[-inputs.filler :].sum()
-            pool_mask = pool_mask[: -inputs.filler]
-        return Embeddings(vectors, pool_mask if self.pooling.multi_vector else None)
+        return F.normalize(vectors.float(), dim=-1) if self.normalize else vectors.float()
+
+    def _with_lower(self, run: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
+        """Last hidden states, then those of `lower_layers`."""
+        return last_and_lower(decoder_of(self.base), self.lower_layers, run) if self.lower_layers else [run()]
 
     def _with_features(self, tensors: dict[str, Any], images: StoredImages) -> dict[str, Any]:
         """The tensors with features of images in place of pixels; features that the store lacks are computed for it."""
@@ -218,8 +275,8 @@ class EmbeddingModel(nn.Module):
 
     def _run_shared(
         self, tensors: dict[str, Any], pool_mask: torch.Tensor, prefix: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states of rows that begin with the same `prefix` tokens, and their pool mask.
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Hidden states of rows that begin with the same `prefix` tokens, of each layer, and their pool mask.
 
         The prefix's own columns come back only where some of them are pooled.
         """
@@ -231,32 +288,40 @@ class EmbeddingModel(nn.Module):
         shared = SharedPrefix(self.config, prefix, rows)
         media = {name: tensor for name, tensor in tensors.items() if name not in _SEQUENCE}
         made = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)  # given in 4 dimensions: none is made
-        output = self.backbone(
-            input_ids=flatten(ids, prefix),
-            position_ids=flatten(positions, prefix),
-            attention_mask=made,
-            shared_prefix=shared,
-            **media,
-            return_dict=True,
-        ).last_hidden_state  # (1, P + B * T, H)
+        output = self._with_lower(
+            lambda: (
+                self.backbone(
+                    input_ids=flatten(ids, prefix),
+                    position_ids=flatten(positions, prefix),
+                    attention_mask=made,
+                    shared_prefix=shared,
+                    **media,
+                    return_dict=True,
+                ).last_hidden_state
+            )
+        )  # (1, P + B * T, H) each
         self._check_followed(shared, "share_prefix", "off")
-        head, own = unflatten(output, prefix, rows)  # (P, H), (B, T, H)
+        parts = [unflatten(one, prefix, rows) for one in output]  # (P, H) and (B, T, H) each
         if not pool_mask[:, :prefix].any():
-            return own, pool_mask[:, prefix:]
-        return torch.cat([head.expand(rows, -1, -1), own], dim=1), pool_mask
+            return [own for _, own in parts], pool_mask[:, prefix:]
+        return [torch.cat([head.expand(rows, -1, -1), own], dim=1) for head, own in parts], pool_mask
 
-    def _run_packed(self, ids: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
-        """Hidden states (B, T, H) of right-padded texts (B, T); nothing is computed of the padding."""
+    def _run_packed(self, ids: torch.Tensor, lengths: tuple[int, ...]) -> list[torch.Tensor]:
+        """Hidden states (B, T, H) of right-padded texts (B, T), of each layer; nothing is computed of the padding."""
         packed = Packed(self.config, lengths, self.family.causal, ids.device)
-        output = self.backbone(
-            input_ids=packed.pack(ids),
-            position_ids=packed.positions.unsqueeze(0),
-            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),  # as in `_run_shared`
-            packed_sequences=packed,
-            return_dict=True,
-        ).last_hidden_state  # (1, N, H)
+        output = self._with_lower(
+            lambda: (
+                self.backbone(
+                    input_ids=packed.pack(ids),
+                    position_ids=packed.positions.unsqueeze(0),
+                    attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),  # as in `_run_shared`
+                    packed_sequences=packed,
+                    return_dict=True,
+                ).last_hidden_state
+            )
+        )  # (1, N, H) each
         self._check_followed(packed, "attention_kernel", "padded")
-        return packed.unpack(output)
+        return [packed.unpack(one) for one in output]
 
     def _check_followed(self, layout: SharedPrefix | Packed, option: str, remedy: str) -> None:
         """Raises MmembedError where layers have another attention than ours: code that a model brings may."""

@@ -11,14 +11,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from mmembed.content import Task
 from mmembed.data.labels import BatchLabels
-from mmembed.embeddings import Embeddings
+from mmembed.embeddings import Embeddings, Layer
 from mmembed.errors import ConfigError, nearest
 from mmembed.losses import LOSSES
 from mmembed.registry import Registry
@@ -52,7 +52,8 @@ class Objective(nn.Module):
 
     `gather` runs the collectives once; `compare` turns what it gave into the loss and may run several times on
     truncated embeddings (matryoshka). `reads` names what is used of the labels beyond positive or not, `pairs` says
-    that it takes graded pairs: all documents of a record, each with its similarity from 0 to 1 (STS).
+    that it takes graded pairs: all documents of a record, each with its similarity from 0 to 1 (STS). `layers` names
+    the lower decoder layers whose vectors `gather` has to find in the embeddings.
 
     An objective that remembers (a queue, temperatures, running means) keeps its memory in buffers, which are saved and
     resumed, and overrides `news` and `keep`. `compare` never changes it: a step that ran out of memory is taken again.
@@ -72,6 +73,10 @@ class Objective(nn.Module):
     @property
     def pairs(self) -> bool:
         return False
+
+    @property
+    def layers(self) -> frozenset[Layer]:
+        return frozenset()
 
     @property
     def across_processes(self) -> bool:
@@ -102,8 +107,9 @@ class Objective(nn.Module):
         """Q local queries, D local documents -> what `compare` needs, from all processes."""
         raise NotImplementedError
 
-    def truncate(self, gathered: Any, size: int) -> Any:
-        """What `gather` gave, with embeddings cut to their first `size` dimensions."""
+    def truncate(self, gathered: Any, dims: slice) -> Any:
+        """What `gather` gave, with embeddings cut to these dimensions: a prefix, or one of several layers' vectors that
+        stand side by side."""
         raise NotImplementedError
 
     def compare(self, gathered: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -151,24 +157,33 @@ OBJECTIVES: Registry[Objective] = Registry("mmembed.objectives", Objective, give
 ObjectiveBlock = str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
 
 
-def build_objective(block: ObjectiveBlock, embedding_size: int | None = None) -> Objective:
+def build_objective(block: ObjectiveBlock, embedding_size: int | None = None, depth: int | None = None) -> Objective:
     """Builds what YAML says:
 
         contrastive                                             an objective by its name
         {type: wasserstein, temperature: .05}                   a loss by its name: contrastive (or pairs) with it
-        {type: contrastive, matryoshka: {dims: [256, 64]}}      `matryoshka` wraps any objective
+        {type: contrastive, matryoshka: {dims: [256, 64]}}      `matryoshka` wraps any objective: shorter vectors,
+        {type: contrastive, matryoshka: {layers: [2, -1]}}      those of lower layers, or both
         [{type: infonce}, {type: uniformity, weight: .1}]       a weighted sum
+        [{type: infonce}, {type: infonce, layer: middle}]       whose parts may compare the vectors of lower layers
         {by_task: {retrieval: {type: infonce}, sts: pearson}}   one of the above for the batches of each task
         {by_source: {squad-en: {type: infonce}, ...}}           or of each source
 
-    Raises ConfigError on unknown names and options, on dims above `embedding_size`, and on a sum of nothing.
+    Args:
+        embedding_size: of the vectors; the model's.
+        depth: how many layers the decoder has; the model's. None, both: a config is only checked.
+
+    Raises:
+        ConfigError: unknown names and options, dims above `embedding_size`, a layer outside of `depth`, a sum of
+            nothing.
     """
     from mmembed.objectives.combined import Combined, Part
+    from mmembed.objectives.layers import layer_number
 
     if isinstance(block, Mapping) and block.keys() & set(PER_BATCH):
-        return _build_per_batch(block, embedding_size)
+        return _build_per_batch(block, embedding_size, depth)
     if isinstance(block, str | Mapping):
-        return _build_one(block, embedding_size)
+        return _build_one(block, embedding_size, depth)
     if not block:
         raise ConfigError("objective: the list is empty; name at least one objective, for example [contrastive]")
     parts: list[Part] = []
@@ -179,27 +194,39 @@ def build_objective(block: ObjectiveBlock, embedding_size: int | None = None) ->
             raise ConfigError(
                 f"objective[{number}].weight: found {weight!r}; give a number above 0, or remove the part"
             )
-        objective = _build_one(options, embedding_size)
+        where, named = f"objective[{number}].layer", options.pop("layer", -1)
+        if named != "middle" and (isinstance(named, bool) or not isinstance(named, int)):
+            raise ConfigError(f"{where}: found {named!r}; give the number of a layer, or middle")
+        layer = layer_number(cast("Layer", named), depth, where)
+        objective = _build_one(options, embedding_size, depth)
+        if layer is not None and objective.layers:
+            raise ConfigError(f"{where}: the part has matryoshka.layers, too; keep one of them")
         name = str(options["type"])
         alike = sum(part.name.split("-")[0] == name for part in parts)
-        parts.append(Part(f"{name}-{alike + 1}" if alike else name, float(weight), objective))
+        parts.append(Part(f"{name}-{alike + 1}" if alike else name, float(weight), objective, layer))
     return Combined(parts)
 
 
-def _build_one(block: str | Mapping[str, Any], embedding_size: int | None) -> Objective:
-    from mmembed.objectives.matryoshka import Matryoshka
+def _build_one(block: str | Mapping[str, Any], embedding_size: int | None, depth: int | None) -> Objective:
+    from mmembed.objectives.matryoshka import nested
 
     options = {"type": block} if isinstance(block, str) else dict(block)
     matryoshka = options.pop("matryoshka", None)
+    if "layer" in options:
+        raise ConfigError(
+            "objective.layer: the embedder gives the vectors of the last layer, and something has to train those too: "
+            "make it a part of a list, beside one without layer, for example [{type: infonce}, {type: infonce, layer: "
+            "middle}]"
+        )
     name = options.get("type")
     if isinstance(name, str) and name not in OBJECTIVES.classes() and name in LOSSES.classes():
         options = _with_loss(name, options)
     given = {} if embedding_size is None else {"embedding_size": embedding_size}  # none where a config is only checked
     objective = OBJECTIVES.build(options, **given)
-    return objective if matryoshka is None else Matryoshka.build(objective, matryoshka, embedding_size)
+    return objective if matryoshka is None else nested(objective, matryoshka, embedding_size, depth)
 
 
-def _build_per_batch(block: Mapping[str, Any], embedding_size: int | None) -> Objective:
+def _build_per_batch(block: Mapping[str, Any], embedding_size: int | None, depth: int | None) -> Objective:
     from mmembed.objectives.per_batch import PerBatch
 
     by: Literal["by_task", "by_source"] = "by_task" if "by_task" in block else "by_source"
@@ -212,7 +239,7 @@ def _build_per_batch(block: Mapping[str, Any], embedding_size: int | None) -> Ob
     objectives = {}
     for name, inner in entries.items():
         try:
-            objectives[str(name)] = build_objective(inner, embedding_size)
+            objectives[str(name)] = build_objective(inner, embedding_size, depth)
         except ConfigError as error:
             raise ConfigError(f"objective.{by}.{name}: {error}") from None
     return PerBatch(by, objectives)

@@ -209,13 +209,13 @@ class Aligned(Objective):
             )
         return gather_rows(vectors[index], counts), exists, gather_rows(keys, counts)
 
-    def truncate(self, gathered: Pairs, size: int) -> Pairs:
+    def truncate(self, gathered: Pairs, dims: slice) -> Pairs:
         return replace(
             gathered,
-            queries=gathered.queries[:, :size],
-            positives=gathered.positives[:, :size],
-            further=gathered.further[..., :size],
-            negatives=gathered.negatives[..., :size],
+            queries=gathered.queries[:, dims],
+            positives=gathered.positives[:, dims],
+            further=gathered.further[..., dims],
+            negatives=gathered.negatives[..., dims],
         )
 
     def compare(self, gathered: Pairs) -> tuple[Tensor, dict[str, Tensor]]:

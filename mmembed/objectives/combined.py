@@ -1,7 +1,9 @@
 """A weighted sum of objectives on the same batch.
 
 L = sum_k weight_k L_k. In YAML the objective is a list: `[{type: infonce}, {type: uniformity, weight: 0.1}]`. Each part
-gathers for itself, so parts may differ in whether they look across processes. Cost: that of the parts.
+gathers for itself, so parts may differ in whether they look across processes. A part with a `layer` compares vectors of
+that decoder layer, from the same pass of the backbone (`mmembed.objectives.layers` says which vectors these are):
+CoDiEmb's MidNCE is `{type: thresholded_infonce, layer: middle}`. Cost: that of the parts.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mmembed.data.labels import BatchLabels
-from mmembed.embeddings import Embeddings
+from mmembed.embeddings import Embeddings, Layer
 from mmembed.errors import ConfigError
 from mmembed.objectives import Objective, View
 
@@ -24,21 +26,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Part:
-    """One term of the sum; `name` is what its loss is logged under."""
+    """One term of the sum; `name` is what its loss is logged under, `layer` is compared (None: the last)."""
 
     name: str
     weight: float
     objective: Objective
+    layer: Layer | None = None
 
 
 class Combined(Objective):
     """Built from a list of blocks, see `mmembed.objectives.build_objective`.
 
     Metrics are those of each part, the first part winning where two share a name, and `loss_<name>`, without weight.
-    Health monitors look at the first part, whose scores rank documents in most recipes.
+    Health monitors look at the first part of the last layer, whose scores rank documents in most recipes.
 
     Raises:
-        ConfigError: some parts take graded pairs and others positives and negatives.
+        ConfigError: some parts take graded pairs and others positives and negatives; or none compares the last layer.
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
@@ -49,7 +52,13 @@ class Combined(Objective):
                 f"objective: '{kinds[True]}' takes graded pairs, '{kinds[False]}' takes positives and negatives, and a "
                 "batch is one or the other; give each its batches with objective: {by_task: ...}"
             )
-        self.parts = tuple(parts)
+        of_last = [place for place, part in enumerate(parts) if part.layer is None]
+        if not of_last:
+            raise ConfigError(
+                "objective: every part has a lower layer, and nothing would train the last one's vectors, which the "
+                "embedder gives; add a part without layer"
+            )
+        self.parts, self.leading = tuple(parts), of_last[0]
         self.objectives = nn.ModuleList([part.objective for part in parts])
 
     @property
@@ -61,6 +70,11 @@ class Combined(Objective):
         return self.parts[0].objective.pairs
 
     @property
+    def layers(self) -> frozenset[Layer]:
+        own = frozenset(part.layer for part in self.parts if part.layer is not None)
+        return own.union(*(part.objective.layers for part in self.parts))
+
+    @property
     def across_processes(self) -> bool:
         return any(part.objective.across_processes for part in self.parts)
 
@@ -69,13 +83,15 @@ class Combined(Objective):
             part.objective.check(sources)
 
     def similarity_of(self, queries: Embeddings, documents: Embeddings) -> Tensor:
-        return self.parts[0].objective.similarity_of(queries, documents)
+        return self.parts[self.leading].objective.similarity_of(queries, documents)
 
     def gather(self, queries: Embeddings, documents: Embeddings, labels: BatchLabels) -> tuple[Any, ...]:
-        return tuple(part.objective.gather(queries, documents, labels) for part in self.parts)
+        return tuple(
+            part.objective.gather(queries.at(part.layer), documents.at(part.layer), labels) for part in self.parts
+        )
 
-    def truncate(self, gathered: tuple[Any, ...], size: int) -> tuple[Any, ...]:
-        return tuple(part.objective.truncate(one, size) for part, one in zip(self.parts, gathered, strict=True))
+    def truncate(self, gathered: tuple[Any, ...], dims: slice) -> tuple[Any, ...]:
+        return tuple(part.objective.truncate(one, dims) for part, one in zip(self.parts, gathered, strict=True))
 
     def compare(self, gathered: tuple[Any, ...]) -> tuple[Tensor, dict[str, Tensor]]:
         losses: dict[str, Tensor] = {}
@@ -102,5 +118,5 @@ class Combined(Objective):
             part.objective.forget()
 
     def view(self, gathered: tuple[Any, ...]) -> View:
-        """Of the first part. The loss of equal scores is not known of a sum: terms of geometry have none."""
-        return replace(self.parts[0].objective.view(gathered[0]), chance=None)
+        """Of the leading part. The loss of equal scores is not known of a sum: terms of geometry have none."""
+        return replace(self.parts[self.leading].objective.view(gathered[self.leading]), chance=None)

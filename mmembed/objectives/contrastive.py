@@ -196,13 +196,13 @@ class Contrastive(Objective):
             weight=weight,
         )
 
-    def truncate(self, gathered: Gathered, size: int) -> Gathered:
+    def truncate(self, gathered: Gathered, dims: slice) -> Gathered:
         return replace(
             gathered,
-            queries=gathered.queries.truncate(size),
-            candidates=gathered.candidates.truncate(size),
-            siblings=None if gathered.siblings is None else gathered.siblings.truncate(size),
-            reverse=None if gathered.reverse is None else self.truncate(gathered.reverse, size),
+            queries=gathered.queries.truncate(dims),
+            candidates=gathered.candidates.truncate(dims),
+            siblings=None if gathered.siblings is None else gathered.siblings.truncate(dims),
+            reverse=None if gathered.reverse is None else self.truncate(gathered.reverse, dims),
         )
 
     def compare(self, gathered: Gathered) -> tuple[Tensor, dict[str, Tensor]]:

@@ -41,10 +41,10 @@ def gather_rows(tensor: Tensor, counts: list[int]) -> Tensor:
 
 
 def gather_embeddings(embeddings: Embeddings, counts: list[int]) -> Embeddings:
-    """Embeddings of all processes; sequences of vectors are padded to the longest."""
-    vectors, mask = embeddings
+    """Embeddings of all processes, of the last layer; sequences of vectors are padded to the longest."""
+    vectors, mask = embeddings.vectors, embeddings.mask
     if len(counts) == 1:
-        return embeddings
+        return Embeddings(vectors, mask)
     if mask is not None:
         longest = max(gather_counts(vectors.shape[1], vectors.device))
         missing = longest - vectors.shape[1]

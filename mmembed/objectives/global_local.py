@@ -93,8 +93,8 @@ class GlobalLocal(Objective):
             slice(start, start + len(rows)),
         )
 
-    def truncate(self, gathered: Sides, size: int) -> Sides:
-        queries, positives = gathered.queries.truncate(size), gathered.positives.truncate(size)
+    def truncate(self, gathered: Sides, dims: slice) -> Sides:
+        queries, positives = gathered.queries.truncate(dims), gathered.positives.truncate(dims)
         return replace(gathered, queries=queries, positives=positives)
 
     def compare(self, gathered: Sides) -> tuple[Tensor, dict[str, Tensor]]:

@@ -101,8 +101,8 @@ class GradedPairs(Objective):
             )
         return GatheredPairs(queries, documents, labels.owner, labels.relevance)
 
-    def truncate(self, gathered: GatheredPairs, size: int) -> GatheredPairs:
-        return replace(gathered, queries=gathered.queries.truncate(size), documents=gathered.documents.truncate(size))
+    def truncate(self, gathered: GatheredPairs, dims: slice) -> GatheredPairs:
+        return replace(gathered, queries=gathered.queries.truncate(dims), documents=gathered.documents.truncate(dims))
 
     def compare(self, gathered: GatheredPairs) -> tuple[Tensor, dict[str, Tensor]]:
         scores = self._scores(gathered)

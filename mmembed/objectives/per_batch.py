@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmembed.content import Task
 from mmembed.data.labels import BatchLabels
-from mmembed.embeddings import Embeddings
+from mmembed.embeddings import Embeddings, Layer
 from mmembed.errors import ConfigError, nearest
 from mmembed.objectives import Objective, View
 
@@ -59,6 +59,10 @@ class PerBatch(Objective):
     def reads(self) -> frozenset[str]:
         return frozenset().union(*(self._entry(name).reads for name in self.names))
 
+    @property
+    def layers(self) -> frozenset[Layer]:
+        return frozenset().union(*(self._entry(name).layers for name in self.names))
+
     def part_for(self, source: str, task: Task, or_first: bool = False) -> Objective:
         if or_first and self._key(source, task) not in self.names:
             return self._entry(self.names[0])
@@ -88,8 +92,8 @@ class PerBatch(Objective):
         name = self._name(labels.source, labels.task)
         return Chosen(name, self._entry(name).gather(queries, documents, labels))
 
-    def truncate(self, gathered: Chosen, size: int) -> Chosen:
-        return replace(gathered, gathered=self._entry(gathered.name).truncate(gathered.gathered, size))
+    def truncate(self, gathered: Chosen, dims: slice) -> Chosen:
+        return replace(gathered, gathered=self._entry(gathered.name).truncate(gathered.gathered, dims))
 
     def compare(self, gathered: Chosen) -> tuple[Tensor, dict[str, Tensor]]:
         loss, metrics = self._entry(gathered.name).compare(gathered.gathered)

@@ -1,9 +1,9 @@
 """InfoNCE for graded pairs: only pairs at or above a threshold are anchors, the documents of all pairs are candidates.
 
 L = mean over i with y_i >= threshold of -log( e^{s_ii / tau} / sum_j e^{s_ij / tau} ): the MidNCE of CoDiEmb (arXiv
-2508.11442, training code: tau 0.02, threshold 1), which takes the vectors of the middle hidden layer. Here they are the
-final ones: a model gives one set of vectors an input, so the middle layer cannot be had. As there, documents of other
-processes are no candidates.
+2508.11442, training code: tau 0.02, threshold 1), which takes the vectors of the middle hidden layer: `layer: middle`
+beside it, in a list. The authors pool that layer's states as they are, here they go through the final norm first, as
+those of the last layer do. As there, documents of other processes are no candidates.
 
 When: graded pairs should also contrast: the best of them are anchors against all others.
 """
@@ -82,8 +82,8 @@ class ThresholdedInfoNCE(Objective):
         # rows without a positive have loss 0 in the mean over all queries
         return replace(gathered, weight=len(labels.query_keys) / anchors if anchors else 0.0)
 
-    def truncate(self, gathered: Gathered, size: int) -> Gathered:
-        return self.contrastive.truncate(gathered, size)
+    def truncate(self, gathered: Gathered, dims: slice) -> Gathered:
+        return self.contrastive.truncate(gathered, dims)
 
     def compare(self, gathered: Gathered) -> tuple[Tensor, dict[str, Tensor]]:
         loss, _ = self.contrastive.compare(gathered)  # its metrics are means over rows that are no anchors too

@@ -110,7 +110,7 @@ class Estimate:
     ) -> None:
         self.config, self.model, self.batches, self.devices = config, model, batches, devices
         self.preprocessor, self.args, self.share_prefix = preprocessor, args, share_prefix
-        self.objective = build_objective(config.objective, model.embedding_size)
+        self.objective = build_objective(config.objective, model.embedding_size, model.depth)
         self.refused = refused(config, devices)
         self.notes = [f"no {', '.join(names)}: {why}" for why, names in _by_reason(self.refused).items()]
         self.half = bool(args.bf16 or args.fp16)
@@ -240,6 +240,7 @@ class Estimate:
         """Measured once with and once without gradient checkpointing."""
         if checkpointing not in self._graphs:
             model, _ = outline(self._with_checkpointing(checkpointing), None)
+            model.give_layers(self.objective.layers)
             graph = measure_chunk(model, self.longest, self.autocast)
             self._graphs[checkpointing] = dataclasses.replace(
                 graph, per_shared_token=0.0 if checkpointing else prefix_copies(model, self.autocast)

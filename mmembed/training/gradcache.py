@@ -139,11 +139,12 @@ def _first_pass(
 
 def _compare(
     objective: Objective, batch: Batch, outputs: Sequence[Embeddings], scale: float, observe: Observe | None
-) -> tuple[Tensor, dict[str, Tensor], list[Tensor], Learned, Any]:
-    """Loss, metrics, gradients of `scale * loss` (of the vectors of each chunk, of the objective's parameters), and
-    what the objective gathered."""
-    leaves = [output.vectors.detach().requires_grad_() for output in outputs]
-    vectors = _assemble(batch, [Embeddings(leaf, out.mask) for leaf, out in zip(leaves, outputs, strict=True)])
+) -> tuple[Tensor, dict[str, Tensor], list[list[Tensor]], Learned, Any]:
+    """Loss, metrics, gradients of `scale * loss` (of the vectors of each chunk, a tensor a layer; of the objective's
+    parameters), and what the objective gathered."""
+    cut = [output.with_tensors([one.detach().requires_grad_() for one in output.tensors]) for output in outputs]
+    leaves = [leaf for output in cut for leaf in output.tensors]
+    vectors = _assemble(batch, cut)
     place = batch.place.to(leaves[0].device)
     queries, documents = vectors.rows(place[: batch.n_queries]), vectors.rows(place[batch.n_queries :])
     gathered = objective.gather(queries, documents, batch.labels.to(place.device))
@@ -154,7 +155,9 @@ def _compare(
     learned = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     # an objective of the positives alone does not touch the negatives' vectors
     found = torch.autograd.grad(loss * scale, [*leaves, *learned], allow_unused=True, materialize_grads=True)
-    return loss, metrics, list(found[: len(leaves)]), (learned, list(found[len(leaves) :])), gathered
+    of_leaves = iter(found)
+    of_chunks = [[next(of_leaves) for _ in output.tensors] for output in cut]
+    return loss, metrics, of_chunks, (learned, list(of_leaves)), gathered
 
 
 def _second_pass(
@@ -163,7 +166,7 @@ def _second_pass(
     kept_from: int,
     outputs: list[Embeddings],
     states: Sequence[RandomState],
-    gradients: Sequence[Tensor],
+    gradients: Sequence[list[Tensor]],
     learned: Learned,
     backward: Backward,
     in_rounds: bool,
@@ -179,17 +182,17 @@ def _second_pass(
     with guard():
         for number in order:
             last = number == order[-1]
-            output, outputs[number] = outputs[number].vectors, Embeddings(outputs[number].vectors.detach())
+            output, outputs[number] = outputs[number].tensors, Embeddings(outputs[number].vectors.detach())
             if number < kept_from:
                 states[number].restore()
-                output = encode(chunks[number]).vectors
-            gradient = gradients[number] if number < len(gradients) else torch.zeros_like(output)
+                output = encode(chunks[number]).tensors
+            gradient = gradients[number] if number < len(gradients) else [torch.zeros_like(one) for one in output]
             if last or in_rounds:
                 # ZeRO-3 adds to the gradient of the step before where a parameter gets none in the first backward
-                backward([output, *parameters], [gradient, *of_learned], last)
+                backward([*output, *parameters], [*gradient, *of_learned], last)
                 of_learned = [torch.zeros_like(of_one) for of_one in of_learned]
             else:
-                backward([output], [gradient], last)
+                backward(output, gradient, last)
     after.restore()
 
 
@@ -198,18 +201,17 @@ def _second_pass_beside(
     chunks: Sequence[Chunk],
     kept_from: int,
     outputs: list[Embeddings],
-    gradients: Sequence[Tensor],
+    gradients: Sequence[list[Tensor]],
     workers: Workers,
 ) -> None:
     """As `_second_pass`, by threads; gradients are added in the order of the chunks."""
 
     def back(number: int) -> Sequence[Tensor | None]:
-        output, outputs[number] = outputs[number].vectors, Embeddings(outputs[number].vectors.detach())
+        output, outputs[number] = outputs[number].tensors, Embeddings(outputs[number].vectors.detach())
         if number < kept_from:
-            output = encode(chunks[number]).vectors
-        if not output.requires_grad:
-            return []
-        return torch.autograd.grad(output, workers.parameters, gradients[number], allow_unused=True)
+            output = encode(chunks[number]).tensors
+        output, gradient = _trained(output, gradients[number])
+        return torch.autograd.grad(output, workers.parameters, gradient, allow_unused=True) if output else []
 
     for of_chunk in beside_each_other(_backward_order(kept_from, len(chunks)), back, workers.count):
         _add(workers.parameters, of_chunk)
@@ -277,8 +279,13 @@ def _assemble(batch: Batch, parts: list[Embeddings]) -> Embeddings:
 
 
 def _plain_backward(outputs: list[Tensor], gradients: list[Tensor], last: bool) -> None:
+    torch.autograd.backward(*_trained(outputs, gradients))
+
+
+def _trained(outputs: list[Tensor], gradients: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Those that have a graph."""
     pairs = [(output, grad) for output, grad in zip(outputs, gradients, strict=True) if output.requires_grad]
-    torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
+    return [output for output, _ in pairs], [gradient for _, gradient in pairs]
 
 
 def _buckets(gradients: list[Tensor]) -> Iterable[list[Tensor]]:

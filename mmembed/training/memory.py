@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from mmembed.backbones.adapters import adapted
 from mmembed.backbones.attention import ATTENTION
+from mmembed.backbones.layers import decoder_of, last_and_lower
 from mmembed.config.blocks import PROMPT_TYPES
 from mmembed.data.labels import BatchLabels
 from mmembed.embeddings import Embeddings
@@ -134,7 +134,7 @@ def _run(model: EmbeddingModel, rows: int, length: int, autocast: torch.dtype | 
                 with nullcontext() if autocast is None else torch.autocast("cpu", autocast):
                     vectors = _vectors(model, rows, length)
                 kept = meter.now - start
-                torch.autograd.backward(vectors, torch.ones_like(vectors))
+                torch.autograd.backward(vectors, [torch.ones_like(one) for one in vectors])
                 del vectors
     return float(kept), float(meter.peak - start)
 
@@ -158,7 +158,7 @@ def _unmasked() -> Iterator[None]:
             AttentionMaskInterface.register(name, sdpa_mask)
 
 
-def _vectors(model: EmbeddingModel, rows: int, length: int) -> Tensor:
+def _vectors(model: EmbeddingModel, rows: int, length: int) -> list[Tensor]:
     """As the model's forward, from token ids whose values do not matter."""
     kind = model.settings.adapter_type
     base: Any = model.backbone if kind == "none" else adapted(model.backbone).get_base_model()
@@ -167,22 +167,10 @@ def _vectors(model: EmbeddingModel, rows: int, length: int) -> Tensor:
         virtual = int((model.settings.adapter or {})["num_virtual_tokens"])
         front = torch.zeros(rows, virtual, embedded.shape[2], dtype=embedded.dtype, requires_grad=True)
         embedded = torch.cat([front, embedded], dim=1)
-    hidden = _decoder(base)(inputs_embeds=embedded).last_hidden_state  # (B, T, H)
-    mask = torch.ones(hidden.shape[:2], dtype=torch.bool)
-    vectors = model.pooling(hidden, mask)
-    if model.projection is not None:
-        vectors = model.projection(vectors)
-    vectors = vectors.float()
-    return functional.normalize(vectors, dim=-1) if model.normalize else vectors
-
-
-def _decoder(base: Any) -> Any:
-    """The text decoder: the part of the model that has the text configuration."""
-    from transformers import PreTrainedModel
-
-    kind = base.config.get_text_config().model_type
-    parts = (part for name, part in base.named_modules() if name and isinstance(part, PreTrainedModel))
-    return next((part for part in parts if part.config.model_type == kind), base)
+    decoder = decoder_of(base)
+    hidden = last_and_lower(decoder, model.lower_layers, lambda: decoder(inputs_embeds=embedded).last_hidden_state)
+    mask = torch.ones(hidden[0].shape[:2], dtype=torch.bool)
+    return [model.head(one, mask) for one in hidden]  # (B, E) each
 
 
 def _without_contents(module: nn.Module) -> None:
@@ -249,7 +237,7 @@ def _run_vision(model: EmbeddingModel, tensors: dict[str, Tensor], autocast: tor
 
 def _fill(base: Any) -> None:
     """Gives every parameter and buffer outside of the text decoder memory, of zeros."""
-    decoder = _decoder(base)
+    decoder = decoder_of(base)
     language = {id(tensor) for tensor in (*decoder.parameters(), *decoder.buffers())}
     for part in base.modules():
         for name, parameter in list(part._parameters.items()):
@@ -275,12 +263,13 @@ def measure_objective(objective: Objective, labels: BatchLabels, size: int, vect
     def embeddings(count: int) -> Embeddings:
         vectors = torch.randn(count, *shape, requires_grad=True)
         mask = None if vectors_an_input == 1 else torch.ones(count, vectors_an_input, dtype=torch.bool)
-        return Embeddings(vectors, mask)
+        layers = {int(layer): torch.randn_like(vectors, requires_grad=True) for layer in objective.layers}
+        return Embeddings(vectors, mask, layers)
 
     queries, documents = embeddings(len(labels.query_keys)), embeddings(len(labels.owner))
     with Meter() as meter:
         loss, _ = objective(queries, documents, labels)
-        torch.autograd.grad(loss, [queries.vectors, documents.vectors])
+        torch.autograd.grad(loss, [*queries.tensors, *documents.tensors])
     return float(meter.peak)
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from mmembed.backbones import Family, resolve_backbone
 from mmembed.backbones.adapters import check_adapter, lora_targets
+from mmembed.backbones.layers import check_layers
 from mmembed.backbones.loading import outline_backbone
 from mmembed.config.blocks import LORA_TYPES, EmbedderConfig, TypedBlock, block_type
 from mmembed.data.format_base import FORMATS
@@ -155,9 +156,13 @@ def _check_backbone(config: EmbedderConfig) -> None:
     model, adapter = config.model, config.adapter
     backbone = outline_backbone(model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     check_template(PROMPTS.build(config.prompt), backbone.processor, backbone.config.model_type)
+    text = backbone.config.get_text_config()
     with torch.device("meta"):
-        pooling = POOLINGS.build(config.pooling, hidden_size=backbone.config.get_text_config().hidden_size)
-        build_objective(config.objective, config.projection or pooling.embedding_size)
+        pooling = POOLINGS.build(config.pooling, hidden_size=text.hidden_size)
+        size = config.projection or pooling.embedding_size
+        objective = build_objective(config.objective, size, text.num_hidden_layers)
+    if objective.layers:
+        check_layers(text)
     backbone.family.set_pixel_limits(config.lengths.min_pixels, config.lengths.max_pixels)
     check_adapter(backbone, adapter.type, model.freeze)
     if adapter.type not in LORA_TYPES or adapter.dropout == 0:

@@ -30,6 +30,7 @@ class Trained(nn.Module):
     def __init__(self, model: EmbeddingModel, objective: Objective) -> None:
         super().__init__()
         self.model, self.objective = model, objective
+        model.give_layers(objective.layers)
 
     @property
     def config(self) -> Any:

@@ -13,6 +13,7 @@ from safetensors.torch import load, save
 
 from mmembed.data.labels import BatchLabels, label_keys
 from mmembed.embeddings import Embeddings
+from mmembed.errors import ConfigError
 from mmembed.objectives import OBJECTIVES, Objective, build_objective
 from mmembed.objectives.aligned import Aligned
 from mmembed.training.gradcache import contrastive_step
@@ -27,7 +28,7 @@ MANY = [name for name, cls in OBJECTIVES.classes().items() if cls.many_vectors]
 
 
 def build(name: str, **options: object) -> Objective:
-    return build_objective({**block(name), **options}, SIZE)
+    return build_objective({**block(name), **options}, SIZE, depth=2)
 
 
 def labels(empty: bool = False, twins: bool = False) -> BatchLabels:
@@ -157,9 +158,27 @@ def test_it_can_be_cut_to_nested_dimensions(name: str) -> None:
     """What matryoshka asks of it: the loss of truncated embeddings, gathered once."""
     (queries, documents), sizes = vectors(name), (SIZE, 2)
     whole = build(name, matryoshka={"dims": list(sizes)})
-    cut = [build(name)(queries.truncate(size), documents.truncate(size), labels())[0] for size in sizes]
+    cut = [build(name)(queries.truncate(slice(size)), documents.truncate(slice(size)), labels())[0] for size in sizes]
     torch.testing.assert_close(step(whole, queries, documents, labels()), sum(cut))
     assert torch.isfinite(step(whole, queries, documents, labels()))  # with what it remembers of the first step
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_can_be_nested_over_layers(name: str) -> None:
+    """The sum over layers (and prefixes) of what it says of each; a memory of several layers' vectors is refused."""
+    both = vectors(name)
+    lower = [one._replace(vectors=one.vectors.detach().flip(-1).requires_grad_()) for one in both]
+    nested = {"layers": [1, -1], "layer_weights": [0.5, 1.0], "kl_weight": 0, "dims": [SIZE, 2]}
+    if any(buffer.is_floating_point() for buffer in build(name).buffers()):
+        with pytest.raises(ConfigError, match=f"'{name}' remembers"):
+            build(name, matryoshka=nested)
+        return
+    of_layer = [build(name, matryoshka={"dims": [SIZE, 2]})(*sides, labels())[0] for sides in (lower, both)]
+    given = [one._replace(layers={1: under.vectors}) for one, under in zip(both, lower, strict=True)]
+    loss = step(build(name, matryoshka=nested), *given, labels())
+    torch.testing.assert_close(loss, 0.5 * of_layer[0] + of_layer[1])
+    loss.backward()
+    assert all(one.vectors.grad.any() for one in (*both, *lower))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -24,6 +24,7 @@ LORA = ["adapter.dropout=0.0"]
 HEADS = ["pooling={type: latent_attention, num_latents: 4}", "projection=16"]
 FULL = ["adapter={type: none}"]
 MANY, TWICE = ["training.token_budget=64"], ["training.gradient_accumulation_steps=2"]
+LAYERS = ["objective={type: infonce, temperature: 0.1, matryoshka: {layers: [1, -1], kl_weight: 0}}"]
 CASES = {
     "ddp": ("every process holds the whole model", [*LORA, *MANY, "training.max_grad_norm=0"]),
     "zero1": ("DeepSpeed ZeRO-1 divides optimizer state", [*LORA, *TWICE, "training.max_grad_norm=0"]),
@@ -37,6 +38,14 @@ CASES = {
     ),
     "fsdp2": ("FSDP2 divides optimizer state, gradients, weights", [*FULL, *MANY, *TWICE, "training.max_grad_norm=0"]),
     "fsdp2 lora": ("FSDP2 divides optimizer state, gradients, weights", [*LORA, *MANY, "training.max_grad_norm=0"]),
+    "zero3 layers": (
+        "DeepSpeed ZeRO-3 divides optimizer state, gradients, weights",
+        [*LORA, *HEADS, *MANY, *LAYERS, "training.max_grad_norm=0"],
+    ),
+    "fsdp2 layers": (
+        "FSDP2 divides optimizer state, gradients, weights",
+        [*FULL, *MANY, *LAYERS, "training.max_grad_norm=0"],
+    ),
     # Clipping to a norm hides a factor in the gradient, so it has cases of its own.
     "zero1 clipped": ("DeepSpeed ZeRO-1 divides optimizer state", [*LORA, *TWICE, "training.max_grad_norm=1"]),
     "fsdp2 clipped": (

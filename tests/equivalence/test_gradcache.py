@@ -44,16 +44,18 @@ def direct(encoder, objective, batch):
             {**LEARNED, "symmetric": True},
             {**LEARNED, "matryoshka": {"dims": [8, 4]}},
             {"by_task": {"sts": ["pro", {**LEARNED, "type": "rank_kl", "matryoshka": {"dims": [8, 4]}}]}},
+            {**LEARNED, "matryoshka": {"dims": [8, 4], "layers": [1, -1]}},
+            [{**LEARNED, "layer": "middle"}, {**LEARNED, "weight": 0.5}],
         ]
     ),
     multi_vector=st.booleans(),
     workers=st.integers(1, 3),
 )
 def test_any_chunking_equals_the_direct_step(chunk_tokens, chunk_rows, keep_tokens, seed, block, multi_vector, workers):
-    encoder, objective = ToyEncoder(multi_vector=multi_vector), build_objective(block)
+    objective, chunked_objective = build_objective(block, depth=2), build_objective(block, depth=2)
+    encoder, chunked = (ToyEncoder(multi_vector=multi_vector, layers=objective.layers) for _ in range(2))
     graded = "by_task" in block
     loss, expected = direct(encoder, objective, make_batch(6, 3, 10**6, seed=seed, graded=graded))
-    chunked, chunked_objective = ToyEncoder(multi_vector=multi_vector), build_objective(block)
     batch = make_batch(6, 3, chunk_tokens, chunk_rows, seed=seed, graded=graded)
     threads = Workers(workers, list(chunked.parameters())) if workers > 1 else None
     found_loss, _ = contrastive_step(chunked, chunked_objective, batch, keep_tokens, workers=threads)
@@ -122,11 +124,12 @@ def test_golden_gradient():
 @pytest.mark.distributed
 def test_two_processes_equal_one():
     """Uneven chunks and positives, a parameter that one process alone uses, learned temperature, symmetric, maxsim, a
-    known positive that lies on the other process; losses that couple rows, negatives of the same tower; an objective by
-    task; and negatives or graded pairs of each process alone: the mean of two runs."""
+    known positive that lies on the other process; losses that couple rows, negatives of the same tower; vectors of two
+    layers, with alignment over as many rows on both; an objective by task; and negatives or graded pairs of each process
+    alone: the mean of two runs."""
     run = in_two_processes("tests.equivalence.two_processes")
     found = json.loads(next(line for line in run.stdout.splitlines() if line.startswith("{")))
-    assert len(found) == 14
+    assert len(found) == 17
     for name, (loss, gradient) in found.items():
         assert loss < TOLERANCE, name
         assert gradient < TOLERANCE, name

@@ -15,24 +15,30 @@ VOCABULARY, SIZE = 50, 8
 
 
 class ToyEncoder(nn.Module):
-    """Token embeddings -> dropout -> tanh layer -> masked mean; or one vector a token."""
+    """Token embeddings -> dropout -> tanh layer -> masked mean; or one vector a token. Layer 1 is before tanh."""
 
-    def __init__(self, dropout=0.0, multi_vector=False):
+    def __init__(self, dropout=0.0, multi_vector=False, layers=()):
         super().__init__()
         torch.manual_seed(0)
         self.table = nn.Embedding(VOCABULARY, SIZE)
         self.layer = nn.Linear(SIZE, SIZE)
         self.unused = nn.Linear(SIZE, SIZE)
-        self.dropout, self.multi_vector = nn.Dropout(dropout), multi_vector
+        self.dropout, self.multi_vector, self.layers = nn.Dropout(dropout), multi_vector, layers
 
     def forward(self, chunk):
         longest = max(len(row) for row in chunk.rows)
         ids = torch.tensor([list(row.ids) + [0] * (longest - len(row)) for row in chunk.rows])  # (B, T)
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in chunk.rows]).bool()
-        hidden = torch.tanh(self.layer(self.dropout(self.table(ids))))  # (B, T, H)
-        if self.multi_vector:
-            return Embeddings(nn.functional.normalize(hidden, dim=-1), mask)
-        return Embeddings((hidden * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True))
+        lower = self.dropout(self.table(ids))  # (B, T, H)
+        hidden = torch.tanh(self.layer(lower))  # (B, T, H)
+
+        def head(states):
+            if self.multi_vector:
+                return nn.functional.normalize(states, dim=-1)
+            return (states * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
+
+        layers = {layer: head(lower) for layer in self.layers} or None
+        return Embeddings(head(hidden), mask if self.multi_vector else None, layers)
 
 
 def make_batch(

@@ -31,6 +31,9 @@ CASES = {
     ),
     "own group only": ({"temperature": 0.1}, False, {"in_batch": False}),
     "matryoshka": ({"temperature": 0.1, "matryoshka": {"dims": [8, 4]}}, False, {}),
+    "layers": ({"temperature": 0.1, "symmetric": True, "matryoshka": {"layers": [1, -1], "dims": [8, 4]}}, False, {}),
+    "layers, late interaction": ({"temperature": 1.0, "matryoshka": {"layers": [1, -1], "kl_weight": 0}}, True, {}),
+    "a part on a lower layer": ([{"type": "uniformity"}, {"type": "infonce", "layer": 1}], False, {}),
     "negatives of its own process": (LOCAL, False, {"twins": True}),
     "one positive at a time": ({"temperature": 0.1, "positives": "one_at_a_time"}, False, {"ragged": True}),
     "by task, retrieval": (BY_TASK, False, {}),
@@ -44,7 +47,8 @@ def main() -> None:
     rank = dist.get_rank()
     report = {}
     for name, (options, multi_vector, labels) in CASES.items():
-        encoder, objective = ToyEncoder(multi_vector=multi_vector), build(options)
+        objective = build(options)
+        encoder = ToyEncoder(multi_vector=multi_vector, layers=objective.layers)
         # 3 queries each, in chunks of different sizes: the processes run a different number of forwards
         batch = make_batch(6, 3, 20 + 30 * rank, first=3 * rank, count=3, **labels)
         loss, metrics = contrastive_step(encoder, objective, batch, keep_tokens=30)
@@ -68,7 +72,8 @@ def main() -> None:
 
 def single_process(options, multi_vector, labels):
     """Loss and gradient of the whole batch in one process; where others are not looked at, the means of its halves."""
-    encoder, objective = ToyEncoder(multi_vector=multi_vector), build(options)
+    objective = build(options)
+    encoder = ToyEncoder(multi_vector=multi_vector, layers=objective.layers)
     alone = options is LOCAL or labels.get("graded")
     halves = [{"first": 0, "count": 3}, {"first": 3, "count": 3}] if alone else [{}]
     share = 1 / len(halves)
@@ -79,7 +84,8 @@ def single_process(options, multi_vector, labels):
 
 
 def build(options):
-    return build_objective(options if "by_task" in options else {"type": "contrastive", **options})
+    whole = isinstance(options, list) or "by_task" in options
+    return build_objective(options if whole else {"type": "contrastive", **options}, depth=2)
 
 
 if __name__ == "__main__":

@@ -220,6 +220,19 @@ def test_graded_pairs_above_a_threshold_are_anchors():
     assert documents.grad.norm().item() == pytest.approx(entry["grad_norms"]["p"], abs=TOLERANCE)
 
 
+def test_mid_nce_is_that_of_a_lower_layer():
+    entry = entry_of("codiemb", "STS thresholded")
+    sides = [tensor(entry["inputs"][key]) for key in ("q", "p")]
+    embeddings = [Embeddings(torch.eye(3).double(), None, {2: side}) for side in sides]
+    mid_nce = {"type": "thresholded_infonce", **entry["params"], "similarity": "dot", "layer": "middle"}
+    labels = replace(labels_of(3, 3), relevance=tensor(entry["inputs"]["gold"], grad=False), in_batch=False)
+    loss, metrics = build_objective(["pearson", mid_nce], depth=4)(*embeddings, labels)
+    loss.backward()
+    assert metrics["loss_thresholded_infonce"].item() == pytest.approx(entry["loss"], abs=TOLERANCE)
+    assert sides[0].grad.norm().item() == pytest.approx(entry["grad_norms"]["q"], abs=TOLERANCE)
+    assert sides[1].grad.norm().item() == pytest.approx(entry["grad_norms"]["p"], abs=TOLERANCE)
+
+
 def test_one_positive_at_a_time():
     entry = entry_of("codiemb", "IR multi-positive")
     queries, documents, parameters = tensor(entry["inputs"]["q"]), tensor(entry["inputs"]["p"]), entry["params"]

@@ -52,7 +52,7 @@ def test_config_is_built(file, family_folder):
         overrides.append("pooling.dim_head=16")
     tiny = load_config(file, overrides)
     model, preprocessor = build_embedding_model(tiny)
-    build_objective(tiny.objective, model.embedding_size)
+    build_objective(tiny.objective, model.embedding_size, model.depth)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert trained
     assert preprocessor.prompt

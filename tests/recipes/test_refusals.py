@@ -52,6 +52,14 @@ def no_data(monkeypatch):
         (["data.dev.0.options={splt: dev}"], "data source 'dev': formats.jsonl: unknown option 'splt'"),
         (["adapter.target_modules=[q_pro]"], "no layer outside frozen towers ends in 'q_pro'; did you mean 'q_proj'?"),
         (["objective.matryoshka={dims: [4096]}"], "objective.matryoshka.dims: 4096 is above the embedding size 64"),
+        (
+            ["objective={type: infonce, matryoshka: {layers: [7, -1]}}"],
+            "objective.matryoshka.layers: found 7; the decoder has 2 layers",
+        ),
+        (
+            ["objective=[infonce, {type: infonce, layer: 3}]"],
+            "objective[1].layer: found 3; the decoder has 2 layers",
+        ),
         (["data.train=[]"], "data.train: there is no source"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",

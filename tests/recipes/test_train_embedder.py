@@ -55,6 +55,27 @@ def test_main_job(config_file, tmp_path, capsys):
     assert vectors.norm().item() == pytest.approx(1, abs=1e-5)
 
 
+def test_lower_layers_are_trained_and_used(config_file, tmp_path):
+    """2-D Matryoshka through the command: logged, remembered, and used without the upper layer."""
+    from mmembed import Embedder
+    from mmembed.content import to_content
+    from mmembed.models.checkpoint import load_checkpoint
+    from mmembed.preprocess import Item
+
+    block = "objective=[{type: infonce, temperature: 0.1, matryoshka: {layers: [1, -1], dims: [64, 16]}}, "
+    out = tmp_path / "out"
+    run(config_file, block + "{type: uniformity, layer: middle, weight: 0.1}]", "data.dev=[]")
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    step = next(entry for entry in history if "loss" in entry)
+    assert {"loss_layer_1", "kl_layer_1", "loss_layer_last", "loss_16", "loss_uniformity"} <= step.keys()
+    model, preprocessor = load_checkpoint(out)
+    assert model.settings.layers == (1,)
+    model.give_layers([1])
+    expected = model(preprocessor([Item(to_content("a red bus"))])).layers[1].detach().numpy()
+    short = Embedder.from_pretrained(out, dtype="float32", layers=1)
+    np.testing.assert_allclose(short.encode(["a red bus"]), expected, atol=1e-5)
+
+
 def test_threads_compute_chunks_beside_each_other(config_file, tmp_path, monkeypatch):
     """With several threads and no dropout: same losses, same weights; with dropout chunks stay in turn."""
     import mmembed.training.gradcache as step

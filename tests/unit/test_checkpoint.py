@@ -11,19 +11,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from families import build, build_family, items, vectors
 from safetensors.torch import load_file, save_file
 
+from mmembed import Embedder
 from mmembed.config import build_config
 from mmembed.config.blocks import AdapterConfig
+from mmembed.content import to_content
 from mmembed.errors import CheckpointError, ConfigError
 from mmembed.models.checkpoint import load_checkpoint, save_checkpoint
 from mmembed.models.continuing import build_for_training, check_trainable, inherit_settings, restore_weights
 from mmembed.models.folder import read_settings
 from mmembed.models.probes import check_recorded, vectors_of
 from mmembed.models.verification import verify_checkpoint
+from mmembed.preprocess import Item
 
 LORA = {"type": "lora", "r": 4, "alpha": 8, "dropout": 0.0, "target_modules": "auto"}
 
@@ -460,3 +464,46 @@ def _edit_settings(folder: Path, **changes: object) -> None:
     described = json.loads((folder / "mmembed.json").read_text())
     described["settings"].update(changes)
     (folder / "mmembed.json").write_text(json.dumps(described))
+
+
+def test_trained_layers_are_remembered_and_a_shorter_backbone_is_a_checkpoint(family_folder, tmp_path, caplog) -> None:
+    """Vectors of the full pass, of `layers`, of the shorter backbone saved and loaded again: the same."""
+    folder = family_folder("qwen3_vl")
+    model, preprocessor = trained(folder, dtype="float32", adapter=None, pooling="last_token", projection=8)
+    model.give_layers([1])
+    texts = ["a red bus", "a train"]
+    with torch.no_grad():
+        expected = model.eval()(preprocessor([Item(to_content(text)) for text in texts])).layers[1].numpy()
+    save_checkpoint(tmp_path / "whole", model, preprocessor)
+    assert json.loads((tmp_path / "whole" / "mmembed.json").read_text())["settings"]["layers"] == [1]
+    short = Embedder.from_pretrained(tmp_path / "whole", dtype="float32", layers=1)
+    assert "was not trained" not in caplog.text
+    np.testing.assert_allclose(short.encode(texts), expected, atol=1e-5)
+    short.save(tmp_path / "short")
+    described = json.loads((tmp_path / "short" / "mmembed.json").read_text())
+    assert described["architecture"]["num_hidden_layers"] == 1 and described["settings"]["layers"] == []
+    again = Embedder.from_pretrained(tmp_path / "short", dtype="float32")
+    np.testing.assert_allclose(again.encode(texts), expected, atol=1e-5)
+    assert again.model.depth == 1
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "short")]
+    assert sizes[1] < sizes[0]
+    whole = Embedder.from_pretrained(tmp_path / "whole", dtype="float32", layers=2)
+    assert whole.model.settings.layers == (1,) and whole.model.depth == 2
+
+
+@pytest.mark.parametrize("kind", ["lora", "prompt", "prefix"])
+def test_an_adapter_is_cut_when_it_is_loaded_not_when_it_is_saved(kind, family_folder, tmp_path, caplog) -> None:
+    adapter = LORA if kind == "lora" else {"type": kind, "num_virtual_tokens": 4}
+    model, preprocessor = trained(family_folder("qwen3"), dtype="float32", adapter=adapter)
+    save_checkpoint(tmp_path / "saved", model, preprocessor)
+    model.give_layers([1])
+    with torch.no_grad():
+        expected = model.eval()(preprocessor([Item(to_content("a red bus"))])).layers[1].numpy()
+    short = Embedder.from_pretrained(tmp_path / "saved", dtype="float32", layers=1)
+    assert "layer 1 was not trained to embed, only 2; its vectors may be poor" in caplog.text
+    np.testing.assert_allclose(short.encode(["a red bus"]), expected, atol=1e-5)
+    with pytest.raises(CheckpointError, match="an adapter of the first 1 layers would be put on all layers of"):
+        short.save(tmp_path / "short")
+    assert not (tmp_path / "short").exists()
+    with pytest.raises(ConfigError, match="layers: found 3; the backbone has 2, give 1 to 2"):
+        Embedder.from_pretrained(tmp_path / "saved", layers=3)

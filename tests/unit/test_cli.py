@@ -184,6 +184,21 @@ def test_encode_lines_in_small_precision_and_search_with_many_queries(model, lin
     assert [result["hits"][0]["id"] for result in results] == ["d2", "2"]
 
 
+def test_a_collection_of_a_lower_layer_is_searched_with_that_layer(model, lines, tmp_path, capsys):
+    output = tmp_path / "out"
+    command = ["encode", str(lines), "--output", str(output), "--model", str(model), "--dtype", "float32"]
+    assert main([*command, "--layers", "1"]) == 0
+    short = Embedder.from_pretrained(model, dtype="float32", layers=1)
+    np.testing.assert_allclose(np.load(output / "vectors.npy")[1], short.encode(["a train"])[0], atol=1e-5)
+    assert json.loads((output / "encoding.json").read_text())["layers"] == 1
+    capsys.readouterr()
+    assert main(["search", str(output), "a train", "--top-k", "1", "--json", "--dtype", "float32"]) == 0
+    hit = json.loads(capsys.readouterr().out)["results"][0]["hits"][0]
+    assert hit["id"] == "d2" and hit["score"] == pytest.approx(1, abs=1e-5)
+    assert main([*command, "--overwrite", "--layers", "3"]) == 2
+    assert "layers: found 3; the backbone has 2, give 1 to 2" in capsys.readouterr().err
+
+
 def test_training_records_give_either_side(model, tmp_path, capsys):
     file = tmp_path / "train.jsonl"
     record = {

@@ -75,6 +75,20 @@ def test_kept_bytes_are_those_that_autograd_saves(family_folder, family, adapter
     assert graph.kept(6 * 48) == pytest.approx(saved.bytes, rel=0.01)
 
 
+def test_a_lower_layer_keeps_what_its_norm_and_pooling_save(family_folder):
+    config = run_config(family_folder("qwen3"), LORA)
+    model, preprocessor = build_embedding_model(config)
+    bare = outline(config, None)[0]
+    plain = measure_chunk(bare, 48).kept(6 * 48)
+    for one in (model, bare):
+        one.give_layers([1])
+    with Saved(model) as saved:
+        embeddings = model.train()(preprocessor.collate(same_length(preprocessor, 6)))  # noqa: F841  keeps the graph
+    found = measure_chunk(bare, 48).kept(6 * 48)
+    assert found == pytest.approx(saved.bytes, rel=0.01)
+    assert found > 1.02 * plain
+
+
 @pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
 def test_a_shared_prefix_is_kept_once_but_for_keys_and_values(family_folder, family):
     config = run_config(family_folder(family), LORA)
