@@ -190,7 +190,9 @@ class EmbedderTrainer(Trainer):
             "padding: none is computed, texts are packed" if reason is None else f"padding: computed ({reason})",
             f"processes: {self.args.world_size}, {self.engine}",
         )
-        return dataclasses.replace(report, lines=(*report.lines, *lines))
+        lower = ", ".join(map(str, self.model.model.lower_layers))
+        layers = (f"layers: vectors of {lower}, and of the last of {self.model.model.depth}",) if lower else ()
+        return dataclasses.replace(report, lines=(*report.lines, *lines, *layers))
 
     def _unshared(self) -> str | None:
         """Why prefixes are not shared; None where they are."""

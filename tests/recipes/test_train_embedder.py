@@ -55,7 +55,7 @@ def test_main_job(config_file, tmp_path, capsys):
     assert vectors.norm().item() == pytest.approx(1, abs=1e-5)
 
 
-def test_lower_layers_are_trained_and_used(config_file, tmp_path):
+def test_lower_layers_are_trained_and_used(config_file, tmp_path, capsys):
     """2-D Matryoshka through the command: logged, remembered, and used without the upper layer."""
     from mmembed import Embedder
     from mmembed.content import to_content
@@ -65,6 +65,7 @@ def test_lower_layers_are_trained_and_used(config_file, tmp_path):
     block = "objective=[{type: infonce, temperature: 0.1, matryoshka: {layers: [1, -1], dims: [64, 16]}}, "
     out = tmp_path / "out"
     run(config_file, block + "{type: uniformity, layer: middle, weight: 0.1}]", "data.dev=[]")
+    assert "layers: vectors of 1, and of the last of 2\n" in capsys.readouterr().out
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
     step = next(entry for entry in history if "loss" in entry)
     assert {"loss_layer_1", "kl_layer_1", "loss_layer_last", "loss_16", "loss_uniformity"} <= step.keys()
