@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from mmembed.data.labels import label_keys
+from mmembed.data.labels import name_key
 
 FACTOR = 0x9E3779B97F4A7C15 - 2**64  # odd, so that no bit of a key is lost; products wrap around
 
@@ -22,6 +22,14 @@ def path_keys(levels: Tensor) -> Tensor:
     for names in levels.unbind(-1):
         found = torch.where(names == 0, found, found * FACTOR + names)
     return found
+
+
+def _path_key(path: tuple[str, ...]) -> int:
+    """What `path_keys` gives of the path, in Python's numbers."""
+    found = 0
+    for name in path:
+        found = found * FACTOR + name_key(name)
+    return (found + 2**63) % 2**64 - 2**63
 
 
 def tree_similarities(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,15 +68,15 @@ def _overlap(keys: Tensor) -> tuple[Tensor, Tensor]:
 class Classes:
     """Known label paths, by number.
 
+    >>> from mmembed.data.labels import label_keys
     >>> known = Classes([("hotel", "book"), ("taxi",)])
     >>> known.find(path_keys(label_keys([[("taxi",)], [("hotel",)], [("hotel", "book")]]))).flatten().tolist()
     [1, -1, 0]
     """
 
     def __init__(self, paths: Iterable[tuple[str, ...]]) -> None:
-        keys = label_keys([[path] for path in paths])
-        assert keys is not None, "callers have a class"
-        self._keys, self._numbers = path_keys(keys).flatten().sort()
+        keys = [_path_key(path) for path in paths]  # a million of them take a second
+        self._keys, self._numbers = torch.tensor(keys, dtype=torch.long, device="cpu").sort()
 
     def find(self, keys: Tensor) -> Tensor:
         """(...) hashes of `path_keys` -> (...) numbers, -1 where the path is none of them."""

@@ -63,11 +63,12 @@ class MLCD(Aligned):
 
     def term(self, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
         numbers = self._numbers(pairs)  # (N, L)
-        has = torch.zeros(len(numbers), self.clusters + 1, dtype=torch.bool, device=numbers.device)
-        has = has.scatter_(1, numbers, True)[:, : self.clusters]  # (N, K)
-        chosen = self._draw(has.any(0))  # (M,)
+        wanted = torch.zeros(self.clusters + 1, dtype=torch.bool, device=numbers.device)
+        wanted[numbers.flatten()] = True
+        chosen = self._draw(wanted[: self.clusters])  # (M,)
         centres = functional.normalize(self.weights[chosen, : pairs.queries.shape[1]], dim=-1)  # (M, E)
-        positive = has[:, chosen]
+        positive = torch.zeros(len(numbers), len(chosen) + 1, dtype=torch.bool, device=numbers.device)
+        positive = positive.scatter_(1, torch.searchsorted(chosen, numbers), True)[:, :-1]  # (N, M)
         sides = [discrimination(side @ centres.T / self.temperature, positive).mean() for side in pairs.unit]
         labels = positive.sum(1).float().mean()
         return torch.stack(sides).mean(), {"labels": labels, "classes": torch.tensor(float(len(chosen))).to(labels)}

@@ -327,6 +327,7 @@ class Estimate:
             document_keys=batch.labels.document_keys[:documents],
             query_keys=batch.labels.query_keys[:queries],
             positive_keys=batch.labels.positive_keys[:queries],
+            label_keys=None if batch.labels.label_keys is None else batch.labels.label_keys[:queries],
         )
         many = self.longest if self.model.pooling.multi_vector else 1
         of_batch = self.objective.part_for(labels.source, labels.task)

@@ -102,6 +102,19 @@ def test_gates_of_classes(config_file, tmp_path):
     assert all(0.3 < entry["open_gates"] < 0.7 and entry["positives"] >= 1 for entry in log)
 
 
+@pytest.mark.parametrize("name", ["hydra", "mlcd", "proto_clip", "soft_labels", "tree_supcon"])
+def test_a_plan_knows_them(config_file, clustered, label_vectors, capsys, name):
+    overrides = {
+        "hydra": [f"objective={{type: hydra, classes: {BANKING / 'labels.json'}}}"],
+        "mlcd": [f"data.train=[{{path: {clustered}}}]", "objective={type: mlcd, clusters: 40}"],
+        "proto_clip": ["objective=proto_clip"],
+        "soft_labels": [f"objective={{type: soft_labels, vectors: {label_vectors}}}"],
+        "tree_supcon": [TREES, "objective={type: tree_supcon, levels: 8, subspace_size: 8}"],
+    }[name]
+    assert mmembed(["plan", "--config", str(config_file), *overrides]) == 0
+    assert "parameters" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["mlcd", "proto_clip", "hydra"])
 def test_a_stop_changes_nothing(config_file, tmp_path, clustered, stop_in_step, name):
     """Draws, clusters and labels come back: losses of the steps after a stop are those of a run without one."""

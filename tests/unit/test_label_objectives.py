@@ -291,6 +291,10 @@ def test_known_paths_are_found_and_others_not() -> None:
     known = Classes([("a",), ("a", "b"), ("b", "a")])
     keys = path_keys(label_keys([[("b", "a")], [("a", "b")], [("a",)], [("b",)], [("a", "b", "c")]]))
     assert known.find(keys).flatten().tolist() == [2, 1, 0, -1, -1]
+    names = [f"name {i}" for i in range(50)]
+    assert Classes((name, "below") for name in names).find(
+        path_keys(label_keys([[(name, "below")] for name in names]))
+    ).flatten().tolist() == list(range(50))  # products that wrap around
 
 
 @pytest.mark.parametrize(
