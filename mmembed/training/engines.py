@@ -1,9 +1,10 @@
 """How processes share a model, for the step, for saving and for loading: each whole (DDP), DeepSpeed ZeRO, or FSDP2.
 
-An engine answers four questions of the trainer: whether a forward is a collective (then all processes have to run as
-many), how a chunk's gradient goes back and is reduced on the last chunk, what the whole weights are, and how they are
-put back. ZeRO-2 and ZeRO-3 reduce every chunk's gradient into their shards, as they keep no whole one; DDP, ZeRO-1 and
-FSDP2 reduce once a step, which costs FSDP2 the memory of whole gradients of the trained parameters.
+An engine answers five questions of the trainer: whether a forward is a collective (then all processes have to run as
+many), how a chunk's gradient goes back and is reduced on the last chunk, how large it is then, what the whole weights
+are, and how they are put back. ZeRO-2 and ZeRO-3 reduce every chunk's gradient into their shards, as they keep no whole
+one; DDP, ZeRO-1 and FSDP2 reduce once a step, which costs FSDP2 the memory of whole gradients of what is trained.
+Where a process keeps a piece of the gradient, its norm takes one number a part over the wire: the sum of squares.
 
 Parameters of the objective are used outside of the model's forward: FSDP2 does not shard them, ZeRO-3 keeps them whole.
 """
@@ -12,16 +13,18 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from mmembed.errors import ConfigError
 from mmembed.training.gradcache import Backward, reduce_gradients
+from mmembed.training.health import norm_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -95,9 +98,15 @@ class Engine:
         """After the last chunk of a step: averages gradients that `backward` did not."""
         reduce_gradients(model.parameters())
 
-    def norm(self, gradients: list[Tensor]) -> float | None:
-        """The norm of reduced gradients, which all processes ask for; None where none are left after a step."""
-        return float(nn.utils.get_total_norm(gradients))
+    def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor | None:
+        """The norm of the reduced gradient of some parameters, between `reduce` and `step`; all processes ask for it.
+
+        None where the batch did not reach them. In lockstep that looks like a gradient of 0, which is None too.
+        """
+        return norm_of(parameters)
+
+    def step(self) -> None:
+        """After the last chunk of a step, when its gradients were looked at: steps, where the loop does not."""
 
     def prepared(self, objective: nn.Module) -> None:
         """After the model was wrapped."""
@@ -121,8 +130,8 @@ class Engine:
 
 
 class DeepSpeed(Engine):
-    """ZeRO: the engine reduces, clips and steps in the backward of the last chunk. It reduces parameters as they become
-    ready, so every process has to send gradients to the same ones as often."""
+    """ZeRO: the engine reduces in the backward pass, clips and steps in its own `step`. It reduces parameters as they
+    become ready, so every process has to send gradients to the same ones as often."""
 
     lockstep = True
     optimizer_share = 0.0  # made with the engine
@@ -153,16 +162,45 @@ class DeepSpeed(Engine):
     def backward(self, model: nn.Module, steps: bool) -> Backward:
         def back(outputs: list[Tensor], gradients: list[Tensor], last: bool) -> None:
             surrogate = sum((output * gradient).sum() for output, gradient in zip(outputs, gradients, strict=True))
-            engine = self.accelerator.deepspeed_engine_wrapped
-            engine.backward(surrogate, sync_gradients=last and steps, scale_wrt_gas=False)
+            engine = self.accelerator.deepspeed_engine_wrapped.engine  # accelerate's own `backward` would step here
+            engine.set_gradient_accumulation_boundary(last and steps)
+            engine.backward(surrogate, scale_wrt_gas=False)
 
         return back
 
     def reduce(self, model: nn.Module, objective: nn.Module) -> None:
         """The engine did."""
 
-    def norm(self, gradients: list[Tensor]) -> None:
-        """The engine has stepped, and dropped them."""
+    def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor | None:
+        if self.stage == 0:
+            return norm_of(parameters)
+        total = torch.zeros((), device=self.accelerator.device)
+        for piece in map(self._piece, parameters):
+            if piece is not None:
+                total += torch.linalg.vector_norm(piece, dtype=torch.float32).to(total.device).square()
+        dist.all_reduce(total)
+        return total.sqrt() if total else None
+
+    def _piece(self, parameter: Any) -> Tensor | None:
+        """What this process keeps of a reduced gradient; None where that is nothing.
+
+        `deepspeed.utils.safe_get_full_grad` would send all of it to every process, and take the memory of the largest.
+        """
+        from deepspeed.utils import safe_get_local_grad
+
+        if self.sharded:
+            local: Tensor = safe_get_local_grad(parameter)
+            return local
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        held: Tensor = mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
+        own = mapping.lp_fragment_address
+        # ZeRO-1 that adds bf16 gradients in 32 bits (data_types.grad_accum_dtype) holds the whole one on each process.
+        return held if held.numel() == own.numel else held.narrow(0, own.start, own.numel)
+
+    def step(self) -> None:
+        self.accelerator.deepspeed_engine_wrapped.engine.step()
 
     def prepared(self, objective: nn.Module) -> None:
         if not self.sharded:
@@ -225,11 +263,12 @@ class FSDP2(Engine):
     def reduce(self, model: nn.Module, objective: nn.Module) -> None:
         reduce_gradients(objective.parameters())
 
-    def norm(self, gradients: list[Tensor]) -> float:
+    def norm(self, parameters: Sequence[nn.Parameter]) -> Tensor | None:
         from torch.distributed.tensor import DTensor
 
-        total = nn.utils.get_total_norm(gradients)
-        return float(total.full_tensor() if isinstance(total, DTensor) else total)
+        total = norm_of(parameters)
+        whole = total.full_tensor() if isinstance(total, DTensor) else total
+        return whole if whole else None
 
     def computes_in(self) -> torch.dtype | None:
         return self._half

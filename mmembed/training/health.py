@@ -80,26 +80,27 @@ def look_at(view: View, queries: Embeddings, documents: Embeddings, batch: Batch
     return {name: float(value) for name, value in found.items()}
 
 
+def norm_of(parameters: Sequence[nn.Parameter]) -> Tensor | None:
+    """The norm of the gradients that parameters hold; None where they hold none."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return nn.utils.get_total_norm(gradients) if gradients else None
+
+
 @torch.no_grad()
 def gradient_norms(
     parts: Mapping[str, Sequence[nn.Parameter]],
     scale: float = 1.0,
-    norm: Callable[[list[Tensor]], float | None] = lambda gradients: float(nn.utils.get_total_norm(gradients)),
+    norm: Callable[[Sequence[nn.Parameter]], Tensor | None] = norm_of,
 ) -> dict[str, float]:
     """Part -> norm of its gradient, before clipping. A part that the batch did not reach (a vision tower by texts) is
     left out.
 
     Args:
         scale: what a loss scaler has multiplied the gradients by.
-        norm: of gradients, `Engine.norm`; parts of which it knows none are left out.
+        norm: of parameters, `Engine.norm`; None for those that the batch did not reach.
     """
-    norms = {}
-    for part, parameters in parts.items():
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        found = norm(gradients) if gradients else None
-        if found is not None:
-            norms[NORM + part] = found / scale
-    return norms
+    norms = {part: norm(parameters) for part, parameters in parts.items()}
+    return {NORM + part: float(found) / scale for part, found in norms.items() if found is not None}
 
 
 def parts_of(

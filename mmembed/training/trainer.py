@@ -325,6 +325,7 @@ class EmbedderTrainer(Trainer):
             self.model.objective.commit()
             if self._logs_this_step:
                 self.tally.health |= self._gradient_health()
+            self.engine.step()
         self.tally.add(metrics, inputs.n_queries * self.args.world_size, inputs.tokens * self.args.world_size)
         return loss / self.current_gradient_accumulation_steps
 
@@ -372,7 +373,7 @@ class EmbedderTrainer(Trainer):
         self.tally.health |= look_at(view, queries, documents, batch)
 
     def _gradient_health(self) -> dict[str, float]:
-        """The norms of the parts' gradients, where the engine leaves them, and what they are scaled by in fp16."""
+        """The norms of the parts' gradients, and what they are scaled by in fp16."""
         scale = self.engine.loss_scale()
         norms = gradient_norms(self._parts, scale or 1.0, self.engine.norm)
         return norms if scale is None else norms | {SCALE: scale}

@@ -9,7 +9,7 @@ import pytest
 
 from mmembed.cli import main as verify
 from recipes.train_embedder import main
-from tests.distributed.test_strategies import FULL, MANY, PLAIN
+from tests.distributed.test_strategies import FULL, MANY, PLAIN, gradient_norms
 from tests.recipes.conftest import backbone, config_file, data  # noqa: F401  (fixtures)
 from tests.runs import launch, losses
 
@@ -28,10 +28,16 @@ def test_bf16(config_file, tmp_path, strategy):  # noqa: F811
         return [*common, f"training.per_device_train_batch_size={batch}", f"training.output_dir={tmp_path / name}"]
 
     assert main(run("one", 8)) == 0
-    report = launch(strategy, *run("two", 4)).stdout
-    assert int(re.search(r"begin alike; ([\d,]+) tokens", report)[1].replace(",", "")) > 20, "no prefix was shared"
+    done = launch(strategy, *run("two", 4))
+    assert int(re.search(r"begin alike; ([\d,]+) tokens", done.stdout)[1].replace(",", "")) > 20, "no prefix was shared"
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert two == pytest.approx(one, rel=5e-3)
     assert one[-1] < 0.93 * one[0]
     assert any(loss != round(loss * 256) / 256 for loss in two), "scores were compared in bf16"
     assert verify(["verify", str(tmp_path / "two")]) == 0
+    norms = [gradient_norms(tmp_path / name) for name in ("one", "two")]
+    assert norms[1] == [pytest.approx(step, rel=5e-2) for step in norms[0]]
+    assert "grad_norm_language" in norms[0][0]
+    # No text reaches the projector, which the engines fill with zeros: that is no finding.
+    assert not any("grad_norm_projector" in step for step in norms[0] + norms[1])
+    assert "gradient of" not in done.stderr
