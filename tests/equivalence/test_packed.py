@@ -1,6 +1,6 @@
 """Sequences that stand one behind the other give the vectors and gradients of padded rows."""
 
-from functools import cache, partial
+from functools import partial
 
 import pytest
 import torch
@@ -10,39 +10,26 @@ from hypothesis import strategies as st
 
 from mmembed import Embedder
 from mmembed.backbones import attention, packed
-from mmembed.config.blocks import SourceConfig
-from mmembed.content import Document, Example, Text
-from mmembed.data.collate import Collator, plan_chunks
+from mmembed.content import Text
+from mmembed.data.collate import plan_chunks
 from mmembed.errors import ConfigError, MmembedError
 from mmembed.models.embedding_model import EmbedderSettings, build_from_settings
-from mmembed.objectives import build_objective
 from mmembed.preprocess import Item, Row
-from mmembed.training.gradcache import contrastive_step
-from tests.equivalence.toy import gradients, relative
+from tests.equivalence.layouts import (
+    ALL_AT_ONCE,
+    INSTRUCTION,
+    LATENT,
+    LORA,
+    POOLINGS,
+    built,
+    cached,
+    gradient,
+    random_rows,
+    watch,
+)
+from tests.equivalence.toy import relative
 
 CPU = torch.device("cpu")
-LORA = {"type": "lora", "r": 4, "alpha": 8, "dropout": 0.0, "target_modules": "auto", "init": "gaussian"}
-LATENT = {"type": "latent_attention", "num_latents": 8}
-POOLINGS = ("mean", "weighted_mean", "last_token", "multi_vector", LATENT)
-INSTRUCTION = "Given a question about a town, find the passage that answers it"
-
-
-def built(folder, dtype="float32", **options):
-    torch.manual_seed(0)
-    model, preprocessor = build_from_settings(EmbedderSettings(str(folder), dtype=dtype, **options))
-    return model.eval(), preprocessor
-
-
-@cache
-def cached(folder, pooling, mode):
-    return built(folder, pooling=dict(pooling) if isinstance(pooling, tuple) else pooling, attention=mode)
-
-
-def random_rows(lengths, seed=0):
-    """Rows of random tokens; their first is kept out of pooling where another is left."""
-    drawn = torch.Generator().manual_seed(seed)
-    tokens = [torch.randint(10, 300, (length,), generator=drawn).tolist() for length in lengths]
-    return [Row(ids, ((0, 1),) if len(ids) > 2 else ()) for ids in tokens]
 
 
 def assert_same(found, expected, tolerance=1e-5):
@@ -51,18 +38,6 @@ def assert_same(found, expected, tolerance=1e-5):
     else:
         assert torch.equal(found.mask, expected.mask)
         assert torch.allclose(found.vectors[found.mask], expected.vectors[expected.mask], atol=tolerance)
-
-
-def watch(monkeypatch, module, name):
-    """A list that grows with each call of the module's function, which does its work."""
-    calls, function = [], vars(module)[name]
-
-    def watched(*given, **options):
-        calls.append(name)
-        return function(*given, **options)
-
-    monkeypatch.setattr(module, name, watched)
-    return calls
 
 
 def packable(name, mode):
@@ -99,50 +74,10 @@ def test_families(family_folder, name, mode, monkeypatch):
     seed=st.integers(0, 99),
 )
 def test_any_lengths(family_folder, name, mode, pooling, lengths, side, seed):
-    pooling = tuple(pooling.items()) if isinstance(pooling, dict) else pooling
     model, preprocessor = cached(family_folder(name), pooling, mode)
     rows = random_rows(lengths, seed)
     with torch.no_grad():
         assert_same(model(preprocessor.collate(rows, side, packed=True)), model(preprocessor.collate(rows)))
-
-
-def example(index, words):
-    return Example(
-        (Text(f"a question about {index} " + "and more words " * (index % 3)),),
-        (Document((Text(f"an answer {index} " * (1 + index)),)), Document((Text("no " * words),), 0.0)),
-        instruction=INSTRUCTION,
-        source="s",
-        where=str(index),
-    )
-
-
-EXAMPLES = [example(index, 1 + 5 * index) for index in range(6)]
-
-
-def gradient(
-    folder, on, chunk_tokens=10**6, keep_tokens=None, checkpointing=False, share=False, device="cpu", dtype=None, **more
-):
-    """(loss, gradients) of a contrastive step; `dtype` runs it under autocast."""
-    model, preprocessor = built(folder, **{"adapter": {"type": "none"}, **more})
-    model.to(device).train()
-    if checkpointing:
-        model.gradient_checkpointing_enable()
-    source = SourceConfig(path="s", document_instruction=INSTRUCTION)
-    collator = Collator(preprocessor, {"s": source}, chunk_tokens, train_group_size=2, share_prefix=share, packed=on)
-    batch = collator(EXAMPLES)
-    assert any(chunk.packed for chunk in batch.chunks) == on or share
-    assert any(chunk.shared and not chunk.packed for chunk in batch.chunks) == share
-    block = {"type": "contrastive", "temperature": {"value": 0.1, "learn": True}}
-    if model.pooling.multi_vector:
-        block["similarity"] = "maxsim"
-    objective = build_objective(block).to(device)
-
-    def encode(chunk):
-        with torch.autocast(device, dtype, enabled=dtype is not None):
-            return model(chunk.inputs(preprocessor).to(device))
-
-    loss, _ = contrastive_step(encode, objective, batch, keep_tokens)
-    return loss, gradients(model.cpu(), objective.cpu())
 
 
 @pytest.mark.parametrize(
@@ -163,19 +98,18 @@ def gradient(
 def test_gradients(family_folder, name, options):
     """Kept, recomputed, or in small chunks: equal losses and gradients to padded rows."""
     step = partial(gradient, family_folder(name), **options)
-    loss, expected = step(False)
+    loss, expected = step()
     assert expected.norm() > 0
-    for chunk_tokens, keep_tokens in [(10**6, None), (150, 0), (150, 200)]:
-        found_loss, found = step(True, chunk_tokens, keep_tokens)
+    for chunk_tokens, keep_tokens in [(ALL_AT_ONCE, None), (150, 0), (150, 200)]:
+        found_loss, found = step(chunk_tokens, keep_tokens, packed=True)
         assert found_loss.item() == pytest.approx(loss.item(), rel=1e-5)
         assert relative(found, expected) < 1e-5
 
 
 def test_a_shared_prefix_wins(family_folder):
     """Chunks that share a prefix are computed as such; the gradient is the same."""
-    folder, options = family_folder("qwen3"), {"prompt": "instruct"}
-    loss, expected = gradient(folder, True, **options)
-    found_loss, found = gradient(folder, True, share=True, **options)
+    step = partial(gradient, family_folder("qwen3"), packed=True, prompt="instruct")
+    (loss, expected), (found_loss, found) = step(), step(share=True)
     assert found_loss.item() == pytest.approx(loss.item(), rel=1e-5)
     assert relative(found, expected) < 1e-5
 
@@ -183,7 +117,7 @@ def test_a_shared_prefix_wins(family_folder):
 def test_under_autocast(family_folder):
     """Norms and rotations leave float32 beside bfloat16 values; attention computes in bfloat16 as the stock one."""
     step = partial(gradient, family_folder("qwen3"), dtype=torch.bfloat16)
-    (loss, expected), (found_loss, found) = step(False), step(True)
+    (loss, expected), (found_loss, found) = step(), step(packed=True)
     assert found_loss.item() == pytest.approx(loss.item(), rel=2e-2)
     assert relative(found, expected) < 5e-2
 
@@ -334,12 +268,12 @@ def test_gradients_of_the_kernel(family_folder, name, options, monkeypatch):
     """Under autocast, as training runs: gradients of the kernel against padded ones, both beside float32."""
     fused = watch(monkeypatch, packed, "_fused")
     folder = family_folder(name)
-    _, exact = gradient(folder, False, **options)
+    _, exact = gradient(folder, **options)
     step = partial(gradient, folder, device="cuda", dtype=torch.bfloat16, **options)
-    loss, plain = step(False)
+    loss, plain = step()
     assert not fused
-    for chunk_tokens, keep_tokens in [(10**6, None), (150, 0)]:
-        found_loss, found = step(True, chunk_tokens, keep_tokens)
+    for chunk_tokens, keep_tokens in [(ALL_AT_ONCE, None), (150, 0)]:
+        found_loss, found = step(chunk_tokens, keep_tokens, packed=True)
         assert fused
         assert found_loss.item() == pytest.approx(loss.item(), rel=2e-2)
         assert relative(found, exact) < 2 * relative(plain, exact) + 1e-2

@@ -1,6 +1,6 @@
 """A prefix computed once a chunk gives the vectors and gradients of a prefix computed in every row."""
 
-from functools import cache, partial
+from functools import partial
 
 import pytest
 import torch
@@ -10,30 +10,25 @@ from hypothesis import strategies as st
 
 from mmembed import Embedder
 from mmembed.backbones import attention, shared_prefix
-from mmembed.config.blocks import SourceConfig
 from mmembed.content import Document, Example, Image, Text, to_content
-from mmembed.data.collate import Collator, plan_chunks
+from mmembed.data.collate import plan_chunks
 from mmembed.errors import MmembedError
 from mmembed.inference.cpu import _blocked_attention
 from mmembed.models.embedding_model import EmbedderSettings, build_from_settings
-from mmembed.objectives import build_objective
 from mmembed.preprocess import Item, Row
-from mmembed.training.gradcache import contrastive_step
+from tests.equivalence.layouts import (
+    ALL_AT_ONCE,
+    EXAMPLES,
+    FULL,
+    INSTRUCTION,
+    LATENT,
+    LORA,
+    POOLINGS,
+    built,
+    cached,
+    gradient,
+)
 from tests.equivalence.toy import gradients, relative
-
-INSTRUCTION = "Given a question about a town, find the passage that answers it"
-LORA = {"type": "lora", "r": 4, "alpha": 8, "dropout": 0.0, "target_modules": "auto", "init": "gaussian"}
-POOLINGS = ("mean", "weighted_mean", "last_token", "multi_vector", {"type": "latent_attention", "num_latents": 8})
-
-
-def built(folder, **options):
-    model, preprocessor = build_from_settings(EmbedderSettings(str(folder), dtype="float32", **options))
-    return model.eval(), preprocessor
-
-
-@cache
-def cached(folder, pooling):
-    return built(folder, pooling=dict(pooling) if isinstance(pooling, tuple) else pooling)
 
 
 def both_ways(model, preprocessor, rows):
@@ -71,8 +66,8 @@ def test_families(family_folder, name):
 )
 def test_any_prefix(family_folder, name, pooling, prefix, lengths, hidden, seed):
     """Random tokens; all, a part or nothing of the prefix is kept out of pooling; windows shorter than the prefix."""
+    model, preprocessor = cached(family_folder(name), pooling)
     torch.manual_seed(seed)
-    model, preprocessor = cached(family_folder(name), tuple(pooling.items()) if isinstance(pooling, dict) else pooling)
     head = torch.randint(10, 300, (prefix,)).tolist()
     out = ((0, min(hidden, prefix)),) if hidden else ()
     rows = [Row(head + torch.randint(10, 300, (length,)).tolist(), out) for length in lengths]
@@ -86,16 +81,6 @@ def test_any_prefix(family_folder, name, pooling, prefix, lengths, hidden, seed)
         assert torch.allclose(shared.vectors[shared.mask], plain.vectors[plain.mask], atol=1e-5)
 
 
-EXAMPLES = [
-    Example(
-        (Text(f"a question about {index} " + "and more words " * (index % 3)),),
-        (Document((Text(f"an answer {index} " * (1 + index)),)), Document((Text(f"no answer {index}"),), 0.0)),
-        instruction=INSTRUCTION,
-        source="s",
-        where=str(index),
-    )
-    for index in range(6)
-]
 PICTURED = [
     Example((Image(picture(index)),), (Document((Text(f"picture {index}"),)),), instruction=INSTRUCTION, source="s")
     for index in range(4)
@@ -107,55 +92,38 @@ FEW_SHOT = "".join(
 )
 
 
-def gradient(folder, share, chunk_tokens=10**6, keep_tokens=None, examples=EXAMPLES, checkpointing=False, **options):
-    torch.manual_seed(0)
-    model, preprocessor = built(folder, **{"prompt": "instruct", **options})
-    model.train()
-    if checkpointing:
-        model.gradient_checkpointing_enable()
-    source = SourceConfig(path="s", document_instruction=INSTRUCTION)
-    batch = Collator(preprocessor, {"s": source}, chunk_tokens, train_group_size=2, share_prefix=share)(examples)
-    assert (batch.saved_tokens > 0) == share
-    block = {"type": "contrastive", "temperature": {"value": 0.1, "learn": True}}
-    if model.pooling.multi_vector:
-        block["similarity"] = "maxsim"
-    objective = build_objective(block)
-    loss, _ = contrastive_step(lambda chunk: model(chunk.inputs(preprocessor)), objective, batch, keep_tokens)
-    return loss, gradients(model, objective)
-
-
 @pytest.mark.parametrize(
     "name, options",
     [
-        ("qwen3", {"adapter": {"type": "none"}}),
+        ("qwen3", {}),
         ("qwen3", {"adapter": LORA}),
-        ("qwen3", {"adapter": LORA, "pooling": POOLINGS[-1]}),
+        ("qwen3", {"adapter": LORA, "pooling": LATENT}),
         ("qwen3", {"adapter": LORA, "pooling": "last_token"}),
         ("qwen3", {"adapter": LORA, "pooling": "multi_vector"}),
-        ("qwen3", {"adapter": {"type": "none"}, "pooling": "weighted_mean", "checkpointing": True}),
-        ("gemma3_text", {"adapter": {"type": "none"}}),
-        ("mistral", {"adapter": {"type": "none"}, "checkpointing": True}),
-        ("qwen3_vl", {"adapter": {"type": "none"}, "freeze": (), "examples": PICTURED}),
+        ("qwen3", {"pooling": "weighted_mean", "checkpointing": True}),
+        ("gemma3_text", {}),
+        ("mistral", {"checkpointing": True}),
+        ("qwen3_vl", {"freeze": (), "examples": PICTURED}),
         ("qwen2_vl", {"adapter": LORA, "examples": PICTURED, "checkpointing": True}),
         ("qwen3_vl", {"adapter": LORA, "prompt": "hierarchical"}),
         ("qwen3", {"adapter": LORA, "prompt": {"type": "plain", "query_prefix": FEW_SHOT}}),
-        ("smolvlm", {"adapter": {"type": "none"}, "freeze": (), "examples": PICTURED}),
+        ("smolvlm", {"freeze": (), "examples": PICTURED}),
     ],
 )
 def test_gradients(family_folder, name, options):
     """Kept, recomputed, or in small chunks: equal losses and gradients to rows computed one by one."""
-    step = partial(gradient, family_folder(name), **options)
-    loss, expected = step(False)
+    step = partial(gradient, family_folder(name), **{"prompt": "instruct", **options})
+    loss, expected = step()
     assert expected.norm() > 0
-    for chunk_tokens, keep_tokens in [(10**6, None), (150, 0), (150, 200)]:
-        found_loss, found = step(True, chunk_tokens, keep_tokens)
+    for chunk_tokens, keep_tokens in [(ALL_AT_ONCE, None), (150, 0), (150, 200)]:
+        found_loss, found = step(chunk_tokens, keep_tokens, share=True)
         assert found_loss.item() == pytest.approx(loss.item(), rel=1e-5)
         assert relative(found, expected) < 1e-5
 
 
 def test_gradients_under_a_prompt_that_is_pooled(family_folder):
     """The prefix takes part in the mean of every row, so every row sends it a gradient twice."""
-    options = {"prompt": {"type": "instruct", "mask_instruction": False}, "adapter": {"type": "none"}}
+    options = {"prompt": {"type": "instruct", "mask_instruction": False}, "adapter": FULL}
 
     def step(share):
         model, preprocessor = built(family_folder("qwen3"), **options)
