@@ -17,6 +17,9 @@ from mmembed.errors import ConfigError, nearest
 T = TypeVar("T")
 Positive = Annotated[int, Field(gt=0)]  # for the annotations of constructors, which are checked by `build`
 Count = Annotated[int, Field(ge=0)]
+Above0 = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
+Below1 = Annotated[float, Field(ge=0, lt=1)]
 _STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
 

@@ -13,14 +13,14 @@ When: a cross-encoder's scores of each query's candidates are there, and the tea
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from mmembed.losses import Loss, Scores
 from mmembed.losses.rows import logsumexp, mean
+from mmembed.registry import Above0
 
 
 class DCD(Loss):
@@ -38,7 +38,7 @@ class DCD(Loss):
     name = "dcd"
     reads: ClassVar[frozenset[str]] = frozenset({"score"})
 
-    def __init__(self, distillation: Annotated[float, Field(gt=0)] = 1.0) -> None:
+    def __init__(self, distillation: Above0 = 1.0) -> None:
         super().__init__()
         self.distillation = distillation
 

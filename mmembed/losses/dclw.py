@@ -11,13 +11,11 @@ When: as `dcl`, and far positives should count more than near ones.
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import Field
 from torch import Tensor
 
 from mmembed.losses import Loss, Scores
 from mmembed.losses.rows import against, mean_of_positives
+from mmembed.registry import Above0
 
 
 class DCLW(Loss):
@@ -36,7 +34,7 @@ class DCLW(Loss):
     name = "dclw"
     couples_rows = True
 
-    def __init__(self, sigma: Annotated[float, Field(gt=0)] = 0.5, detach_weights: bool = False) -> None:
+    def __init__(self, sigma: Above0 = 0.5, detach_weights: bool = False) -> None:
         super().__init__()
         self.sigma, self.detach_weights = sigma, detach_weights
 

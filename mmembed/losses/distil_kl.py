@@ -12,14 +12,14 @@ When: a reranker's scores of each query's candidates are there; add `infonce` fo
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
-from pydantic import Field
 from torch import Tensor
 
 from mmembed.losses import Loss, Scores
 from mmembed.losses.distributions import cross_entropy, entropy
 from mmembed.losses.rows import masked
+from mmembed.registry import Above0
 
 
 class DistilKL(Loss):
@@ -38,9 +38,7 @@ class DistilKL(Loss):
     name = "distil_kl"
     reads: ClassVar[frozenset[str]] = frozenset({"score"})
 
-    def __init__(
-        self, teacher_temperature: Annotated[float, Field(gt=0)] = 1.0, subtract_entropy: bool = False
-    ) -> None:
+    def __init__(self, teacher_temperature: Above0 = 1.0, subtract_entropy: bool = False) -> None:
         super().__init__()
         self.teacher_temperature, self.subtract_entropy = teacher_temperature, subtract_entropy
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
-from pydantic import Field
 from torch import Tensor
 
 from mmembed.losses import Loss, Scores
 from mmembed.losses.rows import masked
+from mmembed.registry import Above0
 
 
 class GradedLoss(Loss):
@@ -21,7 +21,7 @@ class GradedLoss(Loss):
     reads: ClassVar[frozenset[str]] = frozenset({"relevance"})
     needs_grades = True
 
-    def __init__(self, label_temperature: Annotated[float, Field(gt=0)] = 1.0) -> None:
+    def __init__(self, label_temperature: Above0 = 1.0) -> None:
         super().__init__()
         self.label_temperature = label_temperature
 

@@ -9,13 +9,13 @@ When: pairs carry a similarity and Spearman's correlation is what is measured.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from mmembed.losses import Loss, Scores
+from mmembed.registry import Above0
 
 
 class RankKL(Loss):
@@ -37,7 +37,7 @@ class RankKL(Loss):
 
     def __init__(
         self,
-        temperature_of_ranks: Annotated[float, Field(gt=0)] = 0.05,
+        temperature_of_ranks: Above0 = 0.05,
         reduction: Literal["mean", "sum"] = "mean",
     ) -> None:
         super().__init__()

@@ -13,17 +13,16 @@ When: what counts is whether positives are among the first k, not where (recall@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from mmembed.losses import Loss, Scores
 from mmembed.losses.rows import mean_of_positives
-from mmembed.registry import Positive
+from mmembed.registry import Above0, Positive
 
 STEPS = 60  # bisection alone reaches float64 from a bracket of 1,000 in as many
 CELLS = 2**22  # alive at once in the search for t
@@ -43,7 +42,7 @@ class SoftTopK(Loss):
 
     name = "soft_top_k"
 
-    def __init__(self, k: Positive = 5, alpha: Annotated[float, Field(gt=0)] = 2.0) -> None:
+    def __init__(self, k: Positive = 5, alpha: Above0 = 2.0) -> None:
         super().__init__()
         self.k, self.alpha = k, alpha
 

@@ -14,15 +14,15 @@ When: documents carry a language model's feedback (how much an example helps it)
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
 from mmembed.losses import Loss, Scores
 from mmembed.losses.rows import logsumexp, mean
+from mmembed.registry import Weight
 
 
 class UDR(Loss):
@@ -39,7 +39,7 @@ class UDR(Loss):
     name = "udr"
     reads: ClassVar[frozenset[str]] = frozenset({"score"})
 
-    def __init__(self, list_weight: Annotated[float, Field(ge=0)] = 4.0) -> None:
+    def __init__(self, list_weight: Weight = 4.0) -> None:
         super().__init__()
         self.list_weight = list_weight
 

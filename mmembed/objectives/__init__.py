@@ -61,6 +61,7 @@ class Objective(nn.Module):
 
     name: ClassVar[str]
     many_vectors: ClassVar[bool | None] = None  # an input is one vector (false), or several (true); None: either
+    positives_needed: int = 1  # how many positives a query must have
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,11 +94,6 @@ class Objective(nn.Module):
 
     def check(self, sources: Sequence[Source]) -> None:
         """Raises ConfigError where it has nothing to learn from one of the sources, or would misread its labels."""
-
-    @property
-    def positives_needed(self) -> int:
-        """How many positives a query must have."""
-        return 1
 
     def similarity_of(self, queries: Embeddings, documents: Embeddings) -> Tensor:
         """Q queries, C documents -> (Q, C) similarities as the objective compares them, without temperature."""

@@ -80,7 +80,10 @@ class Pairs:
 
 
 class Aligned(Objective):
-    """Base: `gather`, `truncate` and the monitors' view are here, `term` is the method."""
+    """Base: `gather`, `truncate` and the monitors' view are here, `term` is the method.
+
+    The first `positives_needed` positives of a query are compared; a query with fewer is left out.
+    """
 
     many_vectors: ClassVar[bool | None] = False
     least_pairs: ClassVar[int] = 1  # with fewer the term is not defined
@@ -95,11 +98,6 @@ class Aligned(Objective):
     @property
     def across_processes(self) -> bool:
         return True
-
-    @property
-    def positives_needed(self) -> int:
-        """How many positives of a query are compared; a query with fewer is left out."""
-        return 1
 
     def term(self, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
         """-> scalar loss over all pairs, detached scalar metrics."""

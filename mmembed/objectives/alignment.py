@@ -8,12 +8,10 @@ When: as a term beside one that spreads; alone it collapses.
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import Field
 from torch import Tensor
 
 from mmembed.objectives.aligned import Aligned, Pairs
+from mmembed.registry import Above0
 
 
 class Alignment(Aligned):
@@ -25,7 +23,7 @@ class Alignment(Aligned):
 
     name = "alignment"
 
-    def __init__(self, alpha: Annotated[float, Field(gt=0)] = 2.0) -> None:
+    def __init__(self, alpha: Above0 = 2.0) -> None:
         super().__init__()
         self.alpha = alpha
 

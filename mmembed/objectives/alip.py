@@ -13,15 +13,13 @@ When: pictures come with a noisy text of the web and a synthetic caption, and ne
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from mmembed.objectives.aligned import Aligned, Pairs
 from mmembed.objectives.memory import KeyedRows
 from mmembed.objectives.softmax import both_ways
+from mmembed.registry import Above0, Below1
 
 
 class ALIP(Aligned):
@@ -36,20 +34,17 @@ class ALIP(Aligned):
     name = "alip"
     least_pairs = 2
     contrasts = True
+    positives_needed = 2
 
     def __init__(
         self,
-        temperature: Annotated[float, Field(gt=0)] = 0.07,
-        gamma: Annotated[float, Field(gt=0)] = 2.0,
-        decay: Annotated[float, Field(ge=0, lt=1)] = 0.99,
+        temperature: Above0 = 0.07,
+        gamma: Above0 = 2.0,
+        decay: Below1 = 0.99,
     ) -> None:
         super().__init__()
         self.temperature, self.gamma, self.decay = temperature, gamma, decay
         self.means = KeyedRows(3)  # by the size of the vectors, which matryoshka cuts
-
-    @property
-    def positives_needed(self) -> int:
-        return 2
 
     def term(self, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
         x, text, caption = pairs.unit_views

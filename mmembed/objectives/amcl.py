@@ -13,16 +13,13 @@ When: one similarity cannot say in what respect two things are alike; experiment
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mmembed.objectives.aligned import Aligned, Pairs, drawn
 from mmembed.objectives.softmax import info_nce
-from mmembed.registry import Positive
+from mmembed.registry import Positive, Weight
 
 LOWEST, HIGHEST = 1e-5, 2.0  # of a temperature, in the released helper; sigmoid(0) starts it near 1
 
@@ -47,7 +44,7 @@ class AMCL(Aligned):
         embedding_size: int = 1,
         heads: Positive = 3,
         head_size: Positive = 128,
-        beta: Annotated[float, Field(ge=0)] = 1e-3,
+        beta: Weight = 1e-3,
         seed: int = 0,
     ) -> None:
         super().__init__()

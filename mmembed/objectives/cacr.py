@@ -21,9 +21,7 @@ from torch import Tensor
 
 from mmembed.objectives.aligned import Aligned, Pairs
 from mmembed.objectives.alignment import squared_distances
-from mmembed.registry import Positive
-
-Above0 = Annotated[float, Field(gt=0)]
+from mmembed.registry import Above0, Positive
 
 
 class CACR(Aligned):
@@ -51,11 +49,7 @@ class CACR(Aligned):
     ) -> None:
         super().__init__()
         self.t_positive, self.t_negative, self.alpha, self.beta = t_positive, t_negative, alpha, beta
-        self.views, self.detach_weights = views, detach_weights
-
-    @property
-    def positives_needed(self) -> int:
-        return self.views - 1
+        self.positives_needed, self.detach_weights = views - 1, detach_weights
 
     def term(self, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
         pull = attraction(pairs.unit_views, self.t_positive, self.detach_weights)

@@ -12,15 +12,15 @@ When: pairs of the web may be poisoned and a clean set with augmentations is at 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from mmembed.objectives.aligned import Aligned, Pairs
 from mmembed.objectives.softmax import both_ways, info_nce
 from mmembed.objectives.temperature import Temperature
+from mmembed.registry import Above0
 
 
 class CleanCLIP(Aligned):
@@ -34,16 +34,11 @@ class CleanCLIP(Aligned):
     name = "cleanclip"
     least_pairs = 2
     contrasts = True
+    positives_needed = 3
 
-    def __init__(
-        self, temperature: float | Mapping[str, Any] = 0.07, weight: Annotated[float, Field(gt=0)] = 1.0
-    ) -> None:
+    def __init__(self, temperature: float | Mapping[str, Any] = 0.07, weight: Above0 = 1.0) -> None:
         super().__init__()
         self.temperature, self.weight = Temperature(temperature), weight
-
-    @property
-    def positives_needed(self) -> int:
-        return 3
 
     def term(self, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
         cross, own = clean_terms(pairs.unit_views, pairs.same, self.temperature.scale())

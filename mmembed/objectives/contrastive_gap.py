@@ -14,10 +14,9 @@ When: pictures and texts lie in two separate regions and a mixed index ranks one
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from mmembed.errors import ConfigError
@@ -25,8 +24,7 @@ from mmembed.objectives.aligned import Aligned, Pairs
 from mmembed.objectives.alignment import distance, squared_distances
 from mmembed.objectives.softmax import both_ways
 from mmembed.objectives.temperature import Temperature
-
-Weight = Annotated[float, Field(ge=0)]
+from mmembed.registry import Above0, Weight
 
 
 class ContrastiveGap(Aligned):
@@ -45,7 +43,7 @@ class ContrastiveGap(Aligned):
     def __init__(
         self,
         temperature: float | Mapping[str, Any] = 0.01,
-        t: Annotated[float, Field(gt=0)] = 2.0,
+        t: Above0 = 2.0,
         contrastive: Weight = 1.0,
         uniform: Weight = 1.0,
         cross_uniform: Weight = 1.0,

@@ -13,15 +13,15 @@ When: a tower is frozen and good: what it finds alike is a graded target for the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from mmembed.objectives.aligned import Aligned, Pairs
 from mmembed.objectives.softmax import info_nce
 from mmembed.objectives.temperature import Temperature
+from mmembed.registry import Above0
 
 
 class CWCL(Aligned):
@@ -43,15 +43,11 @@ class CWCL(Aligned):
         temperature: float | Mapping[str, Any] = 0.07,
         anchors: Literal["query", "positive"] = "positive",
         reverse: bool = True,
-        sharpness: Annotated[float, Field(gt=0)] = 1.0,
+        sharpness: Above0 = 1.0,
     ) -> None:
         super().__init__()
-        self.temperature, self.anchors, self.reverse, self.sharpness = (
-            Temperature(temperature),
-            anchors,
-            reverse,
-            sharpness,
-        )
+        self.temperature = Temperature(temperature)
+        self.anchors, self.reverse, self.sharpness = anchors, reverse, sharpness
 
     def term(self, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
         u, v = pairs.unit

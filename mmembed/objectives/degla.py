@@ -15,18 +15,13 @@ When: captions have hard negatives of word order or attributes, and what the mod
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
 from mmembed.objectives.aligned import Aligned, Pairs
 from mmembed.objectives.softmax import info_nce, log_shares
-
-Above0 = Annotated[float, Field(gt=0)]
-Weight = Annotated[float, Field(ge=0)]
+from mmembed.registry import Above0, Weight
 
 
 class DeGLA(Aligned):

@@ -40,11 +40,7 @@ class DreamLIP(Aligned):
         self, temperature: float | Mapping[str, Any] = 0.07, captions: Annotated[int, Field(ge=1)] = 2
     ) -> None:
         super().__init__()
-        self.temperature, self.captions = Temperature(temperature), captions
-
-    @property
-    def positives_needed(self) -> int:
-        return self.captions
+        self.temperature, self.positives_needed = Temperature(temperature), captions
 
     def term(self, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
         queries, *captions = pairs.unit_views

@@ -23,6 +23,7 @@ from torch import Tensor
 from mmembed.objectives.aligned import Aligned, Pairs
 from mmembed.objectives.softmax import both_ways
 from mmembed.objectives.temperature import Temperature
+from mmembed.registry import Below1
 
 
 class Gram(Aligned):
@@ -42,18 +43,11 @@ class Gram(Aligned):
         self,
         temperature: float | Mapping[str, Any] = 0.07,
         modalities: Annotated[int, Field(ge=3, le=5)] = 3,
-        label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1,
+        label_smoothing: Below1 = 0.1,
     ) -> None:
         super().__init__()
-        self.temperature, self.modalities, self.label_smoothing = (
-            Temperature(temperature),
-            modalities,
-            label_smoothing,
-        )
-
-    @property
-    def positives_needed(self) -> int:
-        return self.modalities - 1
+        self.temperature, self.label_smoothing = Temperature(temperature), label_smoothing
+        self.positives_needed = modalities - 1
 
     def term(self, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
         volume = volumes(pairs.unit_views[0], pairs.unit_views[1:])  # (N, N)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mmembed.objectives.aligned import Aligned, Pairs
 from mmembed.objectives.softmax import log_shares
+from mmembed.registry import Above0
 
 
 class HyCD(Aligned):
@@ -37,9 +38,7 @@ class HyCD(Aligned):
     least_pairs = 2
     contrasts = True
 
-    def __init__(
-        self, alpha: Annotated[float, Field(ge=0, le=1)] = 0.5, temperature: Annotated[float, Field(gt=0)] = 1.0
-    ) -> None:
+    def __init__(self, alpha: Annotated[float, Field(ge=0, le=1)] = 0.5, temperature: Above0 = 1.0) -> None:
         super().__init__()
         self.alpha, self.temperature = alpha, temperature
 

@@ -32,8 +32,8 @@ from torch import Tensor
 from mmembed.errors import ConfigError
 from mmembed.objectives.aligned import Aligned, Pairs
 from mmembed.objectives.memory import KeyedRows
+from mmembed.registry import Above0
 
-Above0 = Annotated[float, Field(gt=0)]
 CLIP = 5.0  # of the gradient of a temperature, in the authors' code
 OF_A_SIZE = 1_000_003  # sets the memories of different truncations apart
 

@@ -37,11 +37,7 @@ class MVDHEL(Aligned):
 
     def __init__(self, temperature: float | Mapping[str, Any] = 0.5, views: Annotated[int, Field(ge=2)] = 3) -> None:
         super().__init__()
-        self.temperature, self.views = Temperature(temperature), views
-
-    @property
-    def positives_needed(self) -> int:
-        return self.views - 1
+        self.temperature, self.positives_needed = Temperature(temperature), views - 1
 
     def term(self, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
         together, apart = decoupled(pairs.unit_views, pairs.same, self.temperature.scale())

@@ -42,11 +42,7 @@ class MVInfoNCE(Aligned):
         denominator: Literal["cross", "all"] = "cross",
     ) -> None:
         super().__init__()
-        self.temperature, self.views, self.denominator = Temperature(temperature), views, denominator
-
-    @property
-    def positives_needed(self) -> int:
-        return self.views - 1
+        self.temperature, self.denominator, self.positives_needed = Temperature(temperature), denominator, views - 1
 
     def term(self, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
         ratio = ratios(pairs.unit_views, pairs.same, self.temperature.scale(), self.denominator == "cross")

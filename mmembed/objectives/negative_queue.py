@@ -18,17 +18,16 @@ When: memory or data allow small batches only, and the queue is the way to more 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from mmembed.objectives.aligned import Aligned, Pairs
 from mmembed.objectives.memory import Queue
 from mmembed.objectives.softmax import info_nce
 from mmembed.objectives.temperature import Temperature
-from mmembed.registry import Positive
+from mmembed.registry import Below1, Positive
 
 
 class NegativeQueue(Aligned):
@@ -51,7 +50,7 @@ class NegativeQueue(Aligned):
         temperature: float | Mapping[str, Any] = 0.05,
         size: Positive = 1024,
         in_batch: bool = True,
-        label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+        label_smoothing: Below1 = 0.0,
     ) -> None:
         super().__init__()
         self.temperature, self.in_batch, self.label_smoothing = Temperature(temperature), in_batch, label_smoothing

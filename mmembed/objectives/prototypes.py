@@ -30,9 +30,7 @@ from torch.nn import functional
 
 from mmembed.errors import ConfigError
 from mmembed.objectives.aligned import Aligned, Pairs, drawn
-from mmembed.registry import Positive
-
-Above0 = Annotated[float, Field(gt=0)]
+from mmembed.registry import Above0, Positive
 
 
 class Prototypes(Aligned):

@@ -11,14 +11,12 @@ When: queries carry classes: classification, intents, clustering.
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from mmembed.objectives.aligned import Aligned, Pairs
 from mmembed.objectives.softmax import log_shares
+from mmembed.registry import Above0
 
 
 class SupCon(Aligned):
@@ -32,9 +30,7 @@ class SupCon(Aligned):
 
     name = "supcon"
 
-    def __init__(
-        self, temperature: Annotated[float, Field(gt=0)] = 0.07, base_temperature: Annotated[float, Field(gt=0)] = 0.07
-    ) -> None:
+    def __init__(self, temperature: Above0 = 0.07, base_temperature: Above0 = 0.07) -> None:
         super().__init__()
         self.temperature, self.base_temperature = temperature, base_temperature
 

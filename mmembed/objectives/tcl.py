@@ -39,6 +39,7 @@ class TCL(Aligned):
     name = "tcl"
     least_pairs = 2
     contrasts = True
+    positives_needed = 3
 
     def __init__(
         self, embedding_size: int = 1, temperature: float | Mapping[str, Any] = 0.07, size: Positive = 1024
@@ -46,10 +47,6 @@ class TCL(Aligned):
         super().__init__()
         self.temperature = Temperature(temperature)
         self.of_queries, self.of_positives = Queue(size, embedding_size), Queue(size, embedding_size)
-
-    @property
-    def positives_needed(self) -> int:
-        return 3
 
     @property
     def _queues(self) -> tuple[Queue, Queue]:

@@ -8,14 +8,12 @@ When: as a term with a small weight, where vectors crowd in a narrow cone (watch
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from mmembed.objectives.aligned import Aligned, Pairs
 from mmembed.objectives.alignment import squared_distances
+from mmembed.registry import Above0
 
 
 class Uniformity(Aligned):
@@ -28,7 +26,7 @@ class Uniformity(Aligned):
     name = "uniformity"
     least_pairs = 2
 
-    def __init__(self, t: Annotated[float, Field(gt=0)] = 2.0) -> None:
+    def __init__(self, t: Above0 = 2.0) -> None:
         super().__init__()
         self.t = t
 
