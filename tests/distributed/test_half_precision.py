@@ -1,6 +1,6 @@
 """bf16 in two processes against one process in bf16, through the real command: ZeRO casts the weights, FSDP2 what it
 gathers, one process autocasts. They round elsewhere, so a loss may differ by .5 % (measured: .21 % under ZeRO-2, .09 %
-under FSDP2); within the four steps it falls by 8 %. Half a minute a strategy.
+under FSDP2), a gradient's norm by 2 % (.86 %, .62 %); within the four steps the loss falls by 8 %. Half a minute each.
 """
 
 import re
@@ -36,7 +36,7 @@ def test_bf16(config_file, tmp_path, strategy):  # noqa: F811
     assert any(loss != round(loss * 256) / 256 for loss in two), "scores were compared in bf16"
     assert verify(["verify", str(tmp_path / "two")]) == 0
     norms = [gradient_norms(tmp_path / name) for name in ("one", "two")]
-    assert norms[1] == [pytest.approx(step, rel=5e-2) for step in norms[0]]
+    assert norms[1] == [pytest.approx(step, rel=2e-2) for step in norms[0]]
     assert "grad_norm_language" in norms[0][0]
     # No text reaches the projector, which the engines fill with zeros: that is no finding.
     assert not any("grad_norm_projector" in step for step in norms[0] + norms[1])
