@@ -186,10 +186,9 @@ class DeepSpeed(Engine):
 
         `deepspeed.utils.safe_get_full_grad` would send all of it to every process, and take the memory of the largest.
         """
-        from deepspeed.utils import safe_get_local_grad
-
         if self.sharded:
-            local: Tensor = safe_get_local_grad(parameter)
+            optimizer = self.accelerator.deepspeed_engine_wrapped.engine.optimizer
+            local: Tensor = optimizer.get_local_fp32_grad_for_param(parameter)
             return local
         mapping = parameter._hp_mapping
         if mapping is None:
