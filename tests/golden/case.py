@@ -45,8 +45,6 @@ NOT_COVERED = {
         "stage-3 masked loss as released",
     ): "counts masked cells as exp(0), ours as 0",
     ("multicsr", "stage-2 self-curation"): "a filter of records that is not built",
-    ("contriever", "independent random cropping"): "a maker of pairs that is not built",
-    ("esimcse", "repetition augmentation"): "a maker of pairs that is not built",
     ("supremix", ""): "not built",
     ("coca", ""): "needs a captioning loss, which is not built",
     ("model-soups", ""): "a merge of checkpoints, which is not built",

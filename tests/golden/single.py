@@ -1,4 +1,4 @@
-"""Cases of what is no loss: a pooling, an optimizer's step, measures, a step in chunks."""
+"""Cases of what is no loss: a pooling, an optimizer's step, makers of pairs, measures, a step in chunks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from torch.nn import functional
 
 from mmembed import diagnostics
 from mmembed.data.collate import Batch, plan_chunks
+from mmembed.data.pair_makers.random_crops import crop
+from mmembed.data.pair_makers.word_repetition import repeat
+from mmembed.data.words import split_words
 from mmembed.embeddings import Embeddings
 from mmembed.objectives import build_objective
 from mmembed.pooling import POOLINGS
@@ -75,6 +78,28 @@ def gradcache(entry: Entry) -> Iterator[Compared]:
     assert weight.grad is not None
     yield equal(GRADIENT + "W", weight.grad.norm(), entry["grad_norms"]["W"])
     yield equal("grad_W", weight.grad, entry["expected"]["grad_W"])
+
+
+@golden("contriever", "pairs `random_crops`: `crop`", "independent random cropping", trains=False)
+def random_crops(entry: Entry) -> Iterator[Compared]:
+    """Ratios and starts were drawn there."""
+    of = entry["inputs"]
+    tokens, crops = of["tokens"], {}
+    for side in ("q", "k"):
+        ratio = of[f"ratio_{side}"]
+        places = len(tokens) - int(len(tokens) * ratio) + 1
+        crops[side] = crop(tokens, ratio, place=(of[f"start_{side}"] + 0.5) / places)
+        yield equal(side, crops[side], entry["expected"][side], 0.0)
+    yield equal(LOSS, sum(map(len, crops.values())), entry["loss"], 0.0)
+
+
+@golden("esimcse", "pairs `word_repetition`: `repeat`", "repetition augmentation", trains=False)
+def word_repetition(entry: Entry) -> Iterator[Compared]:
+    """Words are compared by their places in the text."""
+    tokens = entry["inputs"]["tokens"]
+    repeated = [word.text for word in repeat(split_words(" ".join(tokens)), entry["inputs"]["dup_positions"])]
+    yield equal("tokens", [*map(tokens.index, repeated)], [*map(tokens.index, entry["expected"]["tokens"])], 0.0)
+    yield equal(LOSS, len(repeated), entry["loss"], 0.0)
 
 
 @golden("alignment-uniformity", "measure `alignment` of logs", "alignment", trains=False)

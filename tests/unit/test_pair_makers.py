@@ -16,7 +16,7 @@ from mmembed.config.blocks import SourceConfig
 from mmembed.content import Example, Image, Text
 from mmembed.data.dataset import MixedDataset, RecordDataset
 from mmembed.data.pair_base import PAIR_MAKERS
-from mmembed.data.pair_makers.random_crops import crop, without_some
+from mmembed.data.pair_makers.random_crops import without_some
 from mmembed.data.pair_makers.rendered_text import load_font, misspell, render, swap
 from mmembed.data.pair_makers.word_repetition import repeat
 from mmembed.data.streaming import RecordStream
@@ -40,23 +40,6 @@ def dataset(tmp_path, on_bad_record="raise", **source):
 def text(content):
     (part,) = content
     return part.text
-
-
-# Against numbers from outside -----------------------------------------------------------------------------------------
-
-
-def test_contrievers_crops_of_twenty_tokens():
-    """`length = int(len * ratio)`, from the released code: ratios and starts were drawn there."""
-    tokens = list(range(1, 21))
-    for ratio, start, expected in ((0.25, 4, [5, 6, 7, 8, 9]), (0.4, 6, [7, 8, 9, 10, 11, 12, 13, 14])):
-        places = len(tokens) - int(len(tokens) * ratio) + 1
-        assert crop(tokens, ratio, place=(start + 0.5) / places) == expected
-
-
-def test_esimcses_repetition_of_the_papers_sentence():
-    repeated = repeat(split_words("i like this apple"), {1, 3})
-    assert [word.text for word in repeated] == ["i", "like", "like", "this", "apple", "apple"]
-    assert join_words(repeated) == "i like like this apple apple"
 
 
 @pytest.mark.parametrize(("n", "most"), [(1, 1), (3, 2), (6, 2), (10, 3), (50, 16)])
