@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +108,7 @@ def contenders(name: str, queries: int, documents: int, size: int, device: str) 
         objective = build_objective(block_of(name, queries, Path(folder)), embedding_size=size).to(device)
     graded = "relevance" in objective.reads and name not in INFONCE_FAMILY
     positives = objective.positives_needed if isinstance(objective, Aligned) else 1
-    labels = labels_of(queries, documents, positives, graded).to(device)
+    labels = labels_of(queries, documents, positives, graded)
     draw = torch.Generator().manual_seed(0)
     common = torch.randn(size, generator=draw)
     q, d = (
@@ -115,6 +116,8 @@ def contenders(name: str, queries: int, documents: int, size: int, device: str) 
         for count in (queries, documents)
     )
 
+    taught = Embeddings(q.detach()), Embeddings(d.detach())  # what a teacher gives in the first step
+    labels = replace(labels, taught=taught).to(device)
     if name in ("mochi", "proto_clip"):
         objective.remember(objective.gather(Embeddings(q), Embeddings(d), labels))
         objective.commit()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mmembed.content import Task
+from mmembed.embeddings import Embeddings
 
 _TOLD_APART = 3
 
@@ -56,6 +57,8 @@ class BatchLabels:
     task: of the records.
     label_keys: (Q, L, D) int64, hashes of the names on each level of each query's label paths, see `label_keys`; 0
         where a path or a level is missing. None: no record has labels.
+    taught: what a teacher encoder makes of the queries and of the documents, without gradients, for an objective with a
+        `teacher_momentum`; None elsewhere.
     """
 
     owner: Tensor
@@ -68,6 +71,13 @@ class BatchLabels:
     scores: Tensor | None = None
     task: Task = Task.RETRIEVAL
     label_keys: Tensor | None = None
+    taught: tuple[Embeddings, Embeddings] | None = None
+
+    def taught_as(self, change: Callable[[Embeddings], Embeddings]) -> BatchLabels:
+        """The same labels, `change` made to what the teacher gave."""
+        if self.taught is None:
+            return self
+        return dataclasses.replace(self, taught=(change(self.taught[0]), change(self.taught[1])))
 
     def to(self, device: torch.device | str) -> BatchLabels:
         """The same labels on another device."""

@@ -55,6 +55,8 @@ class Objective(nn.Module):
     that it takes graded pairs: all documents of a record, each with its similarity from 0 to 1 (STS). `layers` names
     the lower decoder layers whose vectors `gather` has to find in the embeddings.
 
+    With a `teacher_momentum` the trainer holds a teacher, whose vectors of the batch are in `labels.taught`.
+
     An objective that remembers (a queue, temperatures, running means) keeps its memory in buffers, which are saved and
     resumed, and overrides `news` and `keep`. `compare` never changes it: a step that ran out of memory is taken again.
     """
@@ -78,6 +80,12 @@ class Objective(nn.Module):
     @property
     def layers(self) -> frozenset[Layer]:
         return frozenset()
+
+    @property
+    def teacher_momentum(self) -> float | None:
+        """Of a second set of weights that encodes each batch without gradients (`mmembed.training.teacher`): above 0,
+        at most 1, which is the model that training starts from. None: it needs no teacher."""
+        return None
 
     @property
     def across_processes(self) -> bool:
@@ -145,6 +153,23 @@ class Objective(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Q local queries and D local documents -> scalar loss, detached scalar metrics."""
         return self.compare(self.gather(queries, documents, labels))
+
+
+def one_teacher(objectives: Mapping[str, Objective]) -> float | None:
+    """The `teacher_momentum` that objectives (by name) have in common, leaving out those without; None: all of them.
+
+    Raises:
+        ConfigError: two differ.
+    """
+    found = {name: one.teacher_momentum for name, one in objectives.items() if one.teacher_momentum is not None}
+    for name, momentum in found.items():
+        first = next(iter(found))
+        if momentum != found[first]:
+            raise ConfigError(
+                f"objective: '{first}' has momentum {found[first]:g} and '{name}' {momentum:g}, but a run holds one "
+                "teacher; give both the same momentum"
+            )
+    return next(iter(found.values()), None)
 
 
 OBJECTIVES: Registry[Objective] = Registry("mmembed.objectives", Objective, given=("embedding_size",))

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
@@ -25,6 +26,25 @@ from mmembed.objectives.relations import gather_positive_keys
 
 if TYPE_CHECKING:
     from mmembed.data.streaming import Source
+
+
+Momentum = Annotated[float, Field(gt=0, le=1)]  # of a teacher: the share of its weights that stays in a step
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What the teacher makes of N pairs, without gradients, as pooled.
+
+    views: (2 + F, N, E), of query, positive and the further ones. negatives: (N, H, E).
+    """
+
+    views: Tensor
+    negatives: Tensor
+
+    @property
+    def unit_views(self) -> Tensor:
+        """On the unit sphere, (2 + F, N, E)."""
+        return functional.normalize(self.views, dim=-1)
 
 
 @dataclass(frozen=True)
@@ -46,6 +66,7 @@ class Pairs:
     label_keys: (N, L, D) int64, the label paths of each pair as `BatchLabels.label_keys`, of an objective that takes
         them; else L and D are 0.
     source: the name of the data source, for messages.
+    taught: the teacher's vectors, of an objective that has one.
     """
 
     queries: Tensor
@@ -62,6 +83,7 @@ class Pairs:
     left_out: float
     label_keys: Tensor
     source: str
+    taught: Taught | None
 
     @property
     def unit(self) -> tuple[Tensor, Tensor]:
@@ -108,7 +130,7 @@ class Aligned(Objective):
 
     def gather(self, queries: Embeddings, documents: Embeddings, labels: BatchLabels) -> Pairs:
         """Raises ConfigError, naming source and objective: several vectors an input, in-batch negatives that the source
-        forbids, too few positives, pairs, labels or hard negatives."""
+        forbids, too few positives, pairs, labels or hard negatives, or no vectors of the teacher that it needs."""
         if queries.mask is not None:
             raise ConfigError(
                 f"objective '{self.name}' compares one vector an input; pooling 'multi_vector' gives many"
@@ -125,7 +147,7 @@ class Aligned(Objective):
         firsts = [groups[query][0][: self.positives_needed] for query in found]
         views = torch.tensor(firsts, dtype=torch.long, device=device).view(-1, self.positives_needed)  # (n, 1 + F)
         vectors = gather_rows(documents.vectors[views], counts)  # (N, 1 + F, E)
-        negatives, has_negative, negative_keys = self._negatives(documents.vectors, labels, rows, groups, counts)
+        index, has_negative, negative_keys = self._negatives(labels, rows, groups, counts)
         query_keys = gather_rows(labels.query_keys[rows], counts)
         view_keys = gather_rows(labels.document_keys[views], counts)
         positive_keys = gather_positive_keys(labels.positive_keys[rows], counts)
@@ -134,7 +156,7 @@ class Aligned(Objective):
             queries=gather_rows(queries.vectors[rows], counts),
             positives=vectors[:, 0],
             further=vectors[:, 1:].transpose(0, 1),
-            negatives=negatives,
+            negatives=_groups(documents.vectors, index, counts),
             has_negative=has_negative,
             negative_keys=negative_keys,
             query_keys=query_keys,
@@ -145,6 +167,7 @@ class Aligned(Objective):
             left_out=1 - sum(counts) / max(with_any, 1),
             label_keys=self._label_keys(labels, rows, counts),
             source=labels.source,
+            taught=self._taught(labels, rows, views, index, counts),
         )
 
     def check(self, sources: Sequence[Source]) -> None:
@@ -184,14 +207,30 @@ class Aligned(Objective):
                 f"{self.least_pairs}; raise training.per_device_train_batch_size"
             )
 
+    def _taught(
+        self, labels: BatchLabels, rows: Tensor, views: Tensor, negatives: Tensor, counts: list[int]
+    ) -> Taught | None:
+        """The teacher's vectors of the queries (n,), of their positives (n, 1 + F) and negatives (n, H)."""
+        if self.teacher_momentum is None:
+            return None
+        if labels.taught is None:
+            raise ConfigError(
+                f"objective '{self.name}' learns from a teacher (momentum {self.teacher_momentum:g}), and the labels "
+                "of the batch hold no vectors of one (`taught`); mmembed's trainer gives them, a step of your own "
+                "passes `teacher` to contrastive_step"
+            )
+        queries, documents = (side.vectors for side in labels.taught)
+        of_pairs = torch.cat([queries[rows].unsqueeze(1), documents[views]], dim=1)  # (n, 2 + F, E)
+        return Taught(gather_rows(of_pairs, counts).transpose(0, 1), _groups(documents, negatives, counts))
+
     def _negatives(
-        self, vectors: Tensor, labels: BatchLabels, rows: Tensor, groups: list[Group], counts: list[int]
+        self, labels: BatchLabels, rows: Tensor, groups: list[Group], counts: list[int]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Documents (D, E), queries (n,) of this process -> of all: hard negatives (N, H, E), which exist (N, H), their
-        keys (N, H, 2)."""
+        """Queries (n,) of this process -> their hard negatives by number (n, H); of all, which exist (N, H), their keys
+        (N, H, 2)."""
         if not self.takes_negatives:
             none = rows.new_zeros(sum(counts), 0, 2)  # (N, 0, 2)
-            return vectors.new_zeros(sum(counts), 0, vectors.shape[1]), none[..., 0].bool(), none
+            return rows.new_zeros(len(rows), 0), none[..., 0].bool(), none
         mine = [groups[query][1] for query in rows.tolist()]
         most = max(gather_counts(max(map(len, mine), default=0), rows.device))
         padded = [row + [-1] * (most - len(row)) for row in mine]
@@ -205,15 +244,17 @@ class Aligned(Objective):
                 f"objective '{self.name}' needs hard negatives, source '{labels.source}' gives none; add negatives to "
                 "the records and raise data.train_group_size"
             )
-        return gather_rows(vectors[index], counts), exists, gather_rows(keys, counts)
+        return index, exists, gather_rows(keys, counts)
 
     def truncate(self, gathered: Pairs, dims: slice) -> Pairs:
+        taught = gathered.taught
         return replace(
             gathered,
             queries=gathered.queries[:, dims],
             positives=gathered.positives[:, dims],
             further=gathered.further[..., dims],
             negatives=gathered.negatives[..., dims],
+            taught=None if taught is None else Taught(taught.views[..., dims], taught.negatives[..., dims]),
         )
 
     def compare(self, gathered: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
@@ -235,6 +276,13 @@ class Aligned(Objective):
         relevance = (index[gathered.local][:, None] == index[None, :]).float()  # (Q, N)
         valid = (relevance > 0) | ~gathered.same[gathered.local]
         return View(own, others, self.similarity_of(own, others), relevance, valid, {}, None)
+
+
+def _groups(vectors: Tensor, index: Tensor, counts: list[int]) -> Tensor:
+    """(D, E) of this process, (n, H) -> (N, H, E) of all; nothing is sent where H is 0."""
+    if not index.shape[1]:
+        return vectors.new_zeros(sum(counts), 0, vectors.shape[1])
+    return gather_rows(vectors[index], counts)
 
 
 def check_in_batch(objective: str, sources: Sequence[Source]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import methodcaller
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from mmembed.data.labels import BatchLabels
 from mmembed.embeddings import Embeddings, Layer
 from mmembed.errors import ConfigError
-from mmembed.objectives import Objective, View
+from mmembed.objectives import Objective, View, one_teacher
 
 if TYPE_CHECKING:
     from mmembed.data.streaming import Source
@@ -41,7 +42,8 @@ class Combined(Objective):
     Health monitors look at the first part of the last layer, whose scores rank documents in most recipes.
 
     Raises:
-        ConfigError: some parts take graded pairs and others positives and negatives; or none compares the last layer.
+        ConfigError: some parts take graded pairs and others positives and negatives, none compares the last layer, or
+            two want different teachers.
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
@@ -60,6 +62,7 @@ class Combined(Objective):
             )
         self.parts, self.leading = tuple(parts), of_last[0]
         self.objectives = nn.ModuleList([part.objective for part in parts])
+        self._momentum = one_teacher({part.name: part.objective for part in parts})
 
     @property
     def reads(self) -> frozenset[str]:
@@ -75,6 +78,10 @@ class Combined(Objective):
         return own.union(*(part.objective.layers for part in self.parts))
 
     @property
+    def teacher_momentum(self) -> float | None:
+        return self._momentum
+
+    @property
     def across_processes(self) -> bool:
         return any(part.objective.across_processes for part in self.parts)
 
@@ -86,9 +93,11 @@ class Combined(Objective):
         return self.parts[self.leading].objective.similarity_of(queries, documents)
 
     def gather(self, queries: Embeddings, documents: Embeddings, labels: BatchLabels) -> tuple[Any, ...]:
-        return tuple(
-            part.objective.gather(queries.at(part.layer), documents.at(part.layer), labels) for part in self.parts
-        )
+        gathered = []
+        for part in self.parts:
+            at = methodcaller("at", part.layer)
+            gathered.append(part.objective.gather(at(queries), at(documents), labels.taught_as(at)))
+        return tuple(gathered)
 
     def truncate(self, gathered: tuple[Any, ...], dims: slice) -> tuple[Any, ...]:
         return tuple(part.objective.truncate(one, dims) for part, one in zip(self.parts, gathered, strict=True))

@@ -1,14 +1,15 @@
 """Global and local alignment: compositional negatives without forgetting (DeGLA, arXiv 2504.16801).
 
-L = L_global + w_i L_IGC + w_t L_TGC over queries x, positives y and the H hard negatives n_ik of each pair:
+L = L_global + w_i L_IGC + w_t L_TGC + w_d L_d over queries x, positives y and the H hard negatives n_ik of each pair:
 - L_global: NegCLIP's, InfoNCE of x with all positives and negatives, and of y with all x, averaged;
 - L_IGC (image-grounded): -log softmax of x_i.y_i among x_i.y_i and its own negatives x_i.n_ik;
-- L_TGC (text-grounded): the same with y_i in the place of x_i, and the teacher's y_i as the positive.
+- L_TGC (text-grounded): the same with y_i in the place of x_i, and the teacher's y_i as the positive;
+- L_d: the squared distance to the teacher of all x, y and n, summed, so that it grows with the batch (256 pairs there).
 
-The released TGC masks the wrong negatives (it tiles where they are stored sample by sample); ours is the intended form.
-There the teacher is a running mean of the weights (.9996), and the squared distance to it is added (.005, summed). The
-trainer holds one model, so our teacher of TGC is the positive's own vector without a gradient, and the distillation
-term, which would be 0, is left out: what protects from forgetting is missing. Cost: (N, N (1 + H)) floats.
+The teacher is a running mean of the weights (`momentum`). The released TGC masks the wrong negatives (it tiles where
+they are stored sample by sample); ours is the intended form. With `momentum: null` the positive's own vector without a
+gradient is TGC's positive and L_d is 0: what protects from forgetting is missing. Cost: (N, N (1 + H)) floats, and the
+teacher's (`mmembed.training.teacher`).
 
 When: captions have hard negatives of word order or attributes, and what the model knew must stay.
 """
@@ -19,18 +20,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mmembed.objectives.aligned import Aligned, Pairs
+from mmembed.errors import ConfigError
+from mmembed.objectives.aligned import Aligned, Momentum, Pairs, Taught
 from mmembed.objectives.softmax import info_nce, log_shares
 from mmembed.registry import Above0, Weight
 
+DISTILLATION = 0.005
+
 
 class DeGLA(Aligned):
-    """NegCLIP's contrast, and each query and positive against its own hard negatives.
+    """NegCLIP's contrast, each query and positive against its own hard negatives, and distance to a slow teacher.
 
     Args:
         temperature: 0.07, of the global and the image-grounded term.
         text_temperature: of the text-grounded term, 0.1.
         image_grounded, text_grounded: weights, 0.1 each in the paper.
+        distillation: weight of the distance to the teacher, 0.005 in the paper; 0 where there is no teacher.
+        momentum: of the teacher; 0.9996 in the paper. null: none.
+
+    Raises:
+        ConfigError: a weight of the distance to a teacher that is not there.
     """
 
     name = "degla"
@@ -44,10 +53,22 @@ class DeGLA(Aligned):
         text_temperature: Above0 = 0.1,
         image_grounded: Weight = 0.1,
         text_grounded: Weight = 0.1,
+        distillation: Weight | None = None,
+        momentum: Momentum | None = 0.9996,
     ) -> None:
         super().__init__()
+        if distillation and momentum is None:
+            raise ConfigError(
+                f"objectives.degla.distillation: {distillation:g} has no teacher with momentum: null; remove one"
+            )
+        self.momentum = momentum
+        self.distillation = distillation if distillation is not None else 0.0 if momentum is None else DISTILLATION
         self.temperature, self.text_temperature = temperature, text_temperature
         self.image_grounded, self.text_grounded = image_grounded, text_grounded
+
+    @property
+    def teacher_momentum(self) -> float | None:
+        return self.momentum
 
     def term(self, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
         x, y = pairs.unit
@@ -55,9 +76,14 @@ class DeGLA(Aligned):
         wrong = ~exists.flatten() | pairs.knows(pairs.negative_keys.flatten(0, 1))  # (N, N H)
         whole = global_term(x, y, negatives, pairs.same, wrong, 1 / self.temperature)
         image = grounded(x, y, negatives, exists, 1 / self.temperature)
-        text = grounded(y, y.detach(), negatives, exists, 1 / self.text_temperature)
+        positives = y.detach() if pairs.taught is None else pairs.taught.unit_views[1]
+        text = grounded(y, positives, negatives, exists, 1 / self.text_temperature)
         loss = whole + self.image_grounded * image + self.text_grounded * text
-        return loss, {"global": whole.detach(), "image_grounded": image.detach(), "text_grounded": text.detach()}
+        metrics = {"global": whole.detach(), "image_grounded": image.detach(), "text_grounded": text.detach()}
+        if pairs.taught is not None:
+            forgotten = distance(torch.stack([x, y]), negatives, exists, pairs.taught)
+            loss, metrics["distillation"] = loss + self.distillation * forgotten, forgotten.detach()
+        return loss, metrics
 
 
 def global_term(x: Tensor, y: Tensor, negatives: Tensor, same: Tensor, wrong: Tensor, scale: float) -> Tensor:
@@ -78,3 +104,14 @@ def grounded(anchors: Tensor, positives: Tensor, negatives: Tensor, exists: Tens
     first = torch.ones_like(exists[:, :1])
     losses = -log_shares(scores * scale, torch.cat([first, exists], dim=1))[:, 0]  # (N,), 0 where nothing is compared
     return losses.sum() / exists.any(1).sum().clamp_min(1)
+
+
+def distance(views: Tensor, negatives: Tensor, exists: Tensor, taught: Taught) -> Tensor:
+    """Unit vectors (2, N, E), (N, H, E), those that exist (N, H) bool -> scalar, a sum over all of them.
+
+    >>> taught = Taught(torch.eye(2).flip(0).expand(2, -1, -1), torch.zeros(2, 0, 2))
+    >>> distance(torch.eye(2).expand(2, -1, -1), torch.zeros(2, 0, 2), torch.zeros(2, 0).bool(), taught)
+    tensor(8.)
+    """
+    of_negatives = (negatives - functional.normalize(taught.negatives, dim=-1)).square().sum(-1)  # (N, H)
+    return (views - taught.unit_views).square().sum() + (of_negatives * exists).sum()

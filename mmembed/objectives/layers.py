@@ -97,7 +97,8 @@ class Layers(Wrapping):
         return frozenset(layer for layer in self.of_layers if layer is not None)
 
     def gather(self, queries: Embeddings, documents: Embeddings, labels: BatchLabels) -> SideBySide:
-        gathered = self.objective.gather(self._side_by_side(queries), self._side_by_side(documents), labels)
+        sides = self._side_by_side(queries), self._side_by_side(documents)
+        gathered = self.objective.gather(*sides, labels.taught_as(self._side_by_side))
         return SideBySide(gathered, queries.vectors.shape[-1], (queries, documents))
 
     def _side_by_side(self, embeddings: Embeddings) -> Embeddings:

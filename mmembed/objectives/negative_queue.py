@@ -5,12 +5,14 @@ L = -mean_i log( e^{s_ii} / ( e^{s_ii} + sum_{j != i} e^{s_ij} + sum_{k in queue
 With `in_batch: true` as in ESimCSE (arXiv 2109.04380), with false the middle sum is left out as in Contriever (arXiv
 2112.09118) and MoCo. This step's positives enter the queue when the step is made. Rows of the queue that are a known
 positive of the query, or the query itself, do not count. Without negatives of the batch the first step has none at all,
-and a loss of 0.
+and a loss of 0 (there the queue begins with random vectors).
 
-No momentum encoder: the trainer holds one model, so the queue's vectors are those of earlier weights of this model,
-where Contriever's come from a slow copy (m .9995). They go stale within some tens of steps at common learning rates,
-hence a short default; Contriever's 131,072 and ESimCSE's 2.5 batches are for momentum encoders. Cost: (N, N + size)
-floats, and size x E in memory.
+`momentum` makes the queue's vectors those of a momentum encoder, a slow copy of the model without dropout: .995 in
+ESimCSE, whose pairs of the batch are the model's own; .9995 in Contriever, where with `in_batch: false` the positive
+k_i is the momentum encoder's too, and no gradient reaches a document. Without it the queue's vectors are those of
+earlier weights of this model, which go stale within some tens of steps at common learning rates, hence a short default
+of `size`; Contriever's 131,072 is for a momentum encoder. Cost: (N, N + size) floats, size x E in memory, and the
+momentum encoder's (`mmembed.training.teacher`).
 
 When: memory or data allow small batches only, and the queue is the way to more negatives.
 """
@@ -23,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmembed.objectives.aligned import Aligned, Pairs
+from mmembed.objectives.aligned import Aligned, Momentum, Pairs
 from mmembed.objectives.memory import Queue
 from mmembed.objectives.softmax import info_nce
 from mmembed.objectives.temperature import Temperature
@@ -39,6 +41,7 @@ class NegativeQueue(Aligned):
         size: vectors that the queue holds.
         in_batch: other positives of the batch are negatives, too.
         label_smoothing: share of the target that all candidates have in common (0 in both papers).
+        momentum: of a momentum encoder, whose vectors the queue holds; null: the model's own.
     """
 
     name = "negative_queue"
@@ -51,13 +54,21 @@ class NegativeQueue(Aligned):
         size: Positive = 1024,
         in_batch: bool = True,
         label_smoothing: Below1 = 0.0,
+        momentum: Momentum | None = None,
     ) -> None:
         super().__init__()
+        self.momentum = momentum
         self.temperature, self.in_batch, self.label_smoothing = Temperature(temperature), in_batch, label_smoothing
         self.queue = Queue(size, embedding_size)
 
+    @property
+    def teacher_momentum(self) -> float | None:
+        return self.momentum
+
     def term(self, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
         queries, positives = pairs.unit
+        if not self.in_batch and pairs.taught is not None:
+            positives = pairs.taught.unit_views[1]
         queued, keys = self.queue.read(queries.shape[1])  # (M, E), (M, 2)
         same = pairs.same if self.in_batch else torch.ones_like(pairs.same)
         loss = against_queue(
@@ -74,7 +85,8 @@ class NegativeQueue(Aligned):
     def news(self, pairs: Pairs) -> tuple[Tensor, Tensor] | None:
         if pairs.positives.shape[1] < self.queue.vectors.shape[1]:  # a prefix: the whole vector is kept
             return None
-        return pairs.unit[1].detach(), pairs.view_keys[:, 0]
+        positives = pairs.unit[1].detach() if pairs.taught is None else pairs.taught.unit_views[1]
+        return positives, pairs.view_keys[:, 0]
 
     def keep(self, news: tuple[Tensor, Tensor]) -> None:
         self.queue.put(*news)

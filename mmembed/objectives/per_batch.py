@@ -17,7 +17,7 @@ from mmembed.content import Task
 from mmembed.data.labels import BatchLabels
 from mmembed.embeddings import Embeddings, Layer
 from mmembed.errors import ConfigError, nearest
-from mmembed.objectives import Objective, View
+from mmembed.objectives import Objective, View, one_teacher
 
 if TYPE_CHECKING:
     from mmembed.data.streaming import Source
@@ -41,7 +41,7 @@ class PerBatch(Objective):
         objectives: by name of the task or source.
 
     Raises:
-        ConfigError: no entry, or one for a task that does not exist.
+        ConfigError: no entry, one for a task that does not exist, or two that want different teachers.
     """
 
     def __init__(self, by: Literal["by_task", "by_source"], objectives: Mapping[str, Objective]) -> None:
@@ -54,6 +54,7 @@ class PerBatch(Objective):
                 raise ConfigError(f"objective.by_task: there is no task '{name}'; {nearest(name, tasks)}")
         self.by, self.names = by, tuple(objectives)
         self.objectives = nn.ModuleList(objectives.values())
+        self._momentum = one_teacher(objectives)
 
     @property
     def reads(self) -> frozenset[str]:
@@ -62,6 +63,10 @@ class PerBatch(Objective):
     @property
     def layers(self) -> frozenset[Layer]:
         return frozenset().union(*(self._entry(name).layers for name in self.names))
+
+    @property
+    def teacher_momentum(self) -> float | None:
+        return self._momentum
 
     def part_for(self, source: str, task: Task, or_first: bool = False) -> Objective:
         if or_first and self._key(source, task) not in self.names:

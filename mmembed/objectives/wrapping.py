@@ -38,6 +38,10 @@ class Wrapping(Objective):
         return self.objective.layers
 
     @property
+    def teacher_momentum(self) -> float | None:
+        return self.objective.teacher_momentum
+
+    @property
     def across_processes(self) -> bool:
         return self.objective.across_processes
 

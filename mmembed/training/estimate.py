@@ -43,6 +43,7 @@ from mmembed.training.memory import (
 )
 from mmembed.training.optimizers import optimizer_name
 from mmembed.training.out_of_memory import Budget
+from mmembed.training.teacher import teacher_of
 
 PICTURES = 4  # that go through a vision tower
 _COMPARED = 256  # queries and documents of the comparison that is measured, and scaled
@@ -120,6 +121,9 @@ class Estimate:
         self.vision = self._vision()
         self.comparison = self._comparison()
         self.trained = trained_parameters(model)
+        self.teacher = teacher_of(model, self.objective)
+        if self.teacher is not None:
+            self.notes.append(f"weights hold a {self.teacher}")
 
     def parameters(self) -> dict[str, tuple[int, int]]:
         """Tower -> (trained, all)."""
@@ -195,9 +199,10 @@ class Estimate:
         return state
 
     def weights(self, half: bool) -> float:
-        """Bytes of all weights; `half`: as an engine holds them that casts the model to 16 bits."""
+        """Bytes of all weights, a teacher's too; `half`: as an engine holds them that casts the model to 16 bits."""
         quantised = self._quantised()
         total = sum(4.0 * one.numel() for one in self.objective.parameters())
+        total += 0 if self.teacher is None else self.teacher.size
         for name, parameter in self.model.named_parameters():
             size = 2.0 if half else float(parameter.element_size())
             total += parameter.numel() * (_BYTES_4BIT if name in quantised else size)
@@ -366,6 +371,8 @@ def refused(config: EmbedderConfig, devices: int) -> dict[str, str]:
         found[FSDP2] = "training.optim 'sgd'"
     if config.adapter.type == "qlora":
         found["ZeRO-3"] = "adapter.type 'qlora', whose packed bytes it cannot divide"
+    if build_objective(config.objective).teacher_momentum is not None:
+        found |= dict.fromkeys(("ZeRO-3", FSDP2), "the objective's teacher, whose weights are whole")
     for key, is_so in (
         (
             f"training.optimizer '{training.optimizer}', which needs whole matrices",

@@ -9,6 +9,9 @@ one that does not fit costs up to a third more, in the memory of `keep_tokens` o
 On a CPU, chunks of a narrow model that draws no random numbers are computed beside each other (`Workers`), and their
 gradients added in the order of the chunks: the result does not depend on which thread was faster.
 
+Where the objective learns from a teacher, the chunks go through that one first, without gradients and before any graph
+is alive: the teacher's weights stand in the student's module meanwhile (`mmembed.training.teacher`).
+
 Gradients are reduced over processes once a step, after the last chunk: chunks may differ in number and in modality
 between processes, a parameter that one process did not use counts as zero there.
 """
@@ -17,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +37,7 @@ BUCKET = 32 * 2**20  # gradient values reduced at once: large enough for bandwid
 Encode = Callable[[Chunk], Embeddings]
 Backward = Callable[[list[Tensor], list[Tensor], bool], None]
 Observe = Callable[[View, Embeddings, Embeddings], None]
+Teacher = Callable[[], AbstractContextManager[Encode]]
 Guard = Callable[[], AbstractContextManager[None]]
 Learned = tuple[list[nn.Parameter], list[Tensor]]  # parameters of the objective and their gradients
 
@@ -75,6 +79,7 @@ def contrastive_step(
     workers: Workers | None = None,
     guard: Guard = nullcontext,
     observe: Observe | None = None,
+    teacher: Teacher | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Adds the gradient of `scale * objective(batch)` to the parameters of the model and of the objective.
 
@@ -94,6 +99,8 @@ def contrastive_step(
         guard: entered around each pass over the chunks, where no process waits for another: `Halving.guard` lets all
             processes know when one ran out of memory.
         observe: (the objective's view, local queries, local documents) -> None, called without gradients.
+        teacher: entered around a pass over the chunks, gives what encodes with the teacher's weights; that draws no
+            random numbers and runs no collective. Needed where the objective has a `teacher_momentum` for this batch.
 
     Returns:
         The detached local loss and the objective's metrics.
@@ -104,6 +111,8 @@ def contrastive_step(
         kept_from = first_kept(batch, keep_tokens)
     else:
         kept_from = len(chunks) - int(keep_tokens is None or keep_tokens > 0)
+    if teacher is not None and objective.part_for(batch.labels.source, batch.labels.task).teacher_momentum is not None:
+        batch = _taught(teacher, batch, workers, guard)
     outputs, states = _first_pass(encode, chunks, kept_from, workers, guard)
     loss, metrics, gradients, learned, gathered = _compare(objective, batch, outputs[:count], scale, observe)
     if workers is not None:
@@ -135,6 +144,16 @@ def _first_pass(
                 states.append(RandomState.capture())
             outputs.append(forward(number))
     return outputs, states
+
+
+def _taught(teacher: Teacher, batch: Batch, workers: Workers | None, guard: Guard) -> Batch:
+    """The batch, its labels with the teacher's vectors."""
+    with teacher() as encode:
+        outputs, _ = _first_pass(encode, batch.chunks, len(batch.chunks), workers, guard)
+    vectors = _assemble(batch, outputs)
+    place = batch.place.to(vectors.vectors.device)
+    taught = vectors.rows(place[: batch.n_queries]), vectors.rows(place[batch.n_queries :])
+    return replace(batch, labels=replace(batch.labels, taught=taught))
 
 
 def _compare(

@@ -20,6 +20,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from mmembed.config.blocks import EmbedderConfig
 from mmembed.errors import ConfigError, nearest
+from mmembed.objectives import build_objective
+from mmembed.training.teacher import refuse_divided
 
 AUTO = {
     "train_micro_batch_size_per_gpu": "auto",
@@ -130,7 +132,8 @@ def check_launched(args: TrainingArguments, config: EmbedderConfig) -> None:
     """Refuses what only shows once the arguments are built.
 
     Raises:
-        ConfigError: the DeepSpeed file contradicts the config, or what was asked for needs several processes.
+        ConfigError: the DeepSpeed file contradicts the config, what was asked for needs several processes, or the
+            objective has a teacher and the weights are divided.
     """
     if args.deepspeed_plugin is not None:
         found = args.deepspeed_plugin.hf_ds_config
@@ -151,6 +154,8 @@ def check_launched(args: TrainingArguments, config: EmbedderConfig) -> None:
                 "adapter.type 'qlora' + ZeRO-3: 4-bit weights are packed bytes that ZeRO-3 cannot divide; they are "
                 "small, so use recipes/accelerate/zero2.yaml or ddp.yaml, or lora with ZeRO-3"
             )
+        if found.is_zero3():
+            refuse_divided(build_objective(config.objective))
         unset_hf_deepspeed_config()  # otherwise every model that is loaded from here on would be divided at once
     if config.training.grad_cache is False and (args.deepspeed_plugin is not None or args.fsdp):
         raise ConfigError(
@@ -162,6 +167,8 @@ def check_launched(args: TrainingArguments, config: EmbedderConfig) -> None:
             "training.save_only_model with load_best_model_at_end: DeepSpeed and FSDP load the best checkpoint with "
             "its optimizer state; set one of the two to false"
         )
+    if args.fsdp:
+        refuse_divided(build_objective(config.objective))
     settings: Any = args.fsdp_config
     form = settings["state_dict_type"] if args.fsdp else None
     if args.save_only_model and form == "SHARDED_STATE_DICT":

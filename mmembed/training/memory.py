@@ -14,7 +14,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -260,16 +260,19 @@ def measure_objective(objective: Objective, labels: BatchLabels, size: int, vect
     """Bytes that a comparison of these labels' queries and documents takes at its height, its gradient included."""
     shape = (size,) if vectors_an_input == 1 else (vectors_an_input, size)
 
-    def embeddings(count: int) -> Embeddings:
-        vectors = torch.randn(count, *shape, requires_grad=True)
+    def embeddings(count: int, trained: bool = True) -> Embeddings:
+        vectors = torch.randn(count, *shape, requires_grad=trained)
         mask = None if vectors_an_input == 1 else torch.ones(count, vectors_an_input, dtype=torch.bool)
         layers = {int(layer): torch.randn_like(vectors, requires_grad=True) for layer in objective.layers}
         return Embeddings(vectors, mask, layers)
 
     queries, documents = embeddings(len(labels.query_keys)), embeddings(len(labels.owner))
+    if objective.teacher_momentum is not None:
+        taught = embeddings(len(labels.query_keys), False), embeddings(len(labels.owner), False)
+        labels = replace(labels, taught=taught)
     with Meter() as meter:
         loss, _ = objective(queries, documents, labels)
-        torch.autograd.grad(loss, [*queries.tensors, *documents.tensors])
+        torch.autograd.grad(loss, [*queries.tensors, *documents.tensors], allow_unused=True)  # documents of MoCo's
     return float(meter.peak)
 
 

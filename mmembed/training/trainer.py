@@ -18,7 +18,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ from mmembed.training.batches import (
 from mmembed.training.checkpoints import RUN, STATE, check_same_data, describe_run, read_run, writing
 from mmembed.training.engines import engine_of, offer_on_cpu
 from mmembed.training.evaluation import DevSet, build_dev_set, evaluate
-from mmembed.training.gradcache import RandomState, Workers, contrastive_step
+from mmembed.training.gradcache import Encode, RandomState, Workers, contrastive_step
 from mmembed.training.health import RECENT, SCALE, gradient_norms, judge, look_at, parts_of
 from mmembed.training.memory import optimizer_bytes, trained_parameters
 from mmembed.training.optimizers import Lion, optimizer_name, parameter_groups, refuse_idle_rates
@@ -73,6 +73,7 @@ from mmembed.training.preflight import check_dropout
 from mmembed.training.rehearsal import worst_batch
 from mmembed.training.report import write_report
 from mmembed.training.tally import Tally
+from mmembed.training.teacher import Following, refuse_divided, teacher_of
 from mmembed.training.trained import Trained
 
 logger = logging.getLogger(__name__)
@@ -123,6 +124,7 @@ class EmbedderTrainer(Trainer):
         refuse_idle_rates(config.training.learning_rates, whole.trained_towers(), config.model.freeze)
         self.run_config, self.preprocessor, self.train_sources = config, preprocessor, tuple(train)
         self.dev_sets = [build_dev_set(data, source) for data, source in zip(dev, config.data.dev, strict=True)]
+        self.teacher = teacher_of(model, objective)
         self.tally = Tally()
         self.preemption = Preemption()
         self._begun = False
@@ -134,7 +136,13 @@ class EmbedderTrainer(Trainer):
             args=args,
             train_dataset=MixedDataset(train, data_seed(args)),
             eval_dataset=self.dev_sets or None,
-            callbacks=[*callbacks, *_early_stopping(config), self.preemption, SaveAfterEpochEnd()],
+            callbacks=[
+                *callbacks,
+                *_early_stopping(config),
+                *([] if self.teacher is None else [Following(self.teacher)]),
+                self.preemption,
+                SaveAfterEpochEnd(),
+            ],
         )
         self._follow_the_engine()
         self._uncached = self._keep_features()
@@ -149,6 +157,8 @@ class EmbedderTrainer(Trainer):
         """What the engine decides: the size of chunks, whether each has a picture, what FSDP2 leaves whole."""
         training, objective = self.run_config.training, self.model.objective
         self.engine = engine_of(self.accelerator, self.args)
+        if self.engine.sharded:
+            refuse_divided(objective)
         lockstep = self.engine.lockstep
         # Only one graph is kept in lockstep, and each chunk may gather all weights: few large ones.
         size = training.token_budget if lockstep else chunk_tokens(self.run_config)
@@ -189,6 +199,7 @@ class EmbedderTrainer(Trainer):
         lines = (
             "padding: none is computed, texts are packed" if reason is None else f"padding: computed ({reason})",
             f"processes: {self.args.world_size}, {self.engine}",
+            *([] if self.teacher is None else [str(self.teacher)]),
         )
         lower = ", ".join(map(str, self.model.model.lower_layers))
         layers = (f"layers: vectors of {lower}, and of the last of {self.model.model.depth}",) if lower else ()
@@ -267,6 +278,8 @@ class EmbedderTrainer(Trainer):
     def _begin(self, model: nn.Module) -> None:
         """Before the first step of a loop, when a resumed run knows its log."""
         self._begun = True
+        if self.teacher is not None:
+            self.teacher.begin()
         self.halving.resume(self.state.log_history)
         if self.run_config.training.worst_batch_first:
             self._rehearse(model)
@@ -357,7 +370,15 @@ class EmbedderTrainer(Trainer):
                 workers=self._workers(batch),
                 guard=self.halving.guard,
                 observe=functools.partial(self._observe, batch) if self._logs_this_step else None,
+                teacher=None if self.teacher is None else self._taught_by,
             )
+
+    @contextmanager
+    def _taught_by(self) -> Iterator[Encode]:
+        """What encodes with the teacher's weights: the model without what an engine put around it."""
+        assert self.teacher is not None, "asked for where there is one"
+        with self.teacher.in_place():
+            yield functools.partial(self._encode, self.model)
 
     @property
     def _logs_this_step(self) -> bool:
@@ -658,7 +679,10 @@ class EmbedderTrainer(Trainer):
         (folder / RUN).write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Divided optimizers write a part a process, DeepSpeed also the trained weights: its loader wants them."""
+        """Divided optimizers write a part a process, DeepSpeed also the trained weights: its loader wants them. A
+        teacher is the same in every process."""
+        if self.teacher is not None and self.args.should_save:
+            self.teacher.save(Path(output_dir))
         if self.is_deepspeed_enabled:
             self.accelerator.deepspeed_engine_wrapped.engine.save_checkpoint(output_dir, exclude_frozen_parameters=True)
         elif self.is_fsdp_enabled:
@@ -685,6 +709,11 @@ class EmbedderTrainer(Trainer):
             self._load_into_engine(into_engine)
             self._load_optimizer_and_scheduler(into_engine)
         return prepared
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.teacher is not None:
+            self.teacher.load(Path(checkpoint))
 
     def _load_into_engine(self, folder: str) -> None:
         check_same_settings(folder, self.model.model)

@@ -5,6 +5,7 @@ What an objective computes is tested beside it, in tests/unit and tests/golden.
 
 from __future__ import annotations
 
+import inspect
 import json
 
 import pytest
@@ -18,22 +19,30 @@ from mmembed.objectives import OBJECTIVES, Objective, build_objective
 from mmembed.objectives.aligned import Aligned
 from mmembed.training.gradcache import contrastive_step
 from tests.contract.options import CLASSES, block
-from tests.equivalence.toy import SIZE, ToyEncoder, gradients, make_batch, relative
+from tests.equivalence.toy import SIZE, ToyEncoder, gradients, make_batch, relative, teaching
 from tests.runs import in_two_processes
 
-NAMES = list(OBJECTIVES.classes())
+Vectors = tuple[Embeddings, Embeddings]
+BLOCKS: dict[str, dict[str, object]] = {name: block(name) for name in OBJECTIVES.classes()}
+for cls in OBJECTIVES.classes().values():  # those that can have a teacher, both ways
+    if "momentum" in inspect.signature(cls).parameters:
+        taught = inspect.signature(cls).parameters["momentum"].default is None
+        name = f"{cls.name} {'with' if taught else 'without'} a teacher"
+        BLOCKS[name] = {"type": cls.name, "momentum": 0.9 if taught else None}
+NAMES = list(BLOCKS)
 QUERIES, POSITIVES, GROUP = 8, 3, 5
 NO_NEGATIVES = {"alignment", "mlcd", "mochi", "pairs", "proto_clip", "prototypes", "rafa", "uniformity"}
+NO_NEGATIVES |= {"tcl with a teacher"}  # the augmentations of other pairs are
 MANY = [name for name, cls in OBJECTIVES.classes().items() if cls.many_vectors]
 
 
 def build(name: str, **options: object) -> Objective:
-    return build_objective({**block(name), **options}, SIZE, depth=2)
+    return build_objective({**BLOCKS[name], **options}, SIZE, depth=2)
 
 
-def labels(empty: bool = False, twins: bool = False) -> BatchLabels:
+def labels(empty: bool = False, twins: bool = False, taught: Vectors | None = None) -> BatchLabels:
     """Three positives and two negatives a query, the classes in turn. `empty`: query 5 has no positive; `twins`: the
-    first positives of the queries 0 and 1 are one content."""
+    first positives of the queries 0 and 1 are one content; `taught`: what a teacher makes of them (any vectors)."""
     keys = torch.arange(QUERIES * GROUP).view(QUERIES, GROUP) + 100
     if twins:
         keys[1, 0] = keys[0, 0]
@@ -49,12 +58,19 @@ def labels(empty: bool = False, twins: bool = False) -> BatchLabels:
         positive_keys=both[:, :POSITIVES],
         source="letters",
         label_keys=label_keys([[(CLASSES[query % len(CLASSES)],)] for query in range(QUERIES)]),
+        taught=taught or teachers(),
     )
 
 
-def vectors(name: str = "contrastive") -> tuple[Embeddings, Embeddings]:
+def teachers(size: int = SIZE) -> Vectors:
+    """Their first `size` dimensions."""
+    queries, documents = (Embeddings(one.vectors.detach()[..., :size]) for one in vectors(seed=1))
+    return queries, documents
+
+
+def vectors(name: str = "contrastive", seed: int = 0) -> Vectors:
     """One vector an input, or three of which one is padding, as the objective compares them."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     if name in MANY:
         both = [torch.randn(n, 3, SIZE, generator=generator).requires_grad_() for n in (QUERIES, QUERIES * GROUP)]
         mask = torch.tensor([True, True, False])
@@ -145,7 +161,8 @@ def test_the_same_content_is_no_negative(name: str) -> None:
     queries, documents = queries - 4 * axes[0], documents - 4 * axes[0]
     queries[0], documents[0], documents[GROUP] = axes[0], axes[0] + axes[1], axes[0] + axes[2]
     pushed = []
-    for of in (labels(twins=True), labels()):
+    alike = Embeddings(queries), Embeddings(documents)
+    for of in (labels(twins=True, taught=alike), labels(taught=alike)):
         moved = queries.clone().requires_grad_()
         build(name)(Embeddings(moved), Embeddings(documents.clone().requires_grad_()), of)[0].backward()
         pushed.append((moved.grad[0] @ axes[2]).item())
@@ -158,7 +175,10 @@ def test_it_can_be_cut_to_nested_dimensions(name: str) -> None:
     """What matryoshka asks of it: the loss of truncated embeddings, gathered once."""
     (queries, documents), sizes = vectors(name), (SIZE, 2)
     whole = build(name, matryoshka={"dims": list(sizes)})
-    cut = [build(name)(queries.truncate(slice(size)), documents.truncate(slice(size)), labels())[0] for size in sizes]
+    cut = [
+        build(name)(queries.truncate(slice(n)), documents.truncate(slice(n)), labels(taught=teachers(n)))[0]
+        for n in sizes
+    ]
     torch.testing.assert_close(step(whole, queries, documents, labels()), sum(cut))
     assert torch.isfinite(step(whole, queries, documents, labels()))  # with what it remembers of the first step
 
@@ -170,12 +190,13 @@ def test_it_can_be_nested_over_layers(name: str) -> None:
     lower = [one._replace(vectors=one.vectors.detach().flip(-1).requires_grad_()) for one in both]
     nested = {"layers": [1, -1], "layer_weights": [0.5, 1.0], "kl_weight": 0, "dims": [SIZE, 2]}
     if any(buffer.is_floating_point() for buffer in build(name).buffers()):
-        with pytest.raises(ConfigError, match=f"'{name}' remembers"):
+        with pytest.raises(ConfigError, match=f"'{name.split()[0]}' remembers"):
             build(name, matryoshka=nested)
         return
     of_layer = [build(name, matryoshka={"dims": [SIZE, 2]})(*sides, labels())[0] for sides in (lower, both)]
     given = [one._replace(layers={1: under.vectors}) for one, under in zip(both, lower, strict=True)]
-    loss = step(build(name, matryoshka=nested), *given, labels())
+    taught = tuple(one._replace(layers={1: one.vectors}) for one in teachers())
+    loss = step(build(name, matryoshka=nested), *given, labels(taught=taught))
     torch.testing.assert_close(loss, 0.5 * of_layer[0] + of_layer[1])
     loss.backward()
     assert all(one.vectors.grad.any() for one in (*both, *lower))
@@ -218,8 +239,9 @@ def test_chunks_give_the_gradient_of_the_whole(name: str, keep_tokens: int) -> N
     for chunk_tokens, keep in ((10**6, None), (30, keep_tokens)):
         encoder, objective = ToyEncoder(multi_vector=name in MANY).double(), build(name).double()
         batch = make_batch(QUERIES, GROUP, chunk_tokens, positives=POSITIVES)
+        teacher = teaching(encoder, objective)
         for _ in range(2):
-            loss, _ = contrastive_step(encoder, objective, batch, keep)
+            loss, _ = contrastive_step(encoder, objective, batch, keep, teacher=teacher)
             objective.commit()
         found.append((loss, gradients(encoder, objective)))
     torch.testing.assert_close(found[1][0], found[0][0])

@@ -9,11 +9,9 @@ import json
 import torch
 import torch.distributed as dist
 
-from mmembed.objectives import OBJECTIVES, build_objective
 from mmembed.training.gradcache import contrastive_step, reduce_gradients
-from tests.contract.options import block
-from tests.contract.test_every_objective import MANY
-from tests.equivalence.toy import SIZE, ToyEncoder, gradients, make_batch, relative
+from tests.contract.test_every_objective import MANY, NAMES, build
+from tests.equivalence.toy import ToyEncoder, gradients, make_batch, relative, teaching
 
 QUERIES = 12
 
@@ -24,12 +22,14 @@ def two_steps(name, shares, chunk_tokens=10**6):
     Args:
         shares: the first query of a batch, and how many there are.
     """
-    encoder, objective = ToyEncoder(multi_vector=name in MANY).double(), build_objective(block(name), SIZE).double()
+    encoder, objective = ToyEncoder(multi_vector=name in MANY).double(), build(name).double()
+    teacher = teaching(encoder, objective)
     for seed in (0, 1):
         losses = []
         for first, count in shares:
             batch = make_batch(QUERIES, 5, chunk_tokens, seed=seed, first=first, count=count, positives=3)
-            losses.append(contrastive_step(encoder, objective, batch, keep_tokens=30, scale=1 / len(shares))[0])
+            step = contrastive_step(encoder, objective, batch, keep_tokens=30, scale=1 / len(shares), teacher=teacher)
+            losses.append(step[0])
         loss = torch.stack(losses).mean()
         objective.commit()
     reduce_gradients([*encoder.parameters(), *objective.parameters()])
@@ -38,15 +38,13 @@ def two_steps(name, shares, chunk_tokens=10**6):
 
 
 def main() -> None:
-    names = list(OBJECTIVES.classes())
     expected = {
-        name: two_steps(name, [(0, 12)] if build_objective(block(name), SIZE).across_processes else [(0, 6), (6, 6)])
-        for name in names
+        name: two_steps(name, [(0, 12)] if build(name).across_processes else [(0, 6), (6, 6)]) for name in NAMES
     }
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     report = {}
-    for name in names:
+    for name in NAMES:
         # 6 queries each, in chunks of different sizes: the processes run a different number of forwards
         loss, gradient, memory = two_steps(name, [(6 * rank, 6)], 20 + 30 * rank)
         alone, gradient_alone, memory_alone = expected[name]

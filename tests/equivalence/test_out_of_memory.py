@@ -13,7 +13,8 @@ from mmembed.errors import MmembedError
 from mmembed.objectives import build_objective
 from mmembed.training.gradcache import contrastive_step
 from mmembed.training.out_of_memory import Budget, Halving, is_out_of_memory
-from tests.equivalence.toy import ToyEncoder, gradients, make_batch, relative
+from mmembed.training.teacher import teacher_of
+from tests.equivalence.toy import ToyEncoder, gradients, make_batch, relative, teaching
 from tests.runs import ROOT, in_two_processes
 
 LEARNED = {"type": "contrastive", "temperature": {"value": 0.1, "learn": True}}
@@ -37,14 +38,14 @@ class Small(ToyEncoder):
         return super().forward(chunk)
 
 
-def redone(encoder, objective, batches, budget):
+def redone(encoder, objective, batches, budget, teacher=None):
     """What the trainer does: the batches of one optimizer step, their gradients added up."""
+    teacher = teaching(encoder, objective, teacher)
     halving = Halving(budget, torch.device("cpu"), redo=True, remedy="REMEDY")
 
     def step(batch):
-        return contrastive_step(
-            encoder, objective, batch, halving.budget.keep_tokens, scale=1 / len(batches), guard=halving.guard
-        )
+        scale, keep = 1 / len(batches), halving.budget.keep_tokens
+        return contrastive_step(encoder, objective, batch, keep, scale, guard=halving.guard, teacher=teacher)
 
     def forget():
         encoder.zero_grad(), objective.zero_grad()
@@ -85,6 +86,22 @@ def test_dropout_starts_from_the_same_random_state():
     torch.manual_seed(5)
     contrastive_step(encoder, objective, halving.budget.divide(batch), 0)
     assert torch.equal(gradients(small, its_objective), gradients(encoder, objective))
+
+
+def test_the_teacher_runs_out_of_memory_and_is_the_same_afterwards():
+    """It goes first; student and teacher have other weights, and each has its own when the step is taken again."""
+    found = []
+    for encoder in (ToyEncoder(), Small(40)):
+        objective, batch = build_objective("hycd"), make_batch(6, 3, 10**6)
+        teacher = teacher_of(encoder, objective)
+        teacher.begin()
+        with torch.no_grad():
+            encoder.layer.weight.add_(torch.eye(len(encoder.layer.weight)))
+        (loss,), _ = redone(encoder, objective, [batch], Budget(10**6, None, 0), teacher)
+        found.append((loss.item(), gradients(encoder, objective)))
+    assert encoder.failures > 0
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-6)
+    assert relative(found[1][1], found[0][1]) < 1e-5
 
 
 def test_what_can_not_be_divided_is_an_error_with_the_numbers():

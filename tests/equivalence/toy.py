@@ -1,6 +1,7 @@
 """A small encoder with dropout over Rows, and batches of random rows: what the step is tested with."""
 
 import random
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from mmembed.data.collate import Batch, plan_chunks
 from mmembed.data.labels import BatchLabels, label_keys
 from mmembed.embeddings import Embeddings
 from mmembed.preprocess import Row
+from mmembed.training.teacher import teacher_of
 
 VOCABULARY, SIZE = 50, 8
 
@@ -92,6 +94,22 @@ def make_batch(
     )
     chunks = plan_chunks(rows, chunk_tokens, chunk_rows)
     return Batch(count, count * per_query, chunks, torch.arange(len(rows)), labels)
+
+
+def teaching(encoder, objective, teacher=None):
+    """What a step takes as `teacher`: the encoder with the weights that it has now, or those of a given one; None where
+    the objective asks for none."""
+    teacher = teacher or teacher_of(encoder, objective)
+    if teacher is None:
+        return None
+    teacher.begin()
+
+    @contextmanager
+    def entered():
+        with teacher.in_place():
+            yield encoder
+
+    return entered
 
 
 def gradients(*modules):

@@ -61,11 +61,13 @@ def through(
     *positives: Tensor,
     negatives: Tensor | None = None,
     classes: list[int] | None = None,
+    taught: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The loss of an objective of YAML on a batch whose queries have these positives, in this order.
 
     Args:
         negatives: (N, H, E), hard negatives of each query. classes: names of the positives, as ids.
+        taught: a teacher's vectors of the queries and of the first positives; those of other documents are the model's.
     """
     count, held = len(queries), 0 if negatives is None else negatives.shape[1]
     per_query = len(positives) + held
@@ -85,6 +87,9 @@ def through(
         source="golden",
     )
     vectors = Embeddings(queries.detach()), Embeddings(documents.detach().flatten(0, 1))
+    if taught is not None:
+        of_documents = torch.cat([taught[1].detach().unsqueeze(1), documents.detach()[:, 1:]], 1)  # (N, V + H, E)
+        labels = replace(labels, taught=(Embeddings(taught[0].detach()), Embeddings(of_documents.flatten(0, 1))))
     return build_objective(block)(*vectors, labels)[0].detach()
 
 
@@ -219,6 +224,7 @@ def hycd(of: Entry) -> Iterator[Compared]:
     teacher = (teacher_image @ teacher_text.T).detach()
     loss = distillation(image @ text.T, teacher, apart(3), of["params"]["alpha"], of["params"]["T"])
     yield from check(of, loss, image=image, text=text)
+    yield agrees(of, through("hycd", image, text, taught=(teacher_image, teacher_text)))
 
 
 @golden("clip-refine", "objectives `rafa`, `hycd`", "CLIP-Refine total")
@@ -260,7 +266,7 @@ def grounded_in_images(of: Entry) -> Iterator[Compared]:
     loss = grounded(image, captions, negatives, torch.ones(2, 2, dtype=torch.bool), 1 / of["params"]["temperature"])
     yield from check(of, loss, image=image, texts=texts)
     block = {"type": "degla", "image_grounded": 1.0, "text_grounded": 0.0}
-    whole = through(block, image, captions, negatives=negatives)
+    whole = through(block, image, captions, negatives=negatives, taught=(image, captions))
     yield equal("loss of the objective, NegCLIP's with it", whole, GOLDEN["negclip"][0]["loss"] + of["loss"])
 
 
@@ -270,6 +276,12 @@ def grounded_in_texts(of: Entry) -> Iterator[Compared]:
     captions, negatives = captions_of(of, texts)
     exists = torch.ones(2, 2, dtype=torch.bool)
     yield from check(of, grounded(captions, teacher.detach(), negatives, exists, of["params"]["scale"]), texts=texts)
+    block = {"type": "degla", "image_grounded": 0.0, "distillation": 0.0}
+    without, whole = (
+        through({**block, "text_grounded": weight}, captions, captions, negatives=negatives, taught=(captions, teacher))
+        for weight in (0.0, 1.0)
+    )
+    yield equal("its share of the loss of the objective", whole - without, of["loss"])
 
 
 @golden("alip", "objective `alip`")
@@ -372,6 +384,11 @@ def negative_queue(of: Entry) -> Iterator[Compared]:
     objective = build_objective(block, 3).double()
     objective.queue.put(queue.detach(), torch.arange(len(queue) * 2).view(-1, 2) - 100)
     yield agrees(of, objective(Embeddings(queries), Embeddings(keys), one_positive(3))[0])
+    if not in_batch:  # the keys are the momentum encoder's, whatever the model itself makes of them
+        objective.momentum = 0.9995
+        labels = replace(one_positive(3), taught=(Embeddings(queries.flip(1)), Embeddings(keys)))
+        loss, _ = objective(Embeddings(queries), Embeddings(keys.flip(0)), labels)
+        yield equal("loss with a momentum encoder", loss, of["loss"])
     same, known = apart(3) if in_batch else torch.ones(3, 3, dtype=torch.bool), torch.zeros(3, len(queue)).bool()
     sides = on_sphere(queries, keys) if in_batch else (queries, keys)  # MoCo's own code has unit vectors already
     scale, smoothing = 1 / of["params"]["temperature"], block["label_smoothing"]

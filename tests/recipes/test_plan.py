@@ -134,6 +134,8 @@ def test_devices_share_what_a_stage_shards(config_file, without_weights, capsys)
         ("training.optimizer=adafactor", ["ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2"]),
         ("training.grad_cache=false", ["ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2"]),
         ("training.optim=sgd", ["FSDP2"]),
+        ("objective=hycd", ["ZeRO-3", "FSDP2"]),
+        ("objective={type: negative_queue, momentum: 0.99, in_batch: false}", ["ZeRO-3", "FSDP2"]),
     ],
 )
 def test_what_a_launch_would_refuse_is_not_planned(config_file, without_weights, capsys, option, missing):
@@ -144,6 +146,17 @@ def test_what_a_launch_would_refuse_is_not_planned(config_file, without_weights,
     assert [stage["name"] for stage in plan["stages"]] == [name for name in every if name not in missing]
     (note,) = [note for note in plan["notes"] if note.startswith("no ")]
     assert note.startswith(f"no {', '.join(missing)}: ") and note.split(": ")[1]
+
+
+def test_a_teacher_is_the_trained_weights_once_more(config_file, without_weights, capsys):
+    command = ["--config", config_file, without_weights, TEXT, "adapter={type: none}"]
+    without, taught = (
+        planned(capsys, *command, f"objective={{type: hycd, momentum: {momentum}}}") for momentum in ("null", "1")
+    )
+    held = [taught["stages"][0]["weights"] - without["stages"][0]["weights"]]
+    assert held == [4 * sum(trained for trained, _ in taught["parameters"].values())]
+    (note,) = [one for one in taught["notes"] if "a teacher: the model as it is now, " in one]
+    assert note not in without["notes"]
 
 
 def test_four_bits_stay_whole_under_fsdp2(config_file, without_weights, capsys):

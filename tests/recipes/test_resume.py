@@ -37,6 +37,11 @@ def outcome(folder):
     return log, tensors, optimizer, (state["best_metric"], state["best_global_step"])
 
 
+def teacher_of(folder):
+    """The teacher's weights in a run's last checkpoint."""
+    return load_file(last_checkpoint(folder) / "teacher.safetensors")
+
+
 def same(left, right):
     """Equality of trees with tensors: bit for bit."""
     if isinstance(left, torch.Tensor):
@@ -58,6 +63,7 @@ EVALUATED = ["training.eval_strategy=steps", "training.eval_steps=2", "training.
 EVALUATED += ["training.early_stopping_patience=3", "training.save_strategy=steps", "training.save_steps=2"]
 STREAMED = ["data.train=[{path: text.jsonl, streaming: true, shuffle_buffer: 7, weight: 2}, {path: pictures.jsonl}]"]
 REMEMBERING = "[{type: isogclr}, {type: negative_queue, size: 8}, rafa, {type: prototypes, prototypes: 4, labels: 2}]"
+TAUGHT = "[{type: negative_queue, size: 8, momentum: 0.8}, {type: hycd, momentum: 0.8}]"
 BY_EPOCH = ["training.eval_strategy=epoch", "training.save_strategy=steps", "training.save_steps=2"]
 BY_EPOCH += ["training.early_stopping_patience=1", "training.metric_for_best_model=eval_recall_at_10"]
 
@@ -74,6 +80,8 @@ BY_EPOCH += ["training.early_stopping_patience=1", "training.metric_for_best_mod
         ((2,), ["training.optimizer=adafactor"]),
         ((2,), ["training.optimizer=adamw_8bit", "adapter={type: none}", "training.learning_rate=1e-3"]),
         ((2, 3), [f"objective={REMEMBERING}", "training.max_steps=6", "training.gradient_accumulation_steps=2"]),
+        ((2, 3), [f"objective={TAUGHT}", "training.max_steps=6", "training.gradient_accumulation_steps=2"]),
+        ((2,), ["objective=hycd"]),
         ((3,), ["training.lr_scheduler_type=reduce_lr_on_plateau", "training.learning_rate=0.3", *EVALUATED]),
     ],
     ids=[
@@ -86,6 +94,8 @@ BY_EPOCH += ["training.early_stopping_patience=1", "training.metric_for_best_mod
         "adafactor",
         "8 bits, all weights",
         "an objective that remembers",
+        "a teacher",
+        "a frozen teacher",
         "plateau",
     ],
 )
@@ -100,7 +110,13 @@ def test_a_stopped_run_ends_where_the_uninterrupted_one_does(config_file, tmp_pa
         pair = [load_file(folder / "model.safetensors") for folder in (whole, stopped)]
         assert same(*pair)
         return
+    if "objective=hycd" in overrides:  # the start is in no other file of a checkpoint
+        assert same(*(load_file(folder / "adapter_model.safetensors") for folder in (whole, stopped)))
+        assert same(*(teacher_of(folder) for folder in (whole, stopped)))
+        return
     assert_same_outcome(whole, stopped)
+    if f"objective={TAUGHT}" in overrides:
+        assert same(*(teacher_of(folder) for folder in (whole, stopped)))
     if f"objective={REMEMBERING}" in overrides:
         memory = outcome(whole)[1]
         assert len(memory["objectives.0.memory.keys"]) > 8 and memory["objectives.1.queue.seen"] > 8

@@ -31,10 +31,15 @@ def no_launcher(monkeypatch):
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")  # the launcher's default; put back afterwards
 
 
-def arguments(tmp_path, adapter="lora", **training):
+def arguments(tmp_path, adapter="lora", objective="contrastive", **training):
     data = {"dev": [{"path": "dev.jsonl"}]} if "eval_strategy" in training else {}
     config = build_config(
-        {"adapter": {"type": adapter}, "data": data, "training": {"output_dir": str(tmp_path), **training}}
+        {
+            "adapter": {"type": adapter},
+            "data": data,
+            "objective": objective,
+            "training": {"output_dir": str(tmp_path), **training},
+        }
     )
     return training_arguments(config)
 
@@ -74,6 +79,7 @@ def deepspeed(tmp_path, **keys):
         ),
         ({"scheduler": {"type": "WarmupLR"}}, {}, "'scheduler' would replace training.lr_scheduler_type"),
         ({"zero_optimization": {"stage": 3}}, {"adapter": "qlora"}, "adapter.type 'qlora' \\+ ZeRO-3"),
+        ({"zero_optimization": {"stage": 3}}, {"objective": ["rafa", "hycd"]}, "a teacher \\(momentum 1\\)"),
         ({}, {"grad_cache": False}, "training.grad_cache: false"),
         ({}, {"optimizer": "adafactor"}, "training.optimizer 'adafactor'"),
         ({}, BEST, "training.save_only_model with load_best_model_at_end"),
@@ -125,6 +131,7 @@ def test_a_file_of_settings_that_is_broken(tmp_path, key, others, content, messa
         ({"fsdp": True, "fsdp_config": {"activation_checkpointing": True}}, "model.gradient_checkpointing"),
         ({"fsdp": True, "fsdp_config": {"reshard_after_forwrad": True}}, "did you mean 'reshard_after_forward'"),
         ({"fsdp": True, "fsdp_config": "no.json"}, "training.fsdp_config: there is no file 'no.json'"),
+        ({"fsdp": True, "objective": "degla"}, "objective: learns from a teacher \\(momentum 0.9996\\).*zero2.yaml"),
         ({"fsdp": "hybrid_shard"}, "training.fsdp: found 'hybrid_shard'"),
         ({"fsdp": True, "deepspeed": "recipes/deepspeed/zero2.json"}, "keep one"),
         ({"fsdp": True, "optim": "sgd"}, "training.optim 'sgd'"),
