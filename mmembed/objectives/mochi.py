@@ -7,9 +7,9 @@ h' = beta q_i + (1 - beta) n_a,    beta ~ U(0, 1/2)   of the query and one of th
 
 both on the unit sphere and without gradient (arXiv 2010.01028; from memory of the paper). Mixing begins when the queue
 is full, where the paper waits for some epochs. Queued vectors that are a known positive of the query, or the query,
-neither count nor mix. Numbers follow from (seed, step), the same in all processes and after a resume. As with
-`negative_queue` there is no momentum encoder: the queue holds vectors of earlier weights, hence it is short. Cost: (N,
-size), (N, mixtures) and (size, size) floats; a mixture's score follows from those of its parts.
+neither count nor mix. Numbers follow from (seed, step), the same in all processes and after a resume. There is no
+momentum encoder here: the queue holds vectors of earlier weights, hence it is short. Cost: (N, size), (N, mixtures) and
+(size, size) floats; a mixture's score follows from those of its parts.
 
 When: batches are small and the negatives of a queue have become too easy.
 """
