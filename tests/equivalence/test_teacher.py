@@ -156,6 +156,22 @@ def test_tcl_with_a_momentum_encoder_against_loops() -> None:
     torch.testing.assert_close(found, total)
 
 
+def test_degla_keeps_all_vectors_near_the_teachers() -> None:
+    draw, labels = torch.Generator().manual_seed(0), make_batch(QUERIES, 3, 10**6).labels
+    mine, theirs = ([torch.randn(n * QUERIES, SIZE, generator=draw) for n in (1, 3)] for _ in range(2))
+    labels = replace(labels, taught=tuple(map(Embeddings, theirs)))
+    near, far = (
+        build_objective({"type": "degla", "distillation": weight})(*map(Embeddings, mine), labels)[0]
+        for weight in (0.0, 0.5)
+    )
+    distances = [
+        (ours / ours.norm() - its / its.norm()).square().sum()
+        for side, other in zip(mine, theirs, strict=True)
+        for ours, its in zip(side, other, strict=True)
+    ]
+    torch.testing.assert_close(far - near, 0.5 * sum(distances))
+
+
 def test_each_layer_is_taught_by_its_own() -> None:
     """A part of a list on a lower layer, and both layers side by side."""
     draw, labels = torch.Generator().manual_seed(0), make_batch(QUERIES, 1, 10**6).labels
