@@ -69,7 +69,8 @@ def names() -> list[str]:
     from mmembed.losses import LOSSES
     from mmembed.objectives import OBJECTIVES
 
-    of_one_vector = {name for name, one in OBJECTIVES.classes().items() if one.many_vectors is not True}
+    compared = {name: one for name, one in OBJECTIVES.classes().items() if one.compares}
+    of_one_vector = {name for name, one in compared.items() if one.many_vectors is not True}
     return sorted({*LOSSES.classes(), *of_one_vector} - {"contrastive"})  # which is infonce
 
 

@@ -13,16 +13,20 @@ Layer = int | Literal["middle"]  # of the decoder, from 1; negative from the las
 
 
 class Embeddings(NamedTuple):
-    """Vectors of B inputs, float32.
+    """Vectors of B inputs, float32; and what their tokens cost to predict, where that was asked for.
 
     vectors: (B, E), or (B, T, E) for late interaction.
     mask: None, or (B, T) bool, true on the vectors that count.
     layers: None, or by number the vectors of the lower layers that the model was asked for, each as `vectors`.
+    nll: None, or (B,) float32: minus the log-likelihood of the predicted tokens of each input, their sum.
+    predicted: None, or (B,) long: how many these are.
     """
 
     vectors: Tensor
     mask: Tensor | None = None
     layers: dict[int, Tensor] | None = None
+    nll: Tensor | None = None
+    predicted: Tensor | None = None
 
     @classmethod
     def concatenate(cls, parts: "Sequence[Embeddings]") -> "Embeddings":
@@ -31,23 +35,27 @@ class Embeddings(NamedTuple):
         longest = max((mask.shape[1] for mask in masks), default=0)
 
         def joined(tensors: Sequence[Tensor]) -> Tensor:
-            if masks:
+            if masks and tensors[0].ndim > 1:
                 tensors = [functional.pad(one, (0, 0, 0, longest - one.shape[1])) for one in tensors]
             return torch.cat(list(tensors))
 
         mask = torch.cat([functional.pad(one, (0, longest - one.shape[1])) for one in masks]) if masks else None
         tensors = [joined(alike) for alike in zip(*(part.tensors for part in parts), strict=True)]
-        return parts[0]._replace(mask=mask).with_tensors(tensors)
+        counts = [part.predicted for part in parts if part.predicted is not None]
+        predicted = torch.cat(counts) if counts else None
+        return parts[0]._replace(mask=mask, predicted=predicted).with_tensors(tensors)
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The vectors, then those of each lower layer."""
-        return [self.vectors, *(self.layers or {}).values()]
+        """What takes gradients: the vectors, those of each lower layer, and what the tokens cost."""
+        return [self.vectors, *(self.layers or {}).values(), *([] if self.nll is None else [self.nll])]
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> "Embeddings":
-        """The same inputs with other vectors, in the order of `tensors`."""
-        layers = None if self.layers is None else dict(zip(self.layers, tensors[1:], strict=True))
-        return Embeddings(tensors[0], self.mask, layers)
+        """The same inputs with other numbers, in the order of `tensors`."""
+        behind = 1 + len(self.layers or {})
+        layers = None if self.layers is None else dict(zip(self.layers, tensors[1:behind], strict=True))
+        nll = None if self.nll is None else tensors[behind]
+        return self._replace(vectors=tensors[0], layers=layers, nll=nll)
 
     def at(self, layer: Layer | None) -> "Embeddings":
         """The vectors of one layer; None is the last. Raises MmembedError for a layer that the model did not give."""
@@ -62,8 +70,8 @@ class Embeddings(NamedTuple):
 
     def rows(self, index: Tensor) -> "Embeddings":
         """The inputs at `index` (N,) long."""
-        mask = None if self.mask is None else self.mask[index]
-        return self._replace(mask=mask).with_tensors([one[index] for one in self.tensors])
+        mask, predicted = (None if one is None else one[index] for one in (self.mask, self.predicted))
+        return self._replace(mask=mask, predicted=predicted).with_tensors([one[index] for one in self.tensors])
 
     def truncate(self, dims: slice) -> "Embeddings":
         """These dimensions of the vectors, not normalised again."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import re
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, Literal
@@ -71,6 +71,8 @@ class Row:
         hidden: token ranges kept out of pooling.
         sizes: (width, height) of `images`.
         digests: of `images` (`MediaStore.digest`), where they are known: a feature store need not read the files.
+        predicted: ranges of tokens that a language-model loss predicts: those with any character of the content's
+            texts. None where such a loss looks at no input of the batch.
     """
 
     ids: Sequence[int]
@@ -78,6 +80,7 @@ class Row:
     images: tuple[Image, ...] = ()
     sizes: tuple[tuple[int, int], ...] = ()
     digests: tuple[bytes, ...] = ()
+    predicted: tuple[Range, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -114,6 +117,7 @@ class ModelInputs:
         images: features that a store has of the images, and those to compute, whose pixels are in `tensors`; None where
             there is no store, or no image.
         lengths: tokens of each row, where the model is to compute no padding (`mmembed.backbones.packed`); else empty.
+        predicted: (B, T) bool, true on tokens that a language-model loss predicts; None where there is no such loss.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -124,6 +128,7 @@ class ModelInputs:
     shared: int = 0
     images: StoredImages | None = None
     lengths: tuple[int, ...] = ()
+    predicted: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.pool_mask) - self.filler
@@ -132,7 +137,8 @@ class ModelInputs:
         """A copy on `device`."""
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()}
         pool_mask = self.pool_mask.to(device, non_blocking=True)
-        return replace(self, tensors=moved, pool_mask=pool_mask)
+        predicted = None if self.predicted is None else self.predicted.to(device, non_blocking=True)
+        return replace(self, tensors=moved, pool_mask=pool_mask, predicted=predicted)
 
 
 class Preprocessor:
@@ -188,15 +194,20 @@ class Preprocessor:
     def __call__(self, items: Sequence[Item], padding_side: Side | None = None) -> ModelInputs:
         return self.collate(self.tokenize(items), padding_side)
 
-    def tokenize(self, items: Sequence[Item]) -> list[Row]:
-        """Writes and encodes all items with one tokenizer call. Order is kept."""
+    def tokenize(self, items: Sequence[Item], predict: Collection[Role] = ()) -> list[Row]:
+        """Writes and encodes all items with one tokenizer call. Order is kept.
+
+        Args:
+            predict: roles whose texts a language-model loss predicts: rows say which tokens those are.
+        """
         written = [self._write(item) for item in items]
         layouts = [layout for layout, _, _, _ in written]
-        encodings = self._encode(layouts)
-        return [
-            self._row(encoding, layout, images, sizes, chat, self.limits.of(item.role))
-            for item, encoding, (layout, images, sizes, chat) in zip(items, encodings, written, strict=True)
-        ]
+        encodings = self._encode(layouts, needs_offsets=bool(predict))
+        rows = []
+        for item, encoding, (layout, images, sizes, chat) in zip(items, encodings, written, strict=True):
+            texts = None if not predict else layout.texts if item.role in predict else ()
+            rows.append(self._row(encoding, layout, images, sizes, chat, self.limits.of(item.role), texts))
+        return rows
 
     def shareable(self, row: Row) -> int:
         """How many first tokens of a row other rows may share: what stands before its media, but not all of it.
@@ -235,6 +246,13 @@ class Preprocessor:
                 pooled[index, start + first : start + stop] = False
             if row.hidden and not pooled[index].any():  # nothing but instruction: its last token stands for it
                 pooled[index, start + len(row) - 1] = True
+        predicted = None
+        if any(row.predicted is not None for row in rows):
+            predicted = np.zeros((len(rows), longest), dtype=bool)  # (B, T)
+            for index, row in enumerate(rows):
+                start = 0 if side == "right" else longest - len(row)
+                for first, stop in row.predicted or ():
+                    predicted[index, start + max(first, 1) : start + stop] = True  # nothing is in front of the first
         tokens = sum(len(row) for row in rows)
         input_ids = torch.from_numpy(ids)
         tensors = {"input_ids": input_ids, "attention_mask": torch.from_numpy(attended).long()}
@@ -250,7 +268,9 @@ class Preprocessor:
         padding = None if tokens == len(rows) * longest else side
         real_tokens = tokens - (len(rows[-1]) if filler else 0)
         lengths = tuple(map(len, rows)) if packed and padding else ()
-        return ModelInputs(tensors, torch.from_numpy(pooled), padding, real_tokens, filler, shared, stored, lengths)
+        told = None if predicted is None else torch.from_numpy(predicted)
+        pool_mask = torch.from_numpy(pooled)
+        return ModelInputs(tensors, pool_mask, padding, real_tokens, filler, shared, stored, lengths, told)
 
     # Writing ----------------------------------------------------------------------------------------------------------
 
@@ -298,13 +318,13 @@ class Preprocessor:
 
     # Encoding ---------------------------------------------------------------------------------------------------------
 
-    def _encode(self, layouts: Sequence[Layout]) -> list[Encoding]:
+    def _encode(self, layouts: Sequence[Layout], needs_offsets: bool) -> list[Encoding]:
         backend = self.tokenizer.backend_tokenizer
         if backend.truncation is not None:
             backend.no_truncation()
         if backend.padding is not None:
             backend.no_padding()
-        needs_offsets = any(
+        needs_offsets = needs_offsets or any(
             layout.hidden or layout.media or layout.suffix_start < len(layout.text) for layout in layouts
         )
         encode = backend.encode_batch if needs_offsets else backend.encode_batch_fast
@@ -318,6 +338,7 @@ class Preprocessor:
         sizes: tuple[tuple[int, int], ...],
         chat: bool,
         limit: int,
+        texts: Sequence[Range] | None = None,
     ) -> Row:
         start, end = ([], []) if chat or layout.complete else (self._start, self._end)
         ids = encoding.ids
@@ -325,17 +346,18 @@ class Preprocessor:
         if not self.pool_suffix and layout.suffix_start < len(layout.text):
             spans.append((layout.suffix_start, len(layout.text)))
         hidden = tuple(_token_range(encoding, span, len(ids)) for span in spans)
+        predicted = tuple(_tokens_with(encoding, span, len(ids)) for span in texts or ())
         excess = len(ids) + len(start) + len(end) - limit
         if excess > 0:
             dropped = self._dropped(encoding, layout, excess, limit)
             gone = set(dropped)
             ids = [token for index, token in enumerate(ids) if index not in gone]
-            hidden = tuple(
-                (first - bisect_left(dropped, first), stop - bisect_left(dropped, stop)) for first, stop in hidden
-            )
+            hidden, predicted = _without(dropped, hidden), _without(dropped, predicted)
         if start:
             hidden = tuple((first + len(start) if first else 0, stop + len(start)) for first, stop in hidden)
-        return Row((start + ids + end) or [self.tokenizer.pad_token_id], hidden, images, sizes)
+            predicted = tuple((first + len(start), stop + len(start)) for first, stop in predicted)
+        told = None if texts is None else predicted
+        return Row((start + ids + end) or [self.tokenizer.pad_token_id], hidden, images, sizes, predicted=told)
 
     def _dropped(self, encoding: Encoding, layout: Layout, excess: int, limit: int) -> list[int]:
         """Positions of the tokens to drop until the text tokens fit, ascending: the last of the content's texts."""
@@ -483,6 +505,11 @@ class _ChatLayouts:
         yield from (piece for piece in re.split(f"(\ue000.+?\ue001{image})", text) if piece)
 
 
+def _without(dropped: Sequence[int], ranges: tuple[Range, ...]) -> tuple[Range, ...]:
+    """Ranges of tokens when those at the ascending positions `dropped` are gone."""
+    return tuple((first - bisect_left(dropped, first), stop - bisect_left(dropped, stop)) for first, stop in ranges)
+
+
 def _control_tokens(family: Family) -> re.Pattern[str]:
     """Matches the tokenizer's special tokens and the family's media tokens, the longest first."""
     special = {str(token) for token in family.tokenizer.added_tokens_decoder.values() if token.special}
@@ -496,6 +523,14 @@ def _token_range(encoding: Encoding, span: Range, total: int) -> Range:
     if first and first < total and encoding.offsets[first][0] < span[0]:
         first += 1
     return first, max(first, _first_token_at(encoding, span[1], total))
+
+
+def _tokens_with(encoding: Encoding, span: Range, total: int) -> Range:
+    """The tokens that hold any character of a span."""
+    stop = _first_token_at(encoding, span[1], total)
+    if stop < total and encoding.offsets[stop][0] < span[1]:
+        stop += 1
+    return min(_first_token_at(encoding, span[0], total), stop), stop
 
 
 def _first_token_at(encoding: Encoding, character: int, total: int) -> int:

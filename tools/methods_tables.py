@@ -23,7 +23,7 @@ from eval.claims.declaration import read_claims
 from mmembed.data.format_base import FORMATS
 from mmembed.data.pair_base import PAIR_MAKERS
 from mmembed.losses import LOSSES
-from mmembed.objectives import OBJECTIVES
+from mmembed.objectives import OBJECTIVES, Objective
 from mmembed.pooling import POOLINGS
 from mmembed.prompts import PROMPTS
 from mmembed.registry import Registry
@@ -148,7 +148,9 @@ def block_of(component: str, cls: type, family: Family) -> str:
         if one.default is not one.empty and one.default not in (None, "", ())
     }
     options = "".join(f", {name}: {_flow(value)}" for name, value in defaults.items())
-    return f"{family.key}: {{type: {component}{options}}}"
+    written = f"{{type: {component}{options}}}"
+    beside = issubclass(cls, Objective) and not cls.compares  # it stands in a list only
+    return f"{family.key}: [{{type: infonce}}, {written}]" if beside else f"{family.key}: {written}"
 
 
 def _flow(value: Any) -> str:

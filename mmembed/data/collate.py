@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mmembed.config.blocks import SourceConfig
-from mmembed.content import Audio, Content, Document, Example, Image, Task, Text, Video
+from mmembed.content import Audio, Content, Document, Example, Image, Role, Task, Text, Video
 from mmembed.data.labels import BatchLabels, label_keys
 from mmembed.data.prefixes import Group, group_by_prefix
 from mmembed.data.records import is_untrainable_pair
@@ -121,6 +121,7 @@ class Collator:
             with its similarity, whatever the size of groups.
         apart: names of sources whose pairs differ by dropout: no beginning of their inputs is computed once for
             several, or these would have one mask.
+        predicted: by source, the roles whose texts its objective's language-model loss predicts.
     """
 
     def __init__(
@@ -136,9 +137,11 @@ class Collator:
         packed: bool = False,
         graded: Collection[str] = (),
         apart: Collection[str] = (),
+        predicted: Mapping[str, Collection[Role]] | None = None,
     ) -> None:
         self.preprocessor, self.sources = preprocessor, sources
         self.graded, self.apart = frozenset(graded), frozenset(apart)
+        self.predicted = dict(predicted or {})
         self.share_prefix, self.packed = share_prefix, packed
         self.chunk_tokens, self.chunk_rows = chunk_tokens, chunk_rows
         self.train_group_size, self.positives_per_query, self.seed = train_group_size, positives_per_query, seed
@@ -163,7 +166,8 @@ class Collator:
         first = {position: index for index, position in reversed(list(enumerate(place)))}
         chosen = [first[position] for position in range(len(distinct))]
         where = [origins[index] for index in chosen]
-        rows = tokenize(self.preprocessor, [items[index] for index in chosen], where)
+        roles = self.predicted.get(examples[0].source, ())
+        rows = tokenize(self.preprocessor, [items[index] for index in chosen], where, roles)
         if self.preprocessor.features is not None:
             rows = [replace(row, digests=_digests(named[index])) for row, index in zip(rows, chosen, strict=True)]
         labels = BatchLabels(
@@ -243,10 +247,12 @@ class Collator:
         return list(example.documents)
 
 
-def tokenize(preprocessor: Preprocessor, items: Sequence[Item], where: Sequence[str]) -> list[Row]:
+def tokenize(
+    preprocessor: Preprocessor, items: Sequence[Item], where: Sequence[str], predict: Collection[Role] = ()
+) -> list[Row]:
     """Rows of items. Raises RecordError naming the record whose picture's header cannot be read."""
     try:
-        return preprocessor.tokenize(items)
+        return preprocessor.tokenize(items, predict)
     except MediaError as error:
         raise name_record(error, where, lambda index: preprocessor.tokenize([items[index]])) from None
 

@@ -274,7 +274,7 @@ class Embedder:
 
     @torch.inference_mode()
     def _compute(self, positions: list[int], inputs: ModelInputs) -> Batch:
-        vectors, mask, _ = self.model(inputs.to(self.device))  # (B, E), or (B, T, E) with (B, T)
+        vectors, mask, *_ = self.model(inputs.to(self.device))  # (B, E), or (B, T, E) with (B, T)
         return positions, vectors.cpu(), None if mask is None else mask.cpu()
 
     def _plan(self, contents: Sequence[ContentLike], how: _How) -> Iterator[Planned]:

@@ -22,6 +22,7 @@ from mmembed.backbones import NANO, Backbone, Family, load_backbone
 from mmembed.backbones.adapters import adapted, apply_adapter, quantization_of, run
 from mmembed.backbones.attention import prepare
 from mmembed.backbones.layers import check_layers, decoder_of, keep_layers, last_and_lower, watch
+from mmembed.backbones.output_embedding import OutputEmbedding
 from mmembed.backbones.packed import AttentionKernel, Packed, no_kernel, unknown
 from mmembed.backbones.shared_prefix import SharedPrefix, flatten, unflatten
 from mmembed.config.blocks import PROMPT_TYPES
@@ -92,6 +93,7 @@ class EmbeddingModel(nn.Module):
         super().__init__()
         self.backbone, self.pooling, self.projection, self.normalize = backbone, pooling, projection, normalize
         self.family, self.settings = family, settings
+        self.output_embedding: OutputEmbedding | None = None  # given where an objective predicts tokens
         self._virtual_tokens = settings.adapter_type in PROMPT_TYPES
         self.fresh_head = head_sums(self)
         self._unshared = self._prepare_sharing()
@@ -224,8 +226,10 @@ class EmbeddingModel(nn.Module):
         return cast("PreTrainedModel", adapted(self.backbone).get_base_model())
 
     def forward(self, inputs: ModelInputs) -> Embeddings:
-        """Embeds a batch: -> vectors (B, E), or (B, T, E) and mask (B, T); as many of each of `lower_layers`."""
-        tensors, pool_mask = _right_padded(inputs)
+        """Embeds a batch: -> vectors (B, E), or (B, T, E) and mask (B, T); as many of each of `lower_layers`; and what
+        `inputs.predicted` costs."""
+        tensors, pool_mask, predicted = _right_padded(inputs)
+        ids = tensors["input_ids"]  # (B, T)
         if inputs.padding is None or (self.family.causal and not self._virtual_tokens):
             tensors.pop("attention_mask")
         tensors = {
@@ -235,7 +239,8 @@ class EmbeddingModel(nn.Module):
             tensors = self._with_features(tensors, inputs.images)
         has_images = "pixel_values" in tensors or inputs.images is not None
         if inputs.shared and self.unshared(has_images) is None:
-            hidden, pool_mask = self._run_shared(tensors, pool_mask, inputs.shared)
+            whole = predicted is not None
+            hidden, pool_mask = self._run_shared(tensors, pool_mask, inputs.shared, whole)
         elif inputs.lengths and not has_images and self._unpackable() is None:
             hidden = self._run_packed(tensors["input_ids"], inputs.lengths)  # (B, T, H) each
         else:
@@ -245,7 +250,11 @@ class EmbeddingModel(nn.Module):
             vectors = [one[: -inputs.filler] + 0.0 * one[-inputs.filler :].sum() for one in vectors]
             pool_mask = pool_mask[: -inputs.filler]
         lower = dict(zip(self.lower_layers, vectors[1:], strict=True)) or None
-        return Embeddings(vectors[0], pool_mask if self.pooling.multi_vector else None, lower)
+        nll = count = None
+        if predicted is not None:
+            nll, count = self._predict(hidden[0], ids, predicted)
+            nll, count = nll[: len(vectors[0])], count[: len(vectors[0])]
+        return Embeddings(vectors[0], pool_mask if self.pooling.multi_vector else None, lower, nll, count)
 
     def head(self, hidden: torch.Tensor, pool_mask: torch.Tensor) -> torch.Tensor:
         """Pooling, projection, normalisation: hidden states (B, T, H), mask (B, T) -> (B, E) or (B, T, E) float32."""
@@ -257,6 +266,14 @@ class EmbeddingModel(nn.Module):
     def _with_lower(self, run: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
         """Last hidden states, then those of `lower_layers`."""
         return last_and_lower(decoder_of(self.base), self.lower_layers, run) if self.lower_layers else [run()]
+
+    def _predict(
+        self, hidden: torch.Tensor, ids: torch.Tensor, predicted: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """-log p of the predicted tokens, summed over each input, and their number, (B,) each."""
+        if self.output_embedding is None:
+            raise MmembedError("tokens are to be predicted, and the model was given no output_embedding")
+        return self.output_embedding(hidden, ids, predicted, self.base.get_input_embeddings())
 
     def _with_features(self, tensors: dict[str, Any], images: StoredImages) -> dict[str, Any]:
         """The tensors with features of images in place of pixels; features that the store lacks are computed for it."""
@@ -274,11 +291,11 @@ class EmbeddingModel(nn.Module):
         return {**sequence, **rows, "mm_encoder_outputs": {"image": self.family.join_features(in_order)}}
 
     def _run_shared(
-        self, tensors: dict[str, Any], pool_mask: torch.Tensor, prefix: int
+        self, tensors: dict[str, Any], pool_mask: torch.Tensor, prefix: int, whole: bool
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Hidden states of rows that begin with the same `prefix` tokens, of each layer, and their pool mask.
 
-        The prefix's own columns come back only where some of them are pooled.
+        The prefix's own columns come back only where the rows are wanted `whole`, or some of them are pooled.
         """
         ids = tensors["input_ids"]  # (B, P + T)
         rows, length = ids.shape
@@ -302,7 +319,7 @@ class EmbeddingModel(nn.Module):
         )  # (1, P + B * T, H) each
         self._check_followed(shared, "share_prefix", "off")
         parts = [unflatten(one, prefix, rows) for one in output]  # (P, H) and (B, T, H) each
-        if not pool_mask[:, :prefix].any():
+        if not whole and not pool_mask[:, :prefix].any():
             return [own for _, own in parts], pool_mask[:, prefix:]
         return [torch.cat([head.expand(rows, -1, -1), own], dim=1) for head, own in parts], pool_mask
 
@@ -417,14 +434,18 @@ def assemble(
 _SEQUENCE = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")  # tensors of shape (B, T)
 
 
-def _right_padded(inputs: ModelInputs) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """The batch with its padding on the right: tensors, and pool mask (B, T). Image order is unchanged by it."""
+def _right_padded(inputs: ModelInputs) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]:
+    """The batch with its padding on the right: tensors, pool mask (B, T), and predicted (B, T), if any.
+
+    Image order is unchanged by it.
+    """
     if inputs.padding != "left":
-        return dict(inputs.tensors), inputs.pool_mask
+        return dict(inputs.tensors), inputs.pool_mask, inputs.predicted
     attended = inputs.tensors["attention_mask"]  # (B, T)
     columns = torch.arange(attended.shape[1], device=attended.device)
     order = (columns + (attended.shape[1] - attended.sum(1, keepdim=True))) % attended.shape[1]  # (B, T)
     tensors = {
         name: tensor.gather(1, order) if name in _SEQUENCE else tensor for name, tensor in inputs.tensors.items()
     }
-    return tensors, inputs.pool_mask.gather(1, order)
+    predicted = None if inputs.predicted is None else inputs.predicted.gather(1, order)
+    return tensors, inputs.pool_mask.gather(1, order), predicted

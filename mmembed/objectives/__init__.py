@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from mmembed.content import Task
+from mmembed.content import Role, Task
 from mmembed.data.labels import BatchLabels
 from mmembed.embeddings import Embeddings, Layer
 from mmembed.errors import ConfigError, nearest
@@ -53,7 +53,9 @@ class Objective(nn.Module):
     `gather` runs the collectives once; `compare` turns what it gave into the loss and may run several times on
     truncated embeddings (matryoshka). `reads` names what is used of the labels beyond positive or not, `pairs` says
     that it takes graded pairs: all documents of a record, each with its similarity from 0 to 1 (STS). `layers` names
-    the lower decoder layers whose vectors `gather` has to find in the embeddings.
+    the lower decoder layers whose vectors `gather` has to find in the embeddings, `predicts` the roles whose texts it
+    has the model predict. One that looks at no vectors (`compares` is false) stands beside another in a list, and needs
+    neither `similarity_of` nor `view` nor `truncate`.
 
     With a `teacher_momentum` the trainer holds a teacher, whose vectors of the batch are in `labels.taught`.
 
@@ -64,6 +66,7 @@ class Objective(nn.Module):
     name: ClassVar[str]
     many_vectors: ClassVar[bool | None] = None  # an input is one vector (false), or several (true); None: either
     positives_needed: int = 1  # how many positives a query must have
+    compares: ClassVar[bool] = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,6 +89,10 @@ class Objective(nn.Module):
         """Of a second set of weights that encodes each batch without gradients (`mmembed.training.teacher`): above 0,
         at most 1, which is the model that training starts from. None: it needs no teacher."""
         return None
+
+    @property
+    def predicts(self) -> frozenset[Role]:
+        return frozenset()
 
     @property
     def across_processes(self) -> bool:
@@ -187,6 +194,7 @@ def build_objective(block: ObjectiveBlock, embedding_size: int | None = None, de
         {type: contrastive, matryoshka: {layers: [2, -1]}}      those of lower layers, or both
         [{type: infonce}, {type: uniformity, weight: .1}]       a weighted sum
         [{type: infonce}, {type: infonce, layer: middle}]       whose parts may compare the vectors of lower layers
+        [{type: infonce}, {type: captioning, weight: .5}]       one with a language-model loss
         {by_task: {retrieval: {type: infonce}, sts: pearson}}   one of the above for the batches of each task
         {by_source: {squad-en: {type: infonce}, ...}}           or of each source
 
@@ -196,7 +204,7 @@ def build_objective(block: ObjectiveBlock, embedding_size: int | None = None, de
 
     Raises:
         ConfigError: unknown names and options, dims above `embedding_size`, a layer outside of `depth`, a sum of
-            nothing.
+            nothing, no objective that compares vectors.
     """
     from mmembed.objectives.combined import Combined, Part
     from mmembed.objectives.layers import layer_number
@@ -204,7 +212,10 @@ def build_objective(block: ObjectiveBlock, embedding_size: int | None = None, de
     if isinstance(block, Mapping) and block.keys() & set(PER_BATCH):
         return _build_per_batch(block, embedding_size, depth)
     if isinstance(block, str | Mapping):
-        return _build_one(block, embedding_size, depth)
+        alone = _build_one(block, embedding_size, depth)
+        if not alone.compares:
+            raise ConfigError(untaught(alone.name))
+        return alone
     if not block:
         raise ConfigError("objective: the list is empty; name at least one objective, for example [contrastive]")
     parts: list[Part] = []
@@ -223,6 +234,10 @@ def build_objective(block: ObjectiveBlock, embedding_size: int | None = None, de
         if layer is not None and objective.layers:
             raise ConfigError(f"{where}: the part has matryoshka.layers, too; keep one of them")
         name = str(options["type"])
+        if layer is not None and not objective.compares:
+            raise ConfigError(
+                f"{where}: '{name}' looks at the last layer's tokens, and at no vectors; remove the layer"
+            )
         alike = sum(part.name.split("-")[0] == name for part in parts)
         parts.append(Part(f"{name}-{alike + 1}" if alike else name, float(weight), objective, layer))
     return Combined(parts)
@@ -244,7 +259,19 @@ def _build_one(block: str | Mapping[str, Any], embedding_size: int | None, depth
         options = _with_loss(name, options)
     given = {} if embedding_size is None else {"embedding_size": embedding_size}  # none where a config is only checked
     objective = OBJECTIVES.build(options, **given)
-    return objective if matryoshka is None else nested(objective, matryoshka, embedding_size, depth)
+    if matryoshka is None:
+        return objective
+    if not objective.compares:
+        raise ConfigError(f"objective '{name}': looks at no vectors, so matryoshka has nothing to cut; remove it there")
+    return nested(objective, matryoshka, embedding_size, depth)
+
+
+def untaught(name: str) -> str:
+    """What is wrong where no objective looks at vectors."""
+    return (
+        f"objective '{name}': looks at no vectors, and an embedder needs an objective that does; write a list with "
+        f"both, for example [{{type: infonce}}, {{type: {name}, weight: 0.5}}]"
+    )
 
 
 def _build_per_batch(block: Mapping[str, Any], embedding_size: int | None, depth: int | None) -> Objective:

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mmembed.content import Role
 from mmembed.data.labels import BatchLabels
 from mmembed.embeddings import Embeddings, Layer
 from mmembed.errors import ConfigError
-from mmembed.objectives import Objective, View, one_teacher
+from mmembed.objectives import Objective, View, one_teacher, untaught
 
 if TYPE_CHECKING:
     from mmembed.data.streaming import Source
@@ -39,7 +40,8 @@ class Combined(Objective):
     """Built from a list of blocks, see `mmembed.objectives.build_objective`.
 
     Metrics are those of each part, the first part winning where two share a name, and `loss_<name>`, without weight.
-    Health monitors look at the first part of the last layer, whose scores rank documents in most recipes.
+    Health monitors look at the first part that compares vectors of the last layer, whose scores rank documents in most
+    recipes.
 
     Raises:
         ConfigError: some parts take graded pairs and others positives and negatives, none compares the last layer, or
@@ -48,13 +50,16 @@ class Combined(Objective):
 
     def __init__(self, parts: Sequence[Part]) -> None:
         super().__init__()
-        kinds = {part.objective.pairs: part.name for part in parts}
+        compared = [number for number, part in enumerate(parts) if part.objective.compares]
+        if not compared:
+            raise ConfigError(untaught(parts[0].name))
+        kinds = {parts[number].objective.pairs: parts[number].name for number in compared}
         if len(kinds) > 1:
             raise ConfigError(
                 f"objective: '{kinds[True]}' takes graded pairs, '{kinds[False]}' takes positives and negatives, and a "
                 "batch is one or the other; give each its batches with objective: {by_task: ...}"
             )
-        of_last = [place for place, part in enumerate(parts) if part.layer is None]
+        of_last = [place for place in compared if parts[place].layer is None]
         if not of_last:
             raise ConfigError(
                 "objective: every part has a lower layer, and nothing would train the last one's vectors, which the "
@@ -70,7 +75,15 @@ class Combined(Objective):
 
     @property
     def pairs(self) -> bool:
-        return self.parts[0].objective.pairs
+        return self._leader.pairs
+
+    @property
+    def predicts(self) -> frozenset[Role]:
+        return frozenset().union(*(part.objective.predicts for part in self.parts))
+
+    @property
+    def _leader(self) -> Objective:
+        return self.parts[self.leading].objective
 
     @property
     def layers(self) -> frozenset[Layer]:
@@ -90,7 +103,7 @@ class Combined(Objective):
             part.objective.check(sources)
 
     def similarity_of(self, queries: Embeddings, documents: Embeddings) -> Tensor:
-        return self.parts[self.leading].objective.similarity_of(queries, documents)
+        return self._leader.similarity_of(queries, documents)
 
     def gather(self, queries: Embeddings, documents: Embeddings, labels: BatchLabels) -> tuple[Any, ...]:
         gathered = []
@@ -128,4 +141,4 @@ class Combined(Objective):
 
     def view(self, gathered: tuple[Any, ...]) -> View:
         """Of the leading part. The loss of equal scores is not known of a sum: terms of geometry have none."""
-        return replace(self.parts[self.leading].objective.view(gathered[self.leading]), chance=None)
+        return replace(self._leader.view(gathered[self.leading]), chance=None)

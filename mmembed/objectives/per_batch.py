@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
-from mmembed.content import Task
+from mmembed.content import Role, Task
 from mmembed.data.labels import BatchLabels
 from mmembed.embeddings import Embeddings, Layer
 from mmembed.errors import ConfigError, nearest
@@ -67,6 +67,10 @@ class PerBatch(Objective):
     @property
     def teacher_momentum(self) -> float | None:
         return self._momentum
+
+    @property
+    def predicts(self) -> frozenset[Role]:
+        return frozenset().union(*(self._entry(name).predicts for name in self.names))
 
     def part_for(self, source: str, task: Task, or_first: bool = False) -> Objective:
         if or_first and self._key(source, task) not in self.names:

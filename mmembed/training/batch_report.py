@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from mmembed.backbones.output_embedding import OutputEmbedding
 from mmembed.config.blocks import EmbedderConfig
 from mmembed.content import Task, Text
 from mmembed.data.batch_plan import BatchPlan
@@ -123,6 +124,18 @@ def batch_report(
     lines += _batch_lines(config, plan, first, objective, preprocessor, accumulation, lockstep)
     apart = first.labels.source in sources_apart(datasets)
     lines.append("  " + _sharing(first, unshared or (APART if apart else None)))
+    predicts = objective.part_for(first.labels.source, first.labels.task).predicts
+    if predicts:
+        count = count_predicted(first)
+        read = [buffer for part in model.modules() if isinstance(part, OutputEmbedding) for buffer in part.buffers()]
+        size = sum(buffer.numel() * buffer.element_size() for buffer in read) / 2**20
+        beside = f", by an output embedding of {size:,.0f} MB beside the weights" if read else ""
+        lines.append(f"  captioning: {count:,} of {first.tokens:,} tokens are predicted{beside}")
+        if not count:
+            warnings.append(
+                f"the first batch ('{first.labels.source}') has no text of the role {' or '.join(sorted(predicts))} to "
+                "predict: set the sides of the objective 'captioning' to where the texts are"
+            )
     lines += [features] if features and preprocessor.family.multimodal else []
     trained = trained_parameters(model)
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -163,6 +176,12 @@ def count_visual(rows: Sequence[Row], preprocessor: Preprocessor) -> int:
         return 0
     image_token = family.tokenizer.convert_tokens_to_ids(family.image_token)
     return sum(token == image_token for row in rows if row.images for token in row.ids)
+
+
+def count_predicted(batch: Batch) -> int:
+    """Tokens that a language-model loss predicts; none is in front of the first of an input."""
+    rows = [row for chunk in batch.chunks for row in chunk.rows]
+    return sum(stop - max(first, 1) for row in rows for first, stop in row.predicted or () if stop > 1)
 
 
 def _batch_lines(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from transformers import TrainingArguments
 
 from mmembed.config.blocks import EmbedderConfig
+from mmembed.content import Role
 from mmembed.data.batch_plan import BatchPlan
 from mmembed.data.collate import Collator
 from mmembed.data.mixing import shares
@@ -71,6 +72,14 @@ def sources_apart(data: Sequence[Source]) -> frozenset[str]:
     return frozenset(source.name for source in data if source.maker is not None and source.maker.apart)
 
 
+def predicted_roles(data: Sequence[Source], objective: Objective) -> dict[str, frozenset[Role]]:
+    """By source, the roles whose texts its objective predicts. Raises ConfigError as `graded_sources`."""
+    return {
+        source.name: frozenset().union(*(objective.part_for(source.name, task).predicts for task in source.tasks))
+        for source in data
+    }
+
+
 def build_collator(
     config: EmbedderConfig,
     preprocessor: Preprocessor,
@@ -80,6 +89,7 @@ def build_collator(
     packed: bool,
     graded: Collection[str] = (),
     apart: Collection[str] = (),
+    predicted: Mapping[str, Collection[Role]] | None = None,
 ) -> Collator:
     """What makes a batch of the drawn records; see `Collator`."""
     return Collator(
@@ -94,6 +104,7 @@ def build_collator(
         packed=packed,
         graded=graded,
         apart=apart,
+        predicted=predicted,
     )
 
 

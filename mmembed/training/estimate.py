@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from mmembed.backbones.loading import outline_backbone
+from mmembed.backbones.output_embedding import outline_output_embedding
 from mmembed.config.blocks import EmbedderConfig, TrainingConfig
 from mmembed.data.collate import Batch, Chunk, plan_chunks
 from mmembed.media import MediaStore
@@ -91,6 +92,8 @@ def outline(config: EmbedderConfig, media: MediaStore | None, vision_layers: int
     )
     with torch.device("meta"):
         model, preprocessor = assemble(backbone, settings, media=media)
+    if build_objective(config.objective).predicts:
+        model.output_embedding = outline_output_embedding(model.family, model.dtype)
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model, preprocessor
@@ -124,6 +127,8 @@ class Estimate:
         self.teacher = teacher_of(model, self.objective)
         if self.teacher is not None:
             self.notes.append(f"weights hold a {self.teacher}")
+        kept_whole = [] if model.output_embedding is None else model.output_embedding.buffers()
+        self.output = float(sum(one.numel() * one.element_size() for one in kept_whole))  # of every strategy
 
     def parameters(self) -> dict[str, tuple[int, int]]:
         """Tower -> (trained, all)."""
@@ -160,7 +165,7 @@ class Estimate:
         gradients = gradient_bytes(self.trained)
         copies = min(gradients, 4.0 * BUCKET) if self.devices > 1 else 0.0  # of reduce_gradients
         held, state = self.weights(half=False), self._state(master=False)
-        return Stage(DDP, held, gradients + copies, state, activations, self.comparison)
+        return Stage(DDP, held + self.output, gradients + copies, state, activations, self.comparison)
 
     def _zero(self, stage: int, activations: float) -> Stage:
         trained = sum(parameter.numel() for parameter, _ in self.trained)
@@ -170,6 +175,7 @@ class Estimate:
             gradients /= self.devices
         if stage == 3:
             held = held / self.devices + 2 * self._gathered()[0]
+        held += self.output
         return Stage(f"ZeRO-{stage}", held, gradients, state / self.devices, activations, self.comparison)
 
     def _fsdp2(self, activations: float) -> Stage:
@@ -186,7 +192,7 @@ class Estimate:
         layer, others = self._gathered()
         gradients = sum(one.numel() * (4.0 if self.half else one.element_size()) for one, _ in self.trained)
         state = self._state(master=self.half) / self.devices
-        held = whole + rest / self.devices + 2 * layer + others
+        held = whole + rest / self.devices + 2 * layer + others + self.output
         return Stage(FSDP2, held, gradients * (1 + 1 / self.devices), state, activations, self.comparison)
 
     def _state(self, master: bool) -> float:
@@ -239,7 +245,14 @@ class Estimate:
         tokens, visual = chunk.padded_tokens, count_visual(chunk.rows, self.preprocessor)
         copies = graph.per_shared_token * chunk.saved_tokens
         kept = graph.kept(tokens) + self.vision.kept * visual + copies
-        return kept, graph.working(tokens) + self.vision.working * visual
+        working = graph.working(tokens) + self.vision.working * visual
+        output = self.model.output_embedding
+        if output is None:
+            return kept, working
+        tied: Any = self.model.base.get_input_embeddings()
+        size = torch.empty((), dtype=self.autocast or self.model.dtype).element_size()
+        predicting, before = output.memory(tokens + chunk.saved_tokens, tied.weight, size)
+        return kept + predicting, max(working, before)
 
     def graph(self, checkpointing: bool) -> Graph:
         """Measured once with and once without gradient checkpointing."""

@@ -170,7 +170,7 @@ def _embed(
     index = torch.cat([chunk.index for chunk in mine]).to(embeddings.vectors.device)  # (n,)
     counts = gather_counts(len(index), index.device)
     index = gather_rows(index, counts).cpu()
-    vectors, mask, _ = gather_embeddings(embeddings, counts)
+    vectors, mask, *_ = gather_embeddings(embeddings, counts)
     order = torch.empty(len(items), dtype=torch.long)
     order[index] = torch.arange(len(index))
     return Embeddings(vectors.cpu(), None if mask is None else mask.cpu()).rows(order)

@@ -1,7 +1,8 @@
 """One contrastive step in bounded memory, with the gradient of the undivided batch (GradCache, arXiv 2101.06983).
 
-A contrastive loss couples all inputs of a batch only through their vectors. So: (1) encode chunk by chunk, (2) compute
-the objective on the vectors and its gradient with respect to them, (3) send that gradient back through each chunk.
+A contrastive loss couples all inputs of a batch only through their vectors, a language-model loss through one sum an
+input. So: (1) encode chunk by chunk, (2) compute the objective on these and its gradient with respect to them, (3) send
+that gradient back through each chunk.
 Here a chunk keeps its graph after (1) as long as `keep_tokens` allow, and only the others are encoded a second time in
 (3), with the random state of their first time, so dropout repeats. A batch that fits is encoded once: no extra cost;
 one that does not fit costs up to a third more, in the memory of `keep_tokens` or of one chunk, whichever is larger.
@@ -159,7 +160,7 @@ def _taught(teacher: Teacher, batch: Batch, workers: Workers | None, guard: Guar
 def _compare(
     objective: Objective, batch: Batch, outputs: Sequence[Embeddings], scale: float, observe: Observe | None
 ) -> tuple[Tensor, dict[str, Tensor], list[list[Tensor]], Learned, Any]:
-    """Loss, metrics, gradients of `scale * loss` (of the vectors of each chunk, a tensor a layer; of the objective's
+    """Loss, metrics, gradients of `scale * loss` (of what `Embeddings.tensors` says of each chunk, of the objective's
     parameters), and what the objective gathered."""
     cut = [output.with_tensors([one.detach().requires_grad_() for one in output.tensors]) for output in outputs]
     leaves = [leaf for output in cut for leaf in output.tensors]

@@ -228,7 +228,7 @@ def _stuck(logs: Sequence[Mapping[str, Any]]) -> bool:
 
 def _directions(embeddings: Embeddings) -> Tensor:
     """(N, E) unit vectors; several vectors an input stand as their mean."""
-    vectors, mask, _ = embeddings
+    vectors, mask, *_ = embeddings
     if mask is not None:
         vectors = (vectors * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
     return functional.normalize(vectors.float(), dim=-1)

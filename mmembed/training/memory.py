@@ -264,7 +264,8 @@ def measure_objective(objective: Objective, labels: BatchLabels, size: int, vect
         vectors = torch.randn(count, *shape, requires_grad=trained)
         mask = None if vectors_an_input == 1 else torch.ones(count, vectors_an_input, dtype=torch.bool)
         layers = {int(layer): torch.randn_like(vectors, requires_grad=True) for layer in objective.layers}
-        return Embeddings(vectors, mask, layers)
+        told = (torch.zeros(count, requires_grad=True), torch.ones(count)) if objective.predicts else (None, None)
+        return Embeddings(vectors, mask, layers, *told)
 
     queries, documents = embeddings(len(labels.query_keys)), embeddings(len(labels.owner))
     if objective.teacher_momentum is not None:
@@ -272,7 +273,7 @@ def measure_objective(objective: Objective, labels: BatchLabels, size: int, vect
         labels = replace(labels, taught=taught)
     with Meter() as meter:
         loss, _ = objective(queries, documents, labels)
-        torch.autograd.grad(loss, [*queries.tensors, *documents.tensors], allow_unused=True)  # documents of MoCo's
+        torch.autograd.grad(loss, [*queries.tensors, *documents.tensors], allow_unused=True)  # MoCo's documents, tokens
     return float(meter.peak)
 
 

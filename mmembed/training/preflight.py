@@ -20,10 +20,13 @@ from mmembed.backbones import Family, resolve_backbone
 from mmembed.backbones.adapters import check_adapter, lora_targets
 from mmembed.backbones.layers import check_layers
 from mmembed.backbones.loading import outline_backbone
+from mmembed.backbones.output_embedding import check_predictable
 from mmembed.config.blocks import LORA_TYPES, EmbedderConfig, TypedBlock, block_type
 from mmembed.data.format_base import FORMATS
 from mmembed.data.pair_base import PAIR_MAKERS, maker_of
 from mmembed.errors import ConfigError, nearest
+from mmembed.models.continuing import backbone_of
+from mmembed.models.embedding_model import settings_of
 from mmembed.models.folder import SETTINGS
 from mmembed.models.randomness import draws
 from mmembed.objectives import Objective, build_objective
@@ -57,6 +60,11 @@ def preflight(config: EmbedderConfig) -> Objective:
     refuse_idle_rates(config.training.learning_rates, towers, config.model.freeze)
     if not Path(resolve_backbone(config.model.name_or_path), SETTINGS).exists():  # a saved embedder was checked so once
         _check_backbone(config)
+    elif objective.predicts:
+        name, revision = backbone_of(settings_of(config))
+        trusted, attention = config.model.trust_remote_code, config.model.attention
+        outlined = outline_backbone(name, revision=revision, trust_remote_code=trusted, attention=attention)
+        check_predictable(outlined.family, name, revision)
     return objective
 
 
@@ -154,7 +162,12 @@ def _check_tracker(name: str) -> None:
 
 def _check_backbone(config: EmbedderConfig) -> None:
     model, adapter = config.model, config.adapter
-    backbone = outline_backbone(model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    backbone = outline_backbone(
+        model.name_or_path,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        attention=model.attention,
+    )
     check_template(PROMPTS.build(config.prompt), backbone.processor, backbone.config.model_type)
     text = backbone.config.get_text_config()
     with torch.device("meta"):
@@ -163,6 +176,8 @@ def _check_backbone(config: EmbedderConfig) -> None:
         objective = build_objective(config.objective, size, text.num_hidden_layers)
     if objective.layers:
         check_layers(text)
+    if objective.predicts:
+        check_predictable(backbone.family, model.name_or_path, model.revision)
     backbone.family.set_pixel_limits(config.lengths.min_pixels, config.lengths.max_pixels)
     check_adapter(backbone, adapter.type, model.freeze)
     if adapter.type not in LORA_TYPES or adapter.dropout == 0:

@@ -32,6 +32,7 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint, unset
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import IntervalStrategy, TrainOutput, rotate_checkpoints
 
+from mmembed.backbones.output_embedding import load_output_embedding
 from mmembed.config.blocks import EmbedderConfig
 from mmembed.content import Example
 from mmembed.data.collate import Batch, Chunk
@@ -58,6 +59,7 @@ from mmembed.training.batches import (
     data_seed,
     graded_sources,
     plan_batches,
+    predicted_roles,
     sources_apart,
 )
 from mmembed.training.checkpoints import RUN, STATE, check_same_data, describe_run, read_run, writing
@@ -120,6 +122,10 @@ class EmbedderTrainer(Trainer):
         check_sources(train, config, objective, preprocessor.family.multimodal)
         check_dropout(config, model.named_modules(), preprocessor.family)
         args = with_metric(args, config, dev)
+        if objective.predicts:
+            model.output_embedding = load_output_embedding(
+                model.family, model.settings.name_or_path, model.settings.revision, model.dtype
+            ).to(model.device)
         whole = Trained(model, objective)
         refuse_idle_rates(config.training.learning_rates, whole.trained_towers(), config.model.freeze)
         self.run_config, self.preprocessor, self.train_sources = config, preprocessor, tuple(train)
@@ -151,7 +157,8 @@ class EmbedderTrainer(Trainer):
         shared, packed = self._unshared() is None, self._unpacked() is None
         size = self.halving.budget.chunk_tokens
         graded, apart = graded_sources(train, objective), sources_apart(train)
-        self.collator = build_collator(config, preprocessor, args, size, shared, packed, graded, apart)
+        predicted = predicted_roles(train, objective)
+        self.collator = build_collator(config, preprocessor, args, size, shared, packed, graded, apart, predicted)
 
     def _follow_the_engine(self) -> None:
         """What the engine decides: the size of chunks, whether each has a picture, what FSDP2 leaves whole."""

@@ -104,11 +104,11 @@ def test_gradients_accumulate_and_scale():
 def test_two_processes_equal_one():
     """Uneven chunks and positives, a parameter that one process alone uses, learned temperature, symmetric, maxsim, a
     known positive that lies on the other process; losses that couple rows, negatives of the same tower; vectors of two
-    layers, with alignment over as many rows on both; an objective by task; and negatives or graded pairs of each
-    process alone: the mean of two runs."""
+    layers, with alignment over as many rows on both; an objective by task; a mean over the tokens of both; and
+    negatives or graded pairs of each process alone: the mean of two runs."""
     run = in_two_processes("tests.equivalence.two_processes")
     found = json.loads(next(line for line in run.stdout.splitlines() if line.startswith("{")))
-    assert len(found) == 17
+    assert len(found) == 18
     for name, (loss, gradient) in found.items():
         assert loss < TOLERANCE, name
         assert gradient < TOLERANCE, name

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from mmembed.backbones.output_embedding import OutputEmbedding
 from mmembed.content import Task
 from mmembed.data.collate import Batch, plan_chunks
 from mmembed.data.labels import BatchLabels, label_keys
@@ -28,12 +29,10 @@ class ToyEncoder(nn.Module):
         self.dropout, self.multi_vector, self.layers = nn.Dropout(dropout), multi_vector, layers
 
     def forward(self, chunk):
-        longest = max(len(row) for row in chunk.rows)
-        ids = torch.tensor([list(row.ids) + [0] * (longest - len(row)) for row in chunk.rows])  # (B, T)
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in chunk.rows]).bool()
-        lower = self.dropout(self.table(ids))  # (B, T, H)
-        hidden = torch.tanh(self.layer(lower))  # (B, T, H)
+        _, mask, lower, hidden = self.states(chunk)
+        return self.embed(mask, lower, hidden)
 
+    def embed(self, mask, lower, hidden):
         def head(states):
             if self.multi_vector:
                 return nn.functional.normalize(states, dim=-1)
@@ -41,6 +40,27 @@ class ToyEncoder(nn.Module):
 
         layers = {layer: head(lower) for layer in self.layers} or None
         return Embeddings(head(hidden), mask if self.multi_vector else None, layers)
+
+    def states(self, chunk):
+        """Token ids and mask (B, T), states of the lower layer and of the last (B, T, H)."""
+        longest = max(len(row) for row in chunk.rows)
+        ids = torch.tensor([list(row.ids) + [0] * (longest - len(row)) for row in chunk.rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in chunk.rows]).bool()
+        lower = self.dropout(self.table(ids))
+        return ids, mask, lower, torch.tanh(self.layer(lower))
+
+
+class Captioner(ToyEncoder):
+    """Its hidden states also predict the next token, by its own table (tied, trained)."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.output = OutputEmbedding(None)
+
+    def forward(self, chunk):
+        ids, mask, lower, hidden = self.states(chunk)
+        nll, predicted = self.output(hidden, ids, mask, self.table)
+        return self.embed(mask, lower, hidden)._replace(nll=nll, predicted=predicted)
 
 
 def make_batch(

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from mmembed.objectives import build_objective
 from mmembed.training.gradcache import contrastive_step, reduce_gradients
-from tests.equivalence.toy import ToyEncoder, gradients, make_batch, relative
+from tests.equivalence.toy import Captioner, ToyEncoder, gradients, make_batch, relative
 
 LOCAL = {"temperature": {"value": 0.1, "learn": True}, "symmetric": True, "cross_device_negatives": False}
 BY_TASK = {
@@ -38,6 +38,7 @@ CASES = {
     "one positive at a time": ({"temperature": 0.1, "positives": "one_at_a_time"}, False, {"ragged": True}),
     "by task, retrieval": (BY_TASK, False, {}),
     "by task, graded pairs": (BY_TASK, False, {"graded": True}),  # compared within each process
+    "captioning": ([{"type": "infonce", "temperature": 0.1}, {"type": "captioning", "sides": "both"}], False, {}),
 }
 
 
@@ -48,7 +49,7 @@ def main() -> None:
     report = {}
     for name, (options, multi_vector, labels) in CASES.items():
         objective = build(options)
-        encoder = ToyEncoder(multi_vector=multi_vector, layers=objective.layers)
+        encoder = build_encoder(objective, multi_vector)
         # 3 queries each, in chunks of different sizes: the processes run a different number of forwards
         batch = make_batch(6, 3, 20 + 30 * rank, first=3 * rank, count=3, **labels)
         loss, metrics = contrastive_step(encoder, objective, batch, keep_tokens=30)
@@ -73,7 +74,7 @@ def main() -> None:
 def single_process(options, multi_vector, labels):
     """Loss and gradient of the whole batch in one process; where others are not looked at, the means of its halves."""
     objective = build(options)
-    encoder = ToyEncoder(multi_vector=multi_vector, layers=objective.layers)
+    encoder = build_encoder(objective, multi_vector)
     alone = options is LOCAL or labels.get("graded")
     halves = [{"first": 0, "count": 3}, {"first": 3, "count": 3}] if alone else [{}]
     share = 1 / len(halves)
@@ -81,6 +82,10 @@ def single_process(options, multi_vector, labels):
     losses = [contrastive_step(encoder, objective, batch, None, scale=share)[0].item() for batch in batches]
     (encoder.unused.weight.sum() / 2).backward()
     return sum(losses) * share, gradients(encoder, objective)
+
+
+def build_encoder(objective, multi_vector):
+    return (Captioner if objective.predicts else ToyEncoder)(multi_vector=multi_vector, layers=objective.layers)
 
 
 def build(options):

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from mmembed.backbones.output_embedding import OutputEmbedding
 from mmembed.embeddings import Embeddings
 from mmembed.losses import LOSSES, Scores
 from mmembed.losses.rank_kl import ranks
@@ -186,3 +187,30 @@ def one_positive_at_a_time(entry: Entry) -> Iterator[Compared]:
     relevance = (torch.arange(len(documents)) % (positives + negatives) < positives).double()
     loss, _ = objective(Embeddings(queries), Embeddings(documents), replace(labels, relevance=relevance))
     yield from check(entry, loss, q=queries, p=documents)
+
+
+@golden("coca", "objective `contrastive` + `captioning`")
+def coca(entry: Entry) -> Iterator[Compared]:
+    """Caption logits become hidden states in front of their labels, read out by the identity."""
+    (logits,) = inputs(entry, "caption_logits")  # (B, T, V)
+    parameters, labels = entry["params"], torch.tensor(entry["inputs"]["caption_labels"])  # (B, T)
+    ids = torch.cat([torch.zeros_like(labels[:, :1]), labels], 1)
+    hidden = torch.cat([logits, torch.zeros_like(logits[:, :1])], 1)
+    read = OutputEmbedding(torch.eye(logits.shape[2], dtype=torch.float64))
+    nll, predicted = read(hidden, ids, ids != parameters["pad_id"], torch.nn.Identity())
+    images, texts = (tensor(entry["inputs"][side], grad=False) for side in ("image", "text"))
+    blank = torch.zeros(len(texts) - len(labels), dtype=torch.long)  # captions of two of three images
+    documents = Embeddings(texts, nll=torch.cat([nll, blank.double()]), predicted=torch.cat([predicted, blank]))
+    weight = parameters["lambda_cap"]
+    objective = build_objective(
+        [
+            {"type": "contrastive", "temperature": parameters["temperature"], "symmetric": True},
+            {"type": "captioning", "weight": weight},
+        ]
+    )
+    loss, metrics = objective(Embeddings(images), documents, labels_of(len(images), len(texts)))
+    for name, expected in (("contrastive", "contrastive"), ("captioning", "caption")):
+        yield equal(expected, metrics[f"loss_{name}"], entry["expected"][expected])
+    yield equal(LOSS, loss, entry["loss"])
+    (gradient,) = torch.autograd.grad(loss, [logits])  # the file's is of the term without its weight
+    yield equal(f"{GRADIENT}caption_logits", gradient.norm() / weight, entry["grad_norms"]["caption_logits"])
