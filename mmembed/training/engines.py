@@ -202,6 +202,7 @@ class DeepSpeed(Engine):
         self.accelerator.deepspeed_engine_wrapped.engine.step()
 
     def prepared(self, objective: nn.Module) -> None:
+        self._refuse_lost_gradients(objective)
         if not self.sharded:
             return
         parameter: Any  # with what DeepSpeed adds
@@ -212,6 +213,19 @@ class DeepSpeed(Engine):
                     f"objective's {parameter.ds_numel:,} learned numbers whole; write a number above that"
                 )
             parameter.all_gather()
+
+    def _refuse_lost_gradients(self, objective: nn.Module) -> None:
+        """ZeRO-1 that adds bf16 gradients in 32 bits empties them when the backward pass reaches the model: what the
+        objective's own parameters got until then is gone."""
+        engine = self.accelerator.deepspeed_engine_wrapped.engine
+        adds_apart = self.stage == 1 and engine.get_data_types() == (torch.bfloat16, torch.float32)
+        learns = any(parameter.requires_grad for parameter in objective.parameters())
+        if adds_apart and learns and not engine.zero_cpu_offload():
+            raise ConfigError(
+                "training.deepspeed: data_types.grad_accum_dtype 'fp32' under ZeRO-1 in bf16 loses the gradient of "
+                "what the objective learns (its temperature); set zero_optimization.stage: 2, or remove "
+                "grad_accum_dtype"
+            )
 
     def loss_scale(self) -> float | None:
         engine = self.accelerator.deepspeed_engine_wrapped.engine

@@ -15,20 +15,28 @@ from tests.runs import launch, losses
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 PREFIX = "prompt={type: plain, query_prefix: 'Find the one that fits: ', document_prefix: 'The one that fits: '}"
+ZERO1_IN_32_BITS = [
+    "training.deepspeed={zero_optimization: {stage: 1}, data_types: {grad_accum_dtype: fp32}}",
+    "objective.temperature=0.1",  # a learned one would get no gradient, and is refused
+]
 
 
-@pytest.mark.parametrize("strategy", ["zero2", "fsdp2"])
-def test_bf16(config_file, tmp_path, strategy):  # noqa: F811
+@pytest.mark.parametrize(
+    ("strategy", "more"),
+    [("zero2", []), ("fsdp2", []), ("ddp", ZERO1_IN_32_BITS)],
+    ids=["zero2", "fsdp2", "zero1 that adds in 32 bits"],
+)
+def test_bf16(config_file, tmp_path, strategy, more):  # noqa: F811
     """With shared prefixes. The saved folder gives the vectors of the divided model, or the command would fail; and
     `mmembed verify` finds it sound from outside, where nothing computes in bf16."""
     common = ["--config", str(config_file), *PLAIN, *FULL, *MANY, PREFIX, "training.bf16=true", "data.dev=[]"]
-    common += ["data.train=[{path: text.jsonl}]"]
+    common += ["data.train=[{path: text.jsonl}]", *more[1:]]
 
     def run(name, batch):
         return [*common, f"training.per_device_train_batch_size={batch}", f"training.output_dir={tmp_path / name}"]
 
     assert main(run("one", 8)) == 0
-    done = launch(strategy, *run("two", 4))
+    done = launch(strategy, *run("two", 4), *more[:1])
     assert int(re.search(r"begin alike; ([\d,]+) tokens", done.stdout)[1].replace(",", "")) > 20, "no prefix was shared"
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert two == pytest.approx(one, rel=5e-3)

@@ -183,6 +183,28 @@ def test_training_with_another_strategy_than_asked_for(deepspeed_plugin, fsdp):
         engine_of(accelerator, SimpleNamespace(deepspeed_plugin=deepspeed_plugin, fsdp=fsdp))
 
 
+@pytest.mark.parametrize(
+    ("stage", "added_in", "offload", "learns", "refused"),
+    [
+        (1, torch.float32, False, True, True),
+        (1, torch.float32, False, False, False),
+        (1, torch.float32, True, True, False),
+        (1, torch.bfloat16, False, True, False),
+        (2, torch.float32, False, True, False),
+    ],
+)
+def test_zero1_that_loses_the_objectives_gradient(stage, added_in, offload, learns, refused):
+    inner = SimpleNamespace(get_data_types=lambda: (torch.bfloat16, added_in), zero_cpu_offload=lambda: offload)
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage))
+    engine = DeepSpeed(SimpleNamespace(state=state, deepspeed_engine_wrapped=SimpleNamespace(engine=inner)))
+    objective = torch.nn.Linear(1, 1).requires_grad_(learns)
+    if refused:
+        with pytest.raises(ConfigError, match=r"grad_accum_dtype 'fp32' under ZeRO-1 .* zero_optimization.stage: 2"):
+            engine.prepared(objective)
+    else:
+        engine.prepared(objective)
+
+
 def test_warnings_of_deepspeed_are_hushed_while_it_runs_alone():
     """And those of others are told."""
     plugin = SimpleNamespace(zero_stage=2)
