@@ -10,7 +10,8 @@ equal and only the negatives teach; they part as the adapter grows.
 Source: Gao et al., arXiv 2104.08821, section 3. BERT has dropout .1 in all layers; decoders have none, and
 `adapter.dropout` acts on the adapter alone. Cost: nothing.
 
-When: single sentences are to be compared (STS) and the model has dropout; the plainest baseline.
+When: single sentences are to be compared (STS) and the model has dropout; the plainest baseline. Dropout of
+a small adapter hardly parts the sides (docs/log.md).
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ so `least_words` stands against crops that say nothing, which is ours. The paper
 momentum encoder: `negative_queue` with `in_batch: false` is the nearest here. Cost: 120 us a
 pair of a paragraph of 120 words.
 
-When: a corpus of paragraphs or longer documents is there and no query; the first choice for retrieval.
+When: a corpus of paragraphs or longer documents is there, no query, and a backbone that does not retrieve yet (the
+nano, which does, lost nDCG by it: docs/log.md).
 """
 
 from __future__ import annotations

@@ -6,8 +6,9 @@ most `max_words` in a row, from a random place, so that the picture stays small:
 
 pixels = words * 7 letters * (size / 2) pixels a letter * 1.4 size pixels a line
 
-which is 34,000 pixels at 40 words of 13 pixels, some 35 tokens of a Qwen3-VL. `typos` exchange two neighbouring letters
-inside a word and `swaps` two neighbouring words, in the positive alone: a reader gets over both.
+which is 34,000 pixels at 40 words of 13 pixels, some 35 tokens where one is 32 x 32 pixels (Qwen3-VL); a processor
+enlarges what is below its least area (`lengths.min_pixels`). `typos` exchange two neighbouring letters inside a word
+and `swaps` two neighbouring words, in the positive alone: a reader gets over both.
 
 Source: Xiao et al., "Pixel Sentence Representation Learning", arXiv 2402.08183, whose first stage contrasts rendered
 sentences with typos and words in another order (its rates could not be read, so both are off unless asked for); the
