@@ -33,6 +33,7 @@ from mmembed.embeddings import Embeddings
 from mmembed.objectives import Objective, View
 from mmembed.objectives.gather import world
 from mmembed.threads import beside_each_other
+from mmembed.training.heap import give_back
 
 BUCKET = 32 * 2**20  # gradient values reduced at once: large enough for bandwidth, small enough to be no memory
 Encode = Callable[[Chunk], Embeddings]
@@ -115,7 +116,12 @@ def contrastive_step(
     if teacher is not None and objective.part_for(batch.labels.source, batch.labels.task).teacher_momentum is not None:
         batch = _taught(teacher, batch, workers, guard)
     outputs, states = _first_pass(encode, chunks, kept_from, workers, guard)
+    on_heap = kept_from > 0 and outputs[0].vectors.device.type == "cpu"
+    if on_heap:
+        give_back()
     loss, metrics, gradients, learned, gathered = _compare(objective, batch, outputs[:count], scale, observe)
+    if on_heap:
+        give_back()
     if workers is not None:
         _add(*learned)
         _second_pass_beside(encode, chunks, kept_from, outputs, gradients, workers)
