@@ -23,6 +23,7 @@ PLAIN = ["training.adam_epsilon=1", "training.learning_rate=1e-2", "training.lr_
 LORA = ["adapter.dropout=0.0"]
 HEADS = ["pooling={type: latent_attention, num_latents: 4}", "projection=16"]
 FULL = ["adapter={type: none}"]
+CAPTIONS = ["objective=[{type: infonce, temperature: 0.1}, {type: captioning, weight: 0.5, sides: both}]"]
 MANY, TWICE = ["training.token_budget=64"], ["training.gradient_accumulation_steps=2"]
 LAYERS = ["objective={type: infonce, temperature: 0.1, matryoshka: {layers: [1, -1], kl_weight: 0}}"]
 CASES = {
@@ -45,6 +46,11 @@ CASES = {
     "fsdp2 layers": (
         "FSDP2 divides optimizer state, gradients, weights",
         [*FULL, *MANY, *LAYERS, "training.max_grad_norm=0"],
+    ),
+    # Its output embedding is the input's, which ZeRO-3 divides and gathers for a use outside of its own module.
+    "zero3 captioning": (
+        "DeepSpeed ZeRO-3 divides optimizer state, gradients, weights",
+        [*FULL, *CAPTIONS, *MANY, "training.max_grad_norm=0"],
     ),
     # Clipping to a norm hides a factor in the gradient, so it has cases of its own.
     "zero1 clipped": ("DeepSpeed ZeRO-1 divides optimizer state", [*LORA, *TWICE, "training.max_grad_norm=1"]),
