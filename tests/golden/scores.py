@@ -164,6 +164,7 @@ def udr(entry: Entry) -> Iterator[Compared]:
 
 @golden("multicsr", "loss `multicsr`", "stage-3 with -inf masking")
 def multicsr(entry: Entry) -> Iterator[Compared]:
+    """The loss alone: the guide scores every cell here, in a run the query's own documents (`Relations.targets`)."""
     z, positives, negatives = inputs(entry, "z", "z_pos", "z_neg")
     guide, guide_positives, guide_negatives = (
         tensor(entry["inputs"][key], grad=False) for key in ("guide", "guide_pos", "guide_neg")

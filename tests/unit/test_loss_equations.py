@@ -13,6 +13,7 @@ import torch
 
 from mmembed.config import build_config
 from mmembed.data.dataset import RecordDataset
+from mmembed.embeddings import Embeddings
 from mmembed.errors import ConfigError
 from mmembed.losses import LOSSES, Scores, mann_whitney, soft_top_k
 from mmembed.losses.wasserstein import squared_distance
@@ -235,6 +236,19 @@ def test_multicsr_counts_negatives_that_the_guide_did_not_score() -> None:
     targets = torch.tensor([[0.99, 0.97, NAN, 0.1]])
     loss = LOSSES.build("multicsr")(Scores(values, torch.tensor([[1.0, 0.0, 0.0, 0.0]]), valid, targets))
     assert loss.item() == pytest.approx(math.log(3))
+
+
+def test_multicsr_masks_no_in_batch_negative_as_the_guide_scores_own_documents_only() -> None:
+    """Two documents a query: its own negative, which the guide finds equal, is out; those of the other query count."""
+    labels = dataclasses.replace(make_labels([0, 0, 1, 1], [1, 0, 1, 0]), scores=torch.tensor([1.0, 0.99, 0.98, 0.97]))
+    same = Embeddings(torch.ones(2, 4)), Embeddings(torch.ones(4, 4))
+    assert build_objective("multicsr")(*same, labels)[0].item() == pytest.approx(math.log(3))
+
+
+@pytest.mark.parametrize("phi", [1.1, -1.5, 95])
+def test_multicsr_takes_a_cosine_for_its_threshold(phi: float) -> None:
+    with pytest.raises(ConfigError, match=rf"losses.multicsr.phi: found {phi}; .*equal to"):
+        LOSSES.build({"type": "multicsr", "phi": phi})
 
 
 # Negatives of the same tower ------------------------------------------------------------------------------------------
