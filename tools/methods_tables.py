@@ -22,7 +22,7 @@ from eval.claims import page
 from eval.claims.declaration import read_claims
 from mmembed.data.format_base import FORMATS
 from mmembed.data.pair_base import PAIR_MAKERS
-from mmembed.losses import LOSSES
+from mmembed.losses import LOSSES, Loss
 from mmembed.objectives import OBJECTIVES, Objective
 from mmembed.pooling import POOLINGS
 from mmembed.prompts import PROMPTS
@@ -134,7 +134,9 @@ def _entry(component: str, cls: type, name: str, family: Family) -> str:
     parts += [explained] if (explained := _options_explained(cls)) else []
     if name == "losses":
         objective = cls.objective  # type: ignore[attr-defined]
-        parts.append(f"Beside them the options of [`{objective}`](objectives.md#{objective}).")
+        own = " and ".join(f"`{key}`" for key in cls.defaults)  # type: ignore[attr-defined]
+        whose = f", with the loss's own default of {own}" if own else ""
+        parts.append(f"Beside them the options of [`{objective}`](objectives.md#{objective}){whose}.")
     measured = list(_measured(component, family))
     parts.append("\n".join(["**Measured here**:", "", *measured]) if measured else "**Measured here**: no.")
     return "\n\n".join(parts) + "\n"
@@ -147,6 +149,8 @@ def block_of(component: str, cls: type, family: Family) -> str:
         for one in written_by_users(cls)
         if one.default is not one.empty and one.default not in (None, "", ())
     }
+    if issubclass(cls, Loss):
+        defaults |= cls.defaults
     options = "".join(f", {name}: {_flow(value)}" for name, value in defaults.items())
     written = f"{{type: {component}{options}}}"
     beside = issubclass(cls, Objective) and not cls.compares  # it stands in a list only

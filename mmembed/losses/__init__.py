@@ -7,9 +7,10 @@ One file per loss; `LOSSES.build("infonce")`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +69,7 @@ class Loss(nn.Module):
     couples_rows: whether the loss of a row depends on other rows; an objective then gives the rows of all processes.
     objective: what the loss becomes where YAML names it as an objective: `contrastive`, or `pairs` (graded pairs).
     needs_grades: whether it has nothing to learn from a source that only tells relevant from not.
+    defaults: options of the objective that a config with this loss has where it does not give them: its paper's.
 
     A row without what the loss compares (no positive, no teacher's score) gives 0.
     """
@@ -77,6 +79,7 @@ class Loss(nn.Module):
     couples_rows: ClassVar[bool] = False
     objective: ClassVar[str] = "contrastive"
     needs_grades: ClassVar[bool] = False
+    defaults: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self) -> None:  # without options of its own a loss takes none: nn.Module would take any
         super().__init__()

@@ -5,7 +5,7 @@ L_i = 1/|P_i| sum_p mean_{(k, j) in N} softplus(s_kj - s_ip),  N = all valid neg
 The area under the ROC curve of pooled scores, with log sigmoid for the step: 1 - AUC <= L / log 2 (arXiv 2510.00137,
 eq. 3). InfoNCE compares within a row, so a shift of all scores of a query costs it nothing; here it does, which makes
 scores comparable between queries (a threshold, filtering). Because negatives cross rows, false negatives hurt across
-rows too: keep `mask_duplicates` on.
+rows too: keep `mask_duplicates` on. The temperature is the paper's .01 unless a config says otherwise.
 
 Cost: P positives times |N| negatives, 5e11 for 4,096 queries with 32,768 candidates each. Both sums are functions of
 one number that are smooth on the scale of 1, so beyond 2^24 comparisons the negatives are counted in cells of width
@@ -17,6 +17,7 @@ When: scores of different queries are compared: one threshold for all, filtering
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -48,6 +49,7 @@ class MannWhitney(Loss):
 
     name = "mann_whitney"
     couples_rows: ClassVar[bool] = True
+    defaults: ClassVar[Mapping[str, Any]] = {"temperature": 0.01}
 
     def __init__(self, reduction: Literal["mean", "sum"] = "mean") -> None:
         super().__init__()

@@ -2,16 +2,18 @@
 
 L_i = mean_{p, n} ( (s_ip - s_in) - (t_ip - t_in) )^2 over a query's positives and negatives with a teacher's score
 
-Hofstätter et al. (arXiv 2010.02666), on raw dot products: `similarity: dot, temperature: 1.0`. Margins do not depend on
-where the teacher's scores are centred, but on their scale. Cost: a few passes over (Q, C): with a = s - t the mean over
-pairs is var(a_p) + var(a_n) + (mean a_p - mean a_n)^2, without pairs.
+Hofstätter et al. (arXiv 2010.02666), on raw dot products: `similarity: dot, temperature: 1.0` unless a config says
+otherwise, and `normalize: false` for the model, as margins of unit vectors stay within -2 and 2. Margins do not depend
+on where the teacher's scores are centred, but on their scale. Cost: a few passes over (Q, C): with a = s - t the mean
+over pairs is var(a_p) + var(a_n) + (mean a_p - mean a_n)^2, without pairs.
 
 When: a teacher scored a positive and negatives of each query, on a scale worth copying.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -30,6 +32,7 @@ class MarginMSE(Loss):
 
     name = "margin_mse"
     reads: ClassVar[frozenset[str]] = frozenset({"score"})
+    defaults: ClassVar[Mapping[str, Any]] = {"similarity": "dot", "temperature": 1.0}
 
     def forward(self, scores: Scores) -> Tensor:
         """Scores -> (Q,) losses, 0 for a row without both sides. Raises ConfigError without teacher's scores."""

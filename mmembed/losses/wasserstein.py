@@ -9,9 +9,10 @@ eigenvalues of the product, adds 1e-15 and takes the root, which has no gradient
 gradient is that of the nuclear norm, U V^T without the directions of singular value 0 (its subgradient of least norm).
 
 What it is blind to: L compares statistics of the batch, so exchanging the scores of two queries leaves it unchanged.
-Keep in-batch negatives on (without other queries' columns and with grades in one order, C_Y is 0), keep batches large,
-and look at an evaluation by query. Cost: two softmaxes over (n, C), two products (n, C) x (C, n) and a singular value
-decomposition of (n, n), about 20 n^3 operations; rows are coupled.
+Keep in-batch negatives on: without other queries' columns no two rows share one, and L is (1 + 1/n) mean_i
+|x_i - y_i|^2, a loss of each query for itself. Keep batches large, and look at an evaluation by query. Cost: two
+softmaxes over (n, C), two products (n, C) x (C, n) and a singular value decomposition of (n, n), about 20 n^3
+operations; rows are coupled.
 
 When: documents have several grades (synthetic passages of SyCL) and batches are large.
 """
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from mmembed.errors import ConfigError
 from mmembed.losses import Scores
 from mmembed.losses.distributions import GradedLoss, graded
 from mmembed.losses.rows import masked
@@ -46,7 +48,10 @@ class Wasserstein(GradedLoss):
     couples_rows = True
 
     def forward(self, scores: Scores) -> Tensor:
-        """Scores -> (Q,): the loss of the batch in each row with a positive, 0 in the others, which are left out."""
+        """Scores -> (Q,): the loss of the batch in each row with a positive, 0 in the others, which are left out.
+
+        Raises ConfigError for scores that are not finite, which have no singular values.
+        """
         targets, counted = graded(scores, self.label_temperature)  # (Q, C), (Q,)
         if not bool(counted.all()):
             scores = Scores(scores.values[counted], scores.relevance[counted], scores.valid[counted])
@@ -54,6 +59,12 @@ class Wasserstein(GradedLoss):
         found = masked(scores.values, scores.valid).softmax(1)  # (n, C)
         if not len(found):
             return found.new_zeros(len(counted)) + found.sum()  # 0 that a backward may start from
+        broken = int((~found.isfinite()).any(1).sum())
+        if broken:
+            raise ConfigError(
+                f"losses.wasserstein: the scores of {broken} of {len(found)} queries are not finite, so the model's "
+                "vectors or the temperature diverged; lower training.learning_rate, or train in bf16 instead of fp16"
+            )
         distance = squared_distance(found, targets)
         return torch.where(counted, distance, distance.new_zeros(()))
 

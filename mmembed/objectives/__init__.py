@@ -64,7 +64,7 @@ class Objective(nn.Module):
     """
 
     name: ClassVar[str]
-    many_vectors: ClassVar[bool | None] = None  # an input is one vector (false), or several (true); None: either
+    many_vectors: bool | None = None  # an input is one vector (false), or several (true); None: either
     positives_needed: int = 1  # how many positives a query must have
     compares: ClassVar[bool] = True
 
@@ -189,7 +189,8 @@ def build_objective(block: ObjectiveBlock, embedding_size: int | None = None, de
     """Builds what YAML says:
 
         contrastive                                             an objective by its name
-        {type: wasserstein, temperature: .05}                   a loss by its name: contrastive (or pairs) with it
+        {type: wasserstein, temperature: .05}                   a loss by its name: contrastive (or pairs) with it;
+                                                                what is not given is the loss's default, if it has one
         {type: contrastive, matryoshka: {dims: [256, 64]}}      `matryoshka` wraps any objective: shorter vectors,
         {type: contrastive, matryoshka: {layers: [2, -1]}}      those of lower layers, or both
         [{type: infonce}, {type: uniformity, weight: .1}]       a weighted sum
@@ -230,7 +231,10 @@ def build_objective(block: ObjectiveBlock, embedding_size: int | None = None, de
         if named != "middle" and (isinstance(named, bool) or not isinstance(named, int)):
             raise ConfigError(f"{where}: found {named!r}; give the number of a layer, or middle")
         layer = layer_number(cast("Layer", named), depth, where)
-        objective = _build_one(options, embedding_size, depth)
+        try:
+            objective = _build_one(options, embedding_size, depth)
+        except ConfigError as error:
+            raise ConfigError(f"objective[{number}] '{options.get('type')}': {error}") from None
         if layer is not None and objective.layers:
             raise ConfigError(f"{where}: the part has matryoshka.layers, too; keep one of them")
         name = str(options["type"])
@@ -257,6 +261,13 @@ def _build_one(block: str | Mapping[str, Any], embedding_size: int | None, depth
     name = options.get("type")
     if isinstance(name, str) and name not in OBJECTIVES.classes() and name in LOSSES.classes():
         options = _with_loss(name, options)
+    defaults = _defaults(options.get("loss"))
+    if "similarity" in defaults.keys() - options.keys() and isinstance(matryoshka, Mapping) and "dims" in matryoshka:
+        raise ConfigError(
+            f"objective '{name}': matryoshka.dims with the default similarity '{defaults['similarity']}', which suits "
+            "no cut unit vectors; name a similarity, cosine, or dot with normalize: false"
+        )
+    options = {**options, **defaults, **options}
     given = {} if embedding_size is None else {"embedding_size": embedding_size}  # none where a config is only checked
     objective = OBJECTIVES.build(options, **given)
     if matryoshka is None:
@@ -302,3 +313,9 @@ def _with_loss(loss: str, options: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"objective '{loss}': unknown option '{key}'; {nearest(key, of_objective | of_loss)}")
     block = {key: value for key, value in options.items() if key in of_objective}
     return {**block, "type": objective, "loss": {k: v for k, v in options.items() if k not in of_objective}}
+
+
+def _defaults(loss: Any) -> Mapping[str, Any]:
+    """What a loss, by its name or block, sets of its objective's options."""
+    name = loss.get("type") if isinstance(loss, Mapping) else loss
+    return LOSSES.classes()[name].defaults if isinstance(name, str) and name in LOSSES.classes() else {}

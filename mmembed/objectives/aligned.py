@@ -107,7 +107,7 @@ class Aligned(Objective):
     The first `positives_needed` positives of a query are compared; a query with fewer is left out.
     """
 
-    many_vectors: ClassVar[bool | None] = False
+    many_vectors: bool | None = False
     least_pairs: ClassVar[int] = 1  # with fewer the term is not defined
     contrasts: ClassVar[bool] = False  # other pairs are negatives: sources must allow that
     takes_negatives: ClassVar[bool] = False  # hard negatives of the records

@@ -93,8 +93,15 @@ class Contrastive(Objective):
     ) -> None:
         super().__init__()
         self.loss = LOSSES.build(loss)
+        if self.loss.objective == "pairs":
+            raise ConfigError(
+                f"objective '{self.name}': loss '{self.loss.name}' compares graded pairs with each other, and not the "
+                f"candidates of a query; write {{type: {self.loss.name}}} for graded pairs, or take another loss"
+            )
         self.temperature = Temperature(temperature)
         self.similarity = similarity if similarity is None else get_similarity(similarity)
+        if self.similarity in PRODUCTS_OF:
+            self.many_vectors = False
         self.symmetric, self.cross_device_negatives = symmetric, cross_device_negatives
         self.mask_duplicates, self.false_negative_margin = mask_duplicates, false_negative_margin
         self.same_tower_negatives, self.positives = same_tower_negatives, positives

@@ -21,7 +21,7 @@ from mmembed.content import Task
 from mmembed.data.labels import BatchLabels
 from mmembed.embeddings import Embeddings
 from mmembed.errors import ConfigError
-from mmembed.losses import LOSSES, Scores
+from mmembed.losses import LOSSES, Loss, Scores
 from mmembed.losses.pearson import correlation
 from mmembed.objectives import Objective, View
 from mmembed.objectives.similarity import get_similarity
@@ -62,6 +62,7 @@ class GradedPairs(Objective):
     ) -> None:
         super().__init__()
         self.loss = LOSSES.build(loss)
+        _refuse(self.loss)
         self.temperature = Temperature(temperature)
         self.similarity = similarity if similarity is None else get_similarity(similarity)
 
@@ -130,6 +131,20 @@ class GradedPairs(Objective):
         own = own.to(torch.promote_types(own.dtype, torch.float32)) * self.temperature.scale()
         gold = gathered.gold.to(own.dtype)
         return Scores(own[None], gold[None], torch.ones(1, len(own), dtype=torch.bool, device=own.device))
+
+
+def _refuse(loss: Loss) -> None:
+    """Raises ConfigError for a loss that has nothing to compare in one row of pairs and their similarities."""
+    why = ""
+    if loss.couples_rows:
+        why = "compares the rows of several queries, and graded pairs are one row"
+    elif "score" in loss.reads:
+        why = "learns from a teacher's 'score' of each document, and graded pairs have a similarity only"
+    if why:
+        raise ConfigError(
+            f"objective 'pairs': loss '{loss.name}' {why}; take pearson, rank_kl or pro, or write "
+            f"{{type: {loss.name}}} for queries with candidates"
+        )
 
 
 def check_pairs(name: str, sources: Sequence[Source]) -> None:

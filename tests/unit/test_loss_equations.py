@@ -147,6 +147,26 @@ def test_wasserstein_does_not_know_which_query_a_row_belongs_to() -> None:
     torch.testing.assert_close(*(LOSSES.build("wasserstein")(of) for of in (swapped, straight)))
 
 
+def test_wasserstein_without_other_queries_columns_is_a_squared_error_by_query() -> None:
+    values, valid = ragged(rows=3, columns=12).values.detach(), torch.zeros(3, 12, dtype=torch.bool)
+    relevance = torch.tensor([3.0, 1.0, 0.0, 2.0], dtype=torch.float64).repeat(3, 3)
+    for row in range(3):
+        valid[row, 4 * row : 4 * row + 4] = True
+    errors = [
+        (values[row, valid[row]].softmax(0) - relevance[row, valid[row]].softmax(0)).square().sum() for row in range(3)
+    ]
+    found = LOSSES.build("wasserstein")(Scores(values, relevance * valid, valid))
+    assert found.tolist() == pytest.approx([(1 + 1 / 3) * float(sum(errors)) / 3] * 3)
+
+
+def test_wasserstein_says_that_scores_are_not_finite() -> None:
+    queries, documents = embed(3), embed(6, seed=1)
+    queries.vectors.data[1, 0] = NAN
+    objective = build_objective("wasserstein")
+    with pytest.raises(ConfigError, match="losses.wasserstein: the scores of 1 of 3 queries are not finite"):
+        objective(queries, documents, make_labels([0, 0, 1, 1, 2, 2], [2, 1] * 3))
+
+
 # Soft top-k -----------------------------------------------------------------------------------------------------------
 
 

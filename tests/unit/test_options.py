@@ -8,6 +8,7 @@ from mmembed.data.format_base import FORMATS
 from mmembed.errors import ConfigError
 from mmembed.losses import LOSSES
 from mmembed.objectives import OBJECTIVES, build_objective
+from mmembed.objectives.similarity import get_similarity
 from mmembed.pooling import POOLINGS
 from mmembed.prompts import PROMPTS
 
@@ -41,6 +42,15 @@ def test_the_options_were_found():
     [
         (build_objective, {"temperature": {"value": 0.1, "learn": "no"}}, "temperature.learn: found 'no'"),
         (build_objective, {"temperature": float("inf")}, "temperature: found inf"),
+        (
+            build_objective,
+            {"type": "pairs", "loss": "wasserstein"},
+            "'wasserstein' compares the rows of several queries",
+        ),
+        (build_objective, {"type": "pairs", "loss": "distil_kl"}, "'distil_kl' learns from a teacher's 'score'"),
+        (build_objective, {"loss": {"type": "pearson"}}, "'pearson' compares graded pairs .* write {type: pearson}"),
+        (build_objective, {"loss": "pro"}, "'pro' compares graded pairs"),
+        (build_objective, {"loss": "rank_kl"}, "'rank_kl' compares graded pairs"),
         (build_objective, {"matryoshka": {"dims": ["64", 32]}}, r"matryoshka.dims: found '64' at \['64', 32\]"),
         (build_objective, {"matryoshka": {"dims": [64.5]}}, "matryoshka.dims: found 64.5"),
         (build_objective, {"matryoshka": {"dims": [64, 32], "weights": [0, 1]}}, "matryoshka.weights: found 0"),
@@ -77,3 +87,45 @@ def test_what_yaml_writes_is_taken():
     assert POOLINGS.build({"type": "multi_vector", "dim": None}, hidden_size=8).embedding_size == 8
     FORMATS.build({"type": "beir", "lang": ["en", "fr"]})
     FORMATS.build({"type": "pairs", "at_least": 4})
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        (["infonce", {"type": "gram", "temperature": 0}], r"^objective\[1\] 'gram': .*temperature: found 0"),
+        ([{"type": "supcon", "temperature": 0}], r"^objective\[0\] 'supcon': .*temperature: found 0"),
+        (["infonce", "grem"], r"^objective\[1\] 'grem': .*did you mean 'gram'"),
+        (
+            {"by_task": {"sts": ["pearson", {"type": "pro", "temperature": 0}]}},
+            r"^objective.by_task.sts: objective\[1\] 'pro': .*temperature: found 0",
+        ),
+    ],
+    ids=["gram", "supcon", "unknown", "by_task"],
+)
+def test_an_error_in_a_list_names_the_part(block, message):
+    with pytest.raises(ConfigError, match=message):
+        build_objective(block)
+
+
+@pytest.mark.parametrize("name", ["dse", "margin_mse", "mann_whitney"])
+@pytest.mark.parametrize("given", [{}, {"temperature": 0.3, "similarity": "cosine"}], ids=["defaults", "given"])
+def test_a_loss_brings_its_papers_options_unless_others_are_given(name, given):
+    """By its name and as `loss` of contrastive, as a name and as a block."""
+    paper = {"mann_whitney": (0.01, None)}.get(name, (1.0, get_similarity("dot")))
+    wanted = (0.3, get_similarity("cosine")) if given else paper
+    for block in (
+        {"type": name},
+        {"type": "contrastive", "loss": name},
+        {"type": "contrastive", "loss": {"type": name}},
+    ):
+        objective = build_objective({**block, **given})
+        assert (objective.temperature.value, objective.similarity) == wanted
+
+
+def test_a_default_of_dot_products_is_no_silent_choice_where_they_cannot_work():
+    assert build_objective("dse").many_vectors is False  # which the preflight holds against the pooling
+    assert build_objective({"type": "dse", "similarity": "maxsim"}).many_vectors is None
+    block = {"type": "margin_mse", "matryoshka": {"dims": [64]}}
+    with pytest.raises(ConfigError, match="'margin_mse': matryoshka.dims .* name a similarity"):
+        build_objective(block)
+    build_objective({**block, "similarity": "cosine"})
