@@ -44,6 +44,7 @@ from mmembed.training.batches import (
     data_seed,
     graded_sources,
     plan_batches,
+    sources_of_positives,
     sources_apart,
 )
 from mmembed.training.estimate import Estimate, Stage, outline, size, with_training
@@ -190,7 +191,11 @@ def _draw(
 ) -> list[Batch]:
     """Batches evenly spread over the first epoch; the first ones where a later one takes reading a stream up to it."""
     graded, apart = graded_sources(data, objective), sources_apart(data)
-    collator = build_collator(config, preprocessor, args, chunk_tokens(config), share_prefix, packed, graded, apart)
+    positives_only = sources_of_positives(data, objective)
+    size = chunk_tokens(config)
+    collator = build_collator(
+        config, preprocessor, args, size, share_prefix, packed, graded, apart, positives_only=positives_only
+    )
     streamed = any(isinstance(source, RecordStream) for source in data)
     step = 1 if streamed else max(1, len(plan) // sample)
     mixed = MixedDataset(data, data_seed(args))

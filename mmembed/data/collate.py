@@ -122,6 +122,7 @@ class Collator:
         apart: names of sources whose pairs differ by dropout: no beginning of their inputs is computed once for
             several, or these would have one mask.
         predicted: by source, the roles whose texts its objective's language-model loss predicts.
+        positives_only: names of sources whose objective takes no negatives: none are drawn, nor encoded.
     """
 
     def __init__(
@@ -138,10 +139,11 @@ class Collator:
         graded: Collection[str] = (),
         apart: Collection[str] = (),
         predicted: Mapping[str, Collection[Role]] | None = None,
+        positives_only: Collection[str] = (),
     ) -> None:
         self.preprocessor, self.sources = preprocessor, sources
         self.graded, self.apart = frozenset(graded), frozenset(apart)
-        self.predicted = dict(predicted or {})
+        self.predicted, self.positives_only = dict(predicted or {}), frozenset(positives_only)
         self.share_prefix, self.packed = share_prefix, packed
         self.chunk_tokens, self.chunk_rows = chunk_tokens, chunk_rows
         self.train_group_size, self.positives_per_query, self.seed = train_group_size, positives_per_query, seed
@@ -234,6 +236,8 @@ class Collator:
             )
         generator = random.Random(f"{self.seed}:{example.visit}:{example.where}")
         group = _draw(positives, self.positives_per_query, generator)
+        if example.source in self.positives_only:
+            return group
         return group + _draw(negatives, self.train_group_size - self.positives_per_query, generator)
 
     @staticmethod

@@ -64,6 +64,7 @@ class Objective(nn.Module):
     """
 
     name: ClassVar[str]
+    takes_negatives: bool = True  # documents of a record that are no positives; of others none are drawn
     many_vectors: bool | None = None  # an input is one vector (false), or several (true); None: either
     positives_needed: int = 1  # how many positives a query must have
     compares: ClassVar[bool] = True
@@ -75,6 +76,11 @@ class Objective(nn.Module):
     @property
     def reads(self) -> frozenset[str]:
         return frozenset()
+
+    @property
+    def title(self) -> str:
+        """Its name in messages; of several, all names."""
+        return self.name
 
     @property
     def pairs(self) -> bool:

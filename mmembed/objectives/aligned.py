@@ -110,7 +110,7 @@ class Aligned(Objective):
     many_vectors: bool | None = False
     least_pairs: ClassVar[int] = 1  # with fewer the term is not defined
     contrasts: ClassVar[bool] = False  # other pairs are negatives: sources must allow that
-    takes_negatives: ClassVar[bool] = False  # hard negatives of the records
+    takes_negatives = False
     takes_labels: ClassVar[bool] = False  # label paths of the records
 
     @property

@@ -57,6 +57,7 @@ class Captioning(Objective):
     def __init__(self, sides: Literal["documents", "queries", "both"] = "documents") -> None:
         super().__init__()
         self.sides = sides
+        self.takes_negatives = sides != "queries"  # their texts are predicted as those of positives
 
     @property
     def predicts(self) -> frozenset[Role]:

@@ -67,11 +67,16 @@ class Combined(Objective):
             )
         self.parts, self.leading = tuple(parts), of_last[0]
         self.objectives = nn.ModuleList([part.objective for part in parts])
+        self.takes_negatives = any(part.objective.takes_negatives for part in parts)
         self._momentum = one_teacher({part.name: part.objective for part in parts})
 
     @property
     def reads(self) -> frozenset[str]:
         return frozenset().union(*(part.objective.reads for part in self.parts))
+
+    @property
+    def title(self) -> str:
+        return " + ".join(part.name for part in self.parts)
 
     @property
     def pairs(self) -> bool:

@@ -59,6 +59,7 @@ class GlobalLocal(Objective):
 
     name = "global_local"
     many_vectors = True
+    takes_negatives = False
 
     def __init__(self, temperature: float | Mapping[str, Any] = 0.07) -> None:
         super().__init__()

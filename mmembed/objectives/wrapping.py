@@ -24,10 +24,15 @@ class Wrapping(Objective):
     def __init__(self, objective: Objective) -> None:
         super().__init__()
         self.objective = objective
+        self.takes_negatives = objective.takes_negatives
 
     @property
     def reads(self) -> frozenset[str]:
         return self.objective.reads
+
+    @property
+    def title(self) -> str:
+        return self.objective.title
 
     @property
     def pairs(self) -> bool:

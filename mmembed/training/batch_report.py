@@ -264,6 +264,8 @@ def _unread(config: EmbedderConfig, objective: Objective) -> dict[str, str]:
             unused[field] = "the objective's loss does not read"
     if config.data.train_group_size == config.data.positives_per_query:
         unused["negatives"] = "data.train_group_size leaves no room for"
+    elif not objective.takes_negatives:
+        unused["negatives"] = f"objective '{objective.title}' compares no query with"
     return unused
 
 

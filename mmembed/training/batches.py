@@ -72,6 +72,15 @@ def sources_apart(data: Sequence[Source]) -> frozenset[str]:
     return frozenset(source.name for source in data if source.maker is not None and source.maker.apart)
 
 
+def sources_of_positives(data: Sequence[Source], objective: Objective) -> frozenset[str]:
+    """Names of the sources whose objective takes no negatives. Raises ConfigError as `graded_sources`."""
+    return frozenset(
+        source.name
+        for source in data
+        if not any(objective.part_for(source.name, task).takes_negatives for task in source.tasks)
+    )
+
+
 def predicted_roles(data: Sequence[Source], objective: Objective) -> dict[str, frozenset[Role]]:
     """By source, the roles whose texts its objective predicts. Raises ConfigError as `graded_sources`."""
     return {
@@ -90,6 +99,7 @@ def build_collator(
     graded: Collection[str] = (),
     apart: Collection[str] = (),
     predicted: Mapping[str, Collection[Role]] | None = None,
+    positives_only: Collection[str] = (),
 ) -> Collator:
     """What makes a batch of the drawn records; see `Collator`."""
     return Collator(
@@ -105,6 +115,7 @@ def build_collator(
         graded=graded,
         apart=apart,
         predicted=predicted,
+        positives_only=positives_only,
     )
 
 

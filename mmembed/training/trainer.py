@@ -60,6 +60,7 @@ from mmembed.training.batches import (
     graded_sources,
     plan_batches,
     predicted_roles,
+    sources_of_positives,
     sources_apart,
 )
 from mmembed.training.checkpoints import RUN, STATE, check_same_data, describe_run, read_run, writing
@@ -158,7 +159,10 @@ class EmbedderTrainer(Trainer):
         size = self.halving.budget.chunk_tokens
         graded, apart = graded_sources(train, objective), sources_apart(train)
         predicted = predicted_roles(train, objective)
-        self.collator = build_collator(config, preprocessor, args, size, shared, packed, graded, apart, predicted)
+        positives_only = sources_of_positives(train, objective)
+        self.collator = build_collator(
+            config, preprocessor, args, size, shared, packed, graded, apart, predicted, positives_only
+        )
 
     def _follow_the_engine(self) -> None:
         """What the engine decides: the size of chunks, whether each has a picture, what FSDP2 leaves whole."""

@@ -85,6 +85,12 @@ def test_groups(preprocessor, group, per_query, seed, count):
     assert batch.place.max() + 1 == sum(len(chunk.rows) for chunk in batch.chunks)
 
 
+def test_of_an_objective_of_positives_no_negative_is_drawn(preprocessor):
+    batch = collator(preprocessor, positives_per_query=2, positives_only=["s"])([example(0, positives=3), example(1)])
+    assert batch.labels.relevance.tolist() == [1.0, 1.0, 1.0]
+    assert collator(preprocessor, positives_only=["other"])([example(0)]).labels.relevance.tolist() == [1.0, 0, 0, 0]
+
+
 def test_labels_carry_what_a_teacher_said_and_the_task(preprocessor):
     scored = Example(
         (Text("query"),),

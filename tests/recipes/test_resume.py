@@ -63,7 +63,9 @@ EVALUATED = ["training.eval_strategy=steps", "training.eval_steps=2", "training.
 EVALUATED += ["training.early_stopping_patience=3", "training.save_strategy=steps", "training.save_steps=2"]
 STREAMED = ["data.train=[{path: text.jsonl, streaming: true, shuffle_buffer: 7, weight: 2}, {path: pictures.jsonl}]"]
 REMEMBERING = "[{type: isogclr}, {type: negative_queue, size: 8}, rafa, {type: prototypes, prototypes: 4, labels: 2}]"
+ACCUMULATED = ["training.gradient_accumulation_steps=2"]
 TAUGHT = "[{type: negative_queue, size: 8, momentum: 0.8}, {type: hycd, momentum: 0.8}]"
+POSITIVES = "data.ignore_fields=[negatives]"  # these objectives compare no others
 BY_EPOCH = ["training.eval_strategy=epoch", "training.save_strategy=steps", "training.save_steps=2"]
 BY_EPOCH += ["training.early_stopping_patience=1", "training.metric_for_best_model=eval_recall_at_10"]
 
@@ -79,9 +81,9 @@ BY_EPOCH += ["training.early_stopping_patience=1", "training.metric_for_best_mod
         ((2,), ["training.optimizer=lion", "training.learning_rate=1e-3", "training.logging_steps=4"]),
         ((2,), ["training.optimizer=adafactor"]),
         ((2,), ["training.optimizer=adamw_8bit", "adapter={type: none}", "training.learning_rate=1e-3"]),
-        ((2, 3), [f"objective={REMEMBERING}", "training.max_steps=6", "training.gradient_accumulation_steps=2"]),
-        ((2, 3), [f"objective={TAUGHT}", "training.max_steps=6", "training.gradient_accumulation_steps=2"]),
-        ((2,), ["objective=hycd"]),
+        ((2, 3), [f"objective={REMEMBERING}", POSITIVES, "training.max_steps=6", *ACCUMULATED]),
+        ((2, 3), [f"objective={TAUGHT}", POSITIVES, "training.max_steps=6", *ACCUMULATED]),
+        ((2,), ["objective=hycd", POSITIVES]),
         ((3,), ["training.lr_scheduler_type=reduce_lr_on_plateau", "training.learning_rate=0.3", *EVALUATED]),
     ],
     ids=[

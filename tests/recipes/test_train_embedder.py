@@ -254,6 +254,7 @@ def test_best_checkpoint_and_early_stopping(config_file, tmp_path):
         (["objective.matryoshka={dims: [4096]}"], ["4096", "64"]),
         (["training.per_device_train_batch_size=41"], ["text.jsonl", "40 rows", "41"]),
         (["data.train_group_size=1"], ["negatives", "ignore_fields"]),
+        (["objective=supcon"], ["'negatives'", "'supcon'", "ignore_fields: [negatives]"]),
         (["data.train=[{path: missing.jsonl}]"], ["missing.jsonl"]),
         (["data.train=[]"], ["data.train"]),
         (["data.train=[{path: sts.jsonl}]"], ["relevance"]),

@@ -54,6 +54,34 @@ def test_labels_want_an_objective_that_reads_them(tmp_path):
         check(tmp_path, [record(1)], objective="tree_supcon")
 
 
+@pytest.mark.parametrize(
+    ("objective", "named"),
+    [
+        ("supcon", "'supcon'"),
+        (["alignment", "uniformity"], "'alignment [+] uniformity'"),
+        ({"type": "cwcl", "matryoshka": {"dims": [8]}}, "'cwcl'"),
+        ([{"type": "cwcl"}, {"type": "captioning", "sides": "queries"}], "'cwcl [+] captioning'"),
+        ({"by_source": {"some": "tcl"}}, "'tcl'"),
+    ],
+)
+def test_negatives_want_an_objective_that_compares_them(tmp_path, objective, named):
+    with pytest.raises(
+        ConfigError, match=f"'some' carries 'negatives', which objective {named} compares no query with.*ignore_fields"
+    ):
+        check(tmp_path, [record(1, 0)], objective=objective)
+    check(tmp_path, [record(1, 0)], objective=objective, ignore_fields=["negatives"])
+    check(tmp_path, [record(1)], objective=objective)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    ["infonce", "degla", "negclip", ["supcon", "infonce"], ["supcon", "captioning"], {"by_task": {"retrieval": "dcl"}}],
+    ids=str,
+)
+def test_negatives_that_a_part_compares_are_taken(tmp_path, objective):
+    check(tmp_path, [record(1, 0)], objective=objective)
+
+
 def test_grades_act_where_they_are_accepted():
     """With one positive the grade cannot matter, whatever it is: this is why it is refused; with two it does."""
     values, valid = torch.tensor([[2.0, 1.0, 0.5]]), torch.ones(1, 3, dtype=torch.bool)
