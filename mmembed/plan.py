@@ -44,8 +44,8 @@ from mmembed.training.batches import (
     data_seed,
     graded_sources,
     plan_batches,
-    sources_of_positives,
     sources_apart,
+    sources_of_positives,
 )
 from mmembed.training.estimate import Estimate, Stage, outline, size, with_training
 from mmembed.training.launch import divides_weights

@@ -60,8 +60,8 @@ from mmembed.training.batches import (
     graded_sources,
     plan_batches,
     predicted_roles,
-    sources_of_positives,
     sources_apart,
+    sources_of_positives,
 )
 from mmembed.training.checkpoints import RUN, STATE, check_same_data, describe_run, read_run, writing
 from mmembed.training.engines import engine_of, offer_on_cpu
