@@ -126,10 +126,13 @@ def _entry(component: str, cls: type, name: str, family: Family) -> str:
     if len(when) != 1:
         sys.exit(f"{inspect.getfile(cls)}: its docstring needs one paragraph 'When: ...', which says when to take it")
     body = [_paragraph(text) for text in paragraphs if not text.startswith("When: ")]
+    text = "\n\n".join(body).replace("\n```\n\n```text\n", "\n\n")  # neighbouring equations are one block
     papers = dict.fromkeys(re.findall(r"\b\d{4}\.\d{4,5}\b", "\n".join(paragraphs)))
     links = ", ".join(f"[arXiv {number}](https://arxiv.org/abs/{number})" for number in papers)
-    parts = [f"## {component}", *body, f"**When**: {_plain(when[0])}"]
-    parts += [f"**Paper**: {links}"] if links else []
+    parts = [f"## {component}", text, f"**When**: {_plain(when[0])}"]
+    elsewhere = re.findall(r'[A-Z]\w+ et al\., "[^"]+" \([^)]+\)', " ".join(paragraphs).replace("\n", " "))
+    cited = links or "; ".join(dict.fromkeys(elsewhere))
+    parts += [f"**Paper**: {cited}"] if cited else []
     parts += [f"```yaml\n{block_of(component, cls, family)}\n```"]
     parts += [explained] if (explained := _options_explained(cls)) else []
     if name == "losses":

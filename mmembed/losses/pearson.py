@@ -1,8 +1,10 @@
 """Pearson: the similarities of a row on a line with the gold.
 
-L = 1 - cov(s, y) / (sd(s) sd(y)), both standard deviations biased, as in CoDiEmb (arXiv 2508.11442; the weights 2 for
-this loss, 0.5 for `pro` and 5 for `rank_kl` are in the training code of Youtu-Embedding, not in the paper). No
-temperature moves it. Cost: a few passes over (Q, C).
+L = 1 - cov(s, y) / (sd(s) sd(y))
+
+Both standard deviations are biased, as in CoDiEmb (arXiv 2508.11442; the weights 2 for this loss, 0.5 for `pro` and 5
+for `rank_kl` are in the training code of Youtu-Embedding, not in the paper). No temperature moves it. Cost: a few
+passes over (Q, C).
 
 When: pairs carry a similarity (STS) that should be matched linearly; beside `rank_kl` and `pro` as in CoDiEmb.
 """

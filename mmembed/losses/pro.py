@@ -1,9 +1,10 @@
 """PRO: each candidate of a row above those of lower gold, the further apart in gold the more.
 
-For an anchor k and the candidates j of strictly lower gold, w_j = y_k - y_j and w_k = max_j w_j:
-L = mean_k -log( e^{w_k s_k} / (e^{w_k s_k} + sum_j e^{w_j s_j}) ) over the anchors that have a lower candidate, with s
-the similarity / temperature: CoDiEmb (arXiv 2508.11442), after preference ranking optimisation (arXiv 2306.17492).
-Cost: (Q, C, C) floats, so it is meant for one row of pairs.
+L = mean_k -log( e^{w_k s_k} / (e^{w_k s_k} + sum_j e^{w_j s_j}) ),    w_j = y_k - y_j,  w_k = max_j w_j
+
+Over the anchors k that have candidates j of strictly lower gold, with s the similarity / temperature: CoDiEmb (arXiv
+2508.11442), after preference ranking optimisation (arXiv 2306.17492). Cost: (Q, C, C) floats, so it is meant for one
+row of pairs.
 
 When: pairs carry a similarity and only their order counts; beside `pearson`, which sees the whole.
 """

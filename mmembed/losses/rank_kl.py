@@ -1,8 +1,11 @@
 """Rank-KL: a softmax over the gold ranks of a row, matched by the softmax over its similarities.
 
-r_i = average rank of y_i (0 is the highest, equal ones share), t_i = (N - 1 - r_i) / (N - 1),
-L = KL( softmax(t / tau) || softmax(s / tau) ) / N, as in CoDiEmb (arXiv 2508.11442). The division by N is that of the
-released code (`batchmean` of a row): its weight 5 means 5 / N, so the batch size moves the mix. Cost: a sort of (Q, C).
+L   = KL( softmax(t / tau) || softmax(s / tau) ) / N
+t_i = (N - 1 - r_i) / (N - 1)
+
+r_i is the average rank of y_i (0 is the highest, equal ones share). As in CoDiEmb (arXiv 2508.11442). The division by N
+is that of the released code (`batchmean` of a row): its weight 5 means 5 / N, so the batch size moves the mix. Cost: a
+sort of (Q, C).
 
 When: pairs carry a similarity and Spearman's correlation is what is measured.
 """

@@ -1,7 +1,9 @@
 """Alignment: a query and its positive at one place, with nothing to keep the rest apart.
 
-L = mean_i |q_i - p_i|^alpha over unit vectors (Wang and Isola, arXiv 2005.10242, eq. 6; alpha = 2 in their experiments,
-section 5). Alone it collapses all vectors into one: add `uniformity` or a contrastive loss.
+L = mean_i |q_i - p_i|^alpha
+
+Over unit vectors (Wang and Isola, arXiv 2005.10242, eq. 6; alpha = 2 in their experiments, section 5). Alone it
+collapses all vectors into one: add `uniformity` or a contrastive loss.
 
 When: as a term beside one that spreads; alone it collapses.
 """

@@ -1,12 +1,13 @@
 """Contrastive loss with terms that close the gap between two modalities ("It's Not a Modality Gap", arXiv 2405.18570).
 
-L = L_clip + L_uniform + L_xuniform + L_align over unit vectors x (queries) and y (positives), N pairs:
-- L_clip: InfoNCE both ways at a low temperature;
-- L_uniform = 1/2 sum over x and y of log( 1/N sum_ij exp(-t |x_i - x_j|^2) ), self-pairs included;
-- L_xuniform = log( 1/N sum_{i != j} exp(-t |x_i - y_j|^2) );
-- L_align = mean_i |x_i - y_i|^2.
-The normaliser 1/N (not 1/N^2) shifts values, not gradients. Pairs of one content do not repel each other. Cost: (N, N)
-floats four times.
+L          = L_clip + L_uniform + L_xuniform + L_align
+L_uniform  = 1/2 sum over x and y of log( 1/N sum_ij exp(-t |x_i - x_j|^2) )
+L_xuniform = log( 1/N sum_{i != j} exp(-t |x_i - y_j|^2) )
+L_align    = mean_i |x_i - y_i|^2
+
+Over unit vectors x (queries) and y (positives) of N pairs; L_clip is InfoNCE both ways at a low temperature, and
+L_uniform includes self-pairs. The normaliser 1/N (not 1/N^2) shifts values, not gradients. Pairs of one content do not
+repel each other. Cost: (N, N) floats four times.
 
 When: pictures and texts lie in two separate regions and a mixed index ranks one of them first.
 """

@@ -1,6 +1,9 @@
 """Global and local alignment: compositional negatives without forgetting (DeGLA, arXiv 2504.16801).
 
-L = L_global + w_i L_IGC + w_t L_TGC + w_d L_d over queries x, positives y and the H hard negatives n_ik of each pair:
+L = L_global + w_i L_IGC + w_t L_TGC + w_d L_d
+
+Over queries x, positives y and the H hard negatives n_ik of each pair:
+
 - L_global: NegCLIP's, InfoNCE of x with all positives and negatives, and of y with all x, averaged;
 - L_IGC (image-grounded): -log softmax of x_i.y_i among x_i.y_i and its own negatives x_i.n_ik;
 - L_TGC (text-grounded): the same with y_i in the place of x_i, and the teacher's y_i as the positive;

@@ -1,7 +1,9 @@
 """Contrast of volumes: three or more modalities of a sample span a small body, those of different samples a large one.
 
-vol(a, m_2 .. m_k) = sqrt(det(A A^T)) of the unit vectors as rows of A; logits_ij = -vol(a_i, modalities of j) / tau;
-L = cross-entropy both ways with label smoothing (GRAM, arXiv 2412.11959). The query is the anchor a.
+vol = sqrt(det(A A^T)),    logits_ij = -vol(a_i, m_2j .. m_kj) / tau
+
+A has the unit vectors of an anchor a and of the modalities m_2 .. m_k as rows; the loss is cross-entropy of the logits
+both ways with label smoothing (GRAM, arXiv 2412.11959). The query is the anchor.
 
 det = |a|^2 det(G) - g^T adj(G) g, with G the Gram matrix of the other modalities of j and g their products with a_i: no
 matrix is inverted, so nothing happens where modalities coincide, and the root has an epsilon inside (the rounding of

@@ -55,7 +55,8 @@ class ISogCLR(Aligned):
         temperature: every pair's first one; 0.01 for two modalities (0.1 for one), in the authors' code.
         rho: how far a pair's weights may be from uniform; 6 to 8 there (0.3 to 0.4 for one modality).
         gamma: weight of the batch in the running estimate.
-        eta: step of the temperatures. beta: weight of a step in the running mean of their gradients.
+        eta: step of the temperatures.
+        beta: weight of a step in the running mean of their gradients.
         lowest, highest: bounds of the temperatures.
     """
 

@@ -1,11 +1,12 @@
 """Random feature alignment: both vectors of a pair are drawn to one random point (RaFA of CLIP-Refine).
 
-L = mean_{i, d} (x_id - r_id)^2 + mean_{i, d} (y_id - r_id)^2,  r_i ~ N(0, I), unit vectors x and y  (arXiv 2504.12717)
+L = mean_{i, d} (x_id - r_id)^2 + mean_{i, d} (y_id - r_id)^2,  r_i ~ N(0, I)
 
-The same r for both sides (the path of the released code with a noise each has a wrong variable). It closes the gap
-between modalities without a contrast; beside it `hycd` keeps what the model knows: `[rafa, hycd]` is CLIP-Refine with
-its weights 1 and 1. Numbers follow from (seed, step), the same in all processes. The mean is over N E values, so the
-gradient is small by E: that is as published, with AdamW. Cost: (N, E) floats.
+Over unit vectors x and y (arXiv 2504.12717). The same r for both sides (the path of the released code with a noise each
+has a wrong variable). It closes the gap between modalities without a contrast; beside it `hycd` keeps what the model
+knows: `[rafa, hycd]` is CLIP-Refine with its weights 1 and 1. Numbers follow from (seed, step), the same in all
+processes. The mean is over N E values, so the gradient is small by E: that is as published, with AdamW. Cost: (N, E)
+floats.
 
 When: as a term, to close the gap of modalities after training; with `hycd` it is CLIP-Refine.
 """

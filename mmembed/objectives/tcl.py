@@ -10,8 +10,9 @@ are the paper's: InfoNCE(x -> y' and queue of y') with the target
 
 and the same with sides exchanged (there alpha grows from 0 to .4 over the first epoch; here it stands). Without, primed
 vectors are the model's own without a gradient, cross-modal targets are hard and within the batch, and queues go stale
-sooner (see `negative_queue`). The two terms of a vector with its own tokens are `global_local`. Cost: (N, N) floats
-twice, (N, N + size) twice (six times with momentum), and the momentum encoder's (`mmembed.training.teacher`).
+sooner (see `negative_queue`). The paper's two terms of a vector with its own tokens are left out: `global_local` has
+them, but wants the many vectors an input of pooling `multi_vector`, and `tcl` wants one. Cost: (N, N) floats twice, (N,
+N + size) twice (six times with momentum), and the momentum encoder's (`mmembed.training.teacher`).
 
 When: both sides have augmentations and each modality should stay ordered within itself.
 """

@@ -1,9 +1,10 @@
 """InfoNCE for graded pairs: only pairs at or above a threshold are anchors, the documents of all pairs are candidates.
 
-L = mean over i with y_i >= threshold of -log( e^{s_ii / tau} / sum_j e^{s_ij / tau} ): the MidNCE of CoDiEmb (arXiv
-2508.11442, training code: tau 0.02, threshold 1), which takes the vectors of the middle hidden layer: `layer: middle`
-beside it, in a list. The authors pool that layer's states as they are, here they go through the final norm first, as
-those of the last layer do. As there, documents of other processes are no candidates.
+L = mean over i with y_i >= threshold of -log( e^{s_ii / tau} / sum_j e^{s_ij / tau} )
+
+The MidNCE of CoDiEmb (arXiv 2508.11442, training code: tau 0.02, threshold 1), which takes the vectors of the middle
+hidden layer: `layer: middle` beside it, in a list. The authors pool that layer's states as they are, here they go
+through the final norm first, as those of the last layer do. As there, documents of other processes are no candidates.
 
 When: graded pairs should also contrast: the best of them are anchors against all others.
 """

@@ -1,7 +1,9 @@
 """Uniformity: vectors spread over the sphere, with nothing to be close to.
 
-L = 1/2 sum over both sides of log mean_{i<j} exp(-t |x_i - x_j|^2), the Gaussian potential of Wang and Isola
-(arXiv 2005.10242, eq. 7), added to a contrastive loss in their experiments with t = 2. Cost: (N, N) floats a side.
+L = 1/2 sum over both sides of log mean_{i<j} exp(-t |x_i - x_j|^2)
+
+The Gaussian potential of Wang and Isola (arXiv 2005.10242, eq. 7), added to a contrastive loss in their experiments
+with t = 2. Cost: (N, N) floats a side.
 
 When: as a term with a small weight, where vectors crowd in a narrow cone (watch `effective_rank`).
 """
