@@ -32,7 +32,7 @@ from torch.nn import functional
 
 from mmembed.errors import ConfigError
 from mmembed.objectives.aligned import Aligned, Pairs, drawn, generator_at
-from mmembed.objectives.label_paths import Classes, path_keys
+from mmembed.objectives.label_paths import Classes, single_path_keys
 from mmembed.registry import Positive
 
 
@@ -119,13 +119,7 @@ class Hydra(Aligned):
 
     def _numbers(self, pairs: Pairs) -> Tensor:
         """(N,) classes. Raises ConfigError where a pair has none, several, or one that is not listed."""
-        counts = (pairs.label_keys[..., 0] != 0).sum(1)
-        if (counts != 1).any():
-            found = int(counts[counts != 1][0])
-            raise ConfigError(
-                f"objective '{self.name}' takes one label a record, a record of source '{pairs.source}' has {found}"
-            )
-        numbers = self._classes.find(path_keys(pairs.label_keys[:, 0]))
+        numbers = self._classes.find(single_path_keys(pairs.label_keys, self.name, pairs.source))
         if (numbers < 0).any():
             raise ConfigError(
                 f"objective '{self.name}': a label of source '{pairs.source}' is none of the {self.count} classes; "

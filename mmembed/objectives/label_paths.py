@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmembed.data.labels import name_key
+from mmembed.errors import ConfigError
 
 FACTOR = 0x9E3779B97F4A7C15 - 2**64  # odd, so that no bit of a key is lost; products wrap around
 
@@ -22,6 +23,20 @@ def path_keys(levels: Tensor) -> Tensor:
     for names in levels.unbind(-1):
         found = torch.where(names == 0, found, found * FACTOR + names)
     return found
+
+
+def single_path_keys(labels: Tensor, objective: str, source: str) -> Tensor:
+    """(N, L, D) as `BatchLabels.label_keys` -> (N,) hashes of the one label of each pair.
+
+    Raises ConfigError, naming objective and source, where a pair has none or several.
+    """
+    counts = (labels[..., 0] != 0).sum(1)
+    if (counts != 1).any():
+        found = int(counts[counts != 1][0])
+        raise ConfigError(
+            f"objective '{objective}' takes one label a record, a record of source '{source}' has {found}"
+        )
+    return path_keys(labels[:, 0])
 
 
 def _path_key(path: tuple[str, ...]) -> int:

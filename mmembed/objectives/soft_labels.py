@@ -31,7 +31,7 @@ from torch.nn import functional
 
 from mmembed.errors import ConfigError
 from mmembed.objectives.aligned import Aligned, Pairs
-from mmembed.objectives.label_paths import Classes, path_keys
+from mmembed.objectives.label_paths import Classes, single_path_keys
 
 Above0 = Annotated[float, Field(gt=0)]
 VECTORS, ITEMS = "vectors.npy", "items.jsonl"  # of a folder that `mmembed encode` writes
@@ -85,13 +85,7 @@ class SoftLabels(Aligned):
 
     def _numbers(self, pairs: Pairs) -> Tensor:
         """(N,) rows of the table. Raises ConfigError where a pair has no label, several, or an unknown one."""
-        counts = (pairs.label_keys[..., 0] != 0).sum(1)
-        if (counts != 1).any():
-            found = int(counts[counts != 1][0])
-            raise ConfigError(
-                f"objective '{self.name}' takes one label a record, a record of source '{pairs.source}' has {found}"
-            )
-        keys = path_keys(pairs.label_keys[:, 0])
+        keys = single_path_keys(pairs.label_keys, self.name, pairs.source)
         whole, paths = self._whole.find(keys), self._paths.find(keys)
         numbers = torch.where(whole >= 0, whole, paths)
         if (numbers < 0).any():
