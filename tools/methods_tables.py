@@ -1,7 +1,7 @@
 """Writes the tables of docs/methods.md and the pages of docs/methods/ from the code and from what was measured.
 
-python tools/methods_tables.py            # rewrite them
-python tools/methods_tables.py --check    # exit 1 and say so when they are out of date
+python -m tools.methods_tables            # rewrite them
+python -m tools.methods_tables --check    # exit 1 and say so when they are out of date
 
 A component's entry is its module's docstring: a first line, paragraphs (those that are equations stand as they are),
 and one that begins with "When: ", which says when to take it. Options are the constructor's, explained by the docstring
@@ -72,7 +72,7 @@ def main() -> None:
             path.write_text(text, encoding="utf-8")
     elif stale:
         names = ", ".join(str(path.relative_to(ROOT)) for path in stale)
-        sys.exit(f"{names}: out of date; run python tools/methods_tables.py")
+        sys.exit(f"{names}: out of date; run python -m tools.methods_tables")
 
 
 def pages() -> Iterator[tuple[Path, str]]:
@@ -112,7 +112,7 @@ def written_by_users(cls: type) -> list[inspect.Parameter]:
 def entries(name: str, family: Family) -> str:
     """The page of a family: an entry a component."""
     head = (
-        f"# {family.title}\n\nWritten by `python tools/methods_tables.py` from the code; do not edit. "
+        f"# {family.title}\n\nWritten by `python -m tools.methods_tables` from the code; do not edit. "
         "[Methods](../methods.md) says how they fit together.\n"
     )
     return "\n".join(
