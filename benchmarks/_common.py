@@ -50,7 +50,7 @@ class Row:
 
     name: str
     unit: str
-    ours: float
+    ours: float | None  # None: the row did not run, and `details` say why
     peer: float | None = None
     peer_name: str | None = None
     limit: float | None = None
@@ -71,17 +71,19 @@ def compare(
     runs: Mapping[str, Callable[[], object]],
     rounds: int,
     *,
-    peer_name: str,
+    peer_name: str | None,
     goal_to_peer: float | None = None,
     goal_to_limit: float | None = None,
     peak_mb: Mapping[str, int] | None = None,
+    warm_up: bool = True,
 ) -> Row:
     """Times `ours`, `peer` and optionally `limit`, each doing `count` units of the same work.
 
     Args:
-        runs: contender -> one full run. The first round is discarded as warm-up.
+        runs: contender -> one full run.
+        warm_up: the first round is discarded; false where the caller has warmed up with something shorter.
     """
-    seconds = alternate(runs, rounds)
+    seconds = alternate(runs, rounds, warm_up)
     speeds = {key: round(count / statistics.median(times), 2) for key, times in seconds.items()}
     ratios = {
         key: round(statistics.median(other / ours for other, ours in zip(times, seconds["ours"], strict=True)), 3)
@@ -110,15 +112,15 @@ def compare(
     )
 
 
-def alternate(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each contender in each round. A warm-up round comes before; the order rotates."""
+def alternate(runs: Mapping[str, Callable[[], object]], rounds: int, warm_up: bool = True) -> dict[str, list[float]]:
+    """Seconds of each contender in each round, a warm-up round before them left out; the order rotates."""
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds + 1):
+    for turn in range(rounds + warm_up):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             start = time.perf_counter()
             runs[name]()
-            if turn:
+            if turn >= warm_up:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 

@@ -2,39 +2,88 @@
 
     python -m benchmarks.objectives --json                     # 4,096 queries, 32,768 documents of 1,024 numbers
     python -m benchmarks.objectives --queries 512 --documents 4096 --only infonce dcl
+    python -m benchmarks.objectives --keep rows.json --missing --threads 1 --rounds 1    # go on where a run was stopped
     python -m benchmarks.objectives --device cuda --json
 
     ours    the objective on vectors of a batch, C / Q documents a query, with its masks, and the backward
-    limit   the matrix product of queries and documents and its backward, which is what any objective over all scores
-            must do; an objective over pairs alone does less
+    limit   a matrix product and its backward, of the size that `details.limit` names
+
+The batch is the same for all: Q queries and C documents. What of it is compared is the objective's nature, and a row
+says it in `details.shape`:
+
+    scores          every query with every document; the limit is their product, which any loss over all scores must do
+    pairs           Q queries with their positives, terms over vectors and the methods with prototypes and queues among
+                    them; the limit is the product of these, (Q, E) and (E, Q)
+    graded pairs    each query with its own documents, C pairs in one row, whose golds are all different (the most work
+                    that a loss which compares golds can have); the limit is that of scores
+    global_local    Q inputs of C / Q vectors a side, whose products with Q means have the size of the scores
+    captioning      Q predicted tokens and a trained vocabulary of C; the limit is the product of these
 
 Vectors are random around a common direction, so that no score is an outlier; the first document of a query is its
 positive, the second is a worse one for list-wise losses, and all have a teacher's score where those are read; pairs are
-of 64 classes in turn, and objectives that mix or cluster what they remember have one step behind them. Time is
-wall time of alternating runs; memory is that of a fresh process (on CUDA: what torch allocated at most). Goals: the
-InfoNCE family at most 3 times the limit, nothing above 8 GB.
+of 64 classes in turn, and an objective over pairs has one step behind it, so that memories hold something.
+
+A row is measured in a process of its own: both contenders at an eighth of the size first, then in turn, `ours` first,
+after which the peak memory is read (on CUDA: what torch allocated at most). A row that does not run is a row with
+`details.error` that does not meet its goals; the others go on, and the exit status is 1. On a CPU no row may hold more
+than 12 GB. Goals: the InfoNCE family at most 3 times the limit, nothing above 8 GB.
 """
 
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks._common import Row, compare, own_peak_mb, parser, set_up, show
+from benchmarks._common import DATA, Row, compare, environment, own_peak_mb, parser, set_up, show
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mmembed.data.labels import BatchLabels
+    from mmembed.objectives import Objective
 
 INFONCE_FAMILY = ("contrastive", "infonce", "decoupled_softmax", "dcl", "dclw", "multicsr")
 GOAL_TO_LIMIT = round(1 / 3, 3)
 MOST_MB = 8 * 1024
+HELD = MOST_MB * 2**20 * 3 // 2  # bytes that a row may take before it counts as failed
+UNIT = "queries/s"
 CLASSES = tuple(map(str, range(64)))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Q queries, C documents, E numbers."""
+
+    queries: int
+    documents: int
+    size: int
+    device: str = "cpu"
+
+    @property
+    def group(self) -> int:
+        """Documents a query."""
+        return self.documents // self.queries
+
+    def part(self, share: int) -> Setting:
+        """The same with a `share`-th of queries and documents, with 32 queries at least."""
+        queries = min(self.queries, max(32, self.queries // share))
+        return replace(self, queries=queries, documents=queries * self.group)
+
+
+@dataclass(frozen=True)
+class Contest:
+    """`ours` and `limit`, each a forward and a backward; what is compared, and what the limit is the product of."""
+
+    runs: dict[str, Callable[[], object]]
+    shape: str
+    limit: str
 
 
 def main() -> None:
@@ -44,136 +93,240 @@ def main() -> None:
     options.add_argument("--size", type=int, default=1024, help="E (default 1024)")
     options.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     options.add_argument("--only", nargs="+", default=[], metavar="NAME", help="losses and objectives (default: all)")
-    options.add_argument("--peak", metavar="NAME", help="run this one once and print the peak memory in MB")
+    options.add_argument(
+        "--keep", type=Path, metavar="FILE", help="write each row there as it is measured, over one of its name"
+    )
+    options.add_argument("--missing", action="store_true", help="leave out what FILE has a row of that ran")
+    options.add_argument("--alone", metavar="NAME", help="measure this one in this process and print its row")
     arguments = options.parse_args()
-    set_up(arguments.threads)
-    setting = (arguments.queries, arguments.documents, arguments.size, arguments.device)
-    if arguments.peak:
-        runs = contenders(arguments.peak, *setting)
-        runs["ours"]()
-        print(peak_mb(arguments.device))
+    setting = Setting(arguments.queries, arguments.documents, arguments.size, arguments.device)
+    if setting.group < 2 or setting.group * setting.queries != setting.documents:
+        raise SystemExit(
+            f"objectives: {setting.documents} documents are no multiple, twice or more, of {setting.queries} queries"
+        )
+    if arguments.missing and arguments.keep is None:
+        raise SystemExit("objectives: --missing has no effect without --keep FILE")
+    if arguments.alone:
+        print(json.dumps(asdict(measure(arguments.alone, setting, arguments.rounds, arguments.threads))))
         return
+    there = kept(arguments.keep) if arguments.missing else {}
+    ran = {name for name, row in there.items() if "error" not in row["details"]}
     rows = []
     for name in arguments.only or names():
-        try:
-            row = measure(name, setting, arguments.rounds, arguments.threads)
-        except (subprocess.CalledProcessError, RuntimeError) as error:
-            raise SystemExit(f"objectives: {name} did not run: {error}") from None
-        print(json.dumps(vars(row)), file=sys.stderr, flush=True)  # hours of runs can be followed
+        if row_name(name, setting) in ran:
+            continue
+        row = measured_apart(name, setting, arguments.rounds, arguments.threads)
+        print(json.dumps(asdict(row)), file=sys.stderr, flush=True)  # hours of runs can be followed
+        if arguments.keep is not None:
+            keep(row, arguments.keep)
         rows.append(row)
     show(rows, arguments.json)
+    if any("error" in row.details for row in rows):
+        raise SystemExit(1)
 
 
 def names() -> list[str]:
-    """Every loss as an objective, and every objective that is none and compares one vector an input."""
+    """Every loss as an objective, and every objective."""
     from mmembed.losses import LOSSES
     from mmembed.objectives import OBJECTIVES
 
-    compared = {name: one for name, one in OBJECTIVES.classes().items() if one.compares}
-    of_one_vector = {name for name, one in compared.items() if one.many_vectors is not True}
-    return sorted({*LOSSES.classes(), *of_one_vector} - {"contrastive"})  # which is infonce
+    return sorted({*LOSSES.classes(), *OBJECTIVES.classes()})
 
 
-def measure(name: str, setting: tuple[int, int, int, str], rounds: int, threads: int | None) -> Row:
-    queries, documents, size, device = setting
-    flags = ["--queries", queries, "--documents", documents, "--size", size, "--device", device, "--peak", name]
-    flags += [] if threads is None else ["--threads", threads]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.objectives", *map(str, flags)], check=True, stdout=subprocess.PIPE, text=True
-    )
-    peak = int(done.stdout.strip().splitlines()[-1])
-    goal = GOAL_TO_LIMIT if name in INFONCE_FAMILY else None
+def row_name(name: str, setting: Setting) -> str:
+    return f"{name}_{setting.queries}x{setting.documents}x{setting.size}_{setting.device}"
+
+
+def kept(path: Path) -> dict[str, dict[str, Any]]:
+    """The rows of a file by name; none where there is no file."""
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    return {row["name"]: row for row in rows}
+
+
+def keep(row: Row, path: Path) -> None:
+    """Writes the row into the file, at once or not at all, in the order of names."""
+    rows = {**kept(path), row.name: asdict(row)}
+    fresh = path.with_name(f"{path.name}.new")
+    fresh.write_text(json.dumps({"rows": [rows[name] for name in sorted(rows)]}, indent=1) + "\n", encoding="utf-8")
+    fresh.replace(path)
+
+
+def measured_apart(name: str, setting: Setting, rounds: int, threads: int | None) -> Row:
+    """The row as a fresh process measures it, or one that says why there is none."""
+    flags = ["--queries", setting.queries, "--documents", setting.documents, "--size", setting.size]
+    flags += ["--device", setting.device, "--rounds", rounds, *([] if threads is None else ["--threads", threads])]
+    command = [sys.executable, "-m", "benchmarks.objectives", "--alone", name, *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=DATA.parent)
+    if done.returncode == 0:
+        return Row(**json.loads(done.stdout.splitlines()[-1]))
+    print(done.stderr, file=sys.stderr, end="")
+    said = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+    how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit status {done.returncode}"
+    details = {"error": f"{how}: {said[-1]}", "environment": environment()}
+    return Row(row_name(name, setting), UNIT, None, goal_to_limit=goal(name), meets=False, details=details)
+
+
+def goal(name: str) -> float | None:
+    return GOAL_TO_LIMIT if name in INFONCE_FAMILY else None
+
+
+def measure(name: str, setting: Setting, rounds: int, threads: int | None) -> Row:
+    """The row, in this process: nothing may have been run in it before."""
+    if setting.device == "cpu":
+        resource.setrlimit(resource.RLIMIT_DATA, (HELD, HELD))
+    set_up(threads)
+    for run in contest(name, setting.part(8)).runs.values():
+        run()
+    contenders = contest(name, setting)
+    peaks: dict[str, int] = {}
+
+    def ours() -> None:
+        contenders.runs["ours"]()
+        peaks.setdefault("ours", peak_mb(setting.device))
+
     row = compare(
-        f"{name}_{queries}x{documents}x{size}_{device}",
-        "steps/s",
-        1,
-        contenders(name, *setting),
+        row_name(name, setting),
+        UNIT,
+        setting.queries,
+        {**contenders.runs, "ours": ours},
         rounds,
         peer_name=None,
-        goal_to_limit=goal,
-        peak_mb={"ours": peak},
+        goal_to_limit=goal(name),
+        warm_up=False,
     )
-    row.meets = row.meets and peak <= MOST_MB
+    row.peak_mb_ours = peaks["ours"]
+    row.meets = row.meets and row.peak_mb_ours <= MOST_MB
+    row.details = {"shape": contenders.shape, "limit": contenders.limit, "environment": environment()}
     return row
 
 
-def contenders(name: str, queries: int, documents: int, size: int, device: str) -> dict[str, Callable[[], object]]:
-    """`ours` and `limit`, each a forward and a backward."""
+def contest(name: str, setting: Setting) -> Contest:
+    """What is timed, on this device."""
     import torch
 
     from mmembed.embeddings import Embeddings
-    from mmembed.objectives import build_objective
     from mmembed.objectives.aligned import Aligned
 
     with tempfile.TemporaryDirectory() as folder:
-        objective = build_objective(block_of(name, queries, Path(folder)), embedding_size=size).to(device)
-    graded = "relevance" in objective.reads and name not in INFONCE_FAMILY
-    positives = objective.positives_needed if isinstance(objective, Aligned) else 1
-    labels = labels_of(queries, documents, positives, graded)
+        objective = built(name, setting, Path(folder))
     draw = torch.Generator().manual_seed(0)
-    common = torch.randn(size, generator=draw)
+    common = torch.randn(setting.size, generator=draw)
     q, d = (
-        (common + torch.randn(count, size, generator=draw)).to(device).requires_grad_()
-        for count in (queries, documents)
+        (common + torch.randn(count, setting.size, generator=draw)).to(setting.device).requires_grad_()
+        for count in (setting.queries, setting.documents)
     )
-
-    taught = Embeddings(q.detach()), Embeddings(d.detach())  # what a teacher gives in the first step
-    labels = replace(labels, taught=taught).to(device)
-    if name in ("mochi", "proto_clip"):
-        objective.remember(objective.gather(Embeddings(q), Embeddings(d), labels))
+    labels = labels_of(name, objective, setting)
+    labels = replace(labels, taught=(Embeddings(q.detach()), Embeddings(d.detach()))).to(setting.device)
+    inputs, shape, compared = inputs_of(objective, q, d)
+    left, right = (side.detach().requires_grad_() for side in compared)
+    if isinstance(objective, Aligned):
+        objective.remember(objective.gather(*inputs(), labels))
         objective.commit()
 
     def ours() -> float:
-        loss, _ = objective(Embeddings(q), Embeddings(d), labels)
-        return finish(loss)
+        loss, _ = objective(*inputs(), labels)
+        return finish(loss, q, d)
 
     def limit() -> float:
-        return finish((q @ d.T).sum())
+        return finish((left @ right.T).sum(), left, right)
 
-    def finish(loss: torch.Tensor) -> float:
+    def finish(loss: Tensor, *leaves: Tensor) -> float:
         loss.backward()
-        q.grad = d.grad = None
+        for leaf in leaves:
+            leaf.grad = None
         return loss.item()
 
-    return {"ours": ours, "limit": limit}
+    return Contest({"ours": ours, "limit": limit}, shape, f"the product of {len(left):,} and {len(right):,} vectors")
 
 
-def block_of(name: str, queries: int, folder: Path) -> dict[str, Any]:
-    """What the objective is built from: defaults, and what it cannot do without; files of it are put into `folder`."""
+def built(name: str, setting: Setting, folder: Path) -> Objective:
+    """The objective with its defaults and what it cannot do without; files of it are put into `folder`."""
     import numpy as np
+
+    from mmembed.objectives import OBJECTIVES, build_objective
 
     options: dict[str, Any] = {}
     if name == "hydra":
         options = {"classes": list(CLASSES)}
     if name == "proto_clip":  # one batch is an episode
-        options = {"episode": queries, "prototypes": max(2, queries // 16)}
+        options = {"episode": setting.queries, "prototypes": max(2, setting.queries // 16)}
     if name == "soft_labels":
         np.save(folder / "vectors.npy", np.random.default_rng(0).normal(size=(len(CLASSES), 384)).astype("float32"))
         (folder / "items.jsonl").write_text("".join(json.dumps({"id": label}) + "\n" for label in CLASSES))
         options = {"vectors": str(folder)}
-    return {"type": name, **options}
+    if name == "captioning":  # stands in a list only
+        return OBJECTIVES.build(name).to(setting.device)
+    return build_objective({"type": name, **options}, embedding_size=setting.size).to(setting.device)
 
 
-def labels_of(queries: int, documents: int, positives: int, graded: bool) -> BatchLabels:
-    """`documents / queries` documents a query: the first ones positive, one more a little where grades are read."""
+def inputs_of(
+    objective: Objective, q: Tensor, d: Tensor
+) -> tuple[Callable[[], tuple[Any, Any]], str, tuple[Tensor, Tensor]]:
+    """What makes the embeddings of queries and documents, what of them is compared, and what the limit multiplies."""
+    import torch
+
+    from mmembed.backbones.output_embedding import token_losses
+    from mmembed.embeddings import Embeddings
+    from mmembed.objectives.aligned import Aligned
+    from mmembed.objectives.pairs import GradedPairs
+
+    queries, documents = len(q), len(d)
+    group = documents // queries
+    if not objective.compares:
+        targets = torch.arange(queries, device=q.device) * group
+        one_each = torch.ones(queries, dtype=torch.long, device=q.device)
+
+        def told() -> tuple[Embeddings, Embeddings]:
+            return Embeddings(q), Embeddings(q, nll=token_losses(q, d, targets), predicted=one_each)
+
+        return told, f"{queries:,} predicted tokens, a vocabulary of {documents:,}", (q, d)
+    if objective.many_vectors:
+        mask = torch.ones(queries, group, dtype=torch.bool, device=q.device)
+
+        def parts() -> tuple[Embeddings, Embeddings]:
+            several = Embeddings(d.unflatten(0, (queries, group)), mask)  # (N, T, E)
+            return several, several
+
+        return parts, f"{queries:,} pairs of {group} vectors a side", (q, d)
+
+    def vectors() -> tuple[Embeddings, Embeddings]:
+        return Embeddings(q), Embeddings(d)
+
+    if isinstance(objective, GradedPairs):
+        return vectors, f"{documents:,} graded pairs in one row", (q, d)
+    if isinstance(objective, Aligned) and not objective.takes_negatives:
+        positives = objective.positives_needed
+        shape = f"{queries:,} pairs" if positives == 1 else f"{queries:,} queries with {positives} positives each"
+        return vectors, shape, (q, d[::group])
+    return vectors, f"{queries:,} queries with {documents:,} documents", (q, d)
+
+
+def labels_of(name: str, objective: Objective, setting: Setting) -> BatchLabels:
+    """`group` documents a query (one of an objective of many vectors): the first ones positive, one more a little where
+    grades are read; all different golds where pairs are graded."""
     import torch
 
     from mmembed.data.labels import BatchLabels, label_keys
+    from mmembed.objectives.pairs import GradedPairs
 
-    group = documents // queries
-    if group < 2 or group * queries != documents:
-        raise SystemExit(f"objectives: {documents} documents are no multiple, twice or more, of {queries} queries")
+    queries, group = setting.queries, 1 if objective.many_vectors else setting.group
+    documents = queries * group
     keys = torch.arange(documents).view(-1, 1).expand(-1, 2)
+    positives = objective.positives_needed
+    graded = "relevance" in objective.reads and name not in INFONCE_FAMILY
     relevant = [1.0] * positives + [0.5] if graded else [1.0] * positives
-    grades = torch.tensor((relevant + [0.0] * group)[:group])
+    relevance = torch.tensor((relevant + [0.0] * group)[:group]).repeat(queries)
+    draw = torch.Generator().manual_seed(1)
+    if isinstance(objective, GradedPairs):
+        relevance = torch.randperm(documents, generator=draw) / documents
     return BatchLabels(
         owner=torch.arange(queries).repeat_interleave(group),
-        relevance=grades.repeat(queries),
+        relevance=relevance,
         document_keys=keys,
         query_keys=torch.arange(documents, documents + queries),
         positive_keys=keys.view(queries, group, 2)[:, : len(relevant)],
         source="random",
-        scores=torch.rand(documents, generator=torch.Generator().manual_seed(1)),
+        scores=torch.rand(documents, generator=draw),
         label_keys=label_keys([[(CLASSES[query % len(CLASSES)],)] for query in range(queries)]),
     )
 

@@ -1,4 +1,4 @@
-"""The benchmark of objectives, in small: every one of them runs."""
+"""The benchmark of objectives, in small: every one of them runs, and one that does not is a row."""
 
 from __future__ import annotations
 
@@ -6,26 +6,89 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from benchmarks.objectives import contenders, names
+from benchmarks import objectives
+from benchmarks._common import alternate
+from benchmarks.objectives import Setting, contest, names
+from mmembed.losses import LOSSES
+from mmembed.objectives import OBJECTIVES
 from tests.runs import ROOT
+
+
+def test_every_loss_and_objective_has_a_row() -> None:
+    assert set(names()) == set(LOSSES.classes()) | set(OBJECTIVES.classes())
 
 
 @pytest.mark.parametrize("name", names())
 def test_every_objective_has_a_batch_that_it_takes(name: str) -> None:
-    runs = contenders(name, queries=32, documents=256, size=16, device="cpu")
-    assert math.isfinite(runs["ours"]())
-    assert math.isfinite(runs["limit"]())
+    one = contest(name, Setting(queries=32, documents=256, size=16))
+    assert math.isfinite(one.runs["ours"]())
+    assert math.isfinite(one.runs["limit"]())
 
 
-def test_rows_have_a_ratio_and_a_peak() -> None:
-    options = ["--queries", "8", "--documents", "64", "--size", "16", "--rounds", "1", "--only", "dcl", "--json"]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.objectives", *options], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    (row,) = json.loads(done.stdout.splitlines()[-1])["rows"]
+@pytest.mark.parametrize(
+    ("name", "shape", "limit"),
+    [
+        ("infonce", "32 queries with 256 documents", "32 and 256"),
+        ("degla", "32 queries with 256 documents", "32 and 256"),
+        ("supcon", "32 pairs", "32 and 32"),
+        ("gram", "32 queries with 2 positives each", "32 and 32"),
+        ("pro", "256 graded pairs in one row", "32 and 256"),
+        ("global_local", "32 pairs of 8 vectors a side", "32 and 256"),
+        ("captioning", "32 predicted tokens, a vocabulary of 256", "32 and 256"),
+    ],
+)
+def test_the_limit_is_the_product_of_what_is_compared(name: str, shape: str, limit: str) -> None:
+    one = contest(name, Setting(queries=32, documents=256, size=16))
+    assert (one.shape, one.limit) == (shape, f"the product of {limit} vectors")
+
+
+def run(*options: str | Path) -> subprocess.CompletedProcess[str]:
+    small = ["--queries", "8", "--documents", "64", "--size", "16", "--rounds", "1", "--json", *map(str, options)]
+    command = [sys.executable, "-m", "benchmarks.objectives", *small]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_a_row_that_does_not_run_is_a_row_and_the_others_go_on(tmp_path: Path) -> None:
+    done = run("--only", "no_such_loss", "dcl", "--keep", tmp_path / "rows.json")
+    assert done.returncode == 1, done.stderr[-3000:]
+    failed, row = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert failed["name"] == "no_such_loss_8x64x16_cpu" and failed["ours"] is None and failed["meets"] is False
+    assert "there is no 'no_such_loss'" in failed["details"]["error"]
     assert row["name"] == "dcl_8x64x16_cpu"
     assert row["ratio_to_limit"] > 0 and row["goal_to_limit"] == 0.333 and 0 < row["peak_mb_ours"] < 8192
+    assert row["details"]["shape"] == "8 queries with 64 documents" and "device" in row["details"]["environment"]
+    kept = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert kept == [row, failed]  # by name
+
+    again = run("--only", "no_such_loss", "dcl", "--keep", tmp_path / "rows.json", "--missing")
+    assert again.returncode == 1
+    assert [one["name"] for one in json.loads(again.stdout.splitlines()[-1])["rows"]] == [failed["name"]]
+    assert json.loads((tmp_path / "rows.json").read_text())["rows"][0] == row
+
+
+def test_a_row_takes_the_place_of_one_of_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    for name, speed in (("b", 1.0), ("a", 2.0), ("b", 3.0)):
+        objectives.keep(objectives.Row(name, "queries/s", speed), path)
+    assert [(row["name"], row["ours"]) for row in json.loads(path.read_text())["rows"]] == [("a", 2.0), ("b", 3.0)]
+
+
+@pytest.mark.parametrize("options", [["--documents", "20"], ["--documents", "8"], ["--missing"]])
+def test_options_without_a_meaning_are_refused(options: list[str]) -> None:
+    done = run(*options)
+    assert done.returncode == 1 and "objectives: " in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("warm_up", [True, False])
+def test_the_first_contender_runs_first_and_each_round_is_counted_once(warm_up: bool) -> None:
+    order: list[str] = []
+    runs = {name: lambda name=name: order.append(name) for name in ("ours", "limit")}
+    seconds = alternate(runs, 2, warm_up)
+    assert order == (
+        ["ours", "limit", "limit", "ours", "ours", "limit"] if warm_up else ["ours", "limit", "limit", "ours"]
+    )
+    assert {name: len(one) for name, one in seconds.items()} == {"ours": 2, "limit": 2}
