@@ -76,14 +76,16 @@ def compare(
     goal_to_limit: float | None = None,
     peak_mb: Mapping[str, int] | None = None,
     warm_up: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Row:
     """Times `ours`, `peer` and optionally `limit`, each doing `count` units of the same work.
 
     Args:
         runs: contender -> one full run.
         warm_up: the first round is discarded; false where the caller has warmed up with something shorter.
+        clock: in seconds.
     """
-    seconds = alternate(runs, rounds, warm_up)
+    seconds = alternate(runs, rounds, warm_up, clock)
     speeds = {key: round(count / statistics.median(times), 2) for key, times in seconds.items()}
     ratios = {
         key: round(statistics.median(other / ours for other, ours in zip(times, seconds["ours"], strict=True)), 3)
@@ -112,16 +114,21 @@ def compare(
     )
 
 
-def alternate(runs: Mapping[str, Callable[[], object]], rounds: int, warm_up: bool = True) -> dict[str, list[float]]:
+def alternate(
+    runs: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warm_up: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds of each contender in each round, a warm-up round before them left out; the order rotates."""
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds + warm_up):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            start = time.perf_counter()
+            start = clock()
             runs[name]()
             if turn >= warm_up:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 

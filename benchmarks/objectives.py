@@ -24,9 +24,10 @@ positive, the second is a worse one for list-wise losses, and all have a teacher
 of 64 classes in turn, and an objective over pairs has one step behind it, so that memories hold something.
 
 A row is measured in a process of its own: both contenders at an eighth of the size first, then in turn, `ours` first,
-after which the peak memory is read (on CUDA: what torch allocated at most). A row that does not run is a row with
-`details.error` that does not meet its goals; the others go on, and the exit status is 1. On a CPU no row may hold more
-than 12 GB. Goals: the InfoNCE family at most 3 times the limit, nothing above 8 GB.
+after which the peak memory is read (on CUDA: what torch allocated at most). On a busy machine `--clock processor` takes
+processor seconds for wall time, which with one thread are nearly what a quiet one would show (`details.clock`). A row
+that does not run is a row with `details.error` that does not meet its goals; the others go on, and the exit status is
+1. On a CPU no row may hold more than 12 GB. Goals: the InfoNCE family at most 3 times the limit, nothing above 8 GB.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -55,6 +57,7 @@ MOST_MB = 8 * 1024
 HELD = MOST_MB * 2**20 * 3 // 2  # bytes that a row may take before it counts as failed
 UNIT = "queries/s"
 CLASSES = tuple(map(str, range(64)))
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,20 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class Timing:
+    """How a row is timed; `clock` is a name of CLOCKS."""
+
+    rounds: int
+    threads: int | None = None
+    clock: str = "wall"
+
+    @property
+    def flags(self) -> list[str]:
+        threads = [] if self.threads is None else ["--threads", str(self.threads)]
+        return ["--rounds", str(self.rounds), "--clock", self.clock, *threads]
+
+
+@dataclass(frozen=True)
 class Contest:
     """`ours` and `limit`, each a forward and a backward; what is compared, and what the limit is the product of."""
 
@@ -97,6 +114,9 @@ def main() -> None:
         "--keep", type=Path, metavar="FILE", help="write each row there as it is measured, over one of its name"
     )
     options.add_argument("--missing", action="store_true", help="leave out what FILE has a row of that ran")
+    options.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="processor: on a busy machine, with one thread"
+    )
     options.add_argument("--alone", metavar="NAME", help="measure this one in this process and print its row")
     arguments = options.parse_args()
     setting = Setting(arguments.queries, arguments.documents, arguments.size, arguments.device)
@@ -104,10 +124,13 @@ def main() -> None:
         raise SystemExit(
             f"objectives: {setting.documents} documents are no multiple, twice or more, of {setting.queries} queries"
         )
+    timing = Timing(arguments.rounds, arguments.threads, arguments.clock)
+    if timing.clock == "processor" and (timing.threads != 1 or setting.device != "cpu"):
+        raise SystemExit("objectives: --clock processor is the time of one thread of a CPU; add --threads 1")
     if arguments.missing and arguments.keep is None:
         raise SystemExit("objectives: --missing has no effect without --keep FILE")
     if arguments.alone:
-        print(json.dumps(asdict(measure(arguments.alone, setting, arguments.rounds, arguments.threads))))
+        print(json.dumps(asdict(measure(arguments.alone, setting, timing))))
         return
     there = kept(arguments.keep) if arguments.missing else {}
     ran = {name for name, row in there.items() if "error" not in row["details"]}
@@ -115,7 +138,7 @@ def main() -> None:
     for name in arguments.only or names():
         if row_name(name, setting) in ran:
             continue
-        row = measured_apart(name, setting, arguments.rounds, arguments.threads)
+        row = measured_apart(name, setting, timing)
         print(json.dumps(asdict(row)), file=sys.stderr, flush=True)  # hours of runs can be followed
         if arguments.keep is not None:
             keep(row, arguments.keep)
@@ -151,10 +174,10 @@ def keep(row: Row, path: Path) -> None:
     fresh.replace(path)
 
 
-def measured_apart(name: str, setting: Setting, rounds: int, threads: int | None) -> Row:
+def measured_apart(name: str, setting: Setting, timing: Timing) -> Row:
     """The row as a fresh process measures it, or one that says why there is none."""
     flags = ["--queries", setting.queries, "--documents", setting.documents, "--size", setting.size]
-    flags += ["--device", setting.device, "--rounds", rounds, *([] if threads is None else ["--threads", threads])]
+    flags += ["--device", setting.device, *timing.flags]
     command = [sys.executable, "-m", "benchmarks.objectives", "--alone", name, *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=DATA.parent)
     if done.returncode == 0:
@@ -170,11 +193,11 @@ def goal(name: str) -> float | None:
     return GOAL_TO_LIMIT if name in INFONCE_FAMILY else None
 
 
-def measure(name: str, setting: Setting, rounds: int, threads: int | None) -> Row:
+def measure(name: str, setting: Setting, timing: Timing) -> Row:
     """The row, in this process: nothing may have been run in it before."""
     if setting.device == "cpu":
         resource.setrlimit(resource.RLIMIT_DATA, (HELD, HELD))
-    set_up(threads)
+    set_up(timing.threads)
     for run in contest(name, setting.part(8)).runs.values():
         run()
     contenders = contest(name, setting)
@@ -189,14 +212,16 @@ def measure(name: str, setting: Setting, rounds: int, threads: int | None) -> Ro
         UNIT,
         setting.queries,
         {**contenders.runs, "ours": ours},
-        rounds,
+        timing.rounds,
         peer_name=None,
         goal_to_limit=goal(name),
         warm_up=False,
+        clock=CLOCKS[timing.clock],
     )
     row.peak_mb_ours = peaks["ours"]
     row.meets = row.meets and row.peak_mb_ours <= MOST_MB
-    row.details = {"shape": contenders.shape, "limit": contenders.limit, "environment": environment()}
+    said = {"shape": contenders.shape, "limit": contenders.limit, "clock": timing.clock, "rounds": timing.rounds}
+    row.details = {**said, "environment": environment()}
     return row
 
 

@@ -3,7 +3,7 @@
 Each query meets its own documents only; N pairs give Scores of one row (1, N): values = similarity / temperature,
 relevance = the gold similarity in [0, 1]. So a loss that ranks candidates ranks pairs. Nothing is gathered from other
 processes, as in CoDiEmb (arXiv 2508.11442, training code): each process has the loss of its own pairs, and gradients
-are averaged. Cost: (Q, N) similarities, of which N are read.
+are averaged. Cost: a pass over the N pairs' vectors; late interaction makes (Q, N) similarities, of which N are read.
 
 When: the data are graded pairs (STS); choose the loss by its name.
 """
@@ -24,7 +24,7 @@ from mmembed.errors import ConfigError
 from mmembed.losses import LOSSES, Loss, Scores
 from mmembed.losses.pearson import correlation
 from mmembed.objectives import Objective, View
-from mmembed.objectives.similarity import get_similarity
+from mmembed.objectives.similarity import PRODUCTS_OF, Similarity, get_similarity
 from mmembed.objectives.temperature import Temperature
 
 if TYPE_CHECKING:
@@ -90,8 +90,10 @@ class GradedPairs(Objective):
                 )
 
     def similarity_of(self, queries: Embeddings, documents: Embeddings) -> Tensor:
-        similarity = self.similarity or get_similarity("cosine" if queries.mask is None else "maxsim")
-        return similarity(queries, documents)  # (Q, N)
+        return self._similarity(queries)(queries, documents)  # (Q, N)
+
+    def _similarity(self, embeddings: Embeddings) -> Similarity:
+        return self.similarity or get_similarity("cosine" if embeddings.mask is None else "maxsim")
 
     def gather(self, queries: Embeddings, documents: Embeddings, labels: BatchLabels) -> GatheredPairs:
         """Raises ConfigError for a single pair: there is nothing to compare it with."""
@@ -126,11 +128,18 @@ class GradedPairs(Objective):
 
     def _scores(self, gathered: GatheredPairs) -> Scores:
         """(1, N), in float32 at least: in bfloat16 different golds would become ties."""
-        similarities = self.similarity_of(gathered.queries, gathered.documents)  # (Q, N)
-        own = similarities[gathered.owner, torch.arange(len(gathered.owner), device=gathered.owner.device)]  # (N,)
+        own = self._own_similarities(gathered)
         own = own.to(torch.promote_types(own.dtype, torch.float32)) * self.temperature.scale()
         gold = gathered.gold.to(own.dtype)
         return Scores(own[None], gold[None], torch.ones(1, len(own), dtype=torch.bool, device=own.device))
+
+    def _own_similarities(self, gathered: GatheredPairs) -> Tensor:
+        """Of each document with its query, (N,)."""
+        side = PRODUCTS_OF.get(self._similarity(gathered.queries))
+        if side is not None:
+            return (side(gathered.queries)[gathered.owner] * side(gathered.documents)).sum(-1)
+        similarities = self.similarity_of(gathered.queries, gathered.documents)  # (Q, N)
+        return similarities[gathered.owner, torch.arange(len(gathered.owner), device=gathered.owner.device)]
 
 
 def _refuse(loss: Loss) -> None:

@@ -14,7 +14,7 @@ from mmembed.data.dataset import RecordDataset
 from mmembed.data.labels import BatchLabels
 from mmembed.embeddings import Embeddings
 from mmembed.errors import ConfigError
-from mmembed.losses import LOSSES, Scores
+from mmembed.losses import LOSSES, Scores, pro
 from mmembed.objectives import build_objective
 from mmembed.training.batch_report import check_sources
 
@@ -73,6 +73,43 @@ def test_constant_gold_stays_in_the_graph(name, values):
     assert torch.isfinite(given_values.grad).all()
     if name != "rank_kl":  # all ranks are shared: the divergence from equal shares is left
         assert loss.item() == 0 and not given_values.grad.any()
+
+
+def pro_directly(scores):
+    """By the definition, every anchor against every candidate: (Q, C, C)."""
+    values = scores.values.masked_fill(~scores.valid, 0.0)
+    gap = scores.relevance[:, :, None] - scores.relevance[:, None, :]  # (Q, anchors, others)
+    lower = (gap > 0) & scores.valid[:, :, None] & scores.valid[:, None, :]
+    others = (gap * values[:, None, :]).masked_fill(~lower, -1e300).logsumexp(2)  # (Q, C)
+    losses = torch.nn.functional.softplus(others - gap.masked_fill(~lower, 0.0).amax(2) * values)
+    return losses.masked_fill(~lower.any(2), 0.0).sum(1) / lower.any(2).sum(1).clamp_min(1)
+
+
+@pytest.mark.parametrize("cells", [1, 37, 2**20])
+@pytest.mark.parametrize(("rows", "candidates", "grades"), [(1, 9, 4), (5, 7, 3), (3, 40, 1000), (4, 6, 1), (2, 1, 2)])
+def test_pro_in_blocks_is_the_whole_comparison(monkeypatch, cells, rows, candidates, grades):
+    """Values and gradients, where blocks cut rows and where one holds several."""
+    monkeypatch.setattr(pro, "CELLS", cells)
+    draw = torch.Generator().manual_seed(cells + rows)
+    values = (4 * torch.randn(rows, candidates, generator=draw, dtype=torch.float64)).requires_grad_()
+    gold = torch.randint(grades, (rows, candidates), generator=draw).double() / max(1, grades - 1)
+    scores = Scores(values, gold, torch.rand(rows, candidates, generator=draw) < 0.8)
+    weights = torch.randn(rows, generator=draw, dtype=torch.float64)
+    found, wanted = LOSSES.build("pro")(scores), pro_directly(scores)
+    torch.testing.assert_close(found, wanted)
+    gradients = [torch.autograd.grad((weights * of).sum(), values)[0] for of in (found, wanted)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_pro_holds_no_more_than_blocks():
+    """2,048 pairs of different gold take less than one float for every two of them."""
+    from mmembed.training.memory import Meter
+
+    values = torch.randn(1, 2048, requires_grad=True)
+    scores = Scores(values, torch.randperm(2048)[None] / 2048, torch.ones(1, 2048, dtype=torch.bool))
+    with Meter() as meter:
+        torch.autograd.grad(LOSSES.build("pro")(scores).sum(), values)
+    assert meter.peak < 4 * 2048**2
 
 
 # The objective --------------------------------------------------------------------------------------------------------

@@ -77,7 +77,9 @@ def test_a_row_takes_the_place_of_one_of_its_name(tmp_path: Path) -> None:
     assert [(row["name"], row["ours"]) for row in json.loads(path.read_text())["rows"]] == [("a", 2.0), ("b", 3.0)]
 
 
-@pytest.mark.parametrize("options", [["--documents", "20"], ["--documents", "8"], ["--missing"]])
+@pytest.mark.parametrize(
+    "options", [["--documents", "20"], ["--documents", "8"], ["--missing"], ["--clock", "processor"]]
+)
 def test_options_without_a_meaning_are_refused(options: list[str]) -> None:
     done = run(*options)
     assert done.returncode == 1 and "objectives: " in done.stderr and "Traceback" not in done.stderr
