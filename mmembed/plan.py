@@ -123,7 +123,7 @@ def plan_run(
     data = [open_source(source, config.data, media, data_seed(args)) for source in config.data.train]
     if not data:
         raise ConfigError("data.train: there is no source; add one, for example {path: squad-en, format: beir}")
-    check_sources(data, config, objective, reads_pictures(config))
+    check_sources(data, config, objective, reads_pictures(config), devices)
     plan = plan_batches(config, data, args, devices)
     model, preprocessor = outline(config, media)
     check_dropout(config, model.named_modules(), preprocessor.family)

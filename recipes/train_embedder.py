@@ -99,7 +99,7 @@ def train(config: EmbedderConfig) -> dict[str, float]:
     from mmembed.training.batch_report import check_sources
     from mmembed.training.trainer import EmbedderTrainer
 
-    check_sources(train_data, config, objective, reads_pictures(config))
+    check_sources(train_data, config, objective, reads_pictures(config), args.world_size)
     args = with_metric(args, config, dev_data)
     model, preprocessor = build_for_training(config, media)
     check_trainable(model, any({"image", "video"} & source.fields for source in train_data))

@@ -26,6 +26,7 @@ import torch.utils.data
 
 from mmembed.content import Audio, Content, Example, Image, Task, Video
 from mmembed.data.batch_plan import Draw
+from mmembed.data.census import Census
 from mmembed.data.format_base import FORMATS, Format, RawRecord
 from mmembed.data.labels import Grades
 from mmembed.data.pair_base import PairMaker, code_of, maker_of, text_of
@@ -98,6 +99,8 @@ class RecordDataset(torch.utils.data.Dataset[Example]):
             (`classes` where they say no more than the ids of the positives), `image`, `video`, `audio`.
         tasks: the tasks that occur.
         grades: the relevances that occur.
+        census: how many records hold how many positives, negatives and teacher's scores; like `grades` of all records,
+            those too that `max_examples` leaves out.
         maker: what makes pairs of the rows, which are raw documents; None where they are records with queries. The
             other attributes are those of its pairs.
         untrainable: how many STS records are neither positive nor negative pairs, and `file:line` of the first; of no
@@ -136,6 +139,7 @@ class RecordDataset(torch.utils.data.Dataset[Example]):
         self.tasks = {Task(task) for task in summary["tasks"]}
         self.untrainable: tuple[int, str] = tuple(summary["untrainable"])
         self.grades = Grades(*summary["grades"])
+        self.census = Census(summary["census"])
         if self.skipped:
             total = sum(self.skipped.values())
             logger.warning("%s: skipped %d bad records: %s", self.name, total, dict(self.skipped))
@@ -297,6 +301,7 @@ class _Builder:
         self.tasks: set[str] = set()
         self.untrainable: tuple[int, str] = (0, "")
         self.grades = Grades()
+        self.census = Census()
         self.checked: set[int] = set()  # hashes of the last references that were found good: pictures are shared
         self.listed: set[int] = set()  # and of the last files that were listed: a table holds many pictures
         self.pictures: TextIO | None = None
@@ -322,8 +327,15 @@ class _Builder:
             self.fields |= self.maker.gives
             for relevance in self.maker.grades:
                 self.grades.add(relevance)
-        parts = {"skipped": dict(self.skipped), "fields": sorted(self.fields), "tasks": sorted(self.tasks)}
-        return {"rows": rows, "untrainable": self.untrainable, "grades": self.grades.as_list() if rows else [], **parts}
+        return {
+            "rows": rows,
+            "skipped": dict(self.skipped),
+            "fields": sorted(self.fields),
+            "tasks": sorted(self.tasks),
+            "untrainable": self.untrainable,
+            "grades": self.grades.as_list() if rows else [],
+            "census": self.census.as_list(),
+        }
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         return usable(self.reader.read(self.path), self._row, self.on_bad_record, self.skipped)
@@ -345,6 +357,10 @@ class _Builder:
             self.maker.count(text_of(example))
             positive_key = _key(example.query)
         self._check_media(example)
+        if self.maker is None:
+            self.census.add(example)
+        else:
+            self.census.add_pair("negatives" in self.maker.gives, where)
         self.tasks.add(example.task.value)
         self.fields.update(fields_of(example))
         return {
@@ -401,9 +417,10 @@ def _pictures_unchanged(folder: Path) -> bool:
 
 
 def _code(kind: type) -> str:
-    """A digest of the code that turns files into rows: of the format's classes, of records and of this module."""
+    """A digest of the code that turns files into rows and counts: of the format's classes and of these modules."""
     modules = {parent.__module__ for parent in kind.__mro__ if issubclass(parent, Format)}
-    files = sorted({str(sys.modules[name].__file__) for name in modules | {parse_record.__module__, __name__}})
+    modules |= {parse_record.__module__, Census.__module__, __name__}
+    files = sorted({str(sys.modules[name].__file__) for name in modules})
     return hashlib.sha256(kind.__qualname__.encode() + b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 

@@ -35,6 +35,7 @@ import torch.utils.data
 from mmembed.config.blocks import DataConfig, SourceConfig
 from mmembed.content import Example, Task
 from mmembed.data import dataset
+from mmembed.data.census import Census
 from mmembed.data.dataset import RecordDataset, base_folder, fields_of, ignored_media, locate, settle, usable
 from mmembed.data.format_base import FORMATS, RawRecord
 from mmembed.data.labels import Grades
@@ -69,7 +70,7 @@ class RecordStream(torch.utils.data.Dataset[Example]):
             them are taken out, as of RecordDataset.
 
     Attributes:
-        fields, tasks, grades, untrainable, skipped, maker: as of RecordDataset, of the first thousand records.
+        fields, tasks, grades, census, untrainable, skipped, maker: as of RecordDataset, of the first thousand records.
         least: rows that a pass has to have: a global batch.
 
     Raises:
@@ -124,6 +125,12 @@ class RecordStream(torch.utils.data.Dataset[Example]):
         found = [document.relevance for example in examples for document in example.documents]
         for relevance in found if self.maker is None else self.maker.grades:
             self.grades.add(relevance)
+        self.census = Census()
+        for example in examples:
+            if self.maker is None:
+                self.census.add(example)
+            else:
+                self.census.add_pair("negatives" in self.maker.gives, example.where)
         untrainable = [example.where for example in examples if self.maker is None and is_untrainable_pair(example)]
         self.untrainable = (len(untrainable), untrainable[0] if untrainable else "")
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mmembed.errors import ConfigError
 from mmembed.registry import Registry
+
+Distilled = Literal["list", "sides", "negatives"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class Loss(nn.Module):
     couples_rows: whether the loss of a row depends on other rows; an objective then gives the rows of all processes.
     objective: what the loss becomes where YAML names it as an objective: `contrastive`, or `pairs` (graded pairs).
     needs_grades: whether it has nothing to learn from a source that only tells relevant from not.
+    distils: which teacher's scores of a query's documents it compares with each other: those of any two (`list`), of a
+        positive and a negative (`sides`); or which it reads one by one: those of `negatives`. None: no score.
     defaults: options of the objective that a config with this loss has where it does not give them: its paper's.
 
     A row without what the loss compares (no positive, no teacher's score) gives 0.
@@ -79,6 +83,7 @@ class Loss(nn.Module):
     couples_rows: ClassVar[bool] = False
     objective: ClassVar[str] = "contrastive"
     needs_grades: ClassVar[bool] = False
+    distils: ClassVar[Distilled | None] = None
     defaults: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self) -> None:  # without options of its own a loss takes none: nn.Module would take any

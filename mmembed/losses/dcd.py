@@ -37,6 +37,7 @@ class DCD(Loss):
 
     name = "dcd"
     reads: ClassVar[frozenset[str]] = frozenset({"score"})
+    distils = "sides"
 
     def __init__(self, distillation: Above0 = 1.0) -> None:
         super().__init__()

@@ -37,6 +37,7 @@ class DistilKL(Loss):
 
     name = "distil_kl"
     reads: ClassVar[frozenset[str]] = frozenset({"score"})
+    distils = "list"
 
     def __init__(self, teacher_temperature: Above0 = 1.0, subtract_entropy: bool = False) -> None:
         super().__init__()

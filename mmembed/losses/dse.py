@@ -37,6 +37,7 @@ class DSE(Loss):
 
     name = "dse"
     reads: ClassVar[frozenset[str]] = frozenset({"score"})
+    distils = "sides"
     defaults: ClassVar[Mapping[str, Any]] = {"similarity": "dot", "temperature": 1.0}
 
     def __init__(self, distillation: Annotated[float, Field(gt=0, le=1)] = 0.5) -> None:

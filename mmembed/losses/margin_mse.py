@@ -32,6 +32,7 @@ class MarginMSE(Loss):
 
     name = "margin_mse"
     reads: ClassVar[frozenset[str]] = frozenset({"score"})
+    distils = "sides"
     defaults: ClassVar[Mapping[str, Any]] = {"similarity": "dot", "temperature": 1.0}
 
     def forward(self, scores: Scores) -> Tensor:

@@ -39,6 +39,7 @@ class MultiCSR(InfoNCE):
 
     name = "multicsr"
     reads: ClassVar[frozenset[str]] = frozenset({"relevance", "score"})
+    distils = "negatives"
 
     def __init__(
         self, phi: Annotated[float, Field(ge=-1, le=1)] = 0.95, negatives: Literal["lower", "all"] = "lower"

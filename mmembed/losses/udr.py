@@ -38,6 +38,7 @@ class UDR(Loss):
 
     name = "udr"
     reads: ClassVar[frozenset[str]] = frozenset({"score"})
+    distils = "list"
 
     def __init__(self, list_weight: Weight = 4.0) -> None:
         super().__init__()

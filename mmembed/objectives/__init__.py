@@ -20,7 +20,7 @@ from mmembed.content import Role, Task
 from mmembed.data.labels import BatchLabels
 from mmembed.embeddings import Embeddings, Layer
 from mmembed.errors import ConfigError, nearest
-from mmembed.losses import LOSSES
+from mmembed.losses import LOSSES, Distilled
 from mmembed.registry import Registry
 
 if TYPE_CHECKING:
@@ -67,6 +67,9 @@ class Objective(nn.Module):
     takes_negatives: bool = True  # documents of a record that are no positives; of others none are drawn
     many_vectors: bool | None = None  # an input is one vector (false), or several (true); None: either
     positives_needed: int = 1  # how many positives a query must have
+    needs_negatives: ClassVar[bool] = False  # documents of a record that are no positives
+    needs_candidates: ClassVar[bool] = False  # a query's loss is 0 where nothing stands beside its positive
+    least_pairs: int = 1  # with fewer queries a batch, of all processes, it is not defined
     compares: ClassVar[bool] = True
 
     def __init__(self) -> None:
@@ -85,6 +88,11 @@ class Objective(nn.Module):
     @property
     def pairs(self) -> bool:
         return False
+
+    @property
+    def distils(self) -> Distilled | None:
+        """What it compares of the teacher's scores in the data, as `Loss.distils`."""
+        return None
 
     @property
     def layers(self) -> frozenset[Layer]:

@@ -63,6 +63,7 @@ class Pairs:
         they are no negatives of each other. True on the diagonal.
     local: rows of this process.
     left_out: share of the queries with a positive that have too few of them.
+    enough: whether there are as many pairs as the objective needs; where not, the batch has a loss of 0.
     label_keys: (N, L, D) int64, the label paths of each pair as `BatchLabels.label_keys`, of an objective that takes
         them; else L and D are 0.
     source: the name of the data source, for messages.
@@ -81,6 +82,7 @@ class Pairs:
     same: Tensor
     local: slice
     left_out: float
+    enough: bool
     label_keys: Tensor
     source: str
     taught: Taught | None
@@ -108,7 +110,6 @@ class Aligned(Objective):
     """
 
     many_vectors: bool | None = False
-    least_pairs: ClassVar[int] = 1  # with fewer the term is not defined
     contrasts: ClassVar[bool] = False  # other pairs are negatives: sources must allow that
     takes_negatives = False
     takes_labels: ClassVar[bool] = False  # label paths of the records
@@ -129,8 +130,10 @@ class Aligned(Objective):
         return functional.normalize(queries.vectors, dim=-1) @ functional.normalize(documents.vectors, dim=-1).T
 
     def gather(self, queries: Embeddings, documents: Embeddings, labels: BatchLabels) -> Pairs:
-        """Raises ConfigError, naming source and objective: several vectors an input, in-batch negatives that the source
-        forbids, too few positives, pairs, labels or hard negatives, or no vectors of the teacher that it needs."""
+        """A batch in which too few queries have the positives asked for has a loss of 0.
+
+        Raises ConfigError, naming source and objective: several vectors an input, in-batch negatives that the source
+        forbids, too few queries, no labels, or no vectors of the teacher that it needs."""
         if queries.mask is not None:
             raise ConfigError(
                 f"objective '{self.name}' compares one vector an input; pooling 'multi_vector' gives many"
@@ -142,7 +145,7 @@ class Aligned(Objective):
         device = labels.owner.device
         counts = gather_counts(len(found), device)
         with_any = sum(gather_counts(sum(bool(positives) for positives, _ in groups), device))
-        self._check_enough(sum(counts), with_any, labels.source)
+        self._check_enough(with_any, labels.source)
         rows = torch.tensor(found, dtype=torch.long, device=device)  # (n,)
         firsts = [groups[query][0][: self.positives_needed] for query in found]
         views = torch.tensor(firsts, dtype=torch.long, device=device).view(-1, self.positives_needed)  # (n, 1 + F)
@@ -165,6 +168,7 @@ class Aligned(Objective):
             same=same_content(query_keys, view_keys, positive_keys),
             local=slice(start, start + len(found)),
             left_out=1 - sum(counts) / max(with_any, 1),
+            enough=sum(counts) >= self.least_pairs,
             label_keys=self._label_keys(labels, rows, counts),
             source=labels.source,
             taught=self._taught(labels, rows, views, index, counts),
@@ -194,16 +198,10 @@ class Aligned(Objective):
         missing = (0, deepest - keys.shape[2], 0, most - keys.shape[1])
         return gather_rows(functional.pad(keys, missing), counts)
 
-    def _check_enough(self, pairs: int, with_any: int, source: str) -> None:
-        if pairs < self.least_pairs and with_any >= self.least_pairs:
+    def _check_enough(self, queries: int, source: str) -> None:
+        if queries < self.least_pairs:
             raise ConfigError(
-                f"objective '{self.name}' compares a query with {self.positives_needed} positives, source '{source}' "
-                f"gives {pairs} such queries in a batch of {with_any}; add positives to the records and set "
-                f"data.positives_per_query: {self.positives_needed}"
-            )
-        if pairs < self.least_pairs:
-            raise ConfigError(
-                f"objective '{self.name}': source '{source}' gives {pairs} pairs a batch, it needs "
+                f"objective '{self.name}': source '{source}' gives {queries} pairs a batch, it needs "
                 f"{self.least_pairs}; raise training.per_device_train_batch_size"
             )
 
@@ -238,13 +236,7 @@ class Aligned(Objective):
         keys = labels.document_keys[index]  # (n, H, 2)
         known = (keys[:, :, None] == labels.positive_keys[rows][:, None]).any(-1).any(-1)  # (n, H)
         exists = (index >= 0) & ~known & (keys[..., 0] != labels.query_keys[rows][:, None])
-        exists = gather_rows(exists.long(), counts).bool()
-        if not bool(exists.any()):
-            raise ConfigError(
-                f"objective '{self.name}' needs hard negatives, source '{labels.source}' gives none; add negatives to "
-                "the records and raise data.train_group_size"
-            )
-        return index, exists, gather_rows(keys, counts)
+        return index, gather_rows(exists.long(), counts).bool(), gather_rows(keys, counts)
 
     def truncate(self, gathered: Pairs, dims: slice) -> Pairs:
         taught = gathered.taught
@@ -259,6 +251,9 @@ class Aligned(Objective):
 
     def compare(self, gathered: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
         """In 32 bits also under autocast: determinants, eigenvalues and small distances do not survive 16."""
+        if not gathered.enough:
+            nothing = 0 * (gathered.queries.sum() + gathered.positives.sum())  # a part of the graph, in every process
+            return nothing, {"left_out": torch.tensor(gathered.left_out, device=nothing.device)}
         with torch.autocast(gathered.queries.device.type, enabled=False):
             loss, metrics = self.term(gathered)
         metrics = {
@@ -268,6 +263,11 @@ class Aligned(Objective):
         if gathered.left_out:
             metrics["left_out"] = torch.tensor(gathered.left_out, device=loss.device)
         return loss, metrics
+
+    @torch.no_grad()
+    def remember(self, gathered: Pairs) -> None:
+        if gathered.enough:
+            super().remember(gathered)
 
     def view(self, gathered: Pairs) -> View:
         """Local queries against all positives; who shares a content is no negative."""

@@ -24,7 +24,7 @@ from torch.nn import functional
 from mmembed.data.labels import BatchLabels
 from mmembed.embeddings import Embeddings
 from mmembed.errors import ConfigError
-from mmembed.losses import LOSSES, Scores
+from mmembed.losses import LOSSES, Distilled, Scores
 from mmembed.objectives import Objective, View
 from mmembed.objectives.blocks import blocked_mean
 from mmembed.objectives.gather import gather_counts, gather_embeddings
@@ -78,6 +78,7 @@ class Contrastive(Objective):
     """
 
     name = "contrastive"
+    needs_candidates = True
 
     def __init__(
         self,
@@ -113,6 +114,14 @@ class Contrastive(Objective):
     @property
     def reads(self) -> frozenset[str]:
         return self.loss.reads
+
+    @property
+    def title(self) -> str:
+        return self.loss.name
+
+    @property
+    def distils(self) -> Distilled | None:
+        return self.loss.distils
 
     @property
     def across_processes(self) -> bool:

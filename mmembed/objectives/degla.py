@@ -48,7 +48,7 @@ class DeGLA(Aligned):
     name = "degla"
     least_pairs = 2
     contrasts = True
-    takes_negatives = True
+    takes_negatives = needs_negatives = True
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ def grounded(anchors: Tensor, positives: Tensor, negatives: Tensor, exists: Tens
     tensor(0.3133)
     """
     scores = torch.cat([(anchors * positives).sum(-1, keepdim=True), torch.einsum("ne,nhe->nh", anchors, negatives)], 1)
-    first = torch.ones_like(exists[:, :1])
+    first = exists.new_ones(len(exists), 1)
     losses = -log_shares(scores * scale, torch.cat([first, exists], dim=1))[:, 0]  # (N,), 0 where nothing is compared
     return losses.sum() / exists.any(1).sum().clamp_min(1)
 

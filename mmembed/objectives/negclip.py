@@ -19,7 +19,6 @@ from mmembed.embeddings import Embeddings
 from mmembed.errors import ConfigError
 from mmembed.objectives.aligned import alone, check_in_batch
 from mmembed.objectives.contrastive import Contrastive, Gathered
-from mmembed.objectives.gather import gather_counts
 
 if TYPE_CHECKING:
     from mmembed.data.streaming import Source
@@ -34,20 +33,20 @@ class NegCLIP(Contrastive):
     """
 
     name = "negclip"
+    needs_negatives = True
 
     def __init__(self, temperature: float | Mapping[str, Any] = 0.07, similarity: str | None = None) -> None:
         super().__init__(temperature=temperature, similarity=similarity, symmetric=True)
+
+    @property
+    def title(self) -> str:
+        return self.name
 
     def check(self, sources: Sequence[Source]) -> None:
         check_in_batch(self.name, sources)
 
     def gather(self, queries: Embeddings, documents: Embeddings, labels: BatchLabels) -> Gathered:
-        """Raises ConfigError where the source forbids in-batch negatives, or gives no hard ones."""
+        """Raises ConfigError where the source forbids in-batch negatives."""
         if not labels.in_batch:
             raise ConfigError(alone(self.name, labels.source))
-        if not sum(gather_counts(int((labels.relevance <= 0).sum()), labels.relevance.device)):
-            raise ConfigError(
-                f"objective 'negclip' needs hard negatives, source '{labels.source}' gives none; add negatives to the "
-                "records and raise data.train_group_size, or use contrastive with symmetric: true"
-            )
         return super().gather(queries, documents, labels)

@@ -71,6 +71,10 @@ class GradedPairs(Objective):
         return self.loss.reads
 
     @property
+    def title(self) -> str:
+        return self.loss.name
+
+    @property
     def pairs(self) -> bool:
         return True
 
@@ -175,8 +179,9 @@ def check_pairs(name: str, sources: Sequence[Source]) -> None:
                 f"data source '{source.name}': a similarity is {source.grades.high:g}; objective '{name}' takes 0 to "
                 "1. Divide by the highest, or read it with format pairs and its options low and high"
             )
-        if "in_batch_negatives" in source.source.model_fields_set:
+        given = source.source.model_fields_set
+        if "in_batch_negatives" in given and source.source.in_batch_negatives:  # false says what is so
             raise ConfigError(
-                f"data source '{source.name}': in_batch_negatives has no effect with objective '{name}', where pairs "
-                "are compared with pairs; remove it"
+                f"data source '{source.name}': in_batch_negatives: true has no effect with objective '{name}', where "
+                "pairs are compared with pairs; remove it"
             )

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mmembed.errors import ConfigError
 from mmembed.objectives.aligned import Aligned, Pairs, generator_at
 from mmembed.objectives.softmax import info_nce
 from mmembed.objectives.temperature import Temperature
@@ -54,15 +53,11 @@ class Whitened(Aligned):
     ) -> None:
         super().__init__()
         self.temperature, self.group_size, self.views, self.seed = Temperature(temperature), group_size, views, seed
+        self.least_pairs = group_size + 1
         self.register_buffer("step", torch.zeros(1, dtype=torch.long))
 
     def term(self, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
-        count, size = pairs.queries.shape
-        if count <= min(self.group_size, size):
-            raise ConfigError(
-                f"objective 'whitened': {count} pairs in a batch cannot whiten groups of {self.group_size} dimensions; "
-                "raise training.per_device_train_batch_size, or lower group_size"
-            )
+        size = pairs.queries.shape[1]
         generator = generator_at(self.seed, int(self.step))
         orders = [torch.randperm(size, generator=generator) for _ in range(1 + self.views)]
         anchor = functional.normalize(whiten(pairs.queries, self.group_size, orders[0]), dim=-1)

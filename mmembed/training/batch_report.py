@@ -24,6 +24,7 @@ from mmembed.preprocess import Preprocessor, Row
 from mmembed.prompts import PROMPTS, PromptStyle
 from mmembed.training.batches import sources_apart
 from mmembed.training.memory import gradient_bytes, optimizer_bytes, trained_parameters
+from mmembed.training.supply import check_supply, shortages
 
 APART = "the pairs differ by dropout, each input has masks of its own"
 LABELLED_TASKS = (Task.CLASSIFICATION, Task.CLUSTERING)
@@ -41,33 +42,31 @@ class Report:
 
 
 def check_sources(
-    datasets: Sequence[Source], config: EmbedderConfig, objective: Objective, multimodal: bool = True
+    datasets: Sequence[Source],
+    config: EmbedderConfig,
+    objective: Objective,
+    multimodal: bool = True,
+    processes: int = 1,
 ) -> None:
     """What can be told before weights are loaded: whether each source has something to compare, and whether the run
     would use every field that it carries and `data.ignore_fields` does not name.
 
     Args:
         multimodal: whether the backbone reads pictures (`mmembed.models.continuing.reads_pictures`).
+        processes: that train together.
 
     Raises:
-        ConfigError: a source does not suit its objective (`Objective.check`), has nothing to compare its positives
-            with, has STS pairs of middling similarity, or carries what the objective, the size of the groups, the
-            prompt or the backbone leaves unused.
+        ConfigError: a source does not suit its objective (`Objective.check`), holds nothing of what it compares
+            (`check_supply`), has STS pairs of middling similarity, or carries what the objective, the size of the
+            groups, the prompt or the backbone leaves unused.
     """
     objective.check(datasets)
     unwritten = _unwritten(PROMPTS.build(config.prompt), multimodal)
     for dataset in datasets:
         part = objective.part_for(dataset.name, min(dataset.tasks))
-        if part.pairs:
-            _refuse(dataset, config, _unread(config, part) | unwritten)
-            continue
-        if not dataset.source.in_batch_negatives and "negatives" not in dataset.fields:
-            raise ConfigError(
-                f"data source '{dataset.name}' has in-batch negatives off and no document of relevance 0: its loss is "
-                "always 0. Add negatives, or set in_batch_negatives: true"
-            )
+        check_supply(dataset, config, part, processes)
         count, where = dataset.untrainable
-        if count:
+        if count and not part.pairs:
             raise ConfigError(
                 f"data source '{dataset.name}': {count:,} STS records, the first at {where}, have a relevance below "
                 f"{STS_POSITIVE}: neither positives nor negatives of contrastive training. Leave them out: format "
@@ -116,6 +115,7 @@ def batch_report(
             lines.append(f"    pairs by {dataset.maker.name}, drawn anew from a document at each visit")
         if dataset.skipped:
             lines.append(f"    skipped {sum(dataset.skipped.values()):,} bad records: {dict(dataset.skipped)}")
+        warnings += shortages(dataset, config, part)
         if source.in_batch_negatives and dataset.tasks & set(LABELLED_TASKS) and "labels" not in part.reads:
             warnings.append(
                 f"data source '{dataset.name}' ({tasks}) has in-batch negatives on: texts of one class are false "

@@ -62,14 +62,15 @@ def look_at(view: View, queries: Embeddings, documents: Embeddings, batch: Batch
     mine, candidates = _directions(view.queries), _directions(view.candidates)  # (Q, E), (C, E)
     positive, negative = view.valid & (view.relevance > 0), view.valid & (view.relevance <= 0)
     rows, columns = positive.nonzero(as_tuple=True)  # (P,) each
-    some = _spread(candidates)
-    found = {
-        "score_gap": _mean(view.similarities, positive) - _mean(view.similarities, negative),
-        "alignment": alignment(mine[rows], candidates[columns]),
-        "uniformity": uniformity(some),
-        "effective_rank": effective_rank(some),
-        **{f"masked_{reason}": share for reason, share in view.masked.items()},
-    }
+    found = {f"masked_{reason}": share for reason, share in view.masked.items()}
+    if len(candidates) > 1:  # none where no query of the batch has what the objective compares
+        some = _spread(candidates)
+        found |= {
+            "score_gap": _mean(view.similarities, positive) - _mean(view.similarities, negative),
+            "alignment": alignment(mine[rows], candidates[columns]),
+            "uniformity": uniformity(some),
+            "effective_rank": effective_rank(some),
+        }
     if view.chance is not None:
         found["loss_at_chance"] = view.chance
     if batch.labels.in_batch:

@@ -120,7 +120,7 @@ class EmbedderTrainer(Trainer):
         dev: Sequence[RecordDataset] = (),
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        check_sources(train, config, objective, preprocessor.family.multimodal)
+        check_sources(train, config, objective, preprocessor.family.multimodal, args.world_size)
         check_dropout(config, model.named_modules(), preprocessor.family)
         args = with_metric(args, config, dev)
         if objective.predicts:

@@ -61,7 +61,7 @@ def test_labels_want_an_objective_that_reads_them(tmp_path):
         (["alignment", "uniformity"], "'alignment [+] uniformity'"),
         ({"type": "cwcl", "matryoshka": {"dims": [8]}}, "'cwcl'"),
         ([{"type": "cwcl"}, {"type": "captioning", "sides": "queries"}], "'cwcl [+] captioning'"),
-        ({"by_source": {"some": "tcl"}}, "'tcl'"),
+        ({"by_source": {"some": "mochi"}}, "'mochi'"),
     ],
 )
 def test_negatives_want_an_objective_that_compares_them(tmp_path, objective, named):

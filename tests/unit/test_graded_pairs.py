@@ -252,7 +252,7 @@ def check(tmp_path, relevances, objective, task="sts", **source):
         ([1.0, 0.0, 1.0], "rank_kl", {}, r"'some': its similarities are 0 and 1 only; objective 'rank_kl'"),
         ([0.4, 0.4], "pro", {}, r"'some': all pairs have the same similarity 0.4; objective 'pro'"),
         ([3.0, 1.0, 0.5], ["pearson", "pro"], {}, r"'some': a similarity is 3; objective 'pearson' takes 0 to 1"),
-        ([0.9, 0.1, 0.5], "pearson", {"in_batch_negatives": False}, r"'some': in_batch_negatives has no effect"),
+        ([0.9, 0.1, 0.5], "pearson", {"in_batch_negatives": True}, r"'some': in_batch_negatives: true has no effect"),
         ([0.9, 0.1, 0.5], "thresholded_infonce", {}, r"'some': its highest similarity is 0.9, below the threshold 1"),
         ([0.9, 0.1, 0.5], "infonce", {}, r"'some': 2 STS records, .*neither.*pearson, rank_kl, pro"),
     ],

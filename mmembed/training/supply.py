@@ -1,0 +1,178 @@
+"""Whether a source holds what its objective compares: positives enough, negatives, a teacher's scores that differ.
+
+Asked when the data were read, before weights are loaded: a batch that lacks them would come after minutes or hours, or
+would train on nothing in silence. A source is refused where no record has what is needed; where some have not, they add
+nothing to the objective, and a warning counts them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mmembed.config.blocks import EmbedderConfig
+from mmembed.data.census import Census, Held, Some
+from mmembed.data.streaming import Source
+from mmembed.errors import ConfigError
+from mmembed.objectives import Objective
+from mmembed.training.arguments import DEFAULTS
+
+
+@dataclass(frozen=True)
+class Group:
+    """How many documents of either kind are drawn for a query at most, and how many queries meet in a batch."""
+
+    positives: int
+    negatives: int
+    queries: int
+
+
+@dataclass(frozen=True)
+class Lack:
+    """Records that do not have what an objective compares.
+
+    what: what is wrong with them. remedy: what the objective wants, and what to do.
+    """
+
+    those: Some
+    what: str
+    remedy: str
+
+    def told(self, census: Census) -> str:
+        """How many they are, the first one's place, and what they lack."""
+        count = "all" if self.those.number == census.records else f"{self.those.number:,} of"
+        return f"{count} {census.records:,} records, the first at {self.those.first}, {self.what}"
+
+
+def check_supply(dataset: Source, config: EmbedderConfig, part: Objective, processes: int) -> None:
+    """Whether `part`, the objective of a source, has something to compare in it.
+
+    Args:
+        processes: that train together.
+
+    Raises:
+        ConfigError: no record has what a part compares, or a batch has too few queries. The message names the source,
+            the objective and the first record.
+    """
+    if part.pairs:
+        alone = dataset.census.those(lambda held: held.positives + held.negatives < 2)
+        if _group(dataset, config, part, 1).queries == 1 and alone.number:
+            raise ConfigError(
+                f"data source '{dataset.name}': one query a batch and process, and {alone.first} has one document; "
+                f"objective '{part.title}' compares pairs with each other. {MORE_QUERIES}"
+            )
+        return
+    for one in named_parts(part):
+        group = _group(dataset, config, part, processes if one.across_processes else 1)
+        for lack in _lacks(dataset.census, one, group):
+            if lack.those.number == dataset.census.records:
+                raise ConfigError(
+                    f"data source '{dataset.name}': {lack.told(dataset.census)}; objective '{one.title}' {lack.remedy}"
+                )
+        if group.queries < one.least_pairs:
+            raise ConfigError(
+                f"data source '{dataset.name}': a batch has {group.queries} queries; objective "
+                f"'{one.title}' compares {one.least_pairs} or more. {MORE_QUERIES}"
+            )
+        if one.needs_candidates:
+            _check_candidates(dataset, one, group)
+
+
+def shortages(dataset: Source, config: EmbedderConfig, part: Objective) -> list[str]:
+    """A warning for each objective that learns nothing of some records."""
+    if part.pairs:
+        return []
+    group = _group(dataset, config, part, 1)
+    return [
+        f"data source '{dataset.name}': {lack.told(dataset.census)}; objective '{one.title}' learns little or nothing "
+        "of them"
+        for one in named_parts(part)
+        for lack in _lacks(dataset.census, one, group)
+        if lack.those.number
+    ]
+
+
+def named_parts(objective: Objective) -> Iterator[Objective]:
+    """What an objective is made of, without sums and wrappers, which have no name."""
+    for part in objective.modules():
+        if isinstance(part, Objective) and "name" in vars(type(part)):
+            yield part
+
+
+MORE_QUERIES = "Raise training.per_device_train_batch_size, or the source's batch_size"
+
+
+def _group(dataset: Source, config: EmbedderConfig, part: Objective, processes: int) -> Group:
+    data, arguments = config.data, {**DEFAULTS, **config.training.arguments}
+    rows = dataset.source.batch_size or int(arguments["per_device_train_batch_size"])
+    negatives = data.train_group_size - data.positives_per_query if part.takes_negatives else 0
+    return Group(data.positives_per_query, negatives, rows * processes)
+
+
+def _lacks(census: Census, part: Objective, group: Group) -> Iterator[Lack]:
+    """What records may lack of what a part compares, whether any does or not."""
+    needed = part.positives_needed
+    if needed > 1:
+        yield Lack(
+            census.those(lambda held: held.positives < needed),
+            f"have fewer than {needed} positives",
+            f"compares a query with {needed}: give the records further positives (another modality, caption or "
+            "augmentation each), or train the source with another objective",
+        )
+    if part.needs_negatives:
+        yield Lack(
+            census.those(lambda held: not min(held.negatives, group.negatives)),
+            "have no negative" if group.negatives else "have no room for negatives in data.train_group_size",
+            "needs hard negatives: add documents of relevance 0 and raise data.train_group_size above "
+            "data.positives_per_query, or train the source with another objective",
+        )
+    if part.distils is not None:
+        yield _unscored(census, part, group)
+
+
+def _unscored(census: Census, part: Objective, group: Group) -> Lack:
+    """What records lack of a teacher's scores: the scores, or a difference between them."""
+    if part.distils == "negatives":
+        missing = census.those(lambda held: not min(held.scored_negatives, group.negatives))
+        return Lack(missing, "have no 'score' of a negative that is drawn", "leaves negatives out by it: score them")
+    sides = part.distils == "sides"
+    wanted = "a positive and a negative" if sides else "two documents"
+
+    def scored(held: Held) -> bool:
+        both = bool(held.scored_positives and min(held.scored_negatives, group.negatives))
+        return both if sides else held.scored(group.positives, group.negatives) > 1
+
+    def differ(held: Held) -> bool:
+        return held.sides_differ if sides else held.differ(group.positives, group.negatives)
+
+    missing = census.those(lambda held: not scored(held))
+    without = census.those(lambda held: not (scored(held) and differ(held)))
+    if missing.number == without.number:
+        what = f"have no 'score' of {wanted} that are drawn for a query"
+    else:
+        what = f"have no scores of {wanted} that differ"
+    return Lack(
+        without,
+        what,
+        "learns how a teacher tells the documents of a query apart: score all of them (data.positives_per_query and "
+        "data.train_group_size say how many are drawn), look at how 'score' is read, or train on it with infonce and "
+        "data.ignore_fields: [score]",
+    )
+
+
+def _check_candidates(dataset: Source, part: Objective, group: Group) -> None:
+    """Raises ConfigError where a query meets no document but its positives, and these differ in nothing."""
+    in_batch = dataset.source.in_batch_negatives
+    if in_batch and group.queries > 1:
+        return
+    if group.negatives and dataset.census.those(lambda held: held.negatives > 0).number:
+        return
+    graded = "relevance" in part.reads and "relevance" in dataset.fields
+    if group.positives > 1 and (graded or part.distils is not None):
+        return
+    why = "one query a batch" if in_batch else "in-batch negatives off"
+    raise ConfigError(
+        f"data source '{dataset.name}' has {why} and no document of relevance 0 that is drawn: objective "
+        f"'{part.title}' has nothing to compare a positive with, its loss is always 0. Add negatives, "
+        + (f"or {MORE_QUERIES[0].lower()}{MORE_QUERIES[1:]}" if in_batch else "or set in_batch_negatives: true")
+    )

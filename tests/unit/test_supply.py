@@ -1,0 +1,259 @@
+"""What an objective needs of its data is asked when they were read: in the source's name, with its first record."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mmembed.config import build_config
+from mmembed.config.blocks import SourceConfig
+from mmembed.content import Document, Text
+from mmembed.data.census import Census, held
+from mmembed.data.dataset import RecordDataset
+from mmembed.data.streaming import RecordStream
+from mmembed.errors import ConfigError
+from mmembed.objectives import build_objective
+from mmembed.training.batch_report import check_sources
+from mmembed.training.health import look_at
+from mmembed.training.supply import shortages
+from tests.unit.test_objective_memory import batch, step
+
+
+def record(*documents, task="retrieval"):
+    """Documents as (relevance, score), or relevance alone."""
+    pairs = [one if isinstance(one, tuple) else (one, None) for one in documents]
+    keys = [
+        {"content": f"document {place}", "relevance": relevance, **({} if score is None else {"score": score})}
+        for place, (relevance, score) in enumerate(pairs)
+    ]
+    return {"query": "query", "documents": keys, "task": task}
+
+
+def read(tmp_path, records, objective, train=None, batch_size=8, **data):
+    path = tmp_path / "some.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in records))
+    source = {"path": str(path), "name": "some", **(train or {})}
+    tree = {"data": {"train": [source], "train_group_size": 4, **data}, "objective": objective}
+    config = build_config({**tree, "training": {"per_device_train_batch_size": batch_size}})
+    return [RecordDataset(one, cache_dir=tmp_path / "cache") for one in config.data.train], config
+
+
+def check(tmp_path, records, objective, processes=1, **more):
+    data, config = read(tmp_path, records, objective, **more)
+    check_sources(data, config, build_objective(config.objective), processes=processes)
+
+
+ALONE = [record((1, 0.9)), record((1, 0.3))]  # what a teacher says of positives alone
+EQUAL = [record((1, 0.9), (0, 0.9)), record((1, 0.2), (0, 0.2))]
+TAUGHT = [record((1, 0.9), (0, 0.2)), record((1, 0.2), (0, 0.4))]
+LIST, SIDES = ("distil_kl", "udr"), ("margin_mse", "dcd", "dse")
+
+
+@pytest.mark.parametrize("name", [*LIST, *SIDES])
+def test_a_teacher_of_positives_alone_is_refused(tmp_path, name):
+    wanted = "a positive and a negative" if name in SIDES else "two documents"
+    with pytest.raises(
+        ConfigError,
+        match=f"'some': all 2 records, the first at .*some.jsonl:1, have no 'score' of {wanted} .*'{name}' learns",
+    ):
+        check(tmp_path, ALONE, name)
+    check(tmp_path, TAUGHT, name)
+
+
+@pytest.mark.parametrize("name", [*LIST, *SIDES])
+def test_a_teacher_that_tells_no_documents_of_a_query_apart_is_refused(tmp_path, name):
+    """Its scores differ from query to query, so that no batch shows one number."""
+    with pytest.raises(ConfigError, match=f"'some': all 2 records, .*:1, have no scores of .* that differ.*'{name}'"):
+        check(tmp_path, EQUAL, name)
+    check(tmp_path, [*EQUAL, *TAUGHT], name)
+
+
+@pytest.mark.parametrize("name", [*LIST, *SIDES])
+def test_a_teacher_of_documents_that_are_not_drawn_is_refused(tmp_path, name):
+    """Groups without room for negatives; several positives, of which one is drawn."""
+    with pytest.raises(ConfigError, match="'some': all 2 records.*train_group_size.*'?"):
+        check(tmp_path, TAUGHT, name, train_group_size=1, ignore_fields=["negatives"])
+    several = [record((1, 0.9), (1, 0.2))]
+    with pytest.raises(ConfigError, match=f"objective '{name}'"):
+        check(tmp_path, several, name)
+    if name in LIST:
+        check(tmp_path, several, name, positives_per_query=2)
+
+
+def test_the_part_of_a_list_and_of_a_task_is_named(tmp_path):
+    for objective in (["infonce", "distil_kl"], {"by_task": {"retrieval": ["infonce", "distil_kl"]}}):
+        with pytest.raises(ConfigError, match="'some': all 2 records.*objective 'distil_kl'"):
+            check(tmp_path, ALONE, objective)
+
+
+@pytest.mark.parametrize(
+    ("objective", "needed"),
+    [("gram", 2), ("cleanclip", 3), ("tcl", 3), ("alip", 2), ("dreamlip", 2), ("mv_infonce", 2), ("mv_dhel", 2)],
+)
+def test_too_few_views_are_refused(tmp_path, objective, needed):
+    short, whole = record(*[1] * (needed - 1)), record(*[1] * needed)
+    group = {"positives_per_query": needed}
+    message = f"'some': all 1 records, the first at .*:1, have fewer than {needed} positives; objective '{objective}'"
+    with pytest.raises(ConfigError, match=message):
+        check(tmp_path, [short], ["infonce", objective], **group)
+    check(tmp_path, [short, whole], ["infonce", objective], **group)
+    data, config = read(tmp_path, [whole, short, short], ["infonce", objective], **group)
+    (warning,) = shortages(data[0], config, build_objective(config.objective))
+    assert "'some': 2 of 3 records, the first at " in warning and "some.jsonl:2, have fewer" in warning
+    assert f"'{objective}' learns little or nothing of them" in warning
+
+
+def test_pairs_that_are_made_have_one_positive(tmp_path):
+    path = tmp_path / "documents.jsonl"
+    path.write_text(json.dumps({"text": "a text that has some words to crop " * 9}) + "\n")
+    source = {"path": str(path), "format": "documents", "pairs": "random_crops"}
+    config = build_config({"data": {"train": [source], "positives_per_query": 2}, "objective": "gram"})
+    data = [RecordDataset(config.data.train[0], cache_dir=tmp_path / "cache")]
+    with pytest.raises(ConfigError, match="documents.jsonl:1, have fewer than 2 positives; objective 'gram'"):
+        check_sources(data, config, build_objective("gram"))
+
+
+@pytest.mark.parametrize("objective", ["degla", "negclip"])
+def test_negatives_that_are_needed(tmp_path, objective):
+    with pytest.raises(ConfigError, match=f"'some': all 1 records.* have no negative; objective '{objective}' needs"):
+        check(tmp_path, [record(1)], objective)
+    with pytest.raises(ConfigError, match=f"have no room for negatives.*objective '{objective}' needs hard negatives"):
+        check(tmp_path, [record(1, 0)], objective, train_group_size=1, ignore_fields=["negatives"])
+    check(tmp_path, [record(1), record(1, 0)], objective)
+
+
+@pytest.mark.parametrize(
+    ("objective", "least"), [("cwcl", 2), ("uniformity", 2), ({"type": "whitened", "group_size": 4}, 5)]
+)
+def test_batches_that_are_too_small_are_refused(tmp_path, objective, least):
+    name = objective if isinstance(objective, str) else objective["type"]
+    with pytest.raises(ConfigError, match=rf"'some': a batch has {least - 1} queries; objective '{name}' .*{least} or"):
+        check(tmp_path, [record(1)], objective, batch_size=least - 1)
+    with pytest.raises(ConfigError, match=f"'some': a batch has {least - 1} queries"):
+        check(tmp_path, [record(1)], objective, train={"batch_size": least - 1})
+    check(tmp_path, [record(1)], objective, batch_size=least)
+    if least % 2 == 0:
+        check(tmp_path, [record(1)], objective, batch_size=least // 2, processes=2)
+
+
+def test_a_batch_of_one_pair_is_refused(tmp_path):
+    graded = [record(value, task="sts") for value in (0.2, 0.9, 0.5)]
+    with pytest.raises(ConfigError, match="'some': one query a batch.*some.jsonl:1 has one document; .*'pearson'"):
+        check(tmp_path, graded, "pearson", batch_size=1, processes=2)
+    check(tmp_path, graded, "pearson", batch_size=2)
+    check(tmp_path, [record(0.2, 0.9, 1.0, task="sts")], "pearson", batch_size=1)
+
+
+def test_a_query_that_meets_its_positive_alone_is_refused(tmp_path):
+    """Its loss is 0 whatever the model does."""
+    off = {"in_batch_negatives": False}
+    for more in ({"train": off}, {"batch_size": 1}):
+        with pytest.raises(ConfigError, match="'some' has .*objective 'infonce' has nothing to compare.* always 0"):
+            check(tmp_path, [record(1)], "infonce", **more)
+        check(tmp_path, [record(1, 0)], "infonce", **more)
+        check(tmp_path, [record(2, 1)], "infonce", positives_per_query=2, **more)
+    with pytest.raises(ConfigError, match="its loss is always 0"):  # negatives that are not drawn
+        check(tmp_path, [record(1, 0)], "infonce", train=off, train_group_size=1, ignore_fields=["negatives"])
+    check(tmp_path, [record(1)], "infonce", batch_size=1, processes=2)
+    local = {"type": "infonce", "cross_device_negatives": False}
+    with pytest.raises(ConfigError, match="its loss is always 0"):
+        check(tmp_path, [record(1)], local, batch_size=1, processes=2)
+
+
+@pytest.mark.parametrize("objective", ["rafa", "alignment", "uniformity", "supcon", "prototypes", "proto_clip"])
+def test_in_batch_negatives_may_be_off_where_no_pair_is_a_negative_of_another(tmp_path, objective):
+    check(tmp_path, [record(1)], objective, train={"in_batch_negatives": False})
+
+
+def test_in_batch_negatives_of_graded_pairs_can_only_be_off(tmp_path):
+    graded = [record(0.2, task="sts"), record(0.9, task="sts"), record(0.5, task="sts")]
+    for objective in ("pearson", ["rank_kl", "thresholded_infonce"]):
+        if objective != "pearson":
+            graded = [*graded, record(1.0, task="sts")]
+        check(tmp_path, graded, objective, train={"in_batch_negatives": False})
+        with pytest.raises(ConfigError, match="'some': in_batch_negatives: true .* pairs are compared with pairs"):
+            check(tmp_path, graded, objective, train={"in_batch_negatives": True})
+
+
+# What is counted ------------------------------------------------------------------------------------------------------
+
+
+def test_kinds_of_records_are_told_apart_by_loops():
+    """Every record of up to two positives and two negatives, each with no score, 0.1 or 0.2."""
+    choices = [()] + [(a,) for a in (None, 0.1, 0.2)] + [(a, b) for a in (None, 0.1, 0.2) for b in (None, 0.1, 0.2)]
+    for positives in choices:
+        for negatives in choices:
+            documents = [Document((Text("p"),), 1.0, score) for score in positives]
+            kind = held([*documents, *[Document((Text("n"),), 0.0, score) for score in negatives]])
+            for most_positives in (0, 1, 2):
+                for most_negatives in (0, 1, 2):
+                    groups = [
+                        [score for score in (*some, *others) if score is not None]
+                        for some in subsets(positives, most_positives)
+                        for others in subsets(negatives, most_negatives)
+                    ]
+                    assert kind.scored(most_positives, most_negatives) == max(min(2, len(one)) for one in groups)
+                    assert kind.differ(most_positives, most_negatives) == any(len(set(one)) > 1 for one in groups)
+
+
+def subsets(scores, most):
+    """All choices of as many as there are, at most `most`."""
+    count = min(most, len(scores))
+    return [()] if not count else [scores] if count == len(scores) else [(score,) for score in scores]
+
+
+def test_a_census_comes_back_from_json_and_knows_the_first(tmp_path):
+    records = [record(1), record(1, 0), record(1), record(1, 1, 0)]
+    (data,), _ = read(tmp_path, records, "infonce")
+    again = Census(json.loads(json.dumps(data.census.as_list())))
+    for census in (data.census, again):
+        assert census.records == 4
+        assert census.those(lambda kind: not kind.negatives) == (2, f"{tmp_path}/some.jsonl:1")
+        assert census.those(lambda kind: kind.negatives > 0) == (2, f"{tmp_path}/some.jsonl:2")
+        assert census.those(lambda kind: kind.positives > 2) == (0, "")
+
+
+def test_skipped_records_do_not_count_and_a_stream_counts_the_same(tmp_path):
+    path = tmp_path / "some.jsonl"
+    lines = [record(1), {"query": "q", "documents": []}, record(1, (0, 0.5))]
+    path.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    read_whole = RecordDataset(SourceConfig(path=str(path)), on_bad_record="skip", cache_dir=tmp_path / "cache")
+    streamed = RecordStream(SourceConfig(path=str(path), streaming=True), on_bad_record="skip")
+    assert read_whole.census.records == streamed.census.records == 2
+    assert sorted(map(str, read_whole.census.as_list())) == sorted(map(str, streamed.census.as_list()))
+
+
+# A batch without what is needed ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", ["gram", "alip", {"type": "tcl", "size": 8}, "cleanclip"])
+@pytest.mark.parametrize("positives", [1, 2])
+def test_a_batch_of_too_few_views_has_no_loss_and_no_memory(block, positives):
+    """Beside others that have them; a run is not ended by the chance of one batch."""
+    objective = build_objective(block, 8)
+    needed = objective.positives_needed
+    queries, documents, labels = batch(positives=needed - 1 if positives == 1 else needed)
+    if positives == 2:  # one query has enough
+        relevance = labels.relevance.clone().view(5, -1)
+        relevance[1:, 0] = 0
+        labels = labels.__class__(**{**vars(labels), "relevance": relevance.flatten()})
+    queries.vectors.requires_grad_()
+    before = {key: value.clone() for key, value in objective.state_dict().items()}
+    loss, metrics = step(objective, (queries, documents, labels))
+    loss.backward()
+    assert loss == 0 and not queries.vectors.grad.any()
+    assert metrics["left_out"] == pytest.approx(1.0 if positives == 1 else 0.8)
+    assert all(torch.equal(value, before[key]) for key, value in objective.state_dict().items())
+    of = SimpleNamespace(labels=labels, chunks=(), place=torch.zeros(len(labels.owner) + 5, dtype=torch.long))
+    look_at(objective.view(objective.gather(queries, documents, labels)), queries, documents, of)
+
+
+@pytest.mark.parametrize("name", ["degla", "negclip"])
+def test_a_batch_without_negatives_trains_what_is_left(name):
+    queries, documents, labels = batch(negatives=0)
+    queries.vectors.requires_grad_()
+    block = {"type": name, "momentum": None} if name == "degla" else name
+    loss, _ = build_objective(block)(queries, documents, labels)
+    loss.backward()
+    assert torch.isfinite(loss) and queries.vectors.grad.any()
