@@ -7,12 +7,15 @@ over rows and equals the plain positions.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from mmembed.backbones import patches
 from mmembed.backbones.family import Family
 from mmembed.errors import MediaError
 
 if TYPE_CHECKING:
+    import PIL.Image
     import torch
 
 
@@ -46,6 +49,16 @@ class QwenVL(Family):
 
     def frame_markup(self, markup: str) -> str:
         return f"<|vision_start|>{markup}<|vision_end|>"
+
+    @cached_property
+    def _cuts(self) -> bool:
+        return patches.covers(self.processor.image_processor)
+
+    def image_tensors(self, images: Sequence[Sequence[PIL.Image.Image]]) -> dict[str, torch.Tensor]:
+        flat = [image for row in images for image in row]
+        if self._cuts and all(image.mode == "RGB" for image in flat):
+            return patches.cut(self.processor.image_processor, flat)
+        return super().image_tensors(images)
 
     def token_tensors(self, input_ids: torch.Tensor, has_images: bool) -> dict[str, torch.Tensor]:
         if not has_images:

@@ -39,6 +39,8 @@ QUERY_BLOCK = (
 )
 WHOLE_BLOCK = 512  # the same without a causal mask, where nothing can be skipped
 ALIGNED_FROM = 64  # keys; of shorter rows the copy takes longer than what it saves
+STOCK_BLOCK = 64  # queries of the stock kernel in float32; 32 and 96 are within 5 %, 192 takes 10 to 20 % longer
+BLOCKS_FROM = 96  # queries: of 64 a block is the whole
 
 
 def accelerate(model: nn.Module) -> None:
@@ -61,6 +63,8 @@ def accelerate(model: nn.Module) -> None:
         _use_attention(model, attend_aligned)
     elif cpu.get("avx512_bf16"):
         _use_attention(model, attend)
+    else:
+        _use_attention(model, attend_in_blocks)
 
 
 def cpu_capabilities() -> Mapping[str, Any]:
@@ -77,14 +81,20 @@ class OneDnnLinear(nn.Linear):
 
 
 class PatchConv3d(nn.Conv3d):
-    """nn.Conv3d that multiplies matrices where an input is one patch of the kernel's size."""
+    """nn.Conv3d that multiplies matrices where an input is one patch of the kernel's size.
+
+    Frames that are one memory (`mmembed.backbones.patches`) are multiplied once, by the sum of their weights.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, *kernel_size) -> (N, out_channels, 1, 1, 1); any other input as nn.Conv3d."""
         one_patch = tuple(input.shape[2:]) == self.kernel_size and self.groups == 1 and set(self.padding) == {0}
         if not one_patch or input.dim() != 5 or torch.is_grad_enabled():
             return super().forward(input)
-        return _onednn_linear(input.flatten(1), self.weight.flatten(1), self.bias)[:, :, None, None, None]
+        weight = self.weight
+        if input.shape[2] > 1 and input.stride(2) == 0:
+            input, weight = input[:, :, 0], weight.sum(2)
+        return _onednn_linear(input.flatten(1), weight.flatten(1), self.bias)[:, :, None, None, None]
 
 
 def _onednn_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -119,18 +129,9 @@ def attend(
     if not ours:
         if fast and options.get("sliding_window") is None:
             options["prefix_kernel"] = _causal_blocks
-        return attending.attend(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout,
-            scaling,
-            shared_prefix,
-            packed_sequences,
-            is_causal=is_causal,
-            **options,
+        layouts = {"shared_prefix": shared_prefix, "packed_sequences": packed_sequences}
+        return attend_in_blocks(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, **layouts, **options
         )
     causal = bool(module.is_causal if is_causal is None else is_causal)
     return _blocked_attention(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, causal), None
@@ -147,7 +148,7 @@ def attend_aligned(
     is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """`attending.attend`, with padded keys where that helps the stock kernel. No causal query sees them."""
+    """`attend_in_blocks`, with padded keys where that helps the stock kernel. No causal query sees them."""
     length = query.shape[2]
     ours = (
         query.dtype == torch.bfloat16
@@ -161,15 +162,76 @@ def attend_aligned(
         and all(options.get(name) is None for name in (*sharing.UNKNOWN_TO_US, "shared_prefix", "packed_sequences"))
     )
     if not ours:
-        return attending.attend(
-            module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **options
-        )
+        return attend_in_blocks(module, query, key, value, attention_mask, dropout, scaling, is_causal, **options)
     padding = (0, 0, 0, -length % sharing.ALIGNMENT)
     key, value = F.pad(key, padding), F.pad(value, padding)
     output = F.scaled_dot_product_attention(
         query, key, value, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
     )
     return output.transpose(1, 2), None
+
+
+def attend_in_blocks(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """`attending.attend`; in float32 no scores are computed of keys that stand behind a block of causal queries.
+
+    The stock kernel computes the whole matrix of scores, causal or masked. 4 rows of 512 tokens, 4 heads of 64: 41.7 ms
+    against 28.0, 19 rows of 100 tokens 9.7 against 8.6.
+    """
+    if query.dtype != torch.float32 or query.device.type != "cpu" or torch.is_grad_enabled() or dropout:
+        return attending.attend(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **options
+        )
+    length = query.shape[2]
+    ours = (
+        (module.is_causal if is_causal is None else is_causal)
+        and attention_mask is None
+        and BLOCKS_FROM <= length == key.shape[2]
+        and all(options.get(name) is None for name in sharing.UNKNOWN_TO_US)
+        and not any(attending.follows(module, options.get(name)) for name in ("shared_prefix", "packed_sequences"))
+    )
+    if ours:
+        return _stock_in_blocks(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling), None
+    if options.get("sliding_window") is None:
+        options["prefix_kernel"] = _stock_behind
+    return attending.attend(module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **options)
+
+
+def _stock_behind(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float, scaling: float) -> Tensor:
+    """In place of `masked_attention`, as `_causal_blocks`."""
+    if query.shape[2] < BLOCKS_FROM:
+        return sharing.masked_attention(query, key, value, mask, dropout, scaling)
+    return _stock_in_blocks(query, key, value, scaling).transpose(1, 2)
+
+
+def _stock_in_blocks(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """query (B, H, T, D), key and value (B, G, S, D), the queries at the end of the keys, causal -> (B, T, H, D)."""
+    batch, heads, length, _ = query.shape
+    before = key.shape[2] - length
+    output = query.new_empty(batch, length, heads, value.shape[-1])
+    for start in range(0, length, STOCK_BLOCK):
+        stop = min(start + STOCK_BLOCK, length)
+        seen = before + stop
+        mask = torch.ones(stop - start, seen, dtype=torch.bool).tril(before + start)
+        rows = F.scaled_dot_product_attention(
+            query[:, :, start:stop],
+            key[:, :, :seen],
+            value[:, :, :seen],
+            attn_mask=mask,
+            scale=scaling,
+            enable_gqa=True,
+        )
+        output[:, start:stop] = rows.transpose(1, 2)
+    return output
 
 
 def _causal_blocks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float, scaling: float) -> Tensor:

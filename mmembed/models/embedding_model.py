@@ -24,6 +24,7 @@ from mmembed.backbones.attention import prepare
 from mmembed.backbones.layers import check_layers, decoder_of, keep_layers, last_and_lower, watch
 from mmembed.backbones.output_embedding import OutputEmbedding
 from mmembed.backbones.packed import AttentionKernel, Packed, no_kernel, unknown
+from mmembed.backbones.patches import in_dtype
 from mmembed.backbones.shared_prefix import SharedPrefix, flatten, unflatten
 from mmembed.config.blocks import PROMPT_TYPES
 from mmembed.embeddings import Embeddings, Layer
@@ -233,7 +234,8 @@ class EmbeddingModel(nn.Module):
         if inputs.padding is None or (self.family.causal and not self._virtual_tokens):
             tensors.pop("attention_mask")
         tensors = {
-            name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()
+            name: in_dtype(tensor, self.dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in tensors.items()
         }
         if inputs.images is not None:
             tensors = self._with_features(tensors, inputs.images)

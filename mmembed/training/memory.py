@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_iter
 from mmembed.backbones.adapters import adapted
 from mmembed.backbones.attention import ATTENTION
 from mmembed.backbones.layers import decoder_of, last_and_lower
+from mmembed.backbones.patches import in_dtype
 from mmembed.config.blocks import PROMPT_TYPES
 from mmembed.data.labels import BatchLabels
 from mmembed.embeddings import Embeddings
@@ -220,7 +221,7 @@ def _run_vision(model: EmbeddingModel, tensors: dict[str, Tensor], autocast: tor
         for _ in range(2):
             start = meter.peak = meter.now
             given = {
-                name: tensor.to(model.dtype, copy=True) if tensor.is_floating_point() else tensor.clone()
+                name: in_dtype(tensor, model.dtype, copy=True) if tensor.is_floating_point() else tensor.clone()
                 for name, tensor in tensors.items()
                 if name in wanted
             }  # made here: counted, and as long as the graph needs them

@@ -82,6 +82,34 @@ def test_vectors(family_folder, name, layout, processor, run_on, monkeypatch):
 
 
 @pytest.mark.parametrize("processor", PROCESSORS)
+@pytest.mark.parametrize("shared", [0, len(HEAD)])
+@pytest.mark.parametrize("name", ["qwen3", "mistral", "gemma3_text"])
+def test_float32_computes_no_scores_of_later_blocks(family_folder, name, shared, processor, run_on, monkeypatch):
+    """Long rows in blocks of 64 queries; where there is a window, and behind a short prefix, as the stock."""
+    rows = random_rows((200, 170, 3), head=HEAD[:shared])
+    (plain, preprocessor), (ours, _) = (built(family_folder(name)) for _ in range(2))
+    run_on(processor)
+    accelerate(ours.backbone)
+    with torch.inference_mode():
+        expected = plain(preprocessor.collate(rows)).vectors
+        keys = key_lengths(monkeypatch)
+        found = ours(preprocessor.collate(rows, shared=shared)).vectors
+    assert torch.allclose(found, expected, atol=1e-5)
+    if name == "qwen3":
+        blocks = [shared + stop for stop in (64, 128, 192, 200)]
+        assert keys == [*([shared] if shared else []), *blocks] * 2
+
+
+def test_float32_with_gradients_is_the_stock(family_folder, run_on, monkeypatch):
+    model, preprocessor = built(family_folder("qwen3"))
+    run_on("unknown")
+    accelerate(model.backbone)
+    keys = key_lengths(monkeypatch)
+    model(preprocessor.collate(random_rows((200, 170)))).vectors.sum().backward()
+    assert keys == [200] * 2
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_float32(family_folder, layout, processor, run_on):
     """Rounding apart, the stock vectors: products of oneDNN on AMD, norms and rotations in blocks on all."""

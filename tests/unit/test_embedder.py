@@ -288,9 +288,12 @@ def test_kernels_of_bfloat16_attention_are_attention(attend, length, causal):
     torch.testing.assert_close(ours.double(), expected, atol=0.03, rtol=0.03)
 
 
-@pytest.mark.parametrize("length, keys", [(63, 63), (64, 64), (65, 80), (150, 160)])
-def test_keys_are_aligned_where_it_helps(monkeypatch, length, keys):
-    """And only those of causal bfloat16 inference: the gradient's and float32's stay as they are."""
+@pytest.mark.parametrize(
+    "length, keys, blocks",
+    [(63, 63, [63]), (64, 64, [64]), (65, 80, [65]), (95, 96, [95]), (96, 96, [64, 96]), (150, 160, [64, 128, 150])],
+)
+def test_keys_are_aligned_where_it_helps(monkeypatch, length, keys, blocks):
+    """And only those of causal bfloat16 inference: the gradient's stay as they are, float32's are taken in blocks."""
     seen = []
 
     def kernel(query, key, value, **options):
@@ -306,7 +309,7 @@ def test_keys_are_aligned_where_it_helps(monkeypatch, length, keys):
         attend_aligned(holder, query, key, key, None, is_causal=False)
         attend_aligned(holder, query.float(), key.float(), key.float(), None)
     attend_aligned(holder, query, key, key, None)
-    assert seen == [keys, length, length, length]
+    assert seen == [keys, length, *blocks, length]
 
 
 def test_onednn_products_and_gradients_are_those_of_linear():
