@@ -343,8 +343,9 @@ def frozen_rate(tower: str, freeze: Collection[str]) -> str:
     )
 
 
-def _objective_clashes(config: EmbedderConfig, objective: Mapping[str, Any]) -> list[str]:
+def _objective_clashes(config: EmbedderConfig, block: TypedBlock) -> list[str]:
     """Of one objective's options."""
+    where, objective = f"objective '{block_type(block)}'", block_options(block)
     pooling, similarity, matryoshka = (
         block_type(config.pooling),
         objective.get("similarity"),
@@ -354,24 +355,24 @@ def _objective_clashes(config: EmbedderConfig, objective: Mapping[str, Any]) -> 
     if pooling == "multi_vector":
         if similarity in ("cosine", "dot"):
             clashes.append(
-                f"pooling 'multi_vector' + objective.similarity '{similarity}': an input is many vectors; use "
+                f"pooling 'multi_vector' + {where}.similarity '{similarity}': an input is many vectors; use "
                 "maxsim or maxsim_mean"
             )
     elif similarity in ("maxsim", "maxsim_mean"):
         clashes.append(
-            f"pooling '{pooling}' + objective.similarity '{similarity}': late interaction needs pooling 'multi_vector'"
+            f"pooling '{pooling}' + {where}.similarity '{similarity}': late interaction needs pooling 'multi_vector'"
         )
     dims = matryoshka.get("dims") if isinstance(matryoshka, Mapping) else None
     if dims and config.projection and max(dims) > config.projection:
-        clashes.append(f"objective.matryoshka.dims {dims}: above projection {config.projection}")
+        clashes.append(f"{where}.matryoshka.dims {dims}: above projection {config.projection}")
     if dims and similarity == "dot" and config.normalize:
         clashes.append(
-            "objective.matryoshka.dims + similarity 'dot' + normalize: a truncated unit vector is not a unit vector; "
+            f"{where}.matryoshka.dims + similarity 'dot' + normalize: a truncated unit vector is not a unit vector; "
             "use cosine, or normalize: false"
         )
     if objective.get("positives") == "one_at_a_time" and config.data.positives_per_query == 1:
         clashes.append(
-            "objective.positives 'one_at_a_time' has no effect with one positive a query; set data.positives_per_query "
+            f"{where}.positives 'one_at_a_time' has no effect with one positive a query; set data.positives_per_query "
             "to 2 or more"
         )
     return clashes
@@ -407,7 +408,7 @@ def _clashes(config: EmbedderConfig) -> list[str]:
             "weights with training.fp16 or training.bf16"
         )
     for block in objective_blocks(config.objective):
-        clashes += _objective_clashes(config, block_options(block))
+        clashes += _objective_clashes(config, block)
     by_source = config.objective.get("by_source") if isinstance(config.objective, dict) else None
     names = [source.name for source in config.data.train]
     for name in by_source if isinstance(by_source, dict) and names else ():

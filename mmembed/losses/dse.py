@@ -3,9 +3,10 @@
 L_i = mean_j ( (1 - c) BCE(sigmoid(s_ij), r_ij > 0) + c (s_ij - t_ij)^2 ) over the candidates with a teacher's score
 
 Distilled sentence embeddings (Barkan et al., arXiv 1908.05161), c = .5 there. Scores and teacher's scores are logits:
-`similarity: dot, temperature: 1.0` unless a config says otherwise, and `normalize: false` for the model, as products of
-unit vectors stay within -1 and 1. The paper scores a pair by a small network on [u, v, u v, |u - v|], which no vector
-index can search; here a pair's score is the objective's similarity. Cost: a few passes over (Q, C).
+`similarity: dot, temperature: 1.0` unless a config says otherwise. With them the model needs `normalize: false`
+(products of unit vectors stay within -1 and 1), and its default `normalize: true` is refused; for a teacher whose
+scores are cosines write `similarity: cosine`. The paper scores a pair by a small network on [u, v, u v, |u - v|], which
+no vector index can search; here a pair's score is the objective's similarity. Cost: a few passes over (Q, C).
 
 When: a teacher's logits of pairs are there and the student's score should be a calibrated logit, not only an order.
 """

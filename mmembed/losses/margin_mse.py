@@ -3,7 +3,8 @@
 L_i = mean_{p, n} ( (s_ip - s_in) - (t_ip - t_in) )^2 over a query's positives and negatives with a teacher's score
 
 Hofstätter et al. (arXiv 2010.02666), on raw dot products: `similarity: dot, temperature: 1.0` unless a config says
-otherwise, and `normalize: false` for the model, as margins of unit vectors stay within -2 and 2. Margins do not depend
+otherwise. With them the model needs `normalize: false` (margins of unit vectors stay within -2 and 2), and its default
+`normalize: true` is refused; for a teacher whose scores are cosines write `similarity: cosine`. Margins do not depend
 on where the teacher's scores are centred, but on their scale. Cost: a few passes over (Q, C): with a = s - t the mean
 over pairs is var(a_p) + var(a_n) + (mean a_p - mean a_n)^2, without pairs.
 

@@ -69,8 +69,10 @@ class Objective(nn.Module):
     positives_needed: int = 1  # how many positives a query must have
     needs_negatives: ClassVar[bool] = False  # documents of a record that are no positives
     needs_candidates: ClassVar[bool] = False  # a query's loss is 0 where nothing stands beside its positive
+    wants_lengths: bool = False  # its dot products are on a teacher's scale: vectors of length 1 cannot reach it
     least_pairs: int = 1  # with fewer queries a batch, of all processes, it is not defined
     compares: ClassVar[bool] = True
+    keeps_vectors: ClassVar[bool] = False  # its memory is of whole vectors, of which shorter ones are prefixes
 
     def __init__(self) -> None:
         super().__init__()
@@ -227,7 +229,7 @@ def build_objective(block: ObjectiveBlock, embedding_size: int | None = None, de
     if isinstance(block, Mapping) and block.keys() & set(PER_BATCH):
         return _build_per_batch(block, embedding_size, depth)
     if isinstance(block, str | Mapping):
-        alone = _build_one(block, embedding_size, depth)
+        alone = _build_named("objective", block, embedding_size, depth)
         if not alone.compares:
             raise ConfigError(untaught(alone.name))
         return alone
@@ -245,10 +247,7 @@ def build_objective(block: ObjectiveBlock, embedding_size: int | None = None, de
         if named != "middle" and (isinstance(named, bool) or not isinstance(named, int)):
             raise ConfigError(f"{where}: found {named!r}; give the number of a layer, or middle")
         layer = layer_number(cast("Layer", named), depth, where)
-        try:
-            objective = _build_one(options, embedding_size, depth)
-        except ConfigError as error:
-            raise ConfigError(f"objective[{number}] '{options.get('type')}': {error}") from None
+        objective = _build_named(f"objective[{number}]", options, embedding_size, depth)
         if layer is not None and objective.layers:
             raise ConfigError(f"{where}: the part has matryoshka.layers, too; keep one of them")
         name = str(options["type"])
@@ -259,6 +258,25 @@ def build_objective(block: ObjectiveBlock, embedding_size: int | None = None, de
         alike = sum(part.name.split("-")[0] == name for part in parts)
         parts.append(Part(f"{name}-{alike + 1}" if alike else name, float(weight), objective, layer))
     return Combined(parts)
+
+
+def _build_named(
+    where: str, block: str | Mapping[str, Any], embedding_size: int | None, depth: int | None
+) -> Objective:
+    """`_build_one`, whose errors say which objective they are of: `objective 'infonce'.temperature: ...`.
+
+    Args:
+        where: `objective`, or which part of a list.
+    """
+    try:
+        return _build_one(block, embedding_size, depth)
+    except ConfigError as error:
+        message, name = str(error), str(block if isinstance(block, str) else block.get("type"))
+        if message.startswith("objective."):
+            raise ConfigError(f"{where} '{name}'{message.removeprefix('objective')}") from None
+        if where == "objective" and name in message:
+            raise
+        raise ConfigError(f"{where} '{name}': {message}") from None
 
 
 def _build_one(block: str | Mapping[str, Any], embedding_size: int | None, depth: int | None) -> Objective:

@@ -109,7 +109,7 @@ class Aligned(Objective):
     The first `positives_needed` positives of a query are compared; a query with fewer is left out.
     """
 
-    many_vectors: bool | None = False
+    many_vectors: bool | None = False  # None: of several vectors an input it compares the `mean_vector`
     contrasts: ClassVar[bool] = False  # other pairs are negatives: sources must allow that
     takes_negatives = False
     takes_labels: ClassVar[bool] = False  # label paths of the records
@@ -127,6 +127,7 @@ class Aligned(Objective):
         raise NotImplementedError
 
     def similarity_of(self, queries: Embeddings, documents: Embeddings) -> Tensor:
+        queries, documents = mean_vector(queries), mean_vector(documents)
         return functional.normalize(queries.vectors, dim=-1) @ functional.normalize(documents.vectors, dim=-1).T
 
     def gather(self, queries: Embeddings, documents: Embeddings, labels: BatchLabels) -> Pairs:
@@ -134,10 +135,11 @@ class Aligned(Objective):
 
         Raises ConfigError, naming source and objective: several vectors an input, in-batch negatives that the source
         forbids, too few queries, no labels, or no vectors of the teacher that it needs."""
-        if queries.mask is not None:
+        if queries.mask is not None and self.many_vectors is False:
             raise ConfigError(
                 f"objective '{self.name}' compares one vector an input; pooling 'multi_vector' gives many"
             )
+        queries, documents, labels = mean_vector(queries), mean_vector(documents), labels.taught_as(mean_vector)
         if self.contrasts and not labels.in_batch:
             raise ConfigError(alone(self.name, labels.source))
         groups = group_documents(labels)
@@ -276,6 +278,19 @@ class Aligned(Objective):
         relevance = (index[gathered.local][:, None] == index[None, :]).float()  # (Q, N)
         valid = (relevance > 0) | ~gathered.same[gathered.local]
         return View(own, others, self.similarity_of(own, others), relevance, valid, {}, None)
+
+
+def mean_vector(embeddings: Embeddings) -> Embeddings:
+    """One vector an input: of several, the unit vector of the mean of their directions.
+
+    >>> several = Embeddings(torch.tensor([[[3.0, 0.0], [0.0, 2.0], [9.0, 9.0]]]), torch.tensor([[True, True, False]]))
+    >>> mean_vector(several).vectors
+    tensor([[0.7071, 0.7071]])
+    """
+    if embeddings.mask is None:
+        return embeddings
+    directions = functional.normalize(embeddings.vectors, dim=-1) * embeddings.mask.unsqueeze(-1)  # (B, T, E)
+    return Embeddings(functional.normalize(directions.sum(1), dim=-1))
 
 
 def _groups(vectors: Tensor, index: Tensor, counts: list[int]) -> Tensor:

@@ -29,7 +29,7 @@ from mmembed.objectives import Objective, View
 from mmembed.objectives.blocks import blocked_mean
 from mmembed.objectives.gather import gather_counts, gather_embeddings
 from mmembed.objectives.relations import Relations
-from mmembed.objectives.similarity import PRODUCTS_OF, Similarity, get_similarity
+from mmembed.objectives.similarity import PRODUCTS_OF, Similarity, dot, get_similarity
 from mmembed.objectives.temperature import Temperature
 
 if TYPE_CHECKING:
@@ -103,6 +103,7 @@ class Contrastive(Objective):
         self.similarity = similarity if similarity is None else get_similarity(similarity)
         if self.similarity in PRODUCTS_OF:
             self.many_vectors = False
+        self.wants_lengths = self.similarity is dot and self.loss.defaults.get("similarity") == "dot"
         self.symmetric, self.cross_device_negatives = symmetric, cross_device_negatives
         self.mask_duplicates, self.false_negative_margin = mask_duplicates, false_negative_margin
         self.same_tower_negatives, self.positives = same_tower_negatives, positives

@@ -5,7 +5,9 @@ L = -mean_i mean_l log( e^{g_i.z_il / tau} / ( e^{g_i.z_il / tau} + sum_{j != i,
 for queries and for positives, averaged (arXiv 2202.10401): z_il are the unit vectors of an input (pooling
 `multi_vector`), g_i the unit vector of their mean. Vectors of other inputs of the same side are negatives, those of the
 same content are not. The paper pools patches before this term and takes g from the model's own global token; here g is
-the mean. Cost: N x N T products a side, in blocks of rows that are made again in the backward.
+the mean. Its other four terms are `tcl`, which compares the same means under this pooling: the mean of all six is
+`[{type: global_local, weight: 0.333}, {type: tcl, weight: 0.667}]`. Cost: N x N T products a side, in blocks of rows
+that are made again in the backward.
 
 When: pooling is `multi_vector` and the parts of an input should agree with the whole.
 """
@@ -25,7 +27,7 @@ from mmembed.data.labels import BatchLabels
 from mmembed.embeddings import Embeddings
 from mmembed.errors import ConfigError
 from mmembed.objectives import Objective, View
-from mmembed.objectives.aligned import alone, check_in_batch, group_documents
+from mmembed.objectives.aligned import alone, check_in_batch, group_documents, mean_vector
 from mmembed.objectives.gather import gather_counts, gather_embeddings, gather_rows, world
 from mmembed.objectives.similarity import maxsim
 from mmembed.objectives.temperature import Temperature
@@ -104,7 +106,7 @@ class GlobalLocal(Objective):
             for side, keys in zip((gathered.queries, gathered.positives), gathered.keys, strict=True):
                 assert side.mask is not None, "gather asked for several vectors"
                 vectors = functional.normalize(side.vectors, dim=-1)  # (N, T, E)
-                means = functional.normalize((vectors * side.mask.unsqueeze(-1)).sum(1), dim=-1)  # (N, E)
+                means = mean_vector(side).vectors  # (N, E)
                 same = keys[:, None] == keys
                 losses.append(of_parts(means, vectors, side.mask, same, self.temperature.scale()))
         return torch.stack(losses).mean(), {"queries": losses[0].detach(), "positives": losses[1].detach()}

@@ -60,7 +60,11 @@ class Matryoshka(Wrapping):
         return total, metrics
 
     def remember(self, gathered: Any) -> None:
-        """Of each dim: what is known of a vector depends on how long it is."""
+        """Of each dim: what is known of a vector depends on how long it is. Vectors themselves are kept whole, once,
+        whether or not their full size is among the dims."""
+        if self.objective.keeps_vectors:
+            self.objective.remember(gathered)
+            return
         for size in self.dims:
             self.objective.remember(self.truncate(gathered, slice(size)))
 

@@ -42,6 +42,7 @@ class MoCHi(Aligned):
     """
 
     name = "mochi"
+    keeps_vectors = True
     contrasts = True
 
     def __init__(
@@ -104,9 +105,7 @@ class MoCHi(Aligned):
             (mixed_scores(itself, of_one, of_one.detach(), beta), exists.gather(1, c)),
         ]
 
-    def news(self, pairs: Pairs) -> tuple[Tensor, Tensor] | None:
-        if pairs.positives.shape[1] < self.queue.vectors.shape[1]:  # a prefix: the whole vector is kept
-            return None
+    def news(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
         return pairs.unit[1].detach(), pairs.view_keys[:, 0]
 
     def keep(self, news: tuple[Tensor, Tensor]) -> None:

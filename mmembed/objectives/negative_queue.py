@@ -45,6 +45,7 @@ class NegativeQueue(Aligned):
     """
 
     name = "negative_queue"
+    keeps_vectors = True
     contrasts = True
 
     def __init__(
@@ -82,9 +83,7 @@ class NegativeQueue(Aligned):
         )
         return loss, {"queued": torch.tensor(float(len(keys)), device=loss.device)}
 
-    def news(self, pairs: Pairs) -> tuple[Tensor, Tensor] | None:
-        if pairs.positives.shape[1] < self.queue.vectors.shape[1]:  # a prefix: the whole vector is kept
-            return None
+    def news(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
         positives = pairs.unit[1].detach() if pairs.taught is None else pairs.taught.unit_views[1]
         return positives, pairs.view_keys[:, 0]
 

@@ -58,6 +58,7 @@ class ProtoCLIP(Aligned):
     """
 
     name = "proto_clip"
+    keeps_vectors = True
     memory: Tensor
     seen: Tensor
     centres: Tensor
@@ -107,9 +108,7 @@ class ProtoCLIP(Aligned):
         found = (self.sizes > 0).sum(1).float().mean()
         return torch.stack(losses).mean(), {"prototype_accuracy": torch.stack(right).mean(), "prototypes": found}
 
-    def news(self, pairs: Pairs) -> Tensor | None:
-        if pairs.queries.shape[1] < self.heads.shape[1]:  # a prefix: the whole vector is kept
-            return None
+    def news(self, pairs: Pairs) -> Tensor:
         return self._projected(pairs).detach()
 
     def keep(self, news: Tensor) -> None:

@@ -10,8 +10,9 @@ are the paper's: InfoNCE(x -> y' and queue of y') with the target
 
 and the same with sides exchanged (there alpha grows from 0 to .4 over the first epoch; here it stands). Without, primed
 vectors are the model's own without a gradient, cross-modal targets are hard and within the batch, and queues go stale
-sooner (see `negative_queue`). The paper's two terms of a vector with its own tokens are left out: `global_local` has
-them, but wants the many vectors an input of pooling `multi_vector`, and `tcl` wants one. Cost: (N, N) floats twice, (N,
+sooner (see `negative_queue`). The paper's two terms of a vector with its own tokens are `global_local`, which wants
+pooling `multi_vector`; with it x and y are the means of an input's vectors, as there, and the mean of all six terms is
+`[{type: global_local, weight: 0.333}, {type: tcl, weight: 0.667}]`. Cost: (N, N) floats twice, (N,
 N + size) twice (six times with momentum), and the momentum encoder's (`mmembed.training.teacher`).
 
 When: both sides have augmentations and each modality should stay ordered within itself.
@@ -63,6 +64,8 @@ class TCL(Aligned):
     """
 
     name = "tcl"
+    many_vectors = None
+    keeps_vectors = True
     least_pairs = 2
     contrasts = True
     positives_needed = 3
@@ -108,9 +111,7 @@ class TCL(Aligned):
         metrics = {"cross_modal": cross.detach(), "in_modal": torch.stack(own).mean().detach()}
         return (2 * cross + torch.stack(own).sum()) / 4, metrics
 
-    def news(self, pairs: Pairs) -> tuple[Tensor, Tensor] | None:
-        if pairs.queries.shape[1] < self.of_queries.vectors.shape[1]:  # a prefix: whole vectors are kept
-            return None
+    def news(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
         return self._augmented(pairs), pairs.view_keys[:, 1:]
 
     def _primed(self, pairs: Pairs) -> tuple[Primed, Primed]:

@@ -34,6 +34,7 @@ from mmembed.pooling import POOLINGS
 from mmembed.preprocess import check_template
 from mmembed.prompts import PROMPTS
 from mmembed.training.optimizers import refuse_idle_rates
+from mmembed.training.supply import named_parts
 
 _OF_BITSANDBYTES = ("adamw_8bit", "adamw_bnb", "paged_", "lion_", "ademamix", "rmsprop_bnb")  # how its names begin
 
@@ -108,14 +109,18 @@ def _check_objective(config: EmbedderConfig, objective: Objective) -> None:
     """Raises ConfigError where a part of the objective compares what this config does not give it."""
     pooling = config.pooling if isinstance(config.pooling, str) else str(config.pooling["type"])
     several = POOLINGS.get(pooling).multi_vector
-    for part in objective.modules():
-        if not isinstance(part, Objective) or "name" not in vars(type(part)):  # sums and matryoshka have no name
-            continue
+    for part in named_parts(objective):
         if part.many_vectors not in (None, several):
             wanted = (
                 "several vectors an input: use pooling 'multi_vector'" if part.many_vectors else "one vector an input"
             )
             raise ConfigError(f"objective '{part.name}' + pooling '{pooling}': it compares {wanted}")
+        if part.wants_lengths and config.normalize:
+            raise ConfigError(
+                f"objective '{part.title}' + normalize: true: it compares dot products with a teacher's scores, and "
+                "those of unit vectors stay within -1 and 1. Set normalize: false, as its paper has it, or where the "
+                "teacher's scores are cosines {similarity: cosine, temperature: 1.0}"
+            )
         if part.positives_needed > config.data.positives_per_query:
             raise ConfigError(
                 f"objective '{part.name}' compares a query with {part.positives_needed} positives: set "

@@ -51,10 +51,13 @@ def no_data(monkeypatch):
         (["data.train.0.format=jsonlines"], "data source 'text.jsonl': formats: there is no 'jsonlines'"),
         (["data.dev.0.options={splt: dev}"], "data source 'dev': formats.jsonl: unknown option 'splt'"),
         (["adapter.target_modules=[q_pro]"], "no layer outside frozen towers ends in 'q_pro'; did you mean 'q_proj'?"),
-        (["objective.matryoshka={dims: [4096]}"], "objective.matryoshka.dims: 4096 is above the embedding size 64"),
+        (
+            ["objective.matryoshka={dims: [4096]}"],
+            "objective 'contrastive'.matryoshka.dims: 4096 is above the embedding size 64",
+        ),
         (
             ["objective={type: infonce, matryoshka: {layers: [7, -1]}}"],
-            "objective.matryoshka.layers: found 7; the decoder has 2 layers",
+            "objective 'infonce'.matryoshka.layers: found 7; the decoder has 2 layers",
         ),
         (
             ["objective=[infonce, {type: infonce, layer: 3}]"],

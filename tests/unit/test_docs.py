@@ -41,12 +41,15 @@ def test_the_line_of_yaml_of_every_method_is_its_defaults(page):
     entries = re.findall(r"^## (\w+)\n.*?```yaml\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S | re.M)
     assert len(entries) >= 5
     for name, text in entries:
-        ((key, written),) = yaml.load(text, _Loader).items()
+        tree = yaml.load(text, _Loader)
+        normalize = tree.pop("normalize", True)
+        ((key, written),) = tree.items()
         *beside, block = written if isinstance(written, list) else [written]
         assert block["type"] == name
         if key == "objective":
             folder = {"vectors": label_vectors()} if "vectors" in block else {}
-            build_objective([*beside, block | folder] if beside else block | folder, embedding_size=256)
+            built = build_objective([*beside, block | folder] if beside else block | folder, embedding_size=256)
+            assert normalize is not built.wants_lengths  # which the preflight holds against each other
         else:
             registry = {"pooling": POOLINGS, "prompt": PROMPTS, "pairs": PAIR_MAKERS}[key]
             given = {"hidden_size": 64} if key == "pooling" else {}
@@ -56,7 +59,7 @@ def test_the_line_of_yaml_of_every_method_is_its_defaults(page):
 def test_the_yaml_of_combinations_builds_and_its_claims_are_declared():
     text = COMBINATIONS.read_text(encoding="utf-8")
     blocks = [yaml.load(block, _Loader) for block in re.findall(r"```yaml\n(.*?)```", text, flags=re.S)]
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     for block in blocks:
         config = build_config(block)
         build_objective(config.objective, embedding_size=1024, depth=4)

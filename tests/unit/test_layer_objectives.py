@@ -161,7 +161,7 @@ def test_numbers(layer, depth, number):
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        ({"type": "infonce", "layer": 2}, "objective.layer: the embedder gives the vectors of the last layer"),
+        ({"type": "infonce", "layer": 2}, "objective 'infonce'.layer: the embedder gives the vectors of"),
         ([{"type": "infonce", "layer": 2}], "every part has a lower layer"),
         (["infonce", {"type": "infonce", "layer": 5}], r"objective\[1\].layer: found 5; the decoder has 4 layers"),
         (["infonce", {"type": "infonce", "layer": -5}], r"objective\[1\].layer: found -5; the decoder has 4 layers"),

@@ -19,7 +19,8 @@ from mmembed.objectives.global_local import of_parts
 from mmembed.objectives.memory import KeyedRows, Queue
 from mmembed.objectives.prototypes import balanced, discrimination
 from mmembed.objectives.whitened import whiten
-from mmembed.training.preflight import preflight
+from mmembed.training.preflight import _check_objective, preflight
+from tests.contract.options import block as block_of
 
 
 def batch(queries: int = 5, positives: int = 1, negatives: int = 1, size: int = 8, seed: int = 3):
@@ -232,6 +233,22 @@ def test_sources_without_in_batch_negatives_are_refused(name) -> None:
         build_objective(["uniformity", name]).check([source])
 
 
+@pytest.mark.parametrize("name", ["negative_queue", "mochi", "proto_clip", "tcl"])
+def test_whole_vectors_are_kept_also_where_no_dim_is_the_full_size(name) -> None:
+    """Under matryoshka: the memory is that of the objective alone, and acts."""
+    block, of = block_of(name), batch(queries=8, positives=3, negatives=0)
+    whole, cut = build_objective(block, 8), build_objective({**block, "matryoshka": {"dims": [4, 2]}}, 8)
+    empty = {key: value.clone() for key, value in whole.state_dict().items()}
+    step(whole, of)
+    first, _ = step(cut, of)
+    kept = cut.objective.state_dict()
+    for key, _ in whole.named_buffers():
+        torch.testing.assert_close(kept[key], whole.state_dict()[key])
+        assert not torch.equal(kept[key], empty[key])
+    again, _ = step(cut, of)
+    assert again.item() != first.item() and torch.isfinite(again)
+
+
 def test_supcon_and_prototypes_take_classes() -> None:
     """Classification data: no in-batch negatives, documents that stand for a class."""
     queries, documents, labels = batch()
@@ -298,6 +315,64 @@ def test_queries_with_too_few_views_are_left_out_and_counted() -> None:
 def test_a_config_that_gives_too_little_is_refused_before_data_are_read(block, message) -> None:
     with pytest.raises(ConfigError, match=message):
         preflight(build_config(block))
+
+
+@pytest.mark.parametrize("name", ["margin_mse", "dse"])
+def test_dot_products_of_unit_vectors_are_not_compared_with_a_teachers_scores(name) -> None:
+    """`normalize: true` is the model's default, and dot products are those of the losses' papers."""
+    with pytest.raises(ConfigError, match=f"'{name}' [+] normalize: true: .*Set normalize: false.*similarity: cosine"):
+        preflight(build_config({"objective": name}))
+    plain = {"type": "contrastive", "loss": name}
+    for objective in (name, plain, ["infonce", name], {"by_task": {"retrieval": [name]}}):
+        built = build_objective(objective)
+        with pytest.raises(ConfigError, match=f"'{name}' [+] normalize: true"):
+            _check_objective(build_config({"objective": objective, "normalize": True}), built)
+        _check_objective(build_config({"objective": objective, "normalize": False}), built)
+    cosines = {"type": name, "similarity": "cosine"}
+    _check_objective(build_config({"objective": cosines}), build_objective(cosines))
+
+
+@pytest.mark.parametrize("momentum", [None, 0.9])
+def test_tcl_of_several_vectors_is_that_of_their_means(momentum) -> None:
+    queries, documents, labels = batch(queries=4, positives=3, negatives=0)
+    generator = torch.Generator().manual_seed(9)
+    several = []
+    for side in (queries, documents):
+        parts = torch.randn(len(side.vectors), 3, 8, generator=generator)
+        several.append(Embeddings(parts, torch.tensor([True, True, False]).expand(len(parts), -1)))
+    means = []
+    for side in several:
+        rows = [sum(vector / vector.norm() for vector in parts[:2]) for parts in side.vectors]
+        means.append(Embeddings(torch.stack(rows)))
+    block = {"type": "tcl", "size": 8, "momentum": momentum}
+    taught = [replace(labels, taught=None if momentum is None else tuple(sides)) for sides in (several, means)]
+    of_many, of_means = build_objective(block, 8), build_objective(block, 8)
+    for _ in range(2):  # with what the queues hold of the first step
+        found, _ = step(of_many, (*several, taught[0]))
+        expected, _ = step(of_means, (*means, taught[1]))
+        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(of_many.similarity_of(*several), of_means.similarity_of(*means))
+
+
+def test_all_terms_of_tcl_stand_in_one_list() -> None:
+    *_, labels = batch(queries=4, positives=3, negatives=0)
+    mask = torch.tensor([True, True, False])
+    parts = [torch.randn(n, 3, 8, generator=torch.Generator().manual_seed(n)).requires_grad_() for n in (4, 12)]
+    several = [Embeddings(one, mask.expand(len(one), -1)) for one in parts]
+    objective = [{"type": "tcl", "size": 8, "weight": 2 / 3}, {"type": "global_local", "weight": 1 / 3}]
+    config = build_config(
+        {"objective": objective, "pooling": "multi_vector", "data": {"positives_per_query": 3, "train_group_size": 3}}
+    )
+    whole = build_objective(config.objective, 8)
+    _check_objective(config, whole)
+    loss, _ = step(whole, (*several, labels))
+    local, _ = build_objective("global_local")(*several, labels)
+    others, _ = build_objective({"type": "tcl", "size": 8}, 8)(*several, labels)
+    torch.testing.assert_close(loss, 1 / 3 * local + 2 / 3 * others)
+    loss.backward()
+    for one in parts:
+        assert one.grad[:, :2].any() and not one.grad[:, 2].any()
+    whole.view(whole.gather(*several, labels))
 
 
 @pytest.mark.parametrize("seed", range(4))

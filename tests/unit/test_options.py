@@ -92,17 +92,25 @@ def test_what_yaml_writes_is_taken():
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        (["infonce", {"type": "gram", "temperature": 0}], r"^objective\[1\] 'gram': .*temperature: found 0"),
-        ([{"type": "supcon", "temperature": 0}], r"^objective\[0\] 'supcon': .*temperature: found 0"),
+        (["infonce", {"type": "gram", "temperature": 0}], r"^objective\[1\] 'gram'.temperature: found 0"),
+        ([{"type": "supcon", "temperature": 0}], r"^objective\[0\] 'supcon': objectives.supcon.temperature: found 0"),
         (["infonce", "grem"], r"^objective\[1\] 'grem': .*did you mean 'gram'"),
         (
             {"by_task": {"sts": ["pearson", {"type": "pro", "temperature": 0}]}},
-            r"^objective.by_task.sts: objective\[1\] 'pro': .*temperature: found 0",
+            r"^objective.by_task.sts: objective\[1\] 'pro'.temperature: found 0",
         ),
+        ({"type": "infonce", "temperature": 0}, "^objective 'infonce'.temperature: found 0"),
+        (
+            {"type": "pearson", "temperature": float("nan")},
+            "^objective 'pearson': objectives.pairs.temperature: found nan",
+        ),
+        ({"type": "dcl", "similarity": "cosin"}, "^objective 'dcl'.similarity: there is no 'cosin'"),
+        ({"type": "rafa", "matryoshka": {"dims": [0]}}, "^objective 'rafa'.matryoshka.dims: found"),
+        ({"by_source": {"a": {"type": "dclw", "temperature": 0}}}, "^objective.by_source.a: objective 'dclw'.temp"),
     ],
-    ids=["gram", "supcon", "unknown", "by_task"],
+    ids=str,
 )
-def test_an_error_in_a_list_names_the_part(block, message):
+def test_an_error_names_the_objective_and_the_part_of_a_list(block, message):
     with pytest.raises(ConfigError, match=message):
         build_objective(block)
 
