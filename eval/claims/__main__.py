@@ -5,10 +5,9 @@
     python -m eval.claims --only mw_auc dcl_small_batch --seeds 2 --budget 50
 
 Each arm and seed is trained by `python -m recipes.train_embedder` and measured by `python -m eval.claims.measuring`, in
-processes of their own, and kept as one JSON file in --work. The same command after a stop computes what is missing; a
-result of another config or data is computed again, and one of other code unless --any-code is given. The default of 120
-steps is meant to take two to three minutes on two quiet cores; the table, written after each claim, follows the rule in
-`eval.claims.verdicts`.
+processes of their own, --jobs at a time, and kept as one JSON file in --work. The same command after a stop computes
+what is missing; a result of another config or data is computed again, and one of other code unless --any-code is given.
+The table, written after each run, follows the rule in `eval.claims.verdicts`.
 
 Exit status: 0 done, 1 some runs failed (the others are in the table), 2 refused, 130 stopped.
 """
@@ -27,23 +26,21 @@ from typing import Any, NoReturn
 
 from eval.claims import page
 from eval.claims.declaration import DECLARED, Claim, read_claims
-from eval.claims.runs import REPOSITORY, Results, Run, RunFailed, data_of, estimate, execute, planned
+from eval.claims.runs import REPOSITORY, Results, Run, RunFailed, Workers, data_of, estimate, lacking, planned
 from mmembed.arguments import Parser
-from mmembed.errors import MmembedError
+from mmembed.errors import ConfigError, MmembedError
 
-STEPS = 120
+STEPS = 60
 DATA = REPOSITORY / "data"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     try:
-        claims = read_claims(options.only, options.claims)
-        for claim in claims:
-            data_of(claim, options.data_root)  # refuses what is missing before the first hour
+        claims = with_enough_data(read_claims(options.only, options.claims), options)
         runs = planned(claims, options.seeds, options.budget, options.data_root)
         results = Results(options.work, page.results_beside(options.write) if options.write else None, options.any_code)
-        show_plan(runs, results)
+        show_plan(runs, results, options.jobs)
         if options.plan:
             return 0
         failed = work_through(claims, runs, results, options)
@@ -67,6 +64,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--budget", type=_positive, default=STEPS, metavar="STEPS", help=f"of each run (default {STEPS})"
     )
+    parser.add_argument("--jobs", type=_positive, default=1, metavar="N",
+                        help="runs at a time, which share the cores: one a core is fastest (default 1)")  # fmt: skip
     parser.add_argument("--data-root", type=Path, default=DATA,
                         help="folder of the data sets (default: the slice in the repository)")  # fmt: skip
     parser.add_argument("--work", type=Path, default=Path("runs/claims"), help="keeps results (default runs/claims)")
@@ -81,7 +80,26 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def show_plan(runs: Sequence[Run], results: Results) -> None:
+def with_enough_data(claims: Sequence[Claim], options: argparse.Namespace) -> list[Claim]:
+    """The claims that the data root is enough for; the others are named.
+
+    Raises:
+        ConfigError: a folder is missing, or a claim that was asked for by name has too little.
+    """
+    enough = []
+    for claim in claims:
+        data_of(claim, options.data_root)  # refuses what is missing before the first hour
+        reason = lacking(claim, options.data_root)
+        if reason is None:
+            enough.append(claim)
+        elif options.only:
+            raise ConfigError(reason)
+        else:
+            print(f"left out: {reason}")
+    return enough
+
+
+def show_plan(runs: Sequence[Run], results: Results, jobs: int) -> None:
     """Claims, arms and seeds, what is there already, and the hours of the rest."""
     pairs = [(run, results.of(run)) for run in runs]
     for claim in dict.fromkeys(run.claim.name for run in runs):
@@ -90,38 +108,45 @@ def show_plan(runs: Sequence[Run], results: Results) -> None:
         done = sum(result is not None for _, result in of_claim)
         print(f"{claim:24s} {len(seeds)} seeds x {', '.join(arms)}; {done} of {len(of_claim)} runs are there")
     done_results = [result for _, result in pairs if result is not None]
-    missing = [run for run, result in pairs if result is None]
+    missing = list({run.key: run for run, result in pairs if result is None}.values())
     basis = (
         "the runs that are there" if any(result["steps"] for result in done_results) else "the demo, on two quiet cores"
     )
-    hours = estimate(missing, done_results) / 3600
+    hours = estimate(missing, done_results) / 3600 / jobs
     print(f"{len(missing)} runs to do, about {hours:.1f} hours (estimated from {basis})", flush=True)
 
 
 def work_through(
     claims: Sequence[Claim], runs: Sequence[Run], results: Results, options: argparse.Namespace
 ) -> list[RunFailed]:
-    """Runs what is missing; the page after each claim. Returns the failures."""
+    """Runs what is missing; the page after each run. Returns the failures."""
     failed: list[RunFailed] = []
-    findings = {claim.name: page.found(claim, kept_results(claim, runs, results)) for claim in claims}
+    missing = [] if options.no_runs else [run for run in runs if results.of(run) is None]
+    waiting = {claim.name: {run.key for run in missing if run.claim is claim} for claim in claims}
     about = about_runs(runs, options)
     for claim in claims:
-        for number, run in enumerate(runs, start=1):
-            if options.no_runs or run.claim is not claim or results.of(run) is not None:
-                continue
-            print(f"[{number}/{len(runs)}] {run.name}", end="", flush=True)
-            try:
-                result = execute(run, options.work)
-            except RunFailed as error:
-                failed.append(error)
-                print("  failed", flush=True)
-                continue
-            print(f"  {sum(result['seconds'].values()):.0f} s", flush=True)
-        findings[claim.name] = page.found(claim, kept_results(claim, runs, results))
-        if options.write:
-            page.write(options.write, list(findings.values()), about)
-        show(findings[claim.name])
+        if not waiting[claim.name]:
+            show(page.found(claim, kept_results(claim, runs, results)))
+    with Workers(options.jobs, options.work) as workers:
+        for number, (run, outcome) in enumerate(workers.finished(missing), start=1):
+            if isinstance(outcome, RunFailed):
+                failed.append(outcome)
+            seconds = "failed" if isinstance(outcome, RunFailed) else f"{sum(outcome['seconds'].values()):.0f} s"
+            print(f"[{number}/{len({run.key for run in missing})}] {run.name}  {seconds}", flush=True)
+            if options.write:
+                page.write(options.write, findings(claims, runs, results), about)
+            for claim in claims:
+                if run.key in waiting[claim.name]:
+                    waiting[claim.name].discard(run.key)
+                    if not waiting[claim.name]:
+                        show(page.found(claim, kept_results(claim, runs, results)))
+    if options.write:
+        page.write(options.write, findings(claims, runs, results), about)
     return failed
+
+
+def findings(claims: Sequence[Claim], runs: Sequence[Run], results: Results) -> list[page.Finding]:
+    return [page.found(claim, kept_results(claim, runs, results)) for claim in claims]
 
 
 def kept_results(claim: Claim, runs: Sequence[Run], results: Results) -> dict[str, dict[int, dict[str, Any]]]:

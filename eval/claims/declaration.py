@@ -28,7 +28,7 @@ class _Block(BaseModel):
 
 
 class Comparison(_Block):
-    """`arm` against `than`, by one number of one task of the local benchmark.
+    """`arm` against `than`, by one number of a task of the local benchmark, or by its mean over several tasks.
 
     direction: `higher` or `lower` is what the paper claims of `arm`; `not_lower` claims that nothing is lost.
     dim: vectors are cut to their first dimensions.
@@ -37,17 +37,28 @@ class Comparison(_Block):
 
     arm: str
     than: str
-    task: str
+    task: str | tuple[str, ...]
     metric: str = "ndcg_at_10"
     direction: Literal["higher", "lower", "not_lower"] = "higher"
     dim: int | None = Field(default=None, gt=0)
     negligible: float = Field(default=0.005, gt=0)
 
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return (self.task,) if isinstance(self.task, str) else self.task
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """The tasks' names in a result, where `@64` stands behind those of cut vectors."""
+        return tuple(task if self.dim is None else f"{task}@{self.dim}" for task in self.tasks)
+
 
 class Claim(_Block):
     """What a paper says, and how it is tested here.
 
-    trained: false measures what training would begin with.
+    trained: false measures what training would begin with, once, and its interval is over the queries.
+    needs: folder -> train queries (lines of its `qrels/train.tsv` with different ones) without which it says nothing.
+    steps: the command's budget times this. Small batches take more steps for as many examples.
     instructions: as in `python -m eval.run`.
     note: what a reader of the result must know.
     """
@@ -59,12 +70,14 @@ class Claim(_Block):
     comparisons: tuple[Comparison, ...] = Field(min_length=1)
     base: Tree = Field(default_factory=dict)
     trained: bool = True
+    needs: dict[str, int] = Field(default_factory=dict)
+    steps: float = Field(default=1.0, gt=0)
     instructions: Literal["never", "auto", "always"] = "never"
     note: str = ""
 
     @property
     def tasks(self) -> list[str]:
-        return list(dict.fromkeys(comparison.task for comparison in self.comparisons))
+        return list(dict.fromkeys(task for comparison in self.comparisons for task in comparison.tasks))
 
     @property
     def dims(self) -> list[int]:
@@ -73,7 +86,14 @@ class Claim(_Block):
     @property
     def of_vectors(self) -> list[str]:
         """The tasks with a metric of `OURS`."""
-        return sorted({comparison.task for comparison in self.comparisons if comparison.metric in OURS})
+        return sorted(
+            {task for comparison in self.comparisons if comparison.metric in OURS for task in comparison.tasks}
+        )
+
+    @property
+    def by_query(self) -> list[str]:
+        """The tasks whose queries are measured one by one: those of a claim that is measured once."""
+        return [] if self.trained else self.tasks
 
     def config(self, arm: str, steps: int, seed: int) -> Tree:
         """The training config of a run, without paths."""

@@ -4,7 +4,8 @@
 
 mteb scores what it scores; the tasks of `--vectors` are encoded once more for two numbers of ours: `pooled_auc` and
 `centroid_distance`, how far apart the mean unit vectors of queries and documents are (the gap of two modalities).
-Vectors cut to `--dims` are tasks of their own, `squad-en@64`.
+The tasks of `--by-query` give their nDCG@10 query by query. Vectors cut to `--dims` are tasks of their own,
+`squad-en@64`; texts are encoded once for all of it.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ import numpy as np
 
 from eval import run
 from eval.files import write_json
-from eval.tasks.local import available, select
+from eval.mteb_adapter import Encodes
+from eval.tasks.local import Row, available, select
 from mmembed import metrics
 from mmembed.arguments import Parser
+from mmembed.content import Content, Role, Text
 from mmembed.errors import ConfigError, MmembedError
+from mmembed.inference.quantize import truncate
 
 BLOCK = 256  # rows a batch of columns
 
@@ -48,54 +52,107 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="folder of an embedder")
     parser.add_argument("--tasks", nargs="+", required=True, help="names or globs of the local benchmark")
     parser.add_argument("--vectors", nargs="*", default=[], help="of the tasks, those with metrics of vectors")
+    parser.add_argument(
+        "--by-query", nargs="*", default=[], help="of the tasks, those whose queries are kept one by one"
+    )
     parser.add_argument("--dims", nargs="*", type=int, default=[], help="measured again with cut vectors")
     parser.add_argument("--data-root", default=str(run.REPOSITORY / "data"), help="data sets")
     parser.add_argument("--instructions", default="never", choices=["auto", "always", "never"])
-    parser.add_argument("--output", type=Path, required=True, help="a JSON file: task -> name -> number")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        help="a JSON file: `scores`, task -> name -> number, and `by_query`, task -> numbers",
+    )
     return parser.parse_args(arguments)
 
 
-def measured(options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """task, or task@dim -> every number of it."""
+def measured(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """`scores`: task, or task@dim -> every number of it; `by_query`: task, or task@dim -> nDCG@10 of each query."""
     rows = select(available(Path(options.data_root)), options.tasks)
-    found: dict[str, dict[str, float]] = {}
-    for dim in (None, *options.dims):
-        cut = [] if dim is None else ["--truncate-dim", str(dim)]
-        given = run.parse(
-            [
-                *("--model", options.model, "--no-baselines", "--data-root", options.data_root, *cut),
-                *("--instructions", options.instructions, "--tasks", *options.tasks),
-            ]
-        )
-        model = run.load(options.model, given, rows)
+    given = run.parse(
+        [
+            *("--model", options.model, "--no-baselines", "--data-root", options.data_root),
+            *("--vision-cache", "auto", "--instructions", options.instructions, "--tasks", *options.tasks),
+        ]
+    )
+    model = run.load(options.model, given, rows)
+    encoder = model.runner.embedder = Remembering(model.runner.embedder)
+    scores: dict[str, dict[str, float]] = {}
+    by_query: dict[str, list[float]] = {}
+    for encoder.dim in (None, *options.dims):
         for row in rows:
+            name = row.name if encoder.dim is None else f"{row.name}@{encoder.dim}"
             task = run.build(row, given)
             task.load_data()
             numbers = run.score(model, task, row, given.split)
             if row.name in options.vectors:
-                if row.kind != "retrieval":
-                    raise ConfigError(f"--vectors {row.name}: a task of kind '{row.kind}' has no corpus; remove it")
-                numbers |= of_vectors(model.runner, task, given.split)
-            name = row.name if dim is None else f"{row.name}@{dim}"
-            found[name] = {key: float(value) for key, value in numbers.items()}
-            print(f"{name}: {numbers['main']:.4f}", flush=True)
-    return found
+                numbers |= of_vectors(*compared(model.runner, task, row, given.split))
+            if row.name in options.by_query:
+                *_, values, relevance = compared(model.runner, task, row, given.split)
+                by_query[name] = [round(number, 5) for number in ndcg_by_query(values, relevance).tolist()]
+            scores[name] = {key: float(value) for key, value in numbers.items()}
+            print(f"{name}: {scores[name]['main']:.4f}", flush=True)
+    return {"scores": scores, "by_query": by_query}
 
 
-def of_vectors(runner: Any, task: Any, split: str) -> dict[str, float]:
-    """`pooled_auc` and `centroid_distance` of a retrieval task."""
-    queries, documents, scores, relevance = compared(runner, task, split)
+class Remembering:
+    """An embedder that encodes equal texts once, and cuts their vectors to `dim`. Pictures are encoded every time."""
+
+    def __init__(self, embedder: Encodes, dim: int | None = None) -> None:
+        self.embedder, self.dim = embedder, dim
+        self.similarity = embedder.similarity
+        self._known: dict[tuple[Role, str | None], dict[Content, Any]] = {}
+
+    def encode(self, contents: Sequence[Any], *, role: Role, instruction: str | None) -> Any:
+        """(N, dim) vectors, or a list of (T, dim) of a multi-vector model."""
+        known = self._known.setdefault((role, instruction), {})
+        texts = all(isinstance(part, Text) for content in contents for part in content)
+        new = list(dict.fromkeys(content for content in contents if content not in known)) if texts else list(contents)
+        vectors = self.embedder.encode(new, role=role, instruction=instruction) if new else []
+        if texts:
+            known.update(zip(new, vectors, strict=True))
+            vectors = [known[content] for content in contents]
+        if isinstance(vectors[0], np.ndarray) and vectors[0].ndim == 1:
+            vectors = np.stack(vectors)
+        if self.dim is None:
+            return vectors
+        return (
+            truncate(vectors, self.dim)
+            if isinstance(vectors, np.ndarray)
+            else [truncate(each, self.dim) for each in vectors]
+        )
+
+
+def of_vectors(
+    queries: np.ndarray, documents: np.ndarray, values: np.ndarray, relevance: np.ndarray
+) -> dict[str, float]:
+    """`pooled_auc` and `centroid_distance` of what `compared` gives."""
     means = [np.mean(side / np.linalg.norm(side, axis=1, keepdims=True), axis=0) for side in (queries, documents)]
     return {
-        "pooled_auc": metrics.pooled_auc(scores, relevance),
+        "pooled_auc": metrics.pooled_auc(values, relevance),
         "centroid_distance": float(np.linalg.norm(means[0] - means[1])),
     }
 
 
-def compared(runner: Any, task: Any, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """-> queries (Q, E), documents (D, E), their similarities (Q, D) and relevance (Q, D)."""
+def ndcg_by_query(values: np.ndarray, relevance: np.ndarray, k: int = 10) -> np.ndarray:
+    """(Q,) nDCG@10 from similarities and relevance (Q, D)."""
+    ranked, judged = metrics.rank_by_score(values, relevance)
+    return metrics.ndcg_at_k(ranked, judged, k)
+
+
+def compared(runner: Any, task: Any, row: Row, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """-> queries (Q, E), documents (D, E), their similarities (Q, D) and relevance (Q, D).
+
+    Raises:
+        ConfigError: a task without a corpus.
+    """
     from mteb.types import PromptType
 
+    if row.kind != "retrieval":
+        raise ConfigError(
+            f"{row.name}: a task of kind '{row.kind}' has no corpus; leave it out of --vectors and --by-query"
+        )
     data = task.dataset["default"][split]
     sides = []
     for key, side in (("queries", PromptType.query), ("corpus", PromptType.document)):
@@ -103,12 +160,12 @@ def compared(runner: Any, task: Any, split: str) -> tuple[np.ndarray, np.ndarray
         sides.append(runner.encode(batches, task_metadata=task.metadata, prompt_type=side))
     places = {document: place for place, document in enumerate(data["corpus"]["id"])}
     relevance = np.zeros((len(sides[0]), len(sides[1])))
-    for row, query in enumerate(data["queries"]["id"]):
+    for number, query in enumerate(data["queries"]["id"]):
         for document, grade in data["relevant_docs"][query].items():
             if document in places:
-                relevance[row, places[document]] = grade
-    scores = np.asarray(runner.similarity(*sides))  # (Q, D)
-    return sides[0], sides[1], scores, relevance
+                relevance[number, places[document]] = grade
+    values = np.asarray(runner.similarity(*sides))  # (Q, D)
+    return sides[0], sides[1], values, relevance
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from eval.claims.declaration import Claim
+from eval.claims.declaration import Claim, Comparison
 from eval.claims.runs import value
 from eval.claims.verdicts import RULE, Outcome, compare, overall
 
@@ -48,10 +48,21 @@ def found(claim: Claim, results: Mapping[str, Mapping[int, Mapping[str, Any]]]) 
     """The comparisons of a claim, over the seeds that both arms have."""
     outcomes = []
     for comparison in claim.comparisons:
-        arms = ({seed: value(result, comparison) for seed, result in results.get(arm, {}).items()}
-                for arm in (comparison.arm, comparison.than))  # fmt: skip
-        outcomes.append(compare(comparison, *arms))
+        arm, than = ({seed: value(result, comparison) for seed, result in results.get(name, {}).items()}
+                     for name in (comparison.arm, comparison.than))  # fmt: skip
+        outcomes.append(compare(comparison, arm, than, None if claim.trained else _by_query(comparison, results)))
     return Finding(claim, results, outcomes)
+
+
+def _by_query(
+    comparison: Comparison, results: Mapping[str, Mapping[int, Mapping[str, Any]]]
+) -> list[list[float]] | None:
+    """Differences of the queries of each task, where both arms were measured."""
+    arm, than = (results.get(name, {}).get(0) for name in (comparison.arm, comparison.than))
+    if arm is None or than is None:
+        return None
+    pairs = [(arm["by_query"][task], than["by_query"][task]) for task in comparison.scores]
+    return [[ours - theirs for ours, theirs in zip(*pair, strict=True)] for pair in pairs]
 
 
 def write(path: Path, findings: Sequence[Finding], about: Sequence[str]) -> None:
@@ -62,11 +73,15 @@ def write(path: Path, findings: Sequence[Finding], about: Sequence[str]) -> None
         plot = path.with_suffix("") / f"{finding.claim.name}.svg"
         plot.parent.mkdir(exist_ok=True)
         plot.write_text(drawn(finding), encoding="utf-8")
-    results = [result for finding in measured for result in finding.all_results]
-    if results:
+    if results := _distinct(measured):
         lines = [json.dumps(result, sort_keys=True) + "\n" for result in results]
         results_beside(path).write_text("".join(lines), encoding="utf-8")
     path.write_text(written(findings, about, path.stem), encoding="utf-8")
+
+
+def _distinct(findings: Sequence[Finding]) -> list[Mapping[str, Any]]:
+    """The results of all claims; arms that are one config have one."""
+    return list({result["key"]: result for finding in findings for result in finding.all_results}.values())
 
 
 def results_beside(path: Path) -> Path:
@@ -89,7 +104,7 @@ def written(findings: Sequence[Finding], about: Sequence[str], folder: str) -> s
 
 
 def _summary(findings: Sequence[Finding], about: Sequence[str]) -> str:
-    results = [result for finding in findings for result in finding.all_results]
+    results = _distinct(findings)
     hours = sum(sum(result["seconds"].values()) for result in results) / 3600
     claims: dict[str, dict[str, None]] = {}
     for result in results:
@@ -135,7 +150,8 @@ def title(outcome: Outcome) -> str:
     """`squad-en at 64 dimensions, ndcg_at_10`."""
     comparison = outcome.comparison
     cut = "" if comparison.dim is None else f" at {comparison.dim} dimensions"
-    return f"{comparison.task}{cut}, {comparison.metric}"
+    mean = "mean of " * (len(comparison.tasks) > 1)
+    return f"{mean}{', '.join(comparison.tasks)}{cut}, {comparison.metric}"
 
 
 def _mean(numbers: Mapping[int, float]) -> str:

@@ -1,8 +1,9 @@
 """Runs of arms, one JSON file each: what is there and still valid is not run again.
 
 A result is valid while its key is the same (the config, the seed, what is measured, the data files), and the code that
-trains and measures (not this package's pages), unless results of other code are asked for. A killed run leaves no
-result and starts again. Results that a page was written from lie beside it, one a line, and are read from there, too.
+trains and measures (not this package's pages), unless results of other code are asked for. Arms of two claims that are
+one config are one run. A killed run leaves no result and starts again. Results that a page was written from lie beside
+it, one a line, and are read from there, too.
 """
 
 from __future__ import annotations
@@ -11,15 +12,19 @@ import hashlib
 import json
 import os
 import shutil
+import signal
+import statistics
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 
@@ -50,17 +55,21 @@ class Run:
         return f"{self.claim.name}: {self.arm}, seed {self.seed}"
 
     def folder(self, work: Path) -> Path:
+        """Of its logs."""
         return work / self.claim.name / self.arm / f"seed-{self.seed}"
+
+    def result(self, work: Path) -> Path:
+        return work / "results" / f"{self.key}.json"
 
     @property
     def config(self) -> dict[str, Any]:
         return self.claim.config(self.arm, self.steps, self.seed)
 
-    @property
+    @cached_property
     def key(self) -> str:
         """What makes the numbers, beside the code, as 16 hexadecimal digits."""
         claim = self.claim
-        measures = [claim.tasks, claim.of_vectors, claim.dims, claim.instructions]
+        measures = [sorted(claim.tasks), claim.of_vectors, claim.dims, claim.by_query, claim.instructions]
         text = json.dumps([self.config, measures, data_of(claim, self.data_root)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -90,10 +99,21 @@ def data_of(claim: Claim, root: Path) -> dict[str, str]:
     return {folder: fingerprint(root / folder) for folder in folders(claim, rows)}
 
 
+def lacking(claim: Claim, root: Path) -> str | None:
+    """Why a data root is too small for a claim, if it is."""
+    for folder, needed in claim.needs.items():
+        lines = (root / folder / "qrels" / "train.tsv").read_text(encoding="utf-8").splitlines()[1:]
+        queries = len({line.split("\t")[0] for line in lines})
+        if queries < needed:
+            return (f"claim '{claim.name}' says nothing on {queries} train queries of {folder}: it needs {needed}; "
+                    f"give a --data-root that holds all of the set (here {root})")  # fmt: skip
+    return None
+
+
 def planned(claims: Iterable[Claim], seeds: int, steps: int, root: Path) -> list[Run]:
     """Seed by seed within a claim, so that a stop leaves arms that can be compared."""
     return [
-        Run(claim, arm, seed, steps if claim.trained else 0, root)
+        Run(claim, arm, seed, max(1, round(steps * claim.steps)) if claim.trained else 0, root)
         for claim in claims
         for seed in range(seeds if claim.trained else min(seeds, 1))
         for arm in claim.arms
@@ -104,7 +124,7 @@ def planned(claims: Iterable[Claim], seeds: int, steps: int, root: Path) -> list
 class Results:
     """What was measured before, and where.
 
-    work: a folder a run. shipped: the results a page was written from. any_code: results of other code count.
+    work: keeps them in `results`. shipped: the results a page was written from. any_code: results of other code count.
     """
 
     work: Path
@@ -113,25 +133,79 @@ class Results:
 
     def of(self, run: Run) -> dict[str, Any] | None:
         """The run's result, if it is there and was made by this config and data, and by this code."""
-        path = run.folder(self.work) / "result.json"
+        path = run.result(self.work)
         found = [read_json(path)] if path.is_file() else []
-        found += self._shipped.get((run.claim.name, run.arm, run.seed), [])
-        valid = [result for result in found if result["key"] == run.key]
-        of_this_code = [result for result in valid if result["code"] == code_digest()]
-        return next(iter(of_this_code or (valid if self.any_code else [])), None)
+        found += self._shipped.get(run.key, [])
+        of_this_code = [result for result in found if result["code"] == code_digest()]
+        return next(iter(of_this_code or (found if self.any_code else [])), None)
 
     @cached_property
-    def _shipped(self) -> dict[tuple[str, str, int], list[dict[str, Any]]]:
-        found: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+    def _shipped(self) -> dict[str, list[dict[str, Any]]]:
+        found: dict[str, list[dict[str, Any]]] = {}
         if self.shipped is not None and self.shipped.is_file():
             for line in self.shipped.read_text(encoding="utf-8").splitlines():
                 result = json.loads(line)
-                found.setdefault((result["claim"], result["arm"], result["seed"]), []).append(result)
+                found.setdefault(result["key"], []).append(result)
         return found
 
 
-def execute(run: Run, work: Path) -> dict[str, Any]:
-    """Trains and measures through the real commands; the result, also written.
+class Workers:
+    """Threads that each train and measure one arm at a time, by commands that end when this does.
+
+    A run gets its share of the cores: two runs of one thread each finish earlier than one after the other with two.
+    """
+
+    def __init__(self, jobs: int, work: Path) -> None:
+        self.work = work
+        self.threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+        self._pool = ThreadPoolExecutor(jobs)
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._lock = threading.Lock()
+        self._ended = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._ended = True
+            for process in self._running:
+                process.kill()
+        self._pool.shutdown(cancel_futures=True)
+
+    def finished(self, runs: Iterable[Run]) -> Iterator[tuple[Run, dict[str, Any] | RunFailed]]:
+        """Each run as it ends, begun in the order given; runs of one key are run once."""
+        futures = {self._pool.submit(self._outcome, run): run for run in {run.key: run for run in runs}.values()}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+
+    def _outcome(self, run: Run) -> dict[str, Any] | RunFailed:
+        try:
+            return execute(run, self.work, self.command)
+        except RunFailed as error:
+            return error
+
+    def command(self, arguments: Sequence[str], log: Path) -> int:
+        """Exit status of a command of this interpreter whose output goes to `log`."""
+        environment = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "true",
+                       "OMP_NUM_THREADS": str(self.threads)} | os.environ  # fmt: skip
+        with log.open("w", encoding="utf-8") as output:
+            with self._lock:
+                if self._ended:
+                    return -signal.SIGKILL
+                process = subprocess.Popen(
+                    [sys.executable, *arguments], cwd=REPOSITORY, env=environment, stdout=output, stderr=output
+                )
+                self._running.add(process)
+            try:
+                return process.wait()
+            finally:
+                with self._lock:
+                    self._running.discard(process)
+
+
+def execute(run: Run, work: Path, command: Callable[[Sequence[str], Path], int]) -> dict[str, Any]:
+    """Trains and measures through the real commands, which `command` runs; the result, also written.
 
     Raises:
         RunFailed: a command ended with an error (its output is in the run's folder), or the code changed meanwhile.
@@ -141,16 +215,22 @@ def execute(run: Run, work: Path) -> dict[str, Any]:
     folder.mkdir(parents=True)
     claim, embedder, root = run.claim, folder / "embedder", str(run.data_root)
     (folder / "config.yaml").write_text(yaml.safe_dump(run.config, sort_keys=False), encoding="utf-8")
-    command = "recipes.train_embedder" if claim.trained else "eval.claims.untrained"
-    training = ["-m", command, "--config", str(folder / "config.yaml")]
+    module = "recipes.train_embedder" if claim.trained else "eval.claims.untrained"
+    training = ["-m", module, "--config", str(folder / "config.yaml")]
     training += [f"data.root={root}", f"training.output_dir={embedder}", "training.disable_tqdm=true"]
     measuring = ["-m", "eval.claims.measuring", "--model", str(embedder), "--data-root", root]
     measuring += ["--instructions", claim.instructions, "--output", str(folder / "scores.json")]
     measuring += ["--tasks", *claim.tasks]
     measuring += ["--vectors", *claim.of_vectors] if claim.of_vectors else []
+    measuring += ["--by-query", *claim.by_query] if claim.by_query else []
     measuring += ["--dims", *map(str, claim.dims)] if claim.dims else []
-    seconds = {step: _command(command, folder / f"{step}.log", run)
-               for step, command in (("training", training), ("measuring", measuring))}  # fmt: skip
+    seconds = {}
+    for step, arguments in (("training", training), ("measuring", measuring)):
+        started, log = time.monotonic(), folder / f"{step}.log"
+        if status := command(arguments, log):
+            tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-8:])
+            raise RunFailed(f"{run.name}: exit status {status}, the whole output is in {log}\n{tail}")
+        seconds[step] = round(time.monotonic() - started, 1)
     if code_digest.__wrapped__() != code:
         raise RunFailed(
             f"{run.name}: the code changed while it ran, so nobody knows what made its numbers; start again"
@@ -158,35 +238,24 @@ def execute(run: Run, work: Path) -> dict[str, Any]:
     result = {
         "claim": claim.name, "arm": run.arm, "seed": run.seed, "steps": run.steps, "key": run.key,
         "created": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": seconds, "code": code,
-        "data": data_of(claim, run.data_root), "config": run.config, "scores": read_json(folder / "scores.json"),
+        "data": data_of(claim, run.data_root), "config": run.config, **read_json(folder / "scores.json"),
     }  # fmt: skip
-    write_json(folder / "result.json", result)
+    run.result(work).parent.mkdir(exist_ok=True)
+    write_json(run.result(work), result)
     shutil.rmtree(embedder)
     return result
 
 
-def _command(arguments: Sequence[str], log: Path, run: Run) -> float:
-    """Seconds of a command whose output goes to `log`."""
-    environment = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "true"} | os.environ
-    started = time.monotonic()
-    with log.open("w", encoding="utf-8") as output:
-        code = subprocess.run(
-            [sys.executable, *arguments], cwd=REPOSITORY, env=environment, stdout=output, stderr=output
-        ).returncode
-    if code:
-        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-8:])
-        raise RunFailed(f"{run.name}: exit status {code}, the whole output is in {log}\n{tail}")
-    return round(time.monotonic() - started, 1)
-
-
 def value(result: Mapping[str, Any], comparison: Comparison) -> float:
-    """The number of a comparison in a result. Raises ConfigError where the task has no such metric."""
-    task = comparison.task if comparison.dim is None else f"{comparison.task}@{comparison.dim}"
-    numbers = result["scores"][task]
-    if comparison.metric not in numbers:
-        raise ConfigError(f"claim '{result['claim']}': {task} has no metric '{comparison.metric}'; "
-                          f"it has {', '.join(sorted(numbers))}")  # fmt: skip
-    return float(numbers[comparison.metric])
+    """The number of a comparison in a result. Raises ConfigError where a task has no such metric."""
+    values = []
+    for task in comparison.scores:
+        numbers = result["scores"][task]
+        if comparison.metric not in numbers:
+            raise ConfigError(f"claim '{result['claim']}': {task} has no metric '{comparison.metric}'; "
+                              f"it has {', '.join(sorted(numbers))}")  # fmt: skip
+        values.append(float(numbers[comparison.metric]))
+    return statistics.fmean(values)
 
 
 def estimate(runs: Sequence[Run], done: Sequence[Mapping[str, Any]]) -> float:

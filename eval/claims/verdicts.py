@@ -1,7 +1,8 @@
 """From the numbers of two arms to a verdict, by a rule that is written down before the runs.
 
 Seeds are paired: run s of both arms begins alike. The interval is Student's t over the paired differences,
-95 %: with three seeds it is wide (4.3 standard errors), and honestly so.
+95 %: with three seeds it is wide (4.3 standard errors), and honestly so. What is not trained has no seeds; its interval
+is a bootstrap over the queries, which both arms share.
 """
 
 from __future__ import annotations
@@ -9,16 +10,18 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from eval.claims.declaration import Comparison
 
 HOLDS, FAILS, OPEN = "holds", "does not hold at this scale", "inconclusive"
-CONFIDENCE = 0.95
+CONFIDENCE, RESAMPLES = 0.95, 10_000
 RULE = """\
 Each comparison is a mean of differences d = arm - other, paired by seed, with a 95 % interval of Student's t over the
 seeds. Arms of one seed share the order of the data and, where they have the same weights, their first values. Fewer
-than two seeds, or seeds that all give one number, have no interval. "Negligible" is 0.005 unless the table says
-otherwise.
+than two seeds, or seeds that all give one number, have no interval. Arms that are measured without training have one
+number; the interval of their difference is a bootstrap over the queries (percentiles of 10,000 samples). Several tasks
+in one line are their mean. "Negligible" is 0.005 unless the table says otherwise.
 
 1. No interval: **inconclusive**.
 2. "Higher" and "lower": **does not hold at this scale** where the whole interval is within the negligible, or on the
@@ -43,13 +46,21 @@ class Outcome:
     reason: str
 
 
-def compare(comparison: Comparison, arm: Mapping[int, float], than: Mapping[int, float]) -> Outcome:
-    """seed -> number of each arm; seeds that one arm lacks are left out."""
+def compare(
+    comparison: Comparison,
+    arm: Mapping[int, float],
+    than: Mapping[int, float],
+    by_query: Sequence[Sequence[float]] | None = None,
+) -> Outcome:
+    """seed -> number of each arm; seeds that one arm lacks are left out.
+
+    by_query: of arms that were not trained, the differences of each task's queries.
+    """
     seeds = sorted(arm.keys() & than.keys())
     ours, theirs = ({seed: side[seed] for seed in seeds} for side in (arm, than))
     differences = [arm[seed] - than[seed] for seed in seeds]
     mean = statistics.fmean(differences) if differences else None
-    bounds = interval(differences)
+    bounds = interval(differences) if by_query is None else resampled_interval(by_query)
     low, high = bounds or (None, None)
     verdict, reason = judged(comparison, bounds, len(seeds))
     return Outcome(comparison, ours, theirs, mean, low, high, verdict, reason)
@@ -69,6 +80,28 @@ def interval(differences: Sequence[float]) -> tuple[float, float] | None:
     reach = float(t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1)) * error
     mean = statistics.fmean(differences)
     return mean - reach, mean + reach
+
+
+def resampled_interval(differences: Sequence[Sequence[float]]) -> tuple[float, float] | None:
+    """A bootstrap of the mean over tasks of the mean over each task's queries; None where nothing differs.
+
+    >>> low, high = resampled_interval([[0.0, 0.1] * 50])  # 0.05 -+ 1.96 * 0.05 / sqrt(100)
+    >>> round(low, 2), round(high, 2)
+    (0.04, 0.06)
+    """
+    import numpy as np
+    from scipy.stats import bootstrap
+
+    tasks = [np.asarray(task, dtype=np.float64) for task in differences if len(task) > 1]
+    if len(tasks) < len(differences) or not any(task.std() > 0 for task in tasks):
+        return None
+
+    def mean(*samples: Any, axis: int = -1) -> Any:
+        return sum(sample.mean(axis=axis) for sample in samples) / len(samples)
+
+    found = bootstrap(tasks, mean, confidence_level=CONFIDENCE, n_resamples=RESAMPLES, method="percentile",
+                      vectorized=True, batch=500, rng=np.random.default_rng(0)).confidence_interval  # fmt: skip
+    return float(found.low), float(found.high)
 
 
 def judged(comparison: Comparison, bounds: tuple[float, float] | None, seeds: int) -> tuple[str, str]:
