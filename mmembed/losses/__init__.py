@@ -73,6 +73,8 @@ class Loss(nn.Module):
     needs_grades: whether it has nothing to learn from a source that only tells relevant from not.
     distils: which teacher's scores of a query's documents it compares with each other: those of any two (`list`), of a
         positive and a negative (`sides`); or which it reads one by one: those of `negatives`. None: no score.
+    guide_momentum: of a teacher (`Objective.teacher_momentum`) whose cosines are the `targets` that the data do not
+        give. None: these stay NaN.
     defaults: options of the objective that a config with this loss has where it does not give them: its paper's.
 
     A row without what the loss compares (no positive, no teacher's score) gives 0.
@@ -83,7 +85,8 @@ class Loss(nn.Module):
     couples_rows: ClassVar[bool] = False
     objective: ClassVar[str] = "contrastive"
     needs_grades: ClassVar[bool] = False
-    distils: ClassVar[Distilled | None] = None
+    distils: Distilled | None = None
+    guide_momentum: float | None = None
     defaults: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self) -> None:  # without options of its own a loss takes none: nn.Module would take any

@@ -29,7 +29,7 @@ from mmembed.objectives import Objective, View
 from mmembed.objectives.blocks import blocked_mean
 from mmembed.objectives.gather import gather_counts, gather_embeddings
 from mmembed.objectives.relations import Relations
-from mmembed.objectives.similarity import PRODUCTS_OF, Similarity, dot, get_similarity
+from mmembed.objectives.similarity import PRODUCTS_OF, Similarity, dot, get_similarity, unit
 from mmembed.objectives.temperature import Temperature
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class Gathered:
     siblings: Embeddings | None = None  # S more columns: inputs of the rows' own side
     apart: Tensor | None = None  # (Q, S), which of them are negatives
     turns: Tensor | None = None  # (C,) which positive of its query a candidate is, -1 for a negative; where it matters
+    guide: tuple[Embeddings, Embeddings] | None = None  # a teacher's vectors of the rows and of the (C + S) columns
     reverse: Gathered | None = None  # rows are positive documents, columns are the queries of all processes
     weight: float = 1.0  # of the mean over rows: this process's share of the rows of all, times their number
 
@@ -101,7 +102,7 @@ class Contrastive(Objective):
             )
         self.temperature = Temperature(temperature)
         self.similarity = similarity if similarity is None else get_similarity(similarity)
-        if self.similarity in PRODUCTS_OF:
+        if self.similarity in PRODUCTS_OF or self.loss.guide_momentum is not None:
             self.many_vectors = False
         self.wants_lengths = self.similarity is dot and self.loss.defaults.get("similarity") == "dot"
         self.symmetric, self.cross_device_negatives = symmetric, cross_device_negatives
@@ -125,12 +126,16 @@ class Contrastive(Objective):
         return self.loss.distils
 
     @property
+    def teacher_momentum(self) -> float | None:
+        return self.loss.guide_momentum
+
+    @property
     def across_processes(self) -> bool:
         return self.cross_device_negatives
 
     def check(self, sources: Sequence[Source]) -> None:
         for source in sources:
-            if "score" in self.loss.reads and "score" not in source.fields:
+            if "score" in self.loss.reads and "score" not in source.fields and self.loss.guide_momentum is None:
                 raise ConfigError(
                     f"data source '{source.name}' carries no 'score'; objective '{self.loss.name}' learns from a "
                     "teacher's. Score its documents with a teacher, or train on it with infonce"
@@ -151,7 +156,8 @@ class Contrastive(Objective):
     def gather(self, queries: Embeddings, documents: Embeddings, labels: BatchLabels) -> Gathered:
         """Q local queries, D local documents -> rows and columns. Collectives run in the same order everywhere.
 
-        Raises ConfigError where a teacher's scores are needed and are all one number.
+        Raises ConfigError where a teacher's scores are needed and are all one number, and where a guide is needed and
+        gave no vectors, or several an input.
         """
         if "score" in self.loss.reads:
             self._refuse_placeholders(labels)
@@ -175,7 +181,32 @@ class Contrastive(Objective):
             relations.queries_apart(rows, self.mask_duplicates) if siblings else None,
             relations.turns() if self.positives == "one_at_a_time" else None,
         )
-        return replace(forward, reverse=self._reverse(forward, all_queries, documents)) if reversed_too else forward
+        judged = self._judged(labels, relations) if self.loss.guide_momentum is not None else None
+        if judged is not None:
+            columns = [judged[1], *([judged[0]] if siblings else [])]
+            of_rows = judged[0].rows(torch.arange(len(judged[0].vectors), device=labels.owner.device)[rows])
+            forward = replace(forward, guide=(of_rows, Embeddings.concatenate(columns)))
+        if not reversed_too:
+            return forward
+        return replace(forward, reverse=self._reverse(forward, all_queries, documents, judged))
+
+    def _judged(self, labels: BatchLabels, relations: Relations) -> tuple[Embeddings, Embeddings]:
+        """The guide's vectors of the queries (M, E) and documents (C, E) of all processes."""
+        if labels.taught is None:
+            raise ConfigError(
+                f"objective '{self.title}' has a guide (momentum {self.loss.guide_momentum:g}), and the labels of the "
+                "batch hold no vectors of one (`taught`); mmembed's trainer gives them, a step of your own passes "
+                "`teacher` to contrastive_step"
+            )
+        if labels.taught[0].mask is not None:
+            raise ConfigError(
+                f"objective '{self.title}': its guide compares one vector an input; pooling 'multi_vector' gives many"
+            )
+        queries, documents = labels.taught
+        return (
+            gather_embeddings(queries, relations.query_counts),
+            gather_embeddings(documents, relations.document_counts),
+        )
 
     def _refuse_placeholders(self, labels: BatchLabels) -> None:
         found = labels.relevance.new_zeros(0) if labels.scores is None else labels.scores[~labels.scores.isnan()]
@@ -185,7 +216,13 @@ class Contrastive(Objective):
                 f"'{self.loss.name}' learns from a teacher's. Look at how its 'score' is read, or train with infonce"
             )
 
-    def _reverse(self, forward: Gathered, all_queries: Embeddings, documents: Embeddings) -> Gathered:
+    def _reverse(
+        self,
+        forward: Gathered,
+        all_queries: Embeddings,
+        documents: Embeddings,
+        judged: tuple[Embeddings, Embeddings] | None,
+    ) -> Gathered:
         """The same with positive documents as rows: local ones, or of all processes where the loss couples them."""
         relations = forward.relations
         local = relations.local(relations.document_counts)
@@ -197,7 +234,11 @@ class Contrastive(Objective):
             positive = (relations.relevance > 0).nonzero().squeeze(1)
         relevance, valid = relations.matrix(slice(None), local, self.mask_duplicates)  # (M, D) each
         targets = None if forward.targets is None else relations.targets(slice(None), local).T[positive]
-        apart = None
+        apart = guide = None
+        if judged is not None:
+            index = torch.arange(len(judged[1].vectors), device=positive.device)[local][positive]
+            columns = [judged[0], *([judged[1]] if forward.siblings is not None else [])]
+            guide = judged[1].rows(index), Embeddings.concatenate(columns)
         if forward.siblings is not None:
             apart = relations.documents_apart(local, self.mask_duplicates)[positive]
         return Gathered(
@@ -210,15 +251,18 @@ class Contrastive(Objective):
             targets,
             None if apart is None else forward.candidates,
             apart,
+            guide=guide,
             weight=weight,
         )
 
     def truncate(self, gathered: Gathered, dims: slice) -> Gathered:
+        guide = gathered.guide
         return replace(
             gathered,
             queries=gathered.queries.truncate(dims),
             candidates=gathered.candidates.truncate(dims),
             siblings=None if gathered.siblings is None else gathered.siblings.truncate(dims),
+            guide=None if guide is None else (guide[0].truncate(dims), guide[1].truncate(dims)),
             reverse=None if gathered.reverse is None else self.truncate(gathered.reverse, dims),
         )
 
@@ -307,6 +351,9 @@ class Contrastive(Objective):
             more = apart.shape[1]
             relevance, valid = functional.pad(relevance, (0, more)), torch.cat([valid, apart], 1)
             targets = None if targets is None else functional.pad(targets, (0, more), value=math.nan)
+        if gathered.guide is not None and targets is not None:
+            of_rows, of_columns = (unit(side) for side in gathered.guide)  # (Q, E), (C + S, E)
+            targets = torch.where(targets.isnan(), of_rows[rows] @ of_columns.T, targets)
         relevance = relevance.to(values.dtype)
         if self.false_negative_margin is not None:
             valid = valid & ~self._false_negatives(values.detach() * temperature, relevance, valid)

@@ -134,7 +134,12 @@ def _unscored(census: Census, part: Objective, group: Group) -> Lack:
     """What records lack of a teacher's scores: the scores, or a difference between them."""
     if part.distils == "negatives":
         missing = census.those(lambda held: not min(held.scored_negatives, group.negatives))
-        return Lack(missing, "have no 'score' of a negative that is drawn", "leaves negatives out by it: score them")
+        return Lack(
+            missing,
+            "have no 'score' of a negative that is drawn",
+            "leaves negatives out by it: score them, or set "
+            "momentum: 1, whose guide is the model that training starts from",
+        )
     sides = part.distils == "sides"
     wanted = "a positive and a negative" if sides else "two documents"
 

@@ -136,6 +136,7 @@ def test_every_loss_is_an_objective_under_autocast(name: str, symmetric: bool) -
         query_keys=torch.arange(100, 104),
         positive_keys=keys[::2].unsqueeze(1),
         scores=torch.tensor([0.9, 0.2, 0.8, 0.1, 0.7, 0.3, 0.95, 0.0]),
+        taught=(Embeddings(queries.detach()), Embeddings(documents.detach())),
     )
     objective = build_objective({"type": name, "symmetric": symmetric, "same_tower_negatives": True})
     with torch.autocast("cpu", torch.bfloat16):

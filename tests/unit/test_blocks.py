@@ -33,7 +33,8 @@ def batch(in_batch: bool):
     vectors = [torch.randn(count, 6, generator=draw, dtype=torch.float64).requires_grad_() for count in (5, len(owner))]
     labels = make_labels(owner, [1, 0, 1, 1, 1, 0, 1, 1, 0], in_batch=in_batch)
     scores = torch.rand(len(owner), generator=draw, dtype=torch.float64)
-    return vectors, type(labels)(**{**vars(labels), "scores": scores})
+    taught = tuple(Embeddings(one.detach().flip(1)) for one in vectors)
+    return vectors, type(labels)(**{**vars(labels), "scores": scores, "taught": taught})
 
 
 def all_at_once(objective, gathered):

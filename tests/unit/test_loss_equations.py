@@ -258,11 +258,74 @@ def test_multicsr_counts_negatives_that_the_guide_did_not_score() -> None:
     assert loss.item() == pytest.approx(math.log(3))
 
 
-def test_multicsr_masks_no_in_batch_negative_as_the_guide_scores_own_documents_only() -> None:
-    """Two documents a query: its own negative, which the guide finds equal, is out; those of the other query count."""
+def test_multicsr_without_a_guide_masks_by_the_scores_of_own_documents_alone() -> None:
+    """Two documents a query: its own negative, which the data call equal, is out; those of the other query count."""
     labels = dataclasses.replace(make_labels([0, 0, 1, 1], [1, 0, 1, 0]), scores=torch.tensor([1.0, 0.99, 0.98, 0.97]))
     same = Embeddings(torch.ones(2, 4)), Embeddings(torch.ones(4, 4))
-    assert build_objective("multicsr")(*same, labels)[0].item() == pytest.approx(math.log(3))
+    block = {"type": "multicsr", "momentum": None}
+    assert build_objective(block)(*same, labels)[0].item() == pytest.approx(math.log(3))
+
+
+@pytest.mark.parametrize("scored", [False, True], ids=["guide", "guide and scores"])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("same_tower", [False, True])
+def test_the_guide_of_multicsr_judges_all_candidates_of_the_batch(scored, symmetric, same_tower) -> None:
+    """By loops: what the guide's cosine, or the data's score, puts above phi is no negative; positives stay."""
+    owner, relevant, phi = [0, 0, 1, 1, 2, 2], [1, 0, 1, 0, 1, 0], 0.3
+    sides = embed(3, seed=4), embed(6, seed=5)
+    guide = embed(3, seed=6), embed(6, seed=7)
+    scores = [NAN, 0.9, NAN, 0.1, NAN, NAN] if scored else [NAN] * 6
+    labels = dataclasses.replace(make_labels(owner, relevant), scores=torch.tensor(scores), taught=guide)
+    (q, d), (gq, gd) = ([torch.nn.functional.normalize(one.vectors, dim=1) for one in pair] for pair in (sides, guide))
+
+    def told(query: int, document: int) -> float:
+        given = scores[document] if owner[document] == query else NAN
+        return float(gq[query] @ gd[document]) if math.isnan(given) else given
+
+    def row(own: float, others: list[tuple[float, float]]) -> float:
+        rest = [math.exp(value) for value, judged in others if judged <= phi]
+        return math.log(math.exp(own) + sum(rest)) - own
+
+    forward, reverse = [], []
+    for query in range(3):
+        positive = 2 * query
+        others = [(float(q[query] @ d[j]), told(query, j)) for j in range(6) if j != positive]
+        others += [(float(q[query] @ q[j]), float(gq[query] @ gq[j])) for j in range(3) if same_tower and j != query]
+        forward.append(row(float(q[query] @ d[positive]), others))
+        others = [(float(q[j] @ d[positive]), told(j, positive)) for j in range(3) if j != query]
+        others += [
+            (float(d[positive] @ d[j]), float(gd[positive] @ gd[j]))
+            for j in range(6)
+            if same_tower and owner[j] != query
+        ]
+        reverse.append(row(float(q[query] @ d[positive]), others))
+    expected = sum(forward) / 3 if not symmetric else (sum(forward) + sum(reverse)) / 6
+    block = {"type": "multicsr", "phi": phi, "temperature": 1.0, "symmetric": symmetric}
+    objective = build_objective({**block, "same_tower_negatives": same_tower})
+    assert objective.teacher_momentum == 1.0
+    assert objective(*sides, labels)[0].item() == pytest.approx(expected, rel=1e-5)
+    del block["phi"]
+    plain = build_objective({**block, "type": "infonce", "same_tower_negatives": same_tower})
+    assert plain(*sides, labels)[0].item() > expected + 1e-3, "some negatives are out"
+
+
+def test_multicsr_wants_its_guide_and_one_vector_an_input() -> None:
+    labels = make_labels([0, 0, 1, 1], [1, 0, 1, 0])
+    objective = build_objective("multicsr")
+    assert objective.many_vectors is False  # which the preflight holds against the pooling
+    with pytest.raises(ConfigError, match="'multicsr' has a guide .*hold no vectors of one"):
+        objective(embed(2), embed(4, seed=1), labels)
+    several = Embeddings(torch.ones(2, 3, 4), torch.ones(2, 3).bool()), Embeddings(torch.ones(4, 3, 4))
+    with pytest.raises(ConfigError, match="'multicsr': its guide compares one vector an input"):
+        objective(embed(2), embed(4, seed=1), dataclasses.replace(labels, taught=several))
+
+
+def test_the_guide_of_multicsr_is_cut_with_the_vectors() -> None:
+    guide, labels = (embed(2, seed=2), embed(4, seed=3)), make_labels([0, 0, 1, 1], [1, 0, 1, 0])
+    sides, block = (embed(2), embed(4, seed=1)), {"type": "multicsr", "phi": 0.1, "temperature": 1.0}
+    whole = build_objective({**block, "matryoshka": {"dims": [2]}})(*sides, dataclasses.replace(labels, taught=guide))
+    cut = [[one.truncate(slice(2)) for one in pair] for pair in (sides, guide)]
+    torch.testing.assert_close(whole[0], build_objective(block)(*cut[0], dataclasses.replace(labels, taught=cut[1]))[0])
 
 
 @pytest.mark.parametrize("phi", [1.1, -1.5, 95])
@@ -337,9 +400,12 @@ def test_graded_losses_refuse_binary_sources(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["distil_kl", "margin_mse", "dse", "dcd", "udr", "multicsr"])
 def test_distillation_refuses_sources_without_a_teacher(tmp_path: Path, name: str) -> None:
+    block = {"type": name, **({"momentum": None} if name == "multicsr" else {})}
     with pytest.raises(ConfigError, match=f"'some' carries no 'score'; objective '{name}'"):
-        source_check(tmp_path / "binary", name, BINARY)
-    source_check(tmp_path / "taught", [name, "infonce"], TAUGHT)
+        source_check(tmp_path / "binary", block, BINARY)
+    source_check(tmp_path / "taught", [block, "infonce"], TAUGHT)
+    if name == "multicsr":
+        source_check(tmp_path / "guided", name, BINARY)
 
 
 def test_a_teacher_that_always_says_the_same_is_refused() -> None:

@@ -81,6 +81,17 @@ def test_a_teacher_of_documents_that_are_not_drawn_is_refused(tmp_path, name):
         check(tmp_path, several, name, positives_per_query=2)
 
 
+def test_a_guide_of_the_data_has_to_score_negatives(tmp_path):
+    block = {"type": "multicsr", "momentum": None}
+    with pytest.raises(
+        ConfigError, match="'some': all 2 records, .* have no 'score' of a negative .*'multicsr' leaves"
+    ):
+        check(tmp_path, ALONE, block)
+    check(tmp_path, EQUAL, block)
+    for records in (ALONE, [record(1)]):
+        check(tmp_path, records, "multicsr")  # the guide is the model at its start
+
+
 def test_the_part_of_a_list_and_of_a_task_is_named(tmp_path):
     for objective in (["infonce", "distil_kl"], {"by_task": {"retrieval": ["infonce", "distil_kl"]}}):
         with pytest.raises(ConfigError, match="'some': all 2 records.*objective 'distil_kl'"):
