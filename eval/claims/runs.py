@@ -92,7 +92,11 @@ def code_digest() -> str:
 
 def data_of(claim: Claim, root: Path) -> dict[str, str]:
     """folder -> fingerprint, of the sources and tasks. Raises ConfigError where the data root lacks one."""
-    rows = select(available(root), claim.tasks)
+    offered = available(root)
+    if missing := sorted(set(claim.tasks) - {row.name for row in offered}):
+        raise ConfigError(f"--data-root {root}: claim '{claim.name}' is measured on {', '.join(missing)}, "
+                          "whose folder is not there")  # fmt: skip
+    rows = select(offered, claim.tasks)
     for folder in folders(claim, rows):
         if not (root / folder).is_dir():
             raise ConfigError(f"--data-root {root}: claim '{claim.name}' reads {folder}, which is not there")
@@ -175,7 +179,10 @@ class Workers:
 
     def finished(self, runs: Iterable[Run]) -> Iterator[tuple[Run, dict[str, Any] | RunFailed]]:
         """Each run as it ends, begun in the order given; runs of one key are run once."""
-        futures = {self._pool.submit(self._outcome, run): run for run in {run.key: run for run in runs}.values()}
+        first: dict[str, Run] = {}
+        for run in runs:
+            first.setdefault(run.key, run)
+        futures = {self._pool.submit(self._outcome, run): run for run in first.values()}
         for future in as_completed(futures):
             yield futures[future], future.result()
 

@@ -46,22 +46,24 @@ def test_a_stopped_table_goes_on_with_what_is_missing(tmp_path, capsys):
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 130
-    assert [path.parent.parent.name for path in work.rglob("result.json")] == ["one"]
+    assert [json.loads(path.read_text())["arm"] for path in work.glob("results/*.json")] == ["one"]
     time.sleep(0.5)
     left = [found for found in psutil.process_iter(["cmdline"]) if str(work) in " ".join(found.info["cmdline"] or [])]
     assert not left, "a training runs on"
-    first = work / "a" / "one" / "seed-0" / "result.json"
+    (first,) = work.glob("results/*.json")
     written = first.stat().st_mtime_ns
 
-    assert main(arguments) == 0
+    assert main([*arguments, "--jobs", "2"]) == 0
     assert first.stat().st_mtime_ns == written
-    assert len(list(work.rglob("result.json"))) == 4
+    kept = [json.loads(path.read_text()) for path in work.glob("results/*.json")]
+    results = {(result["claim"], result["arm"]): result for result in kept}
+    assert len(results) == len(kept) == 4
     assert "1 of 2 runs are there" in capsys.readouterr().out
-    result = json.loads((work / "a" / "other" / "seed-0" / "result.json").read_text())
+    result = results["a", "other"]
     assert result["config"]["training"]["max_steps"] == 2
     numbers = result["scores"]["mbpp"]
     assert 0.5 < numbers["pooled_auc"] < 1 and 0 < numbers["centroid_distance"] < 2 and 0.1 < numbers["ndcg_at_10"] < 1
-    cut_scores = json.loads((work / "b" / "one" / "seed-0" / "result.json").read_text())["scores"]
+    cut_scores = results["b", "one"]["scores"]
     assert cut_scores["mbpp@8"]["ndcg_at_10"] < cut_scores["mbpp"]["ndcg_at_10"]
     assert not list(work.rglob("*.safetensors"))
     text = table.read_text()
@@ -87,4 +89,5 @@ def test_a_failed_run_does_not_stop_the_others_and_says_where_its_log_is(tmp_pat
     shown = capsys.readouterr()
     assert "failed: a: one, seed 0: exit status 2" in shown.err and "training.log" in shown.err
     assert "temperature" in shown.err  # what the command said
-    assert (tmp_path / "work/a/other/seed-0/result.json").exists()
+    (kept,) = (tmp_path / "work/results").iterdir()
+    assert json.loads(kept.read_text())["arm"] == "other"

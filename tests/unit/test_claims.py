@@ -1,6 +1,11 @@
 """Claims: declared data, the rule of the verdicts, and what makes a kept result valid."""
 
 import json
+import signal
+import threading
+import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,9 +14,11 @@ from sklearn.metrics import roc_auc_score
 from eval.claims import page, runs
 from eval.claims.__main__ import main
 from eval.claims.declaration import Comparison, merged, read_claim, read_claims
-from eval.claims.runs import Results, Run, RunFailed, execute, planned
-from eval.claims.verdicts import FAILS, HOLDS, OPEN, RULE, compare, interval, overall
+from eval.claims.measuring import Remembering, ndcg_by_query
+from eval.claims.runs import Results, Run, RunFailed, Workers, execute, planned
+from eval.claims.verdicts import FAILS, HOLDS, OPEN, RULE, compare, interval, overall, resampled_interval
 from mmembed.config import load_config
+from mmembed.content import Text
 from mmembed.errors import ConfigError, MmembedError
 from mmembed.metrics import pooled_auc
 from mmembed.objectives import build_objective
@@ -144,14 +151,14 @@ def test_a_result_is_valid_while_config_code_and_data_agree(one_run, tmp_path, m
         return Results(tmp_path, **options).of(run) is not None
 
     assert not is_kept(one_run)
-    folder = one_run.folder(tmp_path)
-    folder.mkdir(parents=True)
-    (folder / "result.json").write_text(json.dumps({"key": one_run.key, "code": runs.code_digest()}))
+    path = one_run.result(tmp_path)
+    path.parent.mkdir()
+    path.write_text(json.dumps({"key": one_run.key, "code": runs.code_digest()}))
     assert is_kept(one_run)
-    longer = Run(one_run.claim, one_run.arm, one_run.seed, 3, one_run.data_root)
-    assert longer.folder(tmp_path) == folder and not is_kept(longer)
+    longer = replace(one_run, steps=3)
+    assert not is_kept(longer)
     monkeypatch.setattr(runs, "fingerprint", lambda folder: "other data")
-    assert not is_kept(one_run)
+    assert not is_kept(replace(one_run))
     monkeypatch.undo()
     monkeypatch.setattr(runs, "code_digest", lambda: "other code")
     assert not is_kept(one_run) and is_kept(one_run, any_code=True)
@@ -175,14 +182,124 @@ def test_numbers_of_code_that_changed_meanwhile_are_no_result(one_run, tmp_path,
     source.write_text("before")
     monkeypatch.setattr(runs, "REPOSITORY", tmp_path)
     monkeypatch.setattr(runs, "CODE", ("module.py",))
-    monkeypatch.setattr(runs, "_command", lambda *_: source.write_text("after"))
     runs.code_digest.cache_clear()
     try:
         with pytest.raises(RunFailed, match="the code changed while it ran"):
-            execute(one_run, tmp_path)
+            execute(one_run, tmp_path, lambda *_: source.write_text("after") * 0)
     finally:
         runs.code_digest.cache_clear()
     assert Results(tmp_path).of(one_run) is None
+
+
+def test_arms_that_are_one_config_are_one_result(one_run, tmp_path):
+    elsewhere = one_run.claim.model_copy(update={"name": "another", "arms": {"same": one_run.claim.arms["one"]}})
+    same = Run(elsewhere, "same", one_run.seed, one_run.steps, one_run.data_root)
+    assert same.result(tmp_path) == one_run.result(tmp_path) and same.folder(tmp_path) != one_run.folder(tmp_path)
+    asked = []
+    workers = Workers(2, tmp_path)
+    log_of = one_run.folder(tmp_path) / "training.log"
+
+    def breaks(arguments, log):
+        log.write_text("it broke")
+        asked.append(log)
+        return 1
+
+    workers.command = breaks
+    with workers:
+        ((run, outcome),) = workers.finished([one_run, same])
+    assert run is one_run and asked == [log_of] and "it broke" in str(outcome)
+
+
+def test_commands_end_with_their_workers(tmp_path):
+    sleeper = ["-c", "import time; print('up', flush=True); time.sleep(600)"]
+    log, statuses = tmp_path / "log", []
+    with Workers(1, tmp_path) as workers:
+        thread = threading.Thread(target=lambda: statuses.append(workers.command(sleeper, log)))
+        thread.start()
+        while not (log.exists() and log.read_text()):
+            time.sleep(0.01)
+    thread.join(30)
+    assert statuses == [-signal.SIGKILL]
+    assert workers.command(sleeper, log) == -signal.SIGKILL  # nothing starts any more
+
+
+def test_steps_follow_the_claim(tmp_path):
+    claim = read_claim(declared(tmp_path, "steps: 2.5" + CLAIM))
+    assert {run.steps for run in planned([claim], 1, 10, tmp_path)} == {25}
+
+
+def test_a_claim_that_needs_more_data_is_left_out_or_refused(capsys):
+    assert main(["--only", "sycl_wasserstein", "--plan"]) == 2
+    refused = capsys.readouterr().err
+    assert "says nothing on 8 train queries of dbpedia-entity: it needs 200" in refused and "--data-root" in refused
+    assert main(["--plan"]) == 0
+    shown = capsys.readouterr().out
+    assert "left out: claim 'sycl_wasserstein'" in shown and "3 seeds x wasserstein" not in shown
+
+
+def test_several_tasks_are_their_mean():
+    comparison = Comparison(arm="a", than="b", task=["x", "y"], metric="m", dim=8)
+    result = {"claim": "c", "scores": {"x@8": {"m": 0.2}, "y@8": {"m": 0.5}, "x": {"m": 9}, "y": {"m": 9}}}
+    assert runs.value(result, comparison) == pytest.approx(0.35)
+    assert Comparison(arm="a", than="b", task="x").scores == ("x",)
+
+
+def test_the_bootstrap_agrees_with_the_normal_approximation():
+    rng = np.random.default_rng(0)
+    tasks = [rng.normal(0.05, 0.2, 400), rng.normal(0.01, 0.4, 100)]
+    low, high = resampled_interval(tasks)
+    mean = sum(task.mean() for task in tasks) / 2
+    error = sum(task.var() / len(task) for task in tasks) ** 0.5 / 2
+    assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.1 * error)
+    assert resampled_interval([[0.0] * 9]) is None and resampled_interval([[0.1]]) is None
+
+
+def test_what_is_not_trained_has_an_interval_over_queries(tmp_path):
+    claim = read_claim(declared(tmp_path, "trained: false" + CLAIM))
+    rng = np.random.default_rng(0)
+    queries = {"one": rng.uniform(0.4, 1.0, 200), "other": rng.uniform(0.0, 0.6, 200)}
+    results = {
+        arm: {0: {"scores": {"mbpp": {"ndcg_at_10": values.mean()}}, "by_query": {"mbpp": list(values)}}}
+        for arm, values in queries.items()
+    }
+    (outcome,) = page.found(claim, results).outcomes
+    assert outcome.low < outcome.difference < outcome.high and outcome.verdict == HOLDS
+    (outcome,) = page.found(claim, {"one": results["one"]}).outcomes
+    assert outcome.low is None and outcome.reason == "0 seeds"
+
+
+def test_equal_texts_are_encoded_once_and_cut_as_encode_cuts():
+    from mmembed import Embedder
+
+    embedder = Embedder.from_pretrained("mmembed-nano")
+    asked = []
+
+    def encode(contents, *, role, instruction):
+        asked.append(len(contents))
+        return embedder.encode(contents, role=role, instruction=instruction)
+
+    remembering = Remembering(SimpleNamespace(encode=encode, similarity=embedder.similarity))
+    contents = [(Text("a red fox"),), (Text("a blue bird"),), (Text("a red fox"),)]
+    whole = remembering.encode(contents, role="query", instruction=None)
+    assert np.array_equal(whole, embedder.encode(contents, role="query"))
+    remembering.dim = 16
+    cut = remembering.encode(contents, role="query", instruction=None)
+    assert np.allclose(cut, embedder.encode(contents, role="query", truncate_dim=16), atol=1e-6)
+    assert asked == [2]
+    remembering.encode(contents, role="document", instruction=None)
+    assert asked == [2, 2]  # another role is another text
+
+
+def test_ndcg_by_query_agrees_with_pytrec_eval():
+    import pytrec_eval
+
+    rng = np.random.default_rng(0)
+    values, relevance = rng.normal(size=(9, 40)), (rng.random((9, 40)) < 0.1) * rng.integers(1, 3, (9, 40))
+    relevance[:, 0] = 1
+    qrels = {str(q): {str(d): int(relevance[q, d]) for d in range(40) if relevance[q, d]} for q in range(9)}
+    run = {str(q): {str(d): float(values[q, d]) for d in range(40)} for q in range(9)}
+    judged = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10"}).evaluate(run)
+    assert ndcg_by_query(values, relevance) == pytest.approx([judged[str(q)]["ndcg_cut_10"] for q in range(9)])
 
 
 def test_runs_come_seed_by_seed_and_an_untrained_claim_once(tmp_path):
@@ -196,7 +313,7 @@ def test_runs_come_seed_by_seed_and_an_untrained_claim_once(tmp_path):
 def test_a_missing_data_set_is_named(tmp_path, capsys):
     (tmp_path / "mbpp").mkdir()
     assert main(["--only", "mw_auc", "--plan", "--data-root", str(tmp_path)]) == 2
-    assert "squad-en" in capsys.readouterr().err
+    assert "claim 'mw_auc' is measured on odex, openstax-glossary, whose folder" in capsys.readouterr().err
 
 
 def test_the_page_without_runs_has_no_numbers(tmp_path):
@@ -213,6 +330,7 @@ def test_the_page_shows_means_interval_verdict_and_plot(tmp_path):
         arm: {
             seed: {
                 "claim": "thing",
+                "key": f"{arm}-{seed}",
                 "code": "c0de",
                 "arm": arm,
                 "steps": 9,
