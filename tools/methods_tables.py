@@ -195,7 +195,7 @@ def _measured(component: str, family: Family) -> Iterator[str]:
             )
     for finding in findings():
         claim = finding.claim
-        used = {arm for arm in claim.arms if component in _types(claim.config(arm, 1, 0).get(family.key))}
+        used = {arm for arm in claim.arms if component in _types(_blocks(claim.config(arm, 1, 0), family))}
         for outcome in finding.outcomes:
             arms = (outcome.comparison.arm, outcome.comparison.than)
             if outcome.arm and used & set(arms):
@@ -219,6 +219,13 @@ def findings() -> list[page.Finding]:
         result = json.loads(line)
         results.setdefault(result["claim"], {}).setdefault(result["arm"], {})[result["seed"]] = result
     return [page.found(claim, results[claim.name]) for claim in read_claims() if claim.name in results]
+
+
+def _blocks(config: Mapping[str, Any], family: Family) -> Any:
+    """What a config says of a family: a block, or those of its sources."""
+    if family.key == "pairs":
+        return [source.get("pairs") for source in config["data"]["train"]]
+    return config.get(family.key)
 
 
 def _types(block: Any) -> Iterator[str]:

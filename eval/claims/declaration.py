@@ -1,8 +1,8 @@
 """A claim as declared data: `declared/<name>.yaml` says what a paper states, which arms it compares, and on what.
 
 An arm is a tree of keys of a training config, laid over the claim's own `base`, over `declared/base.yaml`. Arms of one
-claim get the same budget: they may differ in attention, pooling, prompt, objective and in how a source is read, in
-nothing else, and that is checked. To add a claim, add a file.
+claim get the same budget: they may differ in attention, pooling, prompt, objective and in how a source is read or pairs
+are made of it, in nothing else, and that is checked. To add a claim, add a file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mmembed.errors import ConfigError, nearest
 
 DECLARED = Path(__file__).with_name("declared")
 OURS = ("pooled_auc", "centroid_distance")  # metrics of vectors that mteb does not have: see eval.claims.measuring
-SOURCE_MAY_DIFFER = {"options", "in_batch_negatives", "instruction", "document_instruction"}
+SOURCE_MAY_DIFFER = {"options", "pairs", "in_batch_negatives", "instruction", "document_instruction"}
 Tree = dict[str, Any]
 
 
@@ -175,8 +175,9 @@ def merged(*trees: Mapping[str, Any]) -> Tree:
 
 
 def folders(claim: Claim, rows: Sequence[Any]) -> list[str]:
-    """Of the sources of all arms and of the tasks, below a data root."""
-    sources = {source["path"] for arm in claim.arms for source in claim.config(arm, 1, 0)["data"]["train"]}
+    """Of the sources of all arms and of the tasks, below a data root; of a file, the folder it is in."""
+    paths = {Path(source["path"]) for arm in claim.arms for source in claim.config(arm, 1, 0)["data"]["train"]}
+    sources = {(path.parent if path.suffix else path).as_posix() for path in paths}
     return sorted(sources | {row.folder for row in rows})
 
 

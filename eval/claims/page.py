@@ -73,15 +73,15 @@ def write(path: Path, findings: Sequence[Finding], about: Sequence[str]) -> None
         plot = path.with_suffix("") / f"{finding.claim.name}.svg"
         plot.parent.mkdir(exist_ok=True)
         plot.write_text(drawn(finding), encoding="utf-8")
-    if results := _distinct(measured):
-        lines = [json.dumps(result, sort_keys=True) + "\n" for result in results]
+    if measured:
+        lines = [
+            json.dumps({**result, "claim": finding.claim.name, "arm": arm}, sort_keys=True) + "\n"
+            for finding in measured
+            for arm, by_seed in finding.results.items()
+            for result in by_seed.values()
+        ]
         results_beside(path).write_text("".join(lines), encoding="utf-8")
     path.write_text(written(findings, about, path.stem), encoding="utf-8")
-
-
-def _distinct(findings: Sequence[Finding]) -> list[Mapping[str, Any]]:
-    """The results of all claims; arms that are one config have one."""
-    return list({result["key"]: result for finding in findings for result in finding.all_results}.values())
 
 
 def results_beside(path: Path) -> Path:
@@ -104,7 +104,7 @@ def written(findings: Sequence[Finding], about: Sequence[str], folder: str) -> s
 
 
 def _summary(findings: Sequence[Finding], about: Sequence[str]) -> str:
-    results = _distinct(findings)
+    results = {result["key"]: result for finding in findings for result in finding.all_results}.values()
     hours = sum(sum(result["seconds"].values()) for result in results) / 3600
     claims: dict[str, dict[str, None]] = {}
     for result in results:
