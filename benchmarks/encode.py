@@ -155,6 +155,7 @@ def _bare(embedder: Any, contents: Sequence[Any], role: Any = "document") -> Cal
     """The limit: batches made beforehand, then nothing but the backbone's forward."""
     import torch
 
+    from mmembed.backbones.patches import in_dtype
     from mmembed.content import to_content
     from mmembed.data.collate import plan_chunks
     from mmembed.preprocess import Item
@@ -165,7 +166,7 @@ def _bare(embedder: Any, contents: Sequence[Any], role: Any = "document") -> Cal
     for inputs in batches:
         inputs.tensors.pop("attention_mask")
         for name, tensor in inputs.tensors.items():
-            inputs.tensors[name] = tensor.to(backbone.dtype) if tensor.is_floating_point() else tensor
+            inputs.tensors[name] = in_dtype(tensor, backbone.dtype) if tensor.is_floating_point() else tensor
 
     @torch.inference_mode()
     def run(batch: int) -> None:

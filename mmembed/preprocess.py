@@ -27,6 +27,7 @@ import PIL.Image
 import torch
 
 from mmembed.backbones import Family, Layout
+from mmembed.backbones.shared_prefix import Prefix
 from mmembed.content import Audio, Content, Image, Role, Text, Video
 from mmembed.errors import ConfigError, MediaError, MmembedError
 from mmembed.prompts import PromptStyle, Rendered
@@ -118,6 +119,7 @@ class ModelInputs:
             there is no store, or no image.
         lengths: tokens of each row, where the model is to compute no padding (`mmembed.backbones.packed`); else empty.
         predicted: (B, T) bool, true on tokens that a language-model loss predicts; None where there is no such loss.
+        prefix: the `shared` tokens, where they went through the model before (`EmbeddingModel.read_prefix`).
     """
 
     tensors: dict[str, torch.Tensor]
@@ -129,6 +131,7 @@ class ModelInputs:
     images: StoredImages | None = None
     lengths: tuple[int, ...] = ()
     predicted: torch.Tensor | None = None
+    prefix: Prefix | None = None
 
     def __len__(self) -> int:
         return len(self.pool_mask) - self.filler

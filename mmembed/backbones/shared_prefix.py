@@ -10,11 +10,15 @@ Own tokens keep the positions that they have in their row. Cost: P + B * T token
 in attention, which copies the prefix's keys and values once a row and needs a mask of (T, P + T): forward and backward
 at P = 64, B = 64, T = 32 (4 heads of 64) take 14.8 ms on one core, of B whole rows 37.3 ms (docs/log.md). On a CPU the
 kernel gets grouped heads as they are, and its keys in multiples of 16.
+
+Without gradients a prefix may also go through the backbone alone, once for several batches (`Prefix`): these are B * T
+tokens each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,6 +33,19 @@ ALIGNMENT = 16
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, float, float], Tensor]
 
 
+@dataclass(frozen=True)
+class Prefix:
+    """What batches need of a prefix that was computed before them.
+
+    Attributes:
+        attended: keys and values of each attention layer, in the order of their calls, (1, G, P, D) each.
+        hidden: (P, H) last hidden states, then those of lower layers that are asked for.
+    """
+
+    attended: tuple[tuple[Tensor, Tensor], ...]
+    hidden: tuple[Tensor, ...]
+
+
 class SharedPrefix:
     """How one sequence is divided; goes to every attention layer as the argument `shared_prefix`.
 
@@ -37,15 +54,18 @@ class SharedPrefix:
     Args:
         config: of the decoder. An attention of another part of the model (a vision tower) is left alone.
         tokens: P, of the prefix.
-        rows: B, behind it.
+        rows: B, behind it. 0: the sequence is the prefix alone.
+        known: the prefix, where the sequence is the rows' own tokens alone.
 
     Attributes:
         calls: attention layers that followed it so far.
+        attended: their keys and values, of a prefix alone.
     """
 
-    def __init__(self, config: Any, tokens: int, rows: int) -> None:
-        self.config, self.tokens, self.rows = config, tokens, rows
+    def __init__(self, config: Any, tokens: int, rows: int, known: Prefix | None = None) -> None:
+        self.config, self.tokens, self.rows, self.known = config, tokens, rows, known
         self.calls = 0
+        self.attended: list[tuple[Tensor, Tensor]] = []
         self._masks: dict[tuple[int, int, int, int | None], Tensor] = {}
 
     def mask(self, before: int, length: int, padding: int, window: int | None, device: torch.device) -> Tensor:
@@ -68,35 +88,47 @@ def attend_behind(
     sliding_window: int | None = None,
     **options: Any,
 ) -> Tensor:
-    """query (1, H, P + B * T, D), key and value (1, G, P + B * T, D) -> (1, P + B * T, H, D)."""
+    """query (1, H, P + B * T, D), key and value (1, G, P + B * T, D) -> (1, P + B * T, H, D).
+
+    Of a prefix alone P tokens each, behind a known one B * T.
+    """
     given = [name for name in UNKNOWN_TO_US if options.get(name) is not None]
     if given:
         raise MmembedError(f"share_prefix: this backbone's attention uses {', '.join(given)}; set share_prefix: off")
-    shared.calls += 1
+    layer, shared.calls = shared.calls, shared.calls + 1
     prefix, rows = shared.tokens, shared.rows
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    length = (query.shape[2] - prefix) // rows  # T
+    first = prefix if shared.known is None else 0  # tokens of the sequence in front of the rows' own
+    length = (query.shape[2] - first) // rows if rows else 0  # T
     window = sliding_window if sliding_window is not None and sliding_window < prefix + length else None
-    first_query, first_key, first_value = (tensor[:, :, :prefix] for tensor in (query, key, value))
-    mask = shared.mask(0, prefix, 0, window, query.device)
-    head = kernel(first_query, first_key, first_value, mask, dropout, scaling)  # (1, H, P, D)
+    parts = []
+    if shared.known is None:
+        first_query, first_key, first_value = (tensor[:, :, :prefix] for tensor in (query, key, value))
+        mask = shared.mask(0, prefix, 0, window, query.device)
+        head = kernel(first_query, first_key, first_value, mask, dropout, scaling)  # (1, H, P, D)
+        parts.append(head.transpose(1, 2))
+        if not rows:
+            shared.attended.append((first_key, first_value))
+            return parts[0]
+    else:
+        first_key, first_value = shared.known.attended[layer]
 
     def own(tensor: Tensor) -> Tensor:
-        return tensor[0, :, prefix:].unflatten(1, (rows, length)).transpose(0, 1)  # (B, G, T, D)
+        return tensor[0, :, first:].unflatten(1, (rows, length)).transpose(0, 1)  # (B, G, T, D)
 
     aligned = kernel is masked_attention and query.device.type == "cpu"
     padding = -(prefix + length) % ALIGNMENT if aligned else 0
 
-    def behind(tensor: Tensor) -> Tensor:
-        parts = [tensor[:, :, :prefix].expand(rows, -1, -1, -1), own(tensor)]
+    def behind(tensor: Tensor, before: Tensor) -> Tensor:
+        whole = [before.expand(rows, -1, -1, -1), own(tensor)]
         if padding:
-            parts.append(tensor.new_zeros(1).expand(rows, tensor.shape[1], padding, tensor.shape[3]))
-        return torch.cat(parts, dim=2)  # (B, G, S, D), S = P + T + padding
+            whole.append(tensor.new_zeros(1).expand(rows, tensor.shape[1], padding, tensor.shape[3]))
+        return torch.cat(whole, dim=2)  # (B, G, S, D), S = P + T + padding
 
     mask = shared.mask(prefix, length, padding, window, query.device)
-    tail = kernel(own(query), behind(key), behind(value), mask, dropout, scaling)  # (B, H, T, D)
-    heads, width = tail.shape[1], tail.shape[3]
-    return torch.cat([head.transpose(1, 2), tail.transpose(1, 2).reshape(1, -1, heads, width)], dim=1)
+    tail = kernel(own(query), behind(key, first_key), behind(value, first_value), mask, dropout, scaling)
+    parts.append(tail.transpose(1, 2).reshape(1, -1, tail.shape[1], tail.shape[3]))  # of (B, H, T, D)
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float, scaling: float) -> Tensor:

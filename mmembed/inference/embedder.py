@@ -5,7 +5,8 @@ What makes it fast, in the order of what it gains on a CPU:
 1. kernels that suit the processor (`mmembed.inference.cpu`);
 2. batches are cut from the contents sorted by length, under a budget of padded tokens that fits the processor's cache;
 3. texts go through the model without an attention mask where it allows that (right padding under causal attention),
-   and what the texts of a batch begin with in common, an instruction above all, goes through it once;
+   and what the texts of a batch begin with in common, an instruction above all, goes through it once; on a CPU once
+   for all batches that begin with it;
 4. on a CPU with several threads, a narrow model computes several batches at once, one thread each: its products are too
    small to share between threads;
 5. all texts of a window are tokenized in one call, and threads open and resize images while the model computes;
@@ -18,10 +19,12 @@ at a time. Order is restored: row i of the result belongs to content i.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -31,8 +34,9 @@ from tqdm.auto import tqdm
 
 from mmembed.backbones.loading import DTYPES
 from mmembed.backbones.packed import ATTENTION_KERNELS, AttentionKernel
+from mmembed.backbones.shared_prefix import Prefix
 from mmembed.content import ContentLike, Role, Text, to_content
-from mmembed.data.collate import plan_chunks
+from mmembed.data.collate import Chunk, plan_chunks
 from mmembed.errors import ConfigError, MmembedError, nearest
 from mmembed.inference.cpu import accelerate, cpu_capabilities
 from mmembed.inference.devices import check_device
@@ -57,12 +61,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 Batch = tuple[list[int], Tensor, Tensor | None]  # positions in the contents, vectors, mask; on the CPU
-Planned = tuple[list[int], Sequence[Row], int, bool]  # positions in the contents, rows, shared tokens, packed
+Planned = tuple[list[int], Chunk, bool]  # positions in the contents, what goes together, whether its prefix is kept
 Vectors = Any  # (N, W) numpy array or tensor; a list of (T, W) for multi-vector models
 CPU_TOKENS = 2048  # padded tokens in a batch: what stays in the processor's cache (see docs/inference.md)
 AMX_TOKENS = 4096  # of texts in bfloat16 where the processor has matrix units for it: less would not fill them
 TOKEN_BUDGET = 16384  # on accelerators
 WINDOW = 16384  # contents tokenized together: bounds the memory for token ids, loses nothing measurable in padding
+KEPT_PREFIXES = 8  # at once: of a long prefix and a large model tens of megabytes each
 PREPARED = 2  # batches prepared ahead of a model that computes one at a time
 
 
@@ -254,26 +259,23 @@ class Embedder:
 
     def _batches(self, contents: Sequence[ContentLike], how: _How) -> Iterator[Batch]:
         """The vectors of each batch, wherever they were computed."""
-        plan = self._plan(contents, how)
+        plan, prefixes = self._plan(contents, how), _Prefixes(self.model)
         head = list(islice(plan, torch.get_num_threads()))  # as many batches as could be computed at once
         narrow = self.device.type == "cpu" and self.model.backbone.config.get_text_config().hidden_size <= NARROW
         batches = chain(head, plan)
         if narrow and len(head) > 1:
-            yield from beside_each_other(batches, lambda one: self._compute(one[0], self._collate(*one)), len(head))
-        else:
-            yield from self._in_turn(batches)
+            yield from beside_each_other(batches, lambda one: self._compute(*self._prepare(*one), prefixes), len(head))
+        else:  # batch after batch through the model, while threads prepare the next ones
+            for prepared in ahead(batches, lambda one: self._prepare(*one), threads=PREPARED):
+                yield self._compute(*prepared, prefixes)
 
-    def _in_turn(self, plan: Iterable[Planned]) -> Iterator[Batch]:
-        """Batch after batch through the model, while threads prepare the next ones."""
-
-        def prepare(planned: Planned) -> tuple[list[int], ModelInputs]:
-            return planned[0], self._collate(*planned)
-
-        for positions, inputs in ahead(plan, prepare, threads=PREPARED):
-            yield self._compute(positions, inputs)
+    def _prepare(self, positions: list[int], chunk: Chunk, kept: bool) -> tuple[list[int], ModelInputs, bool]:
+        return positions, self._collate(positions, chunk), kept
 
     @torch.inference_mode()
-    def _compute(self, positions: list[int], inputs: ModelInputs) -> Batch:
+    def _compute(self, positions: list[int], inputs: ModelInputs, kept: bool, prefixes: _Prefixes) -> Batch:
+        if kept:
+            inputs = replace(inputs, prefix=prefixes.of(inputs.tensors["input_ids"][0, : inputs.shared]))
         vectors, mask, *_ = self.model(inputs.to(self.device))  # (B, E), or (B, T, E) with (B, T)
         return positions, vectors.cpu(), None if mask is None else mask.cpu()
 
@@ -287,8 +289,11 @@ class Embedder:
             rows = self._tokenize(items, start)
             shareable = [self.preprocessor.shareable(row) for row in rows] if how.share_prefix else None
             budget = how.token_budget or self._default_budget(rows)
-            for chunk in plan_chunks(rows, budget, shareable=shareable, packed=how.packed):
-                yield [start + index for index in chunk.index.tolist()], chunk.rows, chunk.shared, chunk.packed
+            chunks = plan_chunks(rows, budget, shareable=shareable, packed=how.packed)
+            uses = Counter(_prefix(chunk) for chunk in chunks)
+            for chunk in chunks:
+                kept = self.device.type == "cpu" and chunk.shared > 0 and uses[_prefix(chunk)] > 1
+                yield [start + index for index in chunk.index.tolist()], chunk, kept
 
     def _tokenize(self, items: Sequence[Item], start: int) -> list[Row]:
         try:
@@ -299,11 +304,11 @@ class Embedder:
                     self.preprocessor.tokenize([item])
             raise
 
-    def _collate(self, positions: Sequence[int], rows: Sequence[Row], shared: int, packed: bool) -> ModelInputs:
+    def _collate(self, positions: Sequence[int], chunk: Chunk) -> ModelInputs:
         try:
-            return self.preprocessor.collate(rows, shared=shared, packed=packed)
+            return self.preprocessor.collate(chunk.rows, shared=chunk.shared, packed=chunk.packed)
         except MmembedError:
-            for position, row in zip(positions, rows, strict=True):
+            for position, row in zip(positions, chunk.rows, strict=True):
                 with _naming(position):
                     self.preprocessor.collate([row])
             raise
@@ -322,6 +327,31 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     if dtype not in DTYPES:
         raise MmembedError(f"dtype: there is no '{dtype}'; {nearest(dtype, [*DTYPES, 'auto'])}")
     return DTYPES[dtype]
+
+
+class _Prefixes:
+    """What batches of one call begin with, each computed once, by the first batch that needs it.
+
+    Alone, so that its numbers do not depend on which batch of which thread that was.
+    """
+
+    def __init__(self, model: EmbeddingModel) -> None:
+        self._model, self._known = model, dict[tuple[int, ...], Prefix]()
+        self._lock = Lock()
+
+    def of(self, ids: Tensor) -> Prefix:
+        """ids (P,), on the CPU."""
+        name = tuple(ids.tolist())
+        with self._lock:
+            if name not in self._known:
+                if len(self._known) >= KEPT_PREFIXES:
+                    del self._known[next(iter(self._known))]
+                self._known[name] = self._model.read_prefix(ids)
+            return self._known[name]
+
+
+def _prefix(chunk: Chunk) -> tuple[int, ...]:
+    return tuple(chunk.rows[0].ids[: chunk.shared])
 
 
 class _Store:

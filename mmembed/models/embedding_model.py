@@ -25,7 +25,7 @@ from mmembed.backbones.layers import check_layers, decoder_of, keep_layers, last
 from mmembed.backbones.output_embedding import OutputEmbedding
 from mmembed.backbones.packed import AttentionKernel, Packed, no_kernel, unknown
 from mmembed.backbones.patches import in_dtype
-from mmembed.backbones.shared_prefix import SharedPrefix, flatten, unflatten
+from mmembed.backbones.shared_prefix import Prefix, SharedPrefix, flatten, unflatten
 from mmembed.config.blocks import PROMPT_TYPES
 from mmembed.embeddings import Embeddings, Layer
 from mmembed.errors import ConfigError, MmembedError
@@ -242,7 +242,7 @@ class EmbeddingModel(nn.Module):
         has_images = "pixel_values" in tensors or inputs.images is not None
         if inputs.shared and self.unshared(has_images) is None:
             whole = predicted is not None
-            hidden, pool_mask = self._run_shared(tensors, pool_mask, inputs.shared, whole)
+            hidden, pool_mask = self._run_shared(tensors, pool_mask, inputs.shared, inputs.prefix, whole)
         elif inputs.lengths and not has_images and self._unpackable() is None:
             hidden = self._run_packed(tensors["input_ids"], inputs.lengths)  # (B, T, H) each
         else:
@@ -292,8 +292,16 @@ class EmbeddingModel(nn.Module):
         rows = {name: torch.stack([one[name] for one in in_order]) for name in self.family.image_rows}
         return {**sequence, **rows, "mm_encoder_outputs": {"image": self.family.join_features(in_order)}}
 
+    @torch.no_grad()
+    def read_prefix(self, ids: torch.Tensor) -> Prefix:
+        """What batches whose rows begin with these tokens (P,) need of them (`ModelInputs.prefix`). Text only."""
+        shared = SharedPrefix(self.config, len(ids), 0)
+        positions = torch.arange(len(ids), device=ids.device)
+        output = self._run_behind(shared, ids.unsqueeze(0), positions.unsqueeze(0), {})  # (1, P, H) each
+        return Prefix(tuple(shared.attended), tuple(one[0] for one in output))
+
     def _run_shared(
-        self, tensors: dict[str, Any], pool_mask: torch.Tensor, prefix: int, whole: bool
+        self, tensors: dict[str, Any], pool_mask: torch.Tensor, prefix: int, known: Prefix | None, whole: bool
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Hidden states of rows that begin with the same `prefix` tokens, of each layer, and their pool mask.
 
@@ -304,26 +312,38 @@ class EmbeddingModel(nn.Module):
         positions = self.family.position_ids(self.base, tensors)  # (3, B, P + T) or None
         if positions is None:
             positions = torch.arange(length, device=ids.device).expand(rows, length)  # (B, P + T)
-        shared = SharedPrefix(self.config, prefix, rows)
+        shared = SharedPrefix(self.config, prefix, rows, known)
         media = {name: tensor for name, tensor in tensors.items() if name not in _SEQUENCE}
+        start = 0 if known is None else prefix
+        sequence, places = (flatten(tensor, prefix)[..., start:] for tensor in (ids, positions))
+        output = self._run_behind(shared, sequence, places, media)  # (1, P + B * T, H) each, or without P
+        if known is None:
+            parts = [unflatten(one, prefix, rows) for one in output]  # (P, H) and (B, T, H) each
+        else:
+            parts = [(head, unflatten(one, 0, rows)[1]) for head, one in zip(known.hidden, output, strict=True)]
+        if not whole and not pool_mask[:, :prefix].any():
+            return [own for _, own in parts], pool_mask[:, prefix:]
+        return [torch.cat([head.expand(rows, -1, -1), own], dim=1) for head, own in parts], pool_mask
+
+    def _run_behind(
+        self, shared: SharedPrefix, ids: torch.Tensor, positions: torch.Tensor, media: dict[str, Any]
+    ) -> list[torch.Tensor]:
+        """The backbone on one sequence (1, N): its hidden states (1, N, H), of each layer."""
         made = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)  # given in 4 dimensions: none is made
         output = self._with_lower(
             lambda: (
                 self.backbone(
-                    input_ids=flatten(ids, prefix),
-                    position_ids=flatten(positions, prefix),
+                    input_ids=ids,
+                    position_ids=positions,
                     attention_mask=made,
                     shared_prefix=shared,
                     **media,
                     return_dict=True,
                 ).last_hidden_state
             )
-        )  # (1, P + B * T, H) each
+        )
         self._check_followed(shared, "share_prefix", "off")
-        parts = [unflatten(one, prefix, rows) for one in output]  # (P, H) and (B, T, H) each
-        if not whole and not pool_mask[:, :prefix].any():
-            return [own for _, own in parts], pool_mask[:, prefix:]
-        return [torch.cat([head.expand(rows, -1, -1), own], dim=1) for head, own in parts], pool_mask
+        return output
 
     def _run_packed(self, ids: torch.Tensor, lengths: tuple[int, ...]) -> list[torch.Tensor]:
         """Hidden states (B, T, H) of right-padded texts (B, T), of each layer; nothing is computed of the padding."""

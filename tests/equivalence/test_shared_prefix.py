@@ -1,7 +1,10 @@
 """A prefix computed once a chunk gives the vectors and gradients of a prefix computed in every row."""
 
+from collections import Counter
+from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES, TEXT_FAMILIES, contents, picture
@@ -13,7 +16,7 @@ from mmembed.backbones import attention, shared_prefix
 from mmembed.content import Document, Example, Image, Text, to_content
 from mmembed.data.collate import plan_chunks
 from mmembed.errors import MmembedError
-from mmembed.inference.cpu import _blocked_attention
+from mmembed.inference.cpu import _blocked_attention, accelerate
 from mmembed.models.embedding_model import EmbedderSettings, build_from_settings
 from mmembed.preprocess import Item, Row
 from tests.equivalence.layouts import (
@@ -147,6 +150,84 @@ def test_a_filler_has_the_prefix_too(family_folder):
     assert count > 20
     assert torch.allclose(touched.vectors, plain.vectors, atol=1e-5)
     assert touched.vectors.shape == shared.vectors.shape
+
+
+def before(model, rows, shared, preprocessor):
+    """Vectors of rows whose first tokens went through the model alone, with its kernels for inference."""
+    inputs = preprocessor.collate(rows, shared=shared)
+    return model(replace(inputs, prefix=model.read_prefix(inputs.tensors["input_ids"][0, :shared])))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_prefix_computed_before(family_folder, name):
+    """Text, and image behind the instruction, with the stock kernels and with those of inference."""
+    model, preprocessor = built(family_folder(name), prompt="instruct")
+    items = [Item(to_content(content), "query", INSTRUCTION) for content in contents(name)]
+    for has_images in (False, True):
+        part = [item for item in items if any(isinstance(piece, Image) for piece in item.content) == has_images]
+        if not part or model.unshared(has_images) is not None:
+            continue
+        (chunk,) = plan_chunks(
+            (rows := preprocessor.tokenize(part)), 10**6, shareable=[preprocessor.shareable(row) for row in rows]
+        )
+        assert chunk.shared > 20
+        with torch.inference_mode():
+            plain = model(preprocessor.collate(chunk.rows)).vectors
+            assert torch.allclose(before(model, chunk.rows, chunk.shared, preprocessor).vectors, plain, atol=1e-5)
+            accelerate(model.backbone)
+            assert torch.allclose(before(model, chunk.rows, chunk.shared, preprocessor).vectors, plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS, ids=str)
+@pytest.mark.parametrize("hidden", [0, 10, 30])
+def test_a_pooled_prefix_computed_before(family_folder, pooling, hidden):
+    """All, a part or nothing of it is pooled, in layers below the last as well; a window of 16 is shorter."""
+    model, preprocessor = built(family_folder("mistral"), pooling=pooling)
+    model.give_layers([1])
+    out = ((0, hidden),) if hidden else ()
+    rows = [Row([*range(10, 40), *range(50, 50 + length)], out) for length in (3, 17, 120)]
+    with torch.inference_mode():
+        plain, known = model(preprocessor.collate(rows)), before(model, rows, 30, preprocessor)
+    for ours, expected in ((known.vectors, plain.vectors), (known.layers[1], plain.layers[1])):
+        if plain.mask is not None:  # masked columns of the prefix need not come back
+            ours, expected = ours[known.mask], expected[plain.mask]
+        assert torch.allclose(ours, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_encode_computes_a_prefix_once_for_all_batches(family_folder, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    embedder = Embedder(*built(family_folder("qwen3"), prompt="instruct"))
+    texts, how = [f"{index % 7} red" * (1 + index % 5) for index in range(40)], {"role": "query"}
+    whole = embedder.encode(texts, instruction=INSTRUCTION, share_prefix="off", **how)
+    seen = []
+    embedder.model.base.get_input_embeddings().register_forward_pre_hook(lambda _, given: seen.append(given[0].numel()))
+    found = embedder.encode(texts, instruction=INSTRUCTION, token_budget=120, **how)
+    assert np.allclose(found, whole, atol=1e-5)
+    rows = embedder.preprocessor.tokenize([Item((Text(text),), "query", INSTRUCTION) for text in texts])
+    limits = [embedder.preprocessor.shareable(row) for row in rows]
+    chunks = plan_chunks(rows, 120, shareable=limits)
+    uses = Counter(tuple(chunk.rows[0].ids[: chunk.shared]) for chunk in chunks)
+    assert max(uses.values()) > 2
+    alone = [len(prefix) for prefix, count in uses.items() if count > 1 and prefix]
+    behind = [
+        chunk.padded_tokens - chunk.shared * (uses[tuple(chunk.rows[0].ids[: chunk.shared])] > 1) for chunk in chunks
+    ]
+    assert sorted(seen) == sorted(alone + behind)
+    seen.clear()
+    embedder.encode(texts, instruction=INSTRUCTION, token_budget=10**6, **how)
+    together = [chunk.padded_tokens for chunk in plan_chunks(rows, 10**6, shareable=limits)]
+    assert sorted(seen) == sorted(together), "a prefix of one batch goes with it"
+
+
+def test_encode_keeps_few_prefixes(family_folder, monkeypatch):
+    monkeypatch.setattr("mmembed.inference.embedder.KEPT_PREFIXES", 1)
+    embedder = Embedder(*built(family_folder("qwen3"), prompt="instruct"))
+    texts = [f"{index} red" * (1 + index % 5) for index in range(40)]
+    instructions = [INSTRUCTION if index % 2 else "Find what is said of the colour of these" for index in range(40)]
+    options = {"role": "query", "instruction": instructions, "token_budget": 120}
+    whole = embedder.encode(texts, share_prefix="off", **options)
+    assert np.allclose(embedder.encode(texts, **options), whole, atol=1e-5)
 
 
 @pytest.mark.parametrize("precision, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
