@@ -1,6 +1,6 @@
 """Content, role and instruction -> tensors. The same object trains and serves, and is saved with the model.
 
-Two steps, so that lengths cost nothing extra: `tokenize` writes the prompts and encodes all texts in one call of the
+Two steps, so that lengths cost nothing extra: `tokenize` writes the prompts and encodes texts in a few calls of the
 fast tokenizer (images enter by their size, read from the file header); `collate` pads some of those rows and opens
 their images now. Grouping rows into batches between the two steps is the caller's business.
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from mmembed.feature_store import FeatureStore
     from mmembed.media import MediaStore
 
+PIECE = 256  # inputs tokenized at a time: until it is a row, a token takes a hundred bytes, later some thirty
 Range = tuple[int, int]
 Side = Literal["left", "right"]
 
@@ -198,18 +199,20 @@ class Preprocessor:
         return self.collate(self.tokenize(items), padding_side)
 
     def tokenize(self, items: Sequence[Item], predict: Collection[Role] = ()) -> list[Row]:
-        """Writes and encodes all items with one tokenizer call. Order is kept.
+        """Writes and encodes items, `PIECE` with one tokenizer call. Order is kept.
 
         Args:
             predict: roles whose texts a language-model loss predicts: rows say which tokens those are.
         """
-        written = [self._write(item) for item in items]
-        layouts = [layout for layout, _, _, _ in written]
-        encodings = self._encode(layouts, needs_offsets=bool(predict))
         rows = []
-        for item, encoding, (layout, images, sizes, chat) in zip(items, encodings, written, strict=True):
-            texts = None if not predict else layout.texts if item.role in predict else ()
-            rows.append(self._row(encoding, layout, images, sizes, chat, self.limits.of(item.role), texts))
+        for start in range(0, len(items), PIECE):
+            piece = items[start : start + PIECE]
+            written = [self._write(item) for item in piece]
+            layouts = [layout for layout, _, _, _ in written]
+            encodings = self._encode(layouts, needs_offsets=bool(predict))
+            for item, encoding, (layout, images, sizes, chat) in zip(piece, encodings, written, strict=True):
+                texts = None if not predict else layout.texts if item.role in predict else ()
+                rows.append(self._row(encoding, layout, images, sizes, chat, self.limits.of(item.role), texts))
         return rows
 
     def shareable(self, row: Row) -> int:

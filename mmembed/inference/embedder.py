@@ -9,7 +9,7 @@ What makes it fast, in the order of what it gains on a CPU:
    for all batches that begin with it;
 4. on a CPU with several threads, a narrow model computes several batches at once, one thread each: its products are too
    small to share between threads;
-5. all texts of a window are tokenized in one call, and threads open and resize images while the model computes;
+5. texts are tokenized in few calls, and threads open and resize images while the model computes;
 6. results go straight into one preallocated array, in the precision and dimension that were asked for.
 
 Memory: one window of token ids (`WINDOW` contents), a few batches in flight, and the result; images are opened a batch

@@ -33,7 +33,7 @@ from mmembed.embeddings import Embeddings
 from mmembed.objectives import Objective, View
 from mmembed.objectives.gather import world
 from mmembed.threads import beside_each_other
-from mmembed.training.heap import give_back
+from mmembed.training.heap import give_back, giving_back
 
 BUCKET = 32 * 2**20  # gradient values reduced at once: large enough for bandwidth, small enough to be no memory
 Encode = Callable[[Chunk], Embeddings]
@@ -119,7 +119,7 @@ def contrastive_step(
     on_heap = kept_from > 0 and outputs[0].vectors.device.type == "cpu"
     if on_heap:
         give_back()
-    loss, metrics, gradients, learned, gathered = _compare(objective, batch, outputs[:count], scale, observe)
+    loss, metrics, gradients, learned = _compare(objective, batch, outputs[:count], scale, observe)
     if on_heap:
         give_back()
     if workers is not None:
@@ -128,8 +128,7 @@ def contrastive_step(
     else:
         back = backward or _plain_backward
         _second_pass(encode, chunks, kept_from, outputs, states, gradients, learned, back, rounds is not None, guard)
-    objective.remember(gathered)
-    return loss.detach(), metrics
+    return loss, metrics
 
 
 def _first_pass(
@@ -143,8 +142,8 @@ def _first_pass(
             return encode(chunks[number])
 
     with guard():
-        if workers is not None:
-            return list(beside_each_other(range(len(chunks)), forward, workers.count)), states
+        if workers is not None:  # of threads of a CPU
+            return list(giving_back(beside_each_other(range(len(chunks)), forward, workers.count))), states
         outputs = []
         for number in range(len(chunks)):  # always in this order: dropout does not depend on what is kept
             if number < kept_from:
@@ -165,9 +164,12 @@ def _taught(teacher: Teacher, batch: Batch, workers: Workers | None, guard: Guar
 
 def _compare(
     objective: Objective, batch: Batch, outputs: Sequence[Embeddings], scale: float, observe: Observe | None
-) -> tuple[Tensor, dict[str, Tensor], list[list[Tensor]], Learned, Any]:
-    """Loss, metrics, gradients of `scale * loss` (of what `Embeddings.tensors` says of each chunk, of the objective's
-    parameters), and what the objective gathered."""
+) -> tuple[Tensor, dict[str, Tensor], list[list[Tensor]], Learned]:
+    """Detached loss, metrics, gradients of `scale * loss`: of what `Embeddings.tensors` says of each chunk, and of the
+    objective's parameters.
+
+    The objective stages its news here and not after the second pass, which needs the memory of the pairs' matrices.
+    """
     cut = [output.with_tensors([one.detach().requires_grad_() for one in output.tensors]) for output in outputs]
     leaves = [leaf for output in cut for leaf in output.tensors]
     vectors = _assemble(batch, cut)
@@ -183,7 +185,8 @@ def _compare(
     found = torch.autograd.grad(loss * scale, [*leaves, *learned], allow_unused=True, materialize_grads=True)
     of_leaves = iter(found)
     of_chunks = [[next(of_leaves) for _ in output.tensors] for output in cut]
-    return loss, metrics, of_chunks, (learned, list(of_leaves)), gathered
+    objective.remember(gathered)
+    return loss.detach(), metrics, of_chunks, (learned, list(of_leaves))
 
 
 def _second_pass(
@@ -239,7 +242,8 @@ def _second_pass_beside(
         output, gradient = _trained(output, gradients[number])
         return torch.autograd.grad(output, workers.parameters, gradient, allow_unused=True) if output else []
 
-    for of_chunk in beside_each_other(_backward_order(kept_from, len(chunks)), back, workers.count):
+    order = _backward_order(kept_from, len(chunks))
+    for of_chunk in giving_back(beside_each_other(order, back, workers.count)):
         _add(workers.parameters, of_chunk)
 
 

@@ -1,6 +1,7 @@
 """The chunked step gives the gradient of the undivided batch: any chunking, kept or recomputed, with dropout."""
 
 import json
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -57,6 +58,27 @@ def test_any_chunking_equals_the_direct_step(chunk_tokens, chunk_rows, keep_toke
     found_loss, _ = contrastive_step(chunked, chunked_objective, batch, keep_tokens, workers=threads)
     assert found_loss.item() == pytest.approx(loss.item(), rel=1e-5)
     assert relative(gradients(chunked, chunked_objective), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_matrices_of_the_pairs_are_gone_before_the_second_pass(workers):
+    """They are as large as a chunk's activations where the batch is large."""
+    encoder, objective = ToyEncoder(), build_objective(LEARNED)
+    gathered, alive, gather = [], [], objective.gather
+
+    def watched(*given):
+        found = gather(*given)
+        gathered.append(weakref.ref(found.relevance))
+        return found
+
+    def encode(chunk):
+        alive.extend(one() is not None for one in gathered)
+        return encoder(chunk)
+
+    objective.gather = watched
+    threads = Workers(workers, list(encoder.parameters())) if workers > 1 else None
+    contrastive_step(encode, objective, make_batch(6, 3, 25), 0, workers=threads)
+    assert len(alive) > 2 and not any(alive)
 
 
 @pytest.mark.parametrize("keep_tokens", [0, 20, 60, None])

@@ -40,6 +40,19 @@ def preprocessor_of(folder, prompt: object, **settings: object):
     return build_from_settings(EmbedderSettings(str(folder), prompt=prompt, **settings))[1]
 
 
+def test_pieces_of_a_batch_are_tokenized_as_the_whole(family_folder, monkeypatch) -> None:
+    """Offsets are computed for a piece that needs them, here the first and the last."""
+    preprocessor = preprocessor_of(family_folder("qwen3_vl"), "plain")
+    items = [
+        Item(to_content(f"{index} red buses"), "query", None if 1 < index < 6 else "Find it") for index in range(7)
+    ]
+    items.append(Item(to_content({"text": "a bus", "image": picture()})))
+    whole = preprocessor.tokenize(items, {"query"})
+    monkeypatch.setattr("mmembed.preprocess.PIECE", 3)
+    assert preprocessor.tokenize(items, {"query"}) == whole
+    assert [row.hidden for row in preprocessor.tokenize(items)] == [row.hidden for row in whole]
+
+
 def test_every_style_is_listed() -> None:
     assert set(EXPECTED) == set(PROMPTS.classes())
 
