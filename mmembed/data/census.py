@@ -21,6 +21,7 @@ class Held(NamedTuple):
     scored_positives, scored_negatives: how many of them have a teacher's `score`; 2 stands for more.
     positives_differ, negatives_differ: whether these scores are more than one number.
     sides_differ: whether a positive and a negative have different ones.
+    graded: whether the positives have different relevances.
     """
 
     positives: int
@@ -30,6 +31,7 @@ class Held(NamedTuple):
     positives_differ: bool = False
     negatives_differ: bool = False
     sides_differ: bool = False
+    graded: bool = False
 
     def scored(self, positives: int, negatives: int) -> int:
         """How many scored documents a group of so many positives and negatives may have; 2 stands for more."""
@@ -50,7 +52,7 @@ def held(documents: Sequence[Document]) -> Held:
     >>> from mmembed.content import Text
     >>> held([Document((Text("a"),), 1.0, score=0.9), Document((Text("b"),), 0.0, score=0.2)])
     Held(positives=1, negatives=1, scored_positives=1, scored_negatives=1, positives_differ=False, \
-negatives_differ=False, sides_differ=True)
+negatives_differ=False, sides_differ=True, graded=False)
     """
     positives = [document.score for document in documents if document.relevance > 0]
     negatives = [document.score for document in documents if document.relevance <= 0]
@@ -64,6 +66,7 @@ negatives_differ=False, sides_differ=True)
         len(of_positives) > 1,
         len(of_negatives) > 1,
         bool(of_positives and of_negatives) and len(of_positives | of_negatives) > 1,
+        len({document.relevance for document in documents if document.relevance > 0}) > 1,
     )
 
 
@@ -77,9 +80,15 @@ class Some(NamedTuple):
 class Census:
     """How many records of a source hold what."""
 
-    def __init__(self, kinds: Iterable[Sequence[Any]] = ()) -> None:
+    def __init__(self, kinds: Iterable[Sequence[Any]] = (), labels: int = 0) -> None:
+        self._labels, self._labelled = labels, set[tuple[tuple[str, ...], ...]]()
         self._kinds = {Held(*kind): (count, place, where) for kind, count, place, where in kinds}
         self._records = sum(count for count, _, _ in self._kinds.values())
+
+    @property
+    def labels(self) -> int:
+        """How many different labels, or sets of them, records have; 2 stands for more."""
+        return max(self._labels, len(self._labelled))
 
     @property
     def records(self) -> int:
@@ -87,6 +96,8 @@ class Census:
 
     def add(self, example: Example) -> None:
         self._add(held(example.documents), example.where)
+        if len(self._labelled) < 2:
+            self._labelled.add(example.labels)
 
     def add_pair(self, negatives: bool, where: str) -> None:
         """A raw document, of which a maker draws a positive, and perhaps a negative."""
@@ -105,4 +116,4 @@ class Census:
 
     def as_list(self) -> list[Any]:
         """What the constructor takes, as JSON."""
-        return [[list(kind), *kept] for kind, kept in self._kinds.items()]
+        return [[[list(kind), *kept] for kind, kept in self._kinds.items()], self.labels]

@@ -139,7 +139,7 @@ class RecordDataset(torch.utils.data.Dataset[Example]):
         self.tasks = {Task(task) for task in summary["tasks"]}
         self.untrainable: tuple[int, str] = tuple(summary["untrainable"])
         self.grades = Grades(*summary["grades"])
-        self.census = Census(summary["census"])
+        self.census = Census(*summary["census"])
         if self.skipped:
             total = sum(self.skipped.values())
             logger.warning("%s: skipped %d bad records: %s", self.name, total, dict(self.skipped))

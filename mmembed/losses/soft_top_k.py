@@ -45,6 +45,7 @@ class SoftTopK(Loss):
     def __init__(self, k: Positive = 5, alpha: Above0 = 2.0) -> None:
         super().__init__()
         self.k, self.alpha = k, alpha
+        self.least_candidates = k + 1
 
     def forward(self, scores: Scores) -> Tensor:
         """Scores -> (Q,) losses, 0 for a row without a positive or with k candidates or fewer."""

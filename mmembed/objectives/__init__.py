@@ -68,8 +68,10 @@ class Objective(nn.Module):
     many_vectors: bool | None = None  # an input is one vector (false), or several (true); None: either
     positives_needed: int = 1  # how many positives a query must have
     needs_negatives: ClassVar[bool] = False  # documents of a record that are no positives
+    contrasts: bool = False  # pairs of a batch that share no content are negatives of each other
     needs_candidates: ClassVar[bool] = False  # a query's loss is 0 where nothing stands beside its positive
     wants_lengths: bool = False  # its dot products are on a teacher's scale: vectors of length 1 cannot reach it
+    least_candidates: int = 1  # with fewer documents that a query meets its loss is 0
     least_pairs: int = 1  # with fewer queries a batch, of all processes, it is not defined
     compares: ClassVar[bool] = True
     keeps_vectors: ClassVar[bool] = False  # its memory is of whole vectors, of which shorter ones are prefixes
@@ -95,6 +97,11 @@ class Objective(nn.Module):
     def distils(self) -> Distilled | None:
         """What it compares of the teacher's scores in the data, as `Loss.distils`."""
         return None
+
+    @property
+    def needs_grades(self) -> bool:
+        """Whether it has nothing to learn from a query whose positives are all as relevant, as `Loss.needs_grades`."""
+        return False
 
     @property
     def layers(self) -> frozenset[Layer]:

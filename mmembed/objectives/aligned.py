@@ -110,7 +110,6 @@ class Aligned(Objective):
     """
 
     many_vectors: bool | None = False  # None: of several vectors an input it compares the `mean_vector`
-    contrasts: ClassVar[bool] = False  # other pairs are negatives: sources must allow that
     takes_negatives = False
     takes_labels: ClassVar[bool] = False  # label paths of the records
 

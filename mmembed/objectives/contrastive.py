@@ -104,6 +104,7 @@ class Contrastive(Objective):
         self.similarity = similarity if similarity is None else get_similarity(similarity)
         if self.similarity in PRODUCTS_OF or self.loss.guide_momentum is not None:
             self.many_vectors = False
+        self.contrasts, self.least_candidates = mask_duplicates, self.loss.least_candidates
         self.wants_lengths = self.similarity is dot and self.loss.defaults.get("similarity") == "dot"
         self.symmetric, self.cross_device_negatives = symmetric, cross_device_negatives
         self.mask_duplicates, self.false_negative_margin = mask_duplicates, false_negative_margin
@@ -120,6 +121,10 @@ class Contrastive(Objective):
     @property
     def title(self) -> str:
         return self.loss.name
+
+    @property
+    def needs_grades(self) -> bool:
+        return self.loss.needs_grades
 
     @property
     def distils(self) -> Distilled | None:

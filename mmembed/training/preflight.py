@@ -114,7 +114,7 @@ def _check_objective(config: EmbedderConfig, objective: Objective) -> None:
             wanted = (
                 "several vectors an input: use pooling 'multi_vector'" if part.many_vectors else "one vector an input"
             )
-            raise ConfigError(f"objective '{part.name}' + pooling '{pooling}': it compares {wanted}")
+            raise ConfigError(f"objective '{part.title}' + pooling '{pooling}': it compares {wanted}")
         if part.wants_lengths and config.normalize:
             raise ConfigError(
                 f"objective '{part.title}' + normalize: true: it compares dot products with a teacher's scores, and "
@@ -123,7 +123,7 @@ def _check_objective(config: EmbedderConfig, objective: Objective) -> None:
             )
         if part.positives_needed > config.data.positives_per_query:
             raise ConfigError(
-                f"objective '{part.name}' compares a query with {part.positives_needed} positives: set "
+                f"objective '{part.title}' compares a query with {part.positives_needed} positives: set "
                 f"data.positives_per_query to {part.positives_needed} (it is {config.data.positives_per_query}) and "
                 "data.train_group_size to that or more"
             )

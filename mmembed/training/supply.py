@@ -69,13 +69,17 @@ def check_supply(dataset: Source, config: EmbedderConfig, part: Objective, proce
                 raise ConfigError(
                     f"data source '{dataset.name}': {lack.told(dataset.census)}; objective '{one.title}' {lack.remedy}"
                 )
-        if group.queries < one.least_pairs:
-            raise ConfigError(
-                f"data source '{dataset.name}': a batch has {group.queries} queries; objective "
-                f"'{one.title}' compares {one.least_pairs} or more. {MORE_QUERIES}"
-            )
+        _check_batches(dataset, one, group)
+        _check_candidates_enough(dataset, one, group)
+        if one.contrasts:
+            _check_distinct(dataset, one, group)
         if one.needs_candidates:
             _check_candidates(dataset, one, group)
+        if "labels" in one.reads and dataset.census.labels < 2 <= dataset.census.records:
+            raise ConfigError(
+                f"data source '{dataset.name}': all records have the same labels; objective '{one.title}' compares "
+                "those that differ. Look at how they are read, or train the source with another objective"
+            )
 
 
 def shortages(dataset: Source, config: EmbedderConfig, part: Objective) -> list[str]:
@@ -118,6 +122,13 @@ def _lacks(census: Census, part: Objective, group: Group) -> Iterator[Lack]:
             f"have fewer than {needed} positives",
             f"compares a query with {needed}: give the records further positives (another modality, caption or "
             "augmentation each), or train the source with another objective",
+        )
+    if part.needs_grades:
+        yield Lack(
+            census.those(lambda held: not held.graded or group.positives < 2),
+            "have no positives of different relevance that are drawn for a query",
+            "compares degrees of relevance: give the documents of a query degrees and set data.positives_per_query to "
+            "2 or more, or train on it with infonce",
         )
     if part.needs_negatives:
         yield Lack(
@@ -163,6 +174,53 @@ def _unscored(census: Census, part: Objective, group: Group) -> Lack:
         "data.train_group_size say how many are drawn), look at how 'score' is read, or train on it with infonce and "
         "data.ignore_fields: [score]",
     )
+
+
+def _check_batches(dataset: Source, part: Objective, group: Group) -> None:
+    """Raises ConfigError where a batch has fewer queries than a part needs, or fewer on average that have its views."""
+    census, needed = dataset.census, part.positives_needed
+    if group.queries < part.least_pairs:
+        raise ConfigError(
+            f"data source '{dataset.name}': a batch has {group.queries} queries; objective '{part.title}' compares "
+            f"{part.least_pairs} or more. {MORE_QUERIES}"
+        )
+    short = census.those(lambda held: held.positives < needed)
+    usual = group.queries * (1 - short.number / census.records)
+    if usual < part.least_pairs:
+        raise ConfigError(
+            f"data source '{dataset.name}': {short.number:,} of {census.records:,} records, the first at "
+            f"{short.first}, have fewer than {needed} positives; objective '{part.title}' compares {part.least_pairs} "
+            f"queries or more that have them, and a batch has {usual:.1f} of {group.queries} on average. Take such "
+            f"records out, or {MORE_QUERIES[0].lower()}{MORE_QUERIES[1:]}"
+        )
+
+
+def _check_candidates_enough(dataset: Source, part: Objective, group: Group) -> None:
+    """Raises ConfigError where a query cannot meet as many documents as a part needs."""
+    most = (group.queries if dataset.source.in_batch_negatives else 1) * (group.positives + group.negatives)
+    if most < part.least_candidates:
+        raise ConfigError(
+            f"data source '{dataset.name}': a query meets {most} documents at most; objective '{part.title}' needs "
+            f"{part.least_candidates}, with fewer its loss is 0. Lower its options, or raise data.train_group_size or "
+            "training.per_device_train_batch_size"
+        )
+
+
+def _check_distinct(dataset: Source, part: Objective, group: Group) -> None:
+    """Raises ConfigError where in-batch negatives are all there are, and all records share their query or positive:
+    these are no negatives of each other."""
+    if part.takes_negatives and group.negatives and dataset.census.those(lambda held: held.negatives > 0).number:
+        return
+    keys = dataset.keys()
+    if keys is None or len(keys) < 2:
+        return
+    for what, alike in zip(("query", "first positive"), (keys == keys[0]).all(0), strict=True):
+        if alike:
+            raise ConfigError(
+                f"data source '{dataset.name}': all records have the same {what}, and what shares one is no negative "
+                f"of another; objective '{part.title}' has nothing to compare. Look at how the source is read, or add "
+                "documents of relevance 0"
+            )
 
 
 def _check_candidates(dataset: Source, part: Objective, group: Group) -> None:

@@ -1,5 +1,6 @@
 """What a run is told about its data before weights are loaded: nothing that a record carries goes unused in silence."""
 
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,11 +20,14 @@ from mmembed.preprocess import Row
 from mmembed.training.batch_report import _batch_lines, check_sources
 
 ROOT = Path(__file__).parents[2]
+NUMBERS = itertools.count()
 
 
 def record(*relevances, task="retrieval"):
-    documents = [{"content": f"document {index}", "relevance": value} for index, value in enumerate(relevances)]
-    return {"query": "query", "documents": documents, "task": task}
+    documents = [
+        {"content": f"document {index} {next(NUMBERS)}", "relevance": value} for index, value in enumerate(relevances)
+    ]
+    return {"query": f"query {next(NUMBERS)}", "documents": documents, "task": task}
 
 
 def check(tmp_path, records, objective="contrastive", **data):

@@ -238,7 +238,10 @@ def test_one_at_a_time_needs_several_positives():
 
 def check(tmp_path, relevances, objective, task="sts", **source):
     path = tmp_path / "some.jsonl"
-    records = [{"query": "q", "documents": [{"content": "d", "relevance": one}], "task": task} for one in relevances]
+    records = [
+        {"query": f"q {place}", "documents": [{"content": f"d {place}", "relevance": one}], "task": task}
+        for place, one in enumerate(relevances)
+    ]
     path.write_text("".join(json.dumps(one) + "\n" for one in records))
     config = build_config({"data": {"train": [{"path": str(path), "name": "some", **source}]}, "objective": objective})
     data = [RecordDataset(one, cache_dir=tmp_path / "cache") for one in config.data.train]

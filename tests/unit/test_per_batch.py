@@ -77,8 +77,12 @@ def test_the_config_knows_the_blocks_inside():
 def check(tmp_path, objective, tasks):
     sources = []
     for name, of_records in tasks.items():
-        documents = [[{"content": "d", "relevance": grade}] for grade in (1.0, 0.9, 0.8)]
-        records = [{"query": "q", "documents": one, "task": task} for task in of_records for one in documents]
+        documents = [[{"content": f"d {grade}", "relevance": grade}] for grade in (1.0, 0.9, 0.8)]
+        records = [
+            {"query": f"q {place}", "documents": one, "task": task}
+            for task in of_records
+            for place, one in enumerate(documents)
+        ]
         (tmp_path / name).write_text("".join(json.dumps(one) + "\n" for one in records))
         sources.append({"path": str(tmp_path / name), "name": name})
     data = {"train": sources, "ignore_fields": ["relevance"]}

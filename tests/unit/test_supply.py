@@ -1,5 +1,6 @@
 """What an objective needs of its data is asked when they were read: in the source's name, with its first record."""
 
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -19,6 +20,8 @@ from mmembed.training.health import look_at
 from mmembed.training.supply import shortages
 from tests.unit.test_objective_memory import batch, step
 
+NUMBERS = itertools.count()
+
 
 def record(*documents, task="retrieval"):
     """Documents as (relevance, score), or relevance alone."""
@@ -27,7 +30,10 @@ def record(*documents, task="retrieval"):
         {"content": f"document {place}", "relevance": relevance, **({} if score is None else {"score": score})}
         for place, (relevance, score) in enumerate(pairs)
     ]
-    return {"query": "query", "documents": keys, "task": task}
+    number = next(NUMBERS)
+    for one in keys:
+        one["content"] += f" of {number}"
+    return {"query": f"query {number}", "documents": keys, "task": task}
 
 
 def read(tmp_path, records, objective, train=None, batch_size=8, **data):
@@ -110,9 +116,24 @@ def test_too_few_views_are_refused(tmp_path, objective, needed):
         check(tmp_path, [short], ["infonce", objective], **group)
     check(tmp_path, [short, whole], ["infonce", objective], **group)
     data, config = read(tmp_path, [whole, short, short], ["infonce", objective], **group)
+    rare = f"'some': 2 of 3 records, the first at .*:2, have .*'{objective}' compares 2 .* has 1.0 of 3 on average"
+    with pytest.raises(ConfigError, match=rare):
+        check(tmp_path, [whole, short, short], ["infonce", objective], batch_size=3, **group)
     (warning,) = shortages(data[0], config, build_objective(config.objective))
     assert "'some': 2 of 3 records, the first at " in warning and "some.jsonl:2, have fewer" in warning
     assert f"'{objective}' learns little or nothing of them" in warning
+
+
+@pytest.mark.parametrize("name", ["wasserstein", "kl_divergence", "listnet"])
+def test_degrees_are_wanted_within_a_query(tmp_path, name):
+    """A query's positives all 1 and another's all 2 tell no more than relevant or not."""
+    apart, within, group = [record(1, 1, 0), record(2, 2, 0)], [record(2, 1, 0)], {"positives_per_query": 2}
+    message = f"'some': all 2 records, .*:1, have no positives of different relevance.*objective '{name}' compares deg"
+    with pytest.raises(ConfigError, match=message):
+        check(tmp_path, apart, name, **group)
+    check(tmp_path, [*apart, *within], name, **group)
+    with pytest.raises(ConfigError, match=f"objective '{name}' compares degrees"):
+        check(tmp_path, within, name, ignore_fields=["relevance"])  # one positive is drawn
 
 
 def test_pairs_that_are_made_have_one_positive(tmp_path):
@@ -146,6 +167,15 @@ def test_batches_that_are_too_small_are_refused(tmp_path, objective, least):
     check(tmp_path, [record(1)], objective, batch_size=least)
     if least % 2 == 0:
         check(tmp_path, [record(1)], objective, batch_size=least // 2, processes=2)
+
+
+def test_a_top_k_of_all_documents_is_refused(tmp_path):
+    block, records = {"type": "soft_top_k", "k": 8}, [record(1, 0), record(1, 0)]
+    with pytest.raises(ConfigError, match="'some': a query meets 8 documents at most; objective 'soft_top_k' needs 9"):
+        check(tmp_path, records, block, batch_size=2)
+    check(tmp_path, records, block, batch_size=3)
+    with pytest.raises(ConfigError, match="meets 4 documents at most"):
+        check(tmp_path, records, block, batch_size=3, train={"in_batch_negatives": False})
 
 
 def test_a_batch_of_one_pair_is_refused(tmp_path):
@@ -187,6 +217,34 @@ def test_in_batch_negatives_of_graded_pairs_can_only_be_off(tmp_path):
             check(tmp_path, graded, objective, train={"in_batch_negatives": True})
 
 
+@pytest.mark.parametrize("objective", ["infonce", "dclw", "metrix", "cwcl"])
+def test_records_that_are_all_alike_are_refused(tmp_path, objective):
+    """What shares a query or a positive is no negative of each other: the loss is 0."""
+    first = record(1)
+    plain = [first, {**first, "query": "another"}]
+    with pytest.raises(ConfigError, match=f"'some': all records have the same first positive.*'{objective}'"):
+        check(tmp_path, plain, objective)
+    other = {**record(1), "query": first["query"]}
+    with pytest.raises(ConfigError, match=f"'some': all records have the same query.*'{objective}'"):
+        check(tmp_path, [first, other], objective)
+    check(tmp_path, [*plain, other], objective)
+    if objective in ("infonce", "dclw"):
+        one = record(1, 0)
+        check(tmp_path, [one, {**one, "query": "another"}], objective)
+        check(tmp_path, plain, {"type": objective, "mask_duplicates": False})
+
+
+@pytest.mark.parametrize("objective", ["tree_supcon", ["infonce", "tree_supcon"]], ids=str)
+def test_labels_that_are_all_the_same_are_refused(tmp_path, objective):
+    records = [
+        {"query": f"q {place}", "documents": [{"content": f"d {place}"}], "labels": [label]}
+        for place, label in enumerate("aab")
+    ]
+    with pytest.raises(ConfigError, match="'some': all records have the same labels; objective 'tree_supcon'"):
+        check(tmp_path, records[:2], objective)
+    check(tmp_path, records, objective)
+
+
 # What is counted ------------------------------------------------------------------------------------------------------
 
 
@@ -217,7 +275,7 @@ def subsets(scores, most):
 def test_a_census_comes_back_from_json_and_knows_the_first(tmp_path):
     records = [record(1), record(1, 0), record(1), record(1, 1, 0)]
     (data,), _ = read(tmp_path, records, "infonce")
-    again = Census(json.loads(json.dumps(data.census.as_list())))
+    again = Census(*json.loads(json.dumps(data.census.as_list())))
     for census in (data.census, again):
         assert census.records == 4
         assert census.those(lambda kind: not kind.negatives) == (2, f"{tmp_path}/some.jsonl:1")
@@ -232,7 +290,8 @@ def test_skipped_records_do_not_count_and_a_stream_counts_the_same(tmp_path):
     read_whole = RecordDataset(SourceConfig(path=str(path)), on_bad_record="skip", cache_dir=tmp_path / "cache")
     streamed = RecordStream(SourceConfig(path=str(path), streaming=True), on_bad_record="skip")
     assert read_whole.census.records == streamed.census.records == 2
-    assert sorted(map(str, read_whole.census.as_list())) == sorted(map(str, streamed.census.as_list()))
+    kinds, others = (sorted(map(str, one.census.as_list()[0])) for one in (read_whole, streamed))
+    assert kinds == others
 
 
 # A batch without what is needed ---------------------------------------------------------------------------------------
