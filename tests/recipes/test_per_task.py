@@ -93,7 +93,7 @@ def test_going_on_with_other_processes_keeps_the_batches(config_file, tmp_path, 
         (["data.mixing=proportional", "data.mixing_alpha=0.3"], "mixing_alpha has no effect with mixing"),
         (["data.train.0.weight=2"], "weight 2 of 'text' has no effect"),
         (["data.dev.0.batch_size=2"], "'dev': batch_size acts in training only"),
-        (["data.train.1.batch_size=1"], "gives one pair a batch"),
+        (["data.train.1.batch_size=1"], "'pairs': one query a batch and process"),
     ],
 )
 def test_what_cannot_be_is_refused(config_file, overrides, named, capsys):
