@@ -56,12 +56,13 @@ def ratios(views: Tensor, same: Tensor, scale: Tensor | float, cross_only: bool 
     tensor([-0.3133, -0.3133])
     """
     kinds, count = len(views), views.shape[1]
+    own = torch.einsum("vne,wne->nvw", views, views) * scale  # (N, V, V)
     scores = torch.einsum("vie,wje->ivjw", views, views) * scale  # (N, V, N, V)
     itself = torch.eye(count, dtype=torch.bool, device=views.device)
     other_view = ~torch.eye(kinds, dtype=torch.bool, device=views.device)
     positive = itself[:, None, :, None] & other_view[None, :, None, :]  # (N, V, N, V)
     negative = (~same)[:, None, :, None] & (other_view if cross_only else torch.ones_like(other_view))[:, None, :]
-    return _sum(scores, positive) - _sum(scores, positive | negative)
+    return _sum(own, other_view.expand_as(own)) - _sum(scores, positive | negative)
 
 
 def _sum(scores: Tensor, counted: Tensor) -> Tensor:
