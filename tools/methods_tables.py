@@ -188,10 +188,14 @@ def _measured(component: str, family: Family) -> Iterator[str]:
     for row in costs():
         name, size, device = row["name"].rsplit("_", 2)
         if family.key == "objective" and name == component:
-            queries, documents, width = (f"{int(number):,}" for number in size.split("x"))
+            width, said = f"{int(size.split('x')[-1]):,}", row["details"]
+            if "error" in said:
+                yield f"- Its cost is not known: {_plain(said['error'])}"
+                continue
+            times = 1 / row["ratio_to_limit"]
             yield (
-                f"- Forward and backward {1 / row['ratio_to_limit']:.1f} times the matrix product's, "
-                f"{row['peak_mb_ours']:,} MB ({device}, {queries} queries, {documents} documents of {width} numbers)"
+                f"- {said['shape']}, vectors of {width} numbers ({device}): forward and backward "
+                f"{times:.{1 if times >= 1 else 2}f} times those of {said['limit']}, {row['peak_mb_ours']:,} MB"
             )
     for finding in findings():
         claim = finding.claim
