@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 
 from eval.claims import page
 from eval.claims.declaration import DECLARED, Claim, read_claims
-from eval.claims.runs import REPOSITORY, Results, Run, RunFailed, Workers, data_of, estimate, lacking, planned
+from eval.claims.runs import REPOSITORY, Results, Run, RunFailed, Workers, data_of, distinct, estimate, lacking, planned
 from mmembed.arguments import Parser
 from mmembed.errors import ConfigError, MmembedError
 
@@ -108,7 +108,7 @@ def show_plan(runs: Sequence[Run], results: Results, jobs: int) -> None:
         done = sum(result is not None for _, result in of_claim)
         print(f"{claim:24s} {len(seeds)} seeds x {', '.join(arms)}; {done} of {len(of_claim)} runs are there")
     done_results = [result for _, result in pairs if result is not None]
-    missing = list({run.key: run for run, result in pairs if result is None}.values())
+    missing = distinct(run for run, result in pairs if result is None)
     basis = (
         "the runs that are there" if any(result["steps"] for result in done_results) else "the demo, on two quiet cores"
     )
@@ -126,37 +126,33 @@ def work_through(
     about = about_runs(runs, options)
     for claim in claims:
         if not waiting[claim.name]:
-            show(page.found(claim, kept_results(claim, runs, results)))
+            show(found(claim, runs, results))
+    total = len(distinct(missing))
     with Workers(options.jobs, options.work) as workers:
         for number, (run, outcome) in enumerate(workers.finished(missing), start=1):
             if isinstance(outcome, RunFailed):
                 failed.append(outcome)
             seconds = "failed" if isinstance(outcome, RunFailed) else f"{sum(outcome['seconds'].values()):.0f} s"
-            print(f"[{number}/{len({run.key for run in missing})}] {run.name}  {seconds}", flush=True)
+            print(f"[{number}/{total}] {run.name}  {seconds}", flush=True)
             if options.write:
-                page.write(options.write, findings(claims, runs, results), about)
-            for claim in claims:
-                if run.key in waiting[claim.name]:
-                    waiting[claim.name].discard(run.key)
-                    if not waiting[claim.name]:
-                        show(page.found(claim, kept_results(claim, runs, results)))
+                page.write(options.write, [found(claim, runs, results) for claim in claims], about)
+            for claim in (claim for claim in claims if run.key in waiting[claim.name]):
+                waiting[claim.name].discard(run.key)
+                if not waiting[claim.name]:
+                    show(found(claim, runs, results))
     if options.write:
-        page.write(options.write, findings(claims, runs, results), about)
+        page.write(options.write, [found(claim, runs, results) for claim in claims], about)
     return failed
 
 
-def findings(claims: Sequence[Claim], runs: Sequence[Run], results: Results) -> list[page.Finding]:
-    return [page.found(claim, kept_results(claim, runs, results)) for claim in claims]
-
-
-def kept_results(claim: Claim, runs: Sequence[Run], results: Results) -> dict[str, dict[int, dict[str, Any]]]:
-    """arm -> seed -> result."""
-    found: dict[str, dict[int, dict[str, Any]]] = {}
+def found(claim: Claim, runs: Sequence[Run], results: Results) -> page.Finding:
+    """What the results that are kept say of a claim."""
+    kept: dict[str, dict[int, dict[str, Any]]] = {}  # arm -> seed -> result
     for run in runs:
         result = results.of(run) if run.claim is claim else None
         if result is not None:
-            found.setdefault(run.arm, {})[run.seed] = result
-    return found
+            kept.setdefault(run.arm, {})[run.seed] = result
+    return page.found(claim, kept)
 
 
 def about_runs(runs: Sequence[Run], options: argparse.Namespace) -> list[str]:

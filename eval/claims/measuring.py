@@ -86,10 +86,11 @@ def measured(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
             task = run.build(row, given)
             task.load_data()
             numbers = run.score(model, task, row, given.split)
+            if row.name in {*options.vectors, *options.by_query}:
+                queries, documents, values, relevance = compared(model.runner, task, row, given.split)
             if row.name in options.vectors:
-                numbers |= of_vectors(*compared(model.runner, task, row, given.split))
+                numbers |= of_vectors(queries, documents, values, relevance)
             if row.name in options.by_query:
-                *_, values, relevance = compared(model.runner, task, row, given.split)
                 by_query[name] = [round(number, 5) for number in ndcg_by_query(values, relevance).tolist()]
             scores[name] = {key: float(value) for key, value in numbers.items()}
             print(f"{name}: {scores[name]['main']:.4f}", flush=True)

@@ -103,6 +103,14 @@ def data_of(claim: Claim, root: Path) -> dict[str, str]:
     return {folder: fingerprint(root / folder) for folder in folders(claim, rows)}
 
 
+def distinct(runs: Iterable[Run]) -> list[Run]:
+    """The first run of each key, in their order."""
+    first: dict[str, Run] = {}
+    for run in runs:
+        first.setdefault(run.key, run)
+    return list(first.values())
+
+
 def lacking(claim: Claim, root: Path) -> str | None:
     """Why a data root is too small for a claim, if it is."""
     for folder, needed in claim.needs.items():
@@ -179,10 +187,7 @@ class Workers:
 
     def finished(self, runs: Iterable[Run]) -> Iterator[tuple[Run, dict[str, Any] | RunFailed]]:
         """Each run as it ends, begun in the order given; runs of one key are run once."""
-        first: dict[str, Run] = {}
-        for run in runs:
-            first.setdefault(run.key, run)
-        futures = {self._pool.submit(self._outcome, run): run for run in first.values()}
+        futures = {self._pool.submit(self._outcome, run): run for run in distinct(runs)}
         for future in as_completed(futures):
             yield futures[future], future.result()
 

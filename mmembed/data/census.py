@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from mmembed.content import Document, Example
+from mmembed.data.pair_base import PairMaker
 
 MOST = 64  # positives that are counted apart
 
@@ -94,19 +95,14 @@ class Census:
     def records(self) -> int:
         return self._records
 
-    def add(self, example: Example) -> None:
-        self._add(held(example.documents), example.where)
-        if len(self._labelled) < 2:
-            self._labelled.add(example.labels)
-
-    def add_pair(self, negatives: bool, where: str) -> None:
-        """A raw document, of which a maker draws a positive, and perhaps a negative."""
-        self._add(Held(1, int(negatives)), where)
-
-    def _add(self, kind: Held, where: str) -> None:
-        count, place, first = self._kinds.get(kind, (0, self._records, where))
+    def add(self, example: Example, maker: PairMaker | None = None) -> None:
+        """A record; with a maker a raw document, of which it draws a positive, and perhaps a negative."""
+        kind = held(example.documents) if maker is None else Held(1, int("negatives" in maker.gives))
+        count, place, first = self._kinds.get(kind, (0, self._records, example.where))
         self._kinds[kind] = (count + 1, place, first)
         self._records += 1
+        if maker is None and len(self._labelled) < 2:
+            self._labelled.add(example.labels)
 
     def those(self, wanted: Callable[[Held], bool]) -> Some:
         """The records of which `wanted` is true."""

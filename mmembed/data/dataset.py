@@ -357,10 +357,7 @@ class _Builder:
             self.maker.count(text_of(example))
             positive_key = _key(example.query)
         self._check_media(example)
-        if self.maker is None:
-            self.census.add(example)
-        else:
-            self.census.add_pair("negatives" in self.maker.gives, where)
+        self.census.add(example, self.maker)
         self.tasks.add(example.task.value)
         self.fields.update(fields_of(example))
         return {

@@ -127,10 +127,7 @@ class RecordStream(torch.utils.data.Dataset[Example]):
             self.grades.add(relevance)
         self.census = Census()
         for example in examples:
-            if self.maker is None:
-                self.census.add(example)
-            else:
-                self.census.add_pair("negatives" in self.maker.gives, example.where)
+            self.census.add(example, self.maker)
         untrainable = [example.where for example in examples if self.maker is None and is_untrainable_pair(example)]
         self.untrainable = (len(untrainable), untrainable[0] if untrainable else "")
 

@@ -30,7 +30,6 @@ from torch.nn import functional as F
 
 from mmembed.backbones import attention as attending
 from mmembed.backbones import shared_prefix as sharing
-from mmembed.backbones.packed import Packed
 from mmembed.inference.elementwise import accelerate_elementwise
 
 ATTENTION = "mmembed_cpu"
@@ -113,26 +112,14 @@ def attend(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
-    shared_prefix: sharing.SharedPrefix | None = None,
-    packed_sequences: Packed | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention in the interface of transformers: query (B, H, T, D), key and value (B, G, S, D) -> (B, T, H, D)."""
     fast = query.dtype == torch.bfloat16 and query.device.type == "cpu" and not torch.is_grad_enabled()
-    ours = (
-        fast
-        and not any(attending.follows(module, layout) for layout in (shared_prefix, packed_sequences))
-        and attention_mask is None
-        and query.shape[2] == key.shape[2]
-        and all(options.get(name) is None for name in sharing.UNKNOWN_TO_US)
-    )
-    if not ours:
+    if not (fast and _is_plain(module, query, key, attention_mask, options)):
         if fast and options.get("sliding_window") is None:
             options["prefix_kernel"] = _causal_blocks
-        layouts = {"shared_prefix": shared_prefix, "packed_sequences": packed_sequences}
-        return attend_in_blocks(
-            module, query, key, value, attention_mask, dropout, scaling, is_causal, **layouts, **options
-        )
+        return attend_in_blocks(module, query, key, value, attention_mask, dropout, scaling, is_causal, **options)
     causal = bool(module.is_causal if is_causal is None else is_causal)
     return _blocked_attention(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, causal), None
 
@@ -191,19 +178,24 @@ def attend_in_blocks(
         return attending.attend(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **options
         )
-    length = query.shape[2]
-    ours = (
-        (module.is_causal if is_causal is None else is_causal)
-        and attention_mask is None
-        and BLOCKS_FROM <= length == key.shape[2]
-        and all(options.get(name) is None for name in sharing.UNKNOWN_TO_US)
-        and not any(attending.follows(module, options.get(name)) for name in ("shared_prefix", "packed_sequences"))
-    )
-    if ours:
+    causal = module.is_causal if is_causal is None else is_causal
+    if causal and query.shape[2] >= BLOCKS_FROM and _is_plain(module, query, key, attention_mask, options):
         return _stock_in_blocks(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling), None
     if options.get("sliding_window") is None:
         options["prefix_kernel"] = _stock_behind
     return attending.attend(module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **options)
+
+
+def _is_plain(
+    module: nn.Module, query: Tensor, key: Tensor, attention_mask: Tensor | None, options: Mapping[str, Any]
+) -> bool:
+    """Whether a text attends to itself alone: nothing masked, nothing shared or packed, nothing that we do not know."""
+    return (
+        attention_mask is None
+        and query.shape[2] == key.shape[2]
+        and all(options.get(name) is None for name in sharing.UNKNOWN_TO_US)
+        and not any(attending.follows(module, options.get(name)) for name in ("shared_prefix", "packed_sequences"))
+    )
 
 
 def _stock_behind(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float, scaling: float) -> Tensor:

@@ -206,10 +206,14 @@ def _check_candidates_enough(dataset: Source, part: Objective, group: Group) -> 
         )
 
 
+def _draws_negatives(dataset: Source, group: Group) -> bool:
+    return group.negatives > 0 and dataset.census.those(lambda held: held.negatives > 0).number > 0
+
+
 def _check_distinct(dataset: Source, part: Objective, group: Group) -> None:
     """Raises ConfigError where in-batch negatives are all there are, and all records share their query or positive:
     these are no negatives of each other."""
-    if part.takes_negatives and group.negatives and dataset.census.those(lambda held: held.negatives > 0).number:
+    if part.takes_negatives and _draws_negatives(dataset, group):
         return
     keys = dataset.keys()
     if keys is None or len(keys) < 2:
@@ -228,7 +232,7 @@ def _check_candidates(dataset: Source, part: Objective, group: Group) -> None:
     in_batch = dataset.source.in_batch_negatives
     if in_batch and group.queries > 1:
         return
-    if group.negatives and dataset.census.those(lambda held: held.negatives > 0).number:
+    if _draws_negatives(dataset, group):
         return
     graded = "relevance" in part.reads and "relevance" in dataset.fields
     if group.positives > 1 and (graded or part.distils is not None):
