@@ -48,11 +48,11 @@ def accelerate(model: nn.Module) -> None:
     Args:
         model: the backbone, wrapped by peft or not.
     """
-    accelerate_elementwise(model)
+    cpu = cpu_capabilities() if torch.backends.mkldnn.is_available() else {}
+    accelerate_elementwise(model, fused=bool(cpu.get("amx_bf16")))
     if not torch.backends.mkldnn.is_available():
         return
     better: dict[type[nn.Module], type[nn.Module]] = {nn.Conv3d: PatchConv3d}
-    cpu = cpu_capabilities()
     if "AMD" in cpu.get("cpu_name", ""):
         better[nn.Linear] = OneDnnLinear
     for module in model.modules():

@@ -65,6 +65,7 @@ Planned = tuple[list[int], Chunk, bool]  # positions in the contents, what goes 
 Vectors = Any  # (N, W) numpy array or tensor; a list of (T, W) for multi-vector models
 CPU_TOKENS = 2048  # padded tokens in a batch: what stays in the processor's cache (see docs/inference.md)
 AMX_TOKENS = 4096  # of texts in bfloat16 where the processor has matrix units for it: less would not fill them
+LEAST_TOKENS, BATCHES_A_THREAD = 1024, 4  # fewer tokens a batch where there are few texts: threads end together
 TOKEN_BUDGET = 16384  # on accelerators
 WINDOW = 16384  # contents tokenized together: bounds the memory for token ids, loses nothing measurable in padding
 KEPT_PREFIXES = 8  # at once: of a long prefix and a large model tens of megabytes each
@@ -197,7 +198,8 @@ class Embedder:
             role: "query" or "document": the prompt style decides what it means.
             instruction: one for all contents, or one a content; a content that brings its own keeps it.
             token_budget: padded tokens in a batch, visual tokens included; a longer content is a batch of its own.
-                None: 2048 on a CPU (4096 for texts in bfloat16 with AMX), 16384 on an accelerator.
+                None: 2048 on a CPU (4096 for texts in bfloat16 with AMX; fewer, 1024 at least, where that gives each
+                thread four batches), 16384 on an accelerator.
             share_prefix: "auto" computes tokens that contents of a batch begin with (an instruction) once, where the
                 backbone allows it (see `EmbeddingModel.unshared`); "off" for each content. The same vectors.
             attention_kernel: "packed" computes texts without padding, "padded" with it; the same vectors. "auto" packs
@@ -255,15 +257,23 @@ class Embedder:
         if self.device.type != "cpu":
             return TOKEN_BUDGET
         units = self.model.dtype == torch.bfloat16 and cpu_capabilities().get("amx_bf16")
-        return AMX_TOKENS if units and not any(row.images for row in rows) else CPU_TOKENS
+        budget = AMX_TOKENS if units and not any(row.images for row in rows) else CPU_TOKENS
+        if self._narrow and torch.get_num_threads() > 1:
+            share = sum(map(len, rows)) // (BATCHES_A_THREAD * torch.get_num_threads())
+            budget = min(budget, max(LEAST_TOKENS, share))
+        return budget
+
+    @property
+    def _narrow(self) -> bool:
+        """Whether threads compute a batch each."""
+        return self.device.type == "cpu" and self.model.backbone.config.get_text_config().hidden_size <= NARROW
 
     def _batches(self, contents: Sequence[ContentLike], how: _How) -> Iterator[Batch]:
         """The vectors of each batch, wherever they were computed."""
         plan, prefixes = self._plan(contents, how), _Prefixes(self.model)
         head = list(islice(plan, torch.get_num_threads()))  # as many batches as could be computed at once
-        narrow = self.device.type == "cpu" and self.model.backbone.config.get_text_config().hidden_size <= NARROW
         batches = chain(head, plan)
-        if narrow and len(head) > 1:
+        if self._narrow and len(head) > 1:
             yield from beside_each_other(batches, lambda one: self._compute(*self._prepare(*one), prefixes), len(head))
         else:  # batch after batch through the model, while threads prepare the next ones
             for prepared in ahead(batches, lambda one: self._prepare(*one), threads=PREPARED):

@@ -233,7 +233,7 @@ def run_stage(
     device = model.device
     sums: dict[str, list[torch.Tensor]] = {}
     saved, began, before = time.monotonic(), time.monotonic(), seen
-    batches = DataLoader(Steps(draw, start, steps), batch_size=None, num_workers=WORKERS[device.type])
+    batches = drawn_ahead(draw, start, steps, WORKERS[device.type])
     for step, batch in enumerate(tqdm(batches, initial=start, total=steps, desc=name, mininterval=30), start):
         torch.manual_seed(plan.seed * 1_000_003 + step)
         for group in (g for o in optimizers for g in o.param_groups):
@@ -257,6 +257,17 @@ def run_stage(
             on_save(step + 1)
             saved = time.monotonic()
     return seen
+
+
+def drawn_ahead(draw: Draw, start: int, end: int, workers: int) -> DataLoader[Any]:
+    """The batches of the steps from `start` to `end`, drawn by so many processes; by this one where it is none."""
+    return DataLoader(Steps(draw, start, end), batch_size=None, num_workers=workers, worker_init_fn=_start_worker)
+
+
+def _start_worker(worker: int) -> None:
+    """A fork has the tokenizer without its threads, and with TOKENIZERS_PARALLELISM=true would wait for them for ever:
+    sights, whose batches tokenize captions, stood still for a GPU's whole lease."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 class Steps(Dataset[Any]):

@@ -7,13 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 import mmembed
 from recipes.nano import data, teacher
 from recipes.nano.batches import MAX_TEXT_TOKENS, PairData, TextData
-from recipes.nano.train import Plan, Steps, chosen_plan, move, pool, pool_tokens
+from recipes.nano.train import Plan, chosen_plan, drawn_ahead, move, pool, pool_tokens
 
 ROOT = Path(__file__).parents[2] / "data"
 NANO = Path(mmembed.__file__).parent / "nano"
@@ -123,16 +122,24 @@ def test_long_texts_are_cut(tokenizer, text_data) -> None:
 
 def test_batches_drawn_by_workers_are_those_of_their_steps(pair_data) -> None:
     """A GPU's batches come from workers ahead of time; a resumed run asks for the later ones alone."""
-    loader = DataLoader(Steps(lambda step: pair_data.batch(0, step), 2, 5), batch_size=None, num_workers=2)
-    drawn = list(loader)
+    drawn = list(drawn_ahead(lambda step: pair_data.batch(0, step), 2, 5, workers=2))
     assert len(drawn) == 3
     for step, batch in enumerate(drawn, 2):
         torch.testing.assert_close(batch.documents.ids, pair_data.batch(0, step).documents.ids)
 
 
+def test_workers_tokenize_after_the_parent_did(tokenizer, monkeypatch) -> None:
+    """A forked tokenizer has lost its threads; a worker that is told to use them waits for ever."""
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    captions = [f"a picture of {number}" for number in range(64)]
+    expected = tokenizer(captions)["input_ids"]
+    batches = drawn_ahead(lambda step: tokenizer(captions)["input_ids"], 0, 2, workers=2)
+    batches.timeout = 60
+    assert list(batches) == [expected, expected]
+
+
 def test_a_whole_batch_moves(pair_data) -> None:
-    steps = Steps(lambda step: (pair_data.batch(0, step), {"ids": torch.ones(2)}), 0, 1)
-    (loaded,) = DataLoader(steps, batch_size=None)
+    (loaded,) = drawn_ahead(lambda step: (pair_data.batch(0, step), {"ids": torch.ones(2)}), 0, 1, workers=0)
     moved = move(loaded, torch.device("meta"))
     tensors = [moved[0].same, moved[1]["ids"]]
     tensors += [getattr(side, name) for side in (moved[0].queries, moved[0].documents) for name in ("ids", "ends")]

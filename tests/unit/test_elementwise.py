@@ -205,6 +205,94 @@ def test_what_is_no_feed_forward_is_left_alone(stock):
     assert type(layer) is stock
 
 
+class Gated(nn.Module):
+    """Three maps and an activation, whichever of the first two it follows."""
+
+    def __init__(self, activation: nn.Module, gate: int = 0, bias: bool = False) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(32, 48, bias), nn.Linear(32, 48, bias), nn.Linear(48, 32, bias)
+        self.activation, self.gate = activation, gate
+
+    def forward(self, hidden):
+        one, other = (self.first, self.second) if self.gate == 0 else (self.second, self.first)
+        return self.last(self.activation(one(hidden)) * other(hidden))
+
+
+class Between(nn.Module):
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.first, self.last, self.activation = nn.Linear(32, 48), nn.Linear(48, 32), activation
+
+    def forward(self, hidden):
+        return self.last(self.activation(self.first(hidden)))
+
+
+class Squared(nn.Module):
+    def forward(self, hidden):
+        return hidden.relu().square()
+
+
+fusing = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor has no bfloat16 products in oneDNN"
+)
+
+
+@fusing
+@pytest.mark.parametrize("size", [1e-2, 1.0])
+@pytest.mark.parametrize(
+    ("make", "form"),
+    [
+        (lambda: Gated(nn.SiLU()), (0, "swish", "")),
+        (lambda: Gated(nn.SiLU(), gate=1, bias=True), (1, "swish", "")),
+        (lambda: Gated(nn.GELU(approximate="tanh")), (0, "gelu", "tanh")),
+        (lambda: Between(nn.GELU()), (0, "gelu", "none")),
+        (lambda: Between(nn.GELU(approximate="tanh")), (0, "gelu", "tanh")),
+    ],
+)
+def test_products_apply_the_activation(monkeypatch, make, form, size):
+    """In rounds of some rows; as near to float32 as the stock is."""
+    monkeypatch.setattr(elementwise, "FUSED_ROWS", 3)
+    exact = make()
+    layer, hidden = copy.deepcopy(exact).bfloat16(), size * torch.randn(2, 10 * torch.get_num_threads(), 32)
+    with torch.no_grad():
+        expected, stock = exact(hidden), layer(hidden.bfloat16()).float()
+        accelerate_elementwise(layer, fused=True)
+        assert type(layer).form == form
+        ours = layer(hidden.bfloat16())
+    assert ours.dtype == torch.bfloat16 and ours.shape == hidden.shape
+    assert (ours.float() - expected).norm() < 1.05 * (stock - expected).norm()
+
+
+@fusing
+def test_an_activation_that_products_do_not_have_stays(monkeypatch):
+    monkeypatch.setattr(elementwise, "_fused_rows", None)
+    layer, hidden = Between(Squared()).bfloat16(), torch.randn(4, 32).bfloat16()
+    expected = layer(hidden).detach()
+    accelerate_elementwise(layer, fused=True)
+    with torch.no_grad():
+        assert type(layer).form is None and torch.equal(layer(hidden), expected)
+
+
+@fusing
+@pytest.mark.parametrize("change", ["adapter", "hook", "float32"])
+def test_what_was_put_into_a_feed_forward_later_is_called(monkeypatch, change):
+    layer, hidden = Gated(nn.SiLU()).bfloat16(), torch.randn(4, 32).bfloat16()
+    accelerate_elementwise(layer, fused=True)
+    monkeypatch.setattr(elementwise, "_fused_rows", None)
+    called = []
+    if change == "adapter":
+        inner = layer.second
+        layer.second = nn.Sequential(inner)
+        layer.second.in_features = inner.in_features
+    elif change == "hook":
+        layer.last.register_forward_pre_hook(lambda module, given: called.append(given))
+    else:
+        layer, hidden = layer.float(), hidden.float()
+    with torch.no_grad():
+        assert layer(hidden).shape == hidden.shape
+    assert called or change != "hook"
+
+
 def interleaved(query, key, cos, sin, unsqueeze_dim=1):
     """Neighbouring columns are a pair, not columns of the two halves."""
     return tuple(
