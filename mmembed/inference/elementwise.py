@@ -64,7 +64,7 @@ def accelerate_elementwise(model: nn.Module, *, fused: bool = False) -> None:
                 better: type[nn.Module] | None = _norm_class(stock, *form)
             else:
                 if stock not in feed_forward:
-                    feed_forward[stock] = _feed_forward_class(module, fused)
+                    feed_forward[stock] = _feed_forward_class(stock, module, fused)
                 better = feed_forward[stock] or _rotary_class(stock)
             if better is not None:
                 module.__class__ = better
@@ -219,10 +219,10 @@ def _by_rows_class(stock: type[nn.Module], form: Form | None) -> type[nn.Module]
     return _subclass(stock, _ByRows, {"form": form})
 
 
-def _feed_forward_class(module: nn.Module, fused: bool) -> type[nn.Module] | None:
+def _feed_forward_class(stock: Any, module: nn.Module, fused: bool) -> type[nn.Module] | None:
     if not _is_feed_forward(module):
         return None
-    return _by_rows_class(type(module), _fused_form(module) if fused else None)
+    return _by_rows_class(stock, _fused_form(module) if fused else None)
 
 
 def _fused_form(module: nn.Module) -> Form | None:
