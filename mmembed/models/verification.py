@@ -63,7 +63,8 @@ def verify_checkpoint(
         )
     if unchanged:
         raise CheckpointError(
-            f"{folder}: gives the vectors of the backbone before training; its weights were lost, or never trained"
+            f"{folder}: gives the vectors of the backbone before training; its weights were lost, or never trained "
+            "(a learning rate of 0, as in the first step of a warm-up, changes none)"
         )
     if not (Path(folder) / PROBES).exists():
         record(Path(folder), dtype, ours)

@@ -72,6 +72,7 @@ class Objective(nn.Module):
     needs_candidates: ClassVar[bool] = False  # a query's loss is 0 where nothing stands beside its positive
     wants_lengths: bool = False  # its dot products are on a teacher's scale: vectors of length 1 cannot reach it
     least_candidates: int = 1  # with fewer documents that a query meets its loss is 0
+    idle_pairs: int = 0  # queries that a run trains on before this has a loss
     least_pairs: int = 1  # with fewer queries a batch, of all processes, it is not defined
     compares: ClassVar[bool] = True
     keeps_vectors: ClassVar[bool] = False  # its memory is of whole vectors, of which shorter ones are prefixes

@@ -83,6 +83,7 @@ class ProtoCLIP(Aligned):
                 f"objectives.proto_clip.prototypes: {prototypes} clusters of {episode} pairs; give fewer, or a longer "
                 "episode"
             )
+        self.idle_pairs = episode
         self.temperature, self.teacher_temperature = Temperature(temperature), teacher_temperature
         self.back_translation, self.iterations, self.seed = back_translation, iterations, seed
         self.heads = nn.Parameter(drawn(embedding_size**-0.5, seed, 2, embedding_size, head_size))

@@ -7,6 +7,7 @@ nothing to the objective, and a warning counts them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -51,9 +52,10 @@ def check_supply(dataset: Source, config: EmbedderConfig, part: Objective, proce
         processes: that train together.
 
     Raises:
-        ConfigError: no record has what a part compares, or a batch has too few queries. The message names the source,
+        ConfigError: no record has what a part compares, a batch has too few queries, or the run too few. The message names the source,
             the objective and the first record.
     """
+    _check_run(dataset, config, part, processes)
     if part.pairs:
         alone = dataset.census.those(lambda held: held.positives + held.negatives < 2)
         if _group(dataset, config, part, 1).queries == 1 and alone.number:
@@ -204,6 +206,24 @@ def _check_candidates_enough(dataset: Source, part: Objective, group: Group) -> 
             f"{part.least_candidates}, with fewer its loss is 0. Lower its options, or raise data.train_group_size or "
             "training.per_device_train_batch_size"
         )
+
+
+def _check_run(dataset: Source, config: EmbedderConfig, part: Objective, processes: int) -> None:
+    """Raises ConfigError where a part is still without a loss when the run ends."""
+    arguments = {"max_steps": 0, "num_train_epochs": 3, "gradient_accumulation_steps": 1} | config.training.arguments
+    rows = _group(dataset, config, part, processes).queries
+    if int(arguments["max_steps"]) > 0:
+        most = int(arguments["max_steps"]) * int(arguments["gradient_accumulation_steps"]) * rows
+    elif len(config.data.train) == 1 and dataset.census.records:
+        most = math.ceil(float(arguments["num_train_epochs"]) * dataset.census.records)
+    else:  # how often a source comes is the mixing's business
+        return
+    for one in named_parts(part):
+        if most < one.idle_pairs:
+            raise ConfigError(
+                f"data source '{dataset.name}': the run ends after {most:,} queries, and objective '{one.title}' has no "
+                f"loss before it has seen {one.idle_pairs:,}. Lower its options (`episode`), or train longer"
+            )
 
 
 def _draws_negatives(dataset: Source, group: Group) -> bool:

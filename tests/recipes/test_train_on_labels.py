@@ -107,7 +107,7 @@ def test_a_plan_knows_them(config_file, clustered, label_vectors, capsys, name):
     overrides = {
         "hydra": [f"objective={{type: hydra, classes: {BANKING / 'labels.json'}}}"],
         "mlcd": [f"data.train=[{{path: {clustered}}}]", "objective={type: mlcd, clusters: 40}"],
-        "proto_clip": ["objective=proto_clip"],
+        "proto_clip": ["objective={type: proto_clip, prototypes: 4, episode: 16}"],
         "soft_labels": [f"objective={{type: soft_labels, vectors: {label_vectors}}}"],
         "tree_supcon": [TREES, "objective={type: tree_supcon, levels: 8, subspace_size: 8}"],
     }[name]

@@ -36,12 +36,12 @@ def record(*documents, task="retrieval"):
     return {"query": f"query {number}", "documents": keys, "task": task}
 
 
-def read(tmp_path, records, objective, train=None, batch_size=8, **data):
+def read(tmp_path, records, objective, train=None, batch_size=8, training=None, **data):
     path = tmp_path / "some.jsonl"
     path.write_text("".join(json.dumps(one) + "\n" for one in records))
     source = {"path": str(path), "name": "some", **(train or {})}
     tree = {"data": {"train": [source], "train_group_size": 4, **data}, "objective": objective}
-    config = build_config({**tree, "training": {"per_device_train_batch_size": batch_size}})
+    config = build_config({**tree, "training": {"per_device_train_batch_size": batch_size, **(training or {})}})
     return [RecordDataset(one, cache_dir=tmp_path / "cache") for one in config.data.train], config
 
 
@@ -202,9 +202,34 @@ def test_a_query_that_meets_its_positive_alone_is_refused(tmp_path):
         check(tmp_path, [record(1)], local, batch_size=1, processes=2)
 
 
-@pytest.mark.parametrize("objective", ["rafa", "alignment", "uniformity", "supcon", "prototypes", "proto_clip"])
+SOON = {"type": "proto_clip", "prototypes": 2, "episode": 2}
+
+
+@pytest.mark.parametrize("objective", ["rafa", "alignment", "uniformity", "supcon", "prototypes", SOON])
 def test_in_batch_negatives_may_be_off_where_no_pair_is_a_negative_of_another(tmp_path, objective):
     check(tmp_path, [record(1)], objective, train={"in_batch_negatives": False})
+
+
+@pytest.mark.parametrize(
+    ("training", "processes", "ends"),
+    [
+        ({"max_steps": 3}, 1, "24"),
+        ({"max_steps": 3}, 2, ""),
+        ({"max_steps": 2, "gradient_accumulation_steps": 2}, 1, ""),
+        ({"num_train_epochs": 2}, 1, "20"),
+        ({"num_train_epochs": 4}, 1, ""),
+        ({}, 1, "30"),
+    ],
+)
+def test_a_run_that_ends_before_an_objective_begins_is_refused(tmp_path, training, processes, ends):
+    objective = [{"type": "infonce"}, {"type": "proto_clip", "prototypes": 2, "episode": 32}]
+    given = {"records": [record(1) for _ in range(10)], "training": training, "processes": processes}
+    if ends:
+        message = f"'some': the run ends after {ends} queries, and objective 'proto_clip' has no loss before .* 32"
+        with pytest.raises(ConfigError, match=message):
+            check(tmp_path, objective=objective, **given)
+    else:
+        check(tmp_path, objective=objective, **given)
 
 
 def test_in_batch_negatives_of_graded_pairs_can_only_be_off(tmp_path):
