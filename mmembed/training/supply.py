@@ -52,8 +52,8 @@ def check_supply(dataset: Source, config: EmbedderConfig, part: Objective, proce
         processes: that train together.
 
     Raises:
-        ConfigError: no record has what a part compares, a batch has too few queries, or the run too few. The message names the source,
-            the objective and the first record.
+        ConfigError: no record has what a part compares, a batch has too few queries, or the run too few. The message
+            names the source, the objective and the first record.
     """
     _check_run(dataset, config, part, processes)
     if part.pairs:
@@ -221,8 +221,8 @@ def _check_run(dataset: Source, config: EmbedderConfig, part: Objective, process
     for one in named_parts(part):
         if most < one.idle_pairs:
             raise ConfigError(
-                f"data source '{dataset.name}': the run ends after {most:,} queries, and objective '{one.title}' has no "
-                f"loss before it has seen {one.idle_pairs:,}. Lower its options (`episode`), or train longer"
+                f"data source '{dataset.name}': the run ends after {most:,} queries, and objective '{one.title}' has "
+                f"no loss before it has seen {one.idle_pairs:,}. Lower its options (`episode`), or train longer"
             )
 
 
