@@ -87,7 +87,7 @@ def train(config: EmbedderConfig) -> dict[str, float]:
     media = media_store(config.data)
     seed = args.seed if args.data_seed is None else args.data_seed
     with args.main_process_first(desc="reading the data"):
-        train_data = [open_source(source, config.data, media, seed) for source in config.data.train]
+        train_data = [open_source(source, config.data, media, seed, objective.title) for source in config.data.train]
         dev_data = [
             RecordDataset(
                 source, media, config.data.on_bad_record, root=config.data.root, ignored=config.data.ignore_fields

@@ -405,5 +405,7 @@ def _positive_keys(examples: Sequence[Example]) -> Tensor:
 
 
 def _draw(documents: list[Document], count: int, generator: random.Random) -> list[Document]:
-    """At most `count` of them, in a random order only where a choice is made."""
-    return documents if len(documents) <= count else generator.sample(documents, count)
+    """At most `count` of them, drawn at random, in their order."""
+    if len(documents) <= count:
+        return documents
+    return [documents[place] for place in sorted(generator.sample(range(len(documents)), count))]

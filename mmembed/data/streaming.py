@@ -49,11 +49,25 @@ _DIGESTED = 2**16  # bytes at each end of a shard
 _FIRST = 1_000  # records that are read to learn fields and tasks
 
 
-def open_source(source: SourceConfig, data: DataConfig, media: MediaStore | None = None, seed: int = 0) -> Source:
-    """The records of a source, streamed where it says so."""
-    if source.streaming:
-        return RecordStream(source, media, data.on_bad_record, data.root, seed, data.ignore_fields)
-    return dataset.RecordDataset(source, media, data.on_bad_record, root=data.root, ignored=data.ignore_fields)
+def open_source(
+    source: SourceConfig, data: DataConfig, media: MediaStore | None = None, seed: int = 0, objective: str = ""
+) -> Source:
+    """The records of a source, streamed where it says so.
+
+    Args:
+        objective: the name of what trains on it, for messages.
+
+    Raises:
+        RecordError: a record cannot be used; names file and line, source and objective.
+        ConfigError: the source holds nothing, or options that do not fit it.
+    """
+    try:
+        if source.streaming:
+            return RecordStream(source, media, data.on_bad_record, data.root, seed, data.ignore_fields)
+        return dataset.RecordDataset(source, media, data.on_bad_record, root=data.root, ignored=data.ignore_fields)
+    except RecordError as error:
+        of = f"data source '{source.name}'" + (f", objective '{objective}'" if objective else "")
+        raise RecordError(error.where, error.found, f"{error.remedy} ({of})", error.kind) from error
 
 
 class RecordStream(torch.utils.data.Dataset[Example]):

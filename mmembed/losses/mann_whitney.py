@@ -94,8 +94,10 @@ def _cells(positives: Tensor, values: Tensor, negative: Tensor) -> Tensor | None
         return None
     low = values.masked_fill(~negative, float("inf")).amin().double()
     high = values.masked_fill(~negative, float("-inf")).amax().double()
-    number = int((high - low) / STEP) + 2
-    return None if number >= count else low + STEP * torch.arange(number, dtype=torch.float64, device=values.device)
+    number = float((high - low) / STEP) + 2
+    if not number < count:  # NaN is not, either
+        return None
+    return low + STEP * torch.arange(int(number), dtype=torch.float64, device=values.device)
 
 
 def _against_negatives(

@@ -67,6 +67,7 @@ class Objective(nn.Module):
     takes_negatives: bool = True  # documents of a record that are no positives; of others none are drawn
     many_vectors: bool | None = None  # an input is one vector (false), or several (true); None: either
     positives_needed: int = 1  # how many positives a query must have
+    by_place: ClassVar[bool] = False  # which of a record's positives is which follows from their order
     needs_negatives: ClassVar[bool] = False  # documents of a record that are no positives
     contrasts: bool = False  # pairs of a batch that share no content are negatives of each other
     needs_candidates: ClassVar[bool] = False  # a query's loss is 0 where nothing stands beside its positive

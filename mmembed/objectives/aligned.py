@@ -251,7 +251,10 @@ class Aligned(Objective):
         )
 
     def compare(self, gathered: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
-        """In 32 bits also under autocast: determinants, eigenvalues and small distances do not survive 16."""
+        """In 32 bits, whatever the vectors have: determinants, eigenvalues and small distances do not survive 16.
+
+        Parameters may have 16 bits (an engine casts them); a term brings them to the vectors' type."""
+        gathered = _in_32_bits(gathered)
         if not gathered.enough:
             nothing = 0 * (gathered.queries.sum() + gathered.positives.sum())  # a part of the graph, in every process
             return nothing, {"left_out": torch.tensor(gathered.left_out, device=nothing.device)}
@@ -277,6 +280,20 @@ class Aligned(Objective):
         relevance = (index[gathered.local][:, None] == index[None, :]).float()  # (Q, N)
         valid = (relevance > 0) | ~gathered.same[gathered.local]
         return View(own, others, self.similarity_of(own, others), relevance, valid, {}, None)
+
+
+def _in_32_bits(pairs: Pairs) -> Pairs:
+    if pairs.queries.dtype not in (torch.bfloat16, torch.float16):
+        return pairs
+    taught = pairs.taught
+    return replace(
+        pairs,
+        queries=pairs.queries.float(),
+        positives=pairs.positives.float(),
+        further=pairs.further.float(),
+        negatives=pairs.negatives.float(),
+        taught=None if taught is None else Taught(taught.views.float(), taught.negatives.float()),
+    )
 
 
 def mean_vector(embeddings: Embeddings) -> Embeddings:

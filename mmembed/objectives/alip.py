@@ -35,6 +35,7 @@ class ALIP(Aligned):
     least_pairs = 2
     contrasts = True
     positives_needed = 2
+    by_place = True
 
     def __init__(
         self,

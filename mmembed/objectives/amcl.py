@@ -55,8 +55,9 @@ class AMCL(Aligned):
     def term(self, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
         x, y = pairs.unit
         size = x.shape[1]  # a prefix of the embedding under matryoshka
-        a, b = (functional.normalize(side @ self.projections[:, :size], dim=-1) for side in (x, y))  # (M, N, d) each
-        low, high = (torch.sigmoid(self.temperature_weights[:, :size] @ side.T) for side in (x, y))  # (M, N) each
+        projections, weights = (one[:, :size].to(x.dtype) for one in (self.projections, self.temperature_weights))
+        a, b = (functional.normalize(side @ projections, dim=-1) for side in (x, y))  # (M, N, d) each
+        low, high = (torch.sigmoid(weights @ side.T) for side in (x, y))  # (M, N) each
         temperatures = LOWEST + (HIGHEST - LOWEST) * (low[:, :, None] + high[:, None, :]) / 2  # (M, N, N)
         contrast, regulariser = multi_head(a, b, temperatures, pairs.same)
         metrics = {"temperature": temperatures.mean().detach(), "contrast": contrast.detach()}

@@ -35,6 +35,7 @@ class CleanCLIP(Aligned):
     least_pairs = 2
     contrasts = True
     positives_needed = 3
+    by_place = True
 
     def __init__(self, temperature: float | Mapping[str, Any] = 0.07, weight: Above0 = 1.0) -> None:
         super().__init__()

@@ -86,7 +86,7 @@ class Hydra(Aligned):
     def term(self, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
         own = self._numbers(pairs)  # (N,)
         wanted = self._wanted(own)
-        gates = self.gate(own, wanted)[:, : pairs.queries.shape[1]]  # (N, E)
+        gates = self.gate(own, wanted).to(pairs.queries.dtype)[:, : pairs.queries.shape[1]]  # (N, E)
         scores = gated_similarity(pairs.queries, pairs.positives, gates) / self.temperature
         positive = wanted[:, None] == own[None, :]  # (N, N)
         negative = (own[:, None] != own[None, :]) & ~positive & ~pairs.same

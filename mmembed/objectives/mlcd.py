@@ -66,7 +66,8 @@ class MLCD(Aligned):
         wanted = torch.zeros(self.clusters + 1, dtype=torch.bool, device=numbers.device)
         wanted[numbers.flatten()] = True
         chosen = self._draw(wanted[: self.clusters])  # (M,)
-        centres = functional.normalize(self.weights[chosen, : pairs.queries.shape[1]], dim=-1)  # (M, E)
+        weights = self.weights[chosen, : pairs.queries.shape[1]].to(pairs.queries.dtype)
+        centres = functional.normalize(weights, dim=-1)  # (M, E)
         positive = torch.zeros(len(numbers), len(chosen) + 1, dtype=torch.bool, device=numbers.device)
         positive = positive.scatter_(1, torch.searchsorted(chosen, numbers), True)[:, :-1]  # (N, M)
         sides = [discrimination(side @ centres.T / self.temperature, positive).mean() for side in pairs.unit]

@@ -140,7 +140,7 @@ class ProtoCLIP(Aligned):
     def _projected(self, pairs: Pairs) -> Tensor:
         """(2, N, d) unit vectors."""
         sides = torch.stack([pairs.queries, pairs.positives])  # (2, N, E)
-        return functional.normalize(sides @ self.heads[:, : sides.shape[2]], dim=-1)
+        return functional.normalize(sides @ self.heads[:, : sides.shape[2]].to(sides.dtype), dim=-1)
 
 
 def against_prototypes(scores: Tensor, centres: Tensor, labels: Tensor, teacher_temperature: float | None) -> Tensor:

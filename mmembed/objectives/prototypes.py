@@ -69,7 +69,8 @@ class Prototypes(Aligned):
         self.prototypes = nn.Parameter(drawn(embedding_size**-0.5, seed, prototypes, embedding_size))
 
     def term(self, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
-        centres = functional.normalize(self.prototypes[:, : pairs.queries.shape[1]], dim=-1)  # (K, E)
+        prototypes = self.prototypes[:, : pairs.queries.shape[1]].to(pairs.queries.dtype)
+        centres = functional.normalize(prototypes, dim=-1)  # (K, E)
         scores = [side @ centres.T for side in pairs.unit]  # (N, K) each
         codes = [balanced(one.detach() / self.sharpness, self.iterations) for one in scores]
         terms = []

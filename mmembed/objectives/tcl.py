@@ -69,6 +69,7 @@ class TCL(Aligned):
     least_pairs = 2
     contrasts = True
     positives_needed = 3
+    by_place = True
 
     def __init__(
         self,

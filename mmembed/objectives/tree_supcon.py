@@ -83,7 +83,9 @@ class TreeSupCon(Aligned):
         size = views.shape[2]  # a prefix of the embedding under matryoshka
         terms = [
             self._supcon(torch.tanh(views @ weight[:size] + bias), of_view.masked_fill(pairs.same, 1.0))
-            for weight, bias, of_view in zip(self.projections, self.biases, agreements, strict=True)
+            for weight, bias, of_view in zip(
+                self.projections.to(views.dtype), self.biases.to(views.dtype), agreements, strict=True
+            )
         ]
         return torch.stack(terms).mean(), metrics
 

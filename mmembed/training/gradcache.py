@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from mmembed.data.collate import Batch, Chunk
 from mmembed.embeddings import Embeddings
+from mmembed.errors import MmembedError
 from mmembed.objectives import Objective, View
 from mmembed.objectives.gather import world
 from mmembed.threads import beside_each_other
@@ -82,6 +83,7 @@ def contrastive_step(
     guard: Guard = nullcontext,
     observe: Observe | None = None,
     teacher: Teacher | None = None,
+    may_overflow: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Adds the gradient of `scale * objective(batch)` to the parameters of the model and of the objective.
 
@@ -103,9 +105,13 @@ def contrastive_step(
         observe: (the objective's view, local queries, local documents) -> None, called without gradients.
         teacher: entered around a pass over the chunks, gives what encodes with the teacher's weights; that draws no
             random numbers and runs no collective. Needed where the objective has a `teacher_momentum` for this batch.
+        may_overflow: go on with vectors or a loss that are not finite: float16, whose loss scale skips such steps.
 
     Returns:
         The detached local loss and the objective's metrics.
+
+    Raises:
+        MmembedError: vectors or the loss are not finite; names source and objective.
     """
     count = len(batch.chunks)
     chunks = [*batch.chunks, *[batch.chunks[-1]] * max(0, (rounds or 0) - count)]
@@ -119,7 +125,7 @@ def contrastive_step(
     on_heap = kept_from > 0 and outputs[0].vectors.device.type == "cpu"
     if on_heap:
         give_back()
-    loss, metrics, gradients, learned = _compare(objective, batch, outputs[:count], scale, observe)
+    loss, metrics, gradients, learned = _compare(objective, batch, outputs[:count], scale, observe, may_overflow)
     if on_heap:
         give_back()
     if workers is not None:
@@ -163,7 +169,12 @@ def _taught(teacher: Teacher, batch: Batch, workers: Workers | None, guard: Guar
 
 
 def _compare(
-    objective: Objective, batch: Batch, outputs: Sequence[Embeddings], scale: float, observe: Observe | None
+    objective: Objective,
+    batch: Batch,
+    outputs: Sequence[Embeddings],
+    scale: float,
+    observe: Observe | None,
+    may_overflow: bool,
 ) -> tuple[Tensor, dict[str, Tensor], list[list[Tensor]], Learned]:
     """Detached loss, metrics, gradients of `scale * loss`: of what `Embeddings.tensors` says of each chunk, and of the
     objective's parameters.
@@ -174,9 +185,13 @@ def _compare(
     leaves = [leaf for output in cut for leaf in output.tensors]
     vectors = _assemble(batch, cut)
     place = batch.place.to(leaves[0].device)
+    if not may_overflow:
+        _check_finite(vectors.vectors, "vectors", objective, batch)
     queries, documents = vectors.rows(place[: batch.n_queries]), vectors.rows(place[batch.n_queries :])
     gathered = objective.gather(queries, documents, batch.labels.to(place.device))
     loss, metrics = objective.compare(gathered)
+    if not may_overflow:
+        _check_finite(loss, "loss", objective, batch)
     if observe is not None:
         with torch.no_grad():
             observe(objective.view(gathered), queries, documents)
@@ -187,6 +202,19 @@ def _compare(
     of_chunks = [[next(of_leaves) for _ in output.tensors] for output in cut]
     objective.remember(gathered)
     return loss.detach(), metrics, of_chunks, (learned, list(of_leaves))
+
+
+def _check_finite(values: Tensor, what: str, objective: Objective, batch: Batch) -> None:
+    """Raises MmembedError: weights after this step would be NaN, and those of all later ones."""
+    if bool(values.isfinite().all()):
+        return
+    source = batch.labels.source
+    title = objective.part_for(source, batch.labels.task).title
+    raise MmembedError(
+        f"source '{source}', objective '{title}': the {what} of a batch {'are' if what == 'vectors' else 'is'} not "
+        "finite (NaN or infinite). Where it happens at the first step, look at the weights and the data; where later, "
+        "the run has diverged: go on from an earlier checkpoint with a tenth of training.learning_rate"
+    )
 
 
 def _second_pass(

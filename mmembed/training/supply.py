@@ -71,6 +71,7 @@ def check_supply(dataset: Source, config: EmbedderConfig, part: Objective, proce
                 raise ConfigError(
                     f"data source '{dataset.name}': {lack.told(dataset.census)}; objective '{one.title}' {lack.remedy}"
                 )
+        _check_places(dataset, one, group)
         _check_batches(dataset, one, group)
         _check_candidates_enough(dataset, one, group)
         if one.contrasts:
@@ -176,6 +177,18 @@ def _unscored(census: Census, part: Objective, group: Group) -> Lack:
         "data.train_group_size say how many are drawn), look at how 'score' is read, or train on it with infonce and "
         "data.ignore_fields: [score]",
     )
+
+
+def _check_places(dataset: Source, part: Objective, group: Group) -> None:
+    """Raises ConfigError where some of a record's positives are drawn, and a part would take one for another."""
+    census = dataset.census
+    more = census.those(lambda held: held.positives > group.positives)
+    if part.by_place and more.number:
+        raise ConfigError(
+            f"data source '{dataset.name}': {more.number:,} of {census.records:,} records, the first at {more.first}, "
+            f"have more than {group.positives} positives; objective '{part.title}' knows each by its place, and of "
+            "more some are drawn. Raise data.positives_per_query to the most that a record has, or take the others out"
+        )
 
 
 def _check_batches(dataset: Source, part: Objective, group: Group) -> None:

@@ -382,6 +382,7 @@ class EmbedderTrainer(Trainer):
                 guard=self.halving.guard,
                 observe=functools.partial(self._observe, batch) if self._logs_this_step else None,
                 teacher=None if self.teacher is None else self._taught_by,
+                may_overflow=self.args.fp16,
             )
 
     @contextmanager

@@ -127,6 +127,31 @@ def test_it_is_finite_under_autocast(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_its_parameters_may_have_16_bits(name: str, dtype: torch.dtype) -> None:
+    """DeepSpeed casts all parameters of the trained module, the objective's with the model's; not buffers."""
+    objective, plain = build(name), build(name)
+    for parameter in objective.parameters():
+        parameter.data = parameter.data.to(dtype)
+    for one in (objective, plain):
+        step(one, *vectors(name), labels())
+    queries, documents = vectors(name)
+    loss, _ = objective(queries, documents, labels())
+    assert loss.item() == pytest.approx(plain(*vectors(name), labels())[0].item(), rel=0.03)
+    loss.backward()
+    for tensor in (queries.vectors, documents.vectors, *objective.parameters()):
+        assert torch.isfinite(tensor.grad).all()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in MANY and isinstance(build(name), Aligned)])
+def test_vectors_of_16_bits_are_compared_in_32(name: str) -> None:
+    of_16 = [Embeddings(side.vectors.detach().bfloat16()) for side in vectors(name)]
+    of_32 = [Embeddings(side.vectors.float()) for side in of_16]
+    (loss, _), (exact, _) = (build(name)(*sides, labels()) for sides in (of_16, of_32))
+    assert torch.equal(loss, exact)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_query_without_a_positive_does_no_harm(name: str) -> None:
     objective, (queries, documents) = build(name), vectors(name)
     loss = step(objective, queries, documents, labels(empty=True))

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmembed.errors import MmembedError
 from mmembed.objectives import build_objective
 from mmembed.training.gradcache import RandomState, Workers, contrastive_step
 from tests.equivalence.toy import ToyEncoder, gradients, make_batch, relative
@@ -134,3 +135,26 @@ def test_two_processes_equal_one():
     for name, (loss, gradient) in found.items():
         assert loss < TOLERANCE, name
         assert gradient < TOLERANCE, name
+
+
+@pytest.mark.parametrize("block", ["infonce", "mann_whitney", "gram", "whitened", [{"type": "infonce"}, "uniformity"]])
+@pytest.mark.parametrize("keep_tokens", [None, 0])
+def test_what_is_not_finite_ends_the_run(block, keep_tokens):
+    """By name, before the weights are touched; under float16 the loss scale skips the step."""
+    block = {"type": "whitened", "group_size": 2} if block == "whitened" else block
+    objective, encoder, batch = build_objective(block), ToyEncoder(), make_batch(6, 3, 30)
+    with torch.no_grad():
+        next(encoder.parameters()).fill_(float("nan"))
+    names = "infonce.*uniformity" if isinstance(block, list) else objective.title
+    with pytest.raises(MmembedError, match=f"source '{batch.labels.source}', objective '{names}.*: the vectors of a"):
+        contrastive_step(encoder, objective, batch, keep_tokens)
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+    if block == "infonce":
+        loss, _ = contrastive_step(encoder, objective, batch, keep_tokens, may_overflow=True)
+        assert loss.isnan()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run():
+    objective = build_objective({"type": "infonce", "temperature": 1e-39})
+    with pytest.raises(MmembedError, match="objective 'infonce': the loss of a batch is not finite"):
+        contrastive_step(ToyEncoder(), objective, make_batch(6, 3, 30), None)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mmembed.config.blocks import SourceConfig
 from mmembed.content import Document, Example, Image, Task, Text
-from mmembed.data.collate import Collator, content_key, plan_chunks
+from mmembed.data.collate import Collator, content_key, document_keys, plan_chunks
 from mmembed.errors import RecordError
 from mmembed.media import MediaStore
 from mmembed.models.embedding_model import EmbedderSettings, build_from_settings
@@ -83,6 +83,16 @@ def test_groups(preprocessor, group, per_query, seed, count):
         assert len(own) - sum(own) == min(group - per_query, 3)
     assert batch.labels.positive_keys.shape == (count, 2, 2)
     assert batch.place.max() + 1 == sum(len(chunk.rows) for chunk in batch.chunks)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_drawn_keeps_its_order(preprocessor, seed):
+    """An objective that compares several views takes them in the order of the record."""
+    whole = example(0, positives=6)
+    order = [document_keys(document) for document in whole.documents]
+    batch = collator(preprocessor, train_group_size=5, positives_per_query=3, seed=seed)([whole])
+    drawn = [order.index(tuple(keys)) for keys in batch.labels.document_keys.tolist()]
+    assert drawn[:3] == sorted(drawn[:3]) and drawn[3:] == sorted(drawn[3:]) and len(drawn) == 5
 
 
 def test_of_an_objective_of_positives_no_negative_is_drawn(preprocessor):

@@ -149,3 +149,27 @@ def test_a_rate_of_a_tower_without_trained_weights(config_file, capsys, tower):
     error = refused(config_file, capsys, [f"training.learning_rates={{{tower}: 1e-3}}"])
     assert f"training.learning_rates.{tower}: this run trains no parameter" in error
     assert "trained: language, objective" in error
+
+
+@pytest.mark.parametrize(
+    ("source", "row", "objective", "message"),
+    [
+        ("", '"documents": [{"content": "d", "score": NaN}]', "infonce", "documents[0].score is nan. Give a finite"),
+        ("", '"documents": [{"content": "d", "relevance": 0}]', "infonce", "no document has a relevance above 0"),
+        (
+            ", format: pairs",
+            '"sentence1": "a", "sentence2": "b", "score": NaN',
+            "pearson",
+            "'score' is nan. Give a num",
+        ),
+        (", format: pairs", '"sentence1": "a", "sentence2": "b", "score": 7', "pearson", "outside 0.0 to 5.0"),
+    ],
+)
+def test_a_bad_record_names_its_source_and_objective(
+    config_file, capsys, no_model, tmp_path, source, row, objective, message
+):
+    (tmp_path / "bad.jsonl").write_text('{"query": "q", ' + row + "}\n")
+    train = f"data.train=[{{path: {tmp_path / 'bad.jsonl'}, name: bad{source}}}]"
+    error = refused(config_file, capsys, [train, f"objective={objective}"])
+    assert message in error and "bad.jsonl:1: " in error
+    assert f"(data source 'bad', objective '{objective}')" in error

@@ -1,6 +1,7 @@
 """What a run's options do to the trainer: which optimizer steps, what is recomputed, what a batch is drawn from."""
 
 import json
+import re
 
 import bitsandbytes
 import pytest
@@ -207,3 +208,12 @@ def test_in_batch_negatives_off_and_no_negatives_is_refused(config_file, capsys)
     assert main(["--config", str(config_file), source, "data.dev=[]"]) == 2
     error = capsys.readouterr().err
     assert "pictures.jsonl" in error and "loss is always 0" in error and "in_batch_negatives: true" in error
+
+
+def test_a_run_that_diverges_ends_with_its_source_and_objective(config_file, tmp_path, capsys):
+    run = ["data.train=[{path: text.jsonl}]", "data.dev=[]", "training.max_steps=4", "training.save_steps=1"]
+    run += ["training.learning_rate=1e30", "training.warmup_steps=0", "training.max_grad_norm=0"]
+    assert main(["--config", str(config_file), *run, "training.save_strategy=steps"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"source '[^']+', objective 'infonce': the (vectors|loss) of a batch (are|is) not finite", error)
+    assert "Traceback" not in error

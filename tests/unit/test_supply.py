@@ -210,6 +210,17 @@ def test_in_batch_negatives_may_be_off_where_no_pair_is_a_negative_of_another(tm
     check(tmp_path, [record(1)], objective, train={"in_batch_negatives": False})
 
 
+@pytest.mark.parametrize(("name", "needed"), [("cleanclip", 3), ("tcl", 3), ("alip", 2)])
+def test_positives_that_have_a_place_each_are_not_drawn(tmp_path, name, needed):
+    whole = record(*[1] * needed)
+    check(tmp_path, [whole, record(*[1] * needed)], name, positives_per_query=needed, train_group_size=8)
+    check(tmp_path, [whole, record(*[1] * 5)], name, positives_per_query=5, train_group_size=8)
+    message = f"'some': 1 of 2 records, the first at .*some.jsonl:2, have more than {needed} pos.* '{name}' knows each"
+    with pytest.raises(ConfigError, match=message):
+        check(tmp_path, [whole, record(*[1] * 5)], name, positives_per_query=needed, train_group_size=8)
+    check(tmp_path, [whole, record(*[1] * 5)], "mv_infonce", positives_per_query=needed, train_group_size=8)
+
+
 @pytest.mark.parametrize(
     ("training", "processes", "ends"),
     [

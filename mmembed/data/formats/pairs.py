@@ -1,5 +1,6 @@
 """Sentence pairs with a similarity score (STS): the score becomes a graded relevance in [0, 1]."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -58,6 +59,8 @@ class Pairs(Format):
 
     def _record(self, row: RawRecord, where: str) -> RawRecord:
         score = column(row, self.score, where)
+        if isinstance(score, float) and not math.isfinite(score):
+            raise RecordError(where, f"'{self.score}' is {score!r}", "Give a number, or remove the row", "bad number")
         if isinstance(score, bool) or not isinstance(score, int | float) or not self.low <= score <= self.high:
             found = f"'{self.score}' is {score!r}, outside {self.low} to {self.high}"
             raise RecordError(where, found, "Set the options low and high to the scale of the scores", "bad number")
