@@ -126,7 +126,7 @@ def train(steps, learning_rate, change=lambda batch: batch):
         def observe(view, queries, documents, batch=batch, found=found):
             found.update(look_at(view, queries, documents, batch))
 
-        loss, metrics = contrastive_step(encoder, objective, batch, None, observe=observe)
+        loss, metrics = contrastive_step(encoder, objective, batch, None, observe=observe, may_overflow=True)
         used = [parameter for name, parameter in encoder.named_parameters() if "unused" not in name]
         found |= gradient_norms({"language": used})
         optimizer.step()
