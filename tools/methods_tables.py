@@ -39,9 +39,11 @@ FROM_THE_RUN = {
     "kwargs",
     "media",
 }  # constructor arguments that a user does not write
-EXAMPLES = {  # for options without which there is nothing to build
+EXAMPLES = {  # options without which there is nothing to build, and papers' settings that cost more than the defaults
     "hydra": {"classes": ["card_arrival", "age_limit"]},
+    "negative_queue": {"momentum": 0.995},
     "soft_labels": {"vectors": "labels.enc"},
+    "tcl": {"momentum": 0.995, "alpha": 0.4, "size": 65536},
 }
 
 
@@ -147,10 +149,11 @@ def _entry(component: str, cls: type, name: str, family: Family) -> str:
 
 def block_of(component: str, cls: type, family: Family) -> str:
     """The line of YAML that names the component, with the defaults of its options, and examples of what has none."""
-    defaults = EXAMPLES.get(component, {}) | {
+    examples = EXAMPLES.get(component, {})
+    defaults = examples | {
         one.name: list(one.default) if isinstance(one.default, tuple) else one.default
         for one in written_by_users(cls)
-        if one.default is not one.empty and one.default not in (None, "", ())
+        if one.default is not one.empty and one.default not in (None, "", ()) and one.name not in examples
     }
     if issubclass(cls, Loss):
         defaults |= cls.defaults

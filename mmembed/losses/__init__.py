@@ -76,6 +76,7 @@ class Loss(nn.Module):
     guide_momentum: of a teacher (`Objective.teacher_momentum`) whose cosines are the `targets` that the data do not
         give. None: these stay NaN.
     least_candidates: with fewer documents a query its loss is 0.
+    tempered: whether a temperature changes it.
     defaults: options of the objective that a config with this loss has where it does not give them: its paper's.
 
     A row without what the loss compares (no positive, no teacher's score) gives 0.
@@ -89,6 +90,7 @@ class Loss(nn.Module):
     distils: Distilled | None = None
     guide_momentum: float | None = None
     least_candidates: int = 1
+    tempered: ClassVar[bool] = True
     defaults: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self) -> None:  # without options of its own a loss takes none: nn.Module would take any

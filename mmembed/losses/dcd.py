@@ -6,14 +6,18 @@ CE(x_i) = mean over positives of -log softmax(x_i)_p, over the candidates with a
 distillation (Rao et al., arXiv 2207.01426), for a fusion model (ViLT, METER) that teaches two towers: the weight of a
 query moves with the student. The weight is that of the authors' code, whose squared error is averaged over the batch
 before it is weighted, so that a query's weight acts on all queries; here it acts on its own. Choosing hard negatives by
-the teacher is data preparation: give the documents that it scored. Cost: a few passes over (Q, C).
+the teacher is data preparation: give the documents that it scored. The squared error compares scores with the teacher's
+as they are, so the temperature is 1 unless a config says otherwise (from memory of the paper: the scale of its scores
+was not read). Cosines stay within -1 and 1; for a teacher on another scale write `similarity: dot`, and `normalize:
+false` of the model. Cost: a few passes over (Q, C).
 
 When: a cross-encoder's scores of each query's candidates are there, and the teacher is sure where the student is not.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +42,7 @@ class DCD(Loss):
     name = "dcd"
     reads: ClassVar[frozenset[str]] = frozenset({"score"})
     distils = "sides"
+    defaults: ClassVar[Mapping[str, Any]] = {"temperature": 1.0}
 
     def __init__(self, distillation: Above0 = 1.0) -> None:
         super().__init__()

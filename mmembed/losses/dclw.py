@@ -4,16 +4,22 @@ L_i = 1/|P_i| sum_p ( -w_ip s_ip + log sum_{j in N_i} exp(s_ij) ),  w_ip = 2 - n
 
 The softmax runs over all n positives of the batch, so weights are 1 on average and near 2 for a positive of low
 similarity (Yeh et al., arXiv 2110.06848; sigma .5 in the released code). tau s is the similarity without temperature.
-The gradient flows through the weight, as in the released code. Rows are coupled by the softmax. Cost: as `dcl`.
+The gradient flows through the weight, as in the released code. Rows are coupled by the softmax. Negatives and
+temperature are those of `dcl` unless a config says otherwise: `same_tower_negatives: true, temperature: 0.1`. Cost: as
+`dcl`.
 
 When: as `dcl`, and far positives should count more than near ones.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 from torch import Tensor
 
 from mmembed.losses import Loss, Scores
+from mmembed.losses.dcl import DCL
 from mmembed.losses.rows import against, mean_of_positives
 from mmembed.registry import Above0
 
@@ -33,6 +39,7 @@ class DCLW(Loss):
 
     name = "dclw"
     couples_rows = True
+    defaults: ClassVar[Mapping[str, Any]] = DCL.defaults
 
     def __init__(self, sigma: Above0 = 0.5, detach_weights: bool = False) -> None:
         super().__init__()

@@ -3,8 +3,8 @@
 L = 1 - cov(s, y) / (sd(s) sd(y))
 
 Both standard deviations are biased, as in CoDiEmb (arXiv 2508.11442; the weights 2 for this loss, 0.5 for `pro` and 5
-for `rank_kl` are in the training code of Youtu-Embedding, not in the paper). No temperature moves it. Cost: a few
-passes over (Q, C).
+for `rank_kl` are in the training code of Youtu-Embedding, not in the paper). No temperature moves it, and a config
+that gives one is refused. Cost: a few passes over (Q, C).
 
 When: pairs carry a similarity (STS) that should be matched linearly; beside `rank_kl` and `pro` as in CoDiEmb.
 """
@@ -35,6 +35,7 @@ class Pearson(Loss):
     reads: ClassVar[frozenset[str]] = frozenset({"relevance"})
     objective = "pairs"
     needs_grades = True
+    tempered = False
 
     def forward(self, scores: Scores) -> Tensor:
         """Scores -> (Q,) losses."""

@@ -9,6 +9,7 @@ appears anywhere. One file per objective; `build_objective(block)` reads the YAM
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
@@ -77,6 +78,7 @@ class Objective(nn.Module):
     least_pairs: int = 1  # with fewer queries a batch, of all processes, it is not defined
     compares: ClassVar[bool] = True
     keeps_vectors: ClassVar[bool] = False  # its memory is of whole vectors, of which shorter ones are prefixes
+    written: frozenset[str] = frozenset()  # options that its block gives, not those that its loss brings
 
     def __init__(self) -> None:
         super().__init__()
@@ -248,9 +250,9 @@ def build_objective(block: ObjectiveBlock, embedding_size: int | None = None, de
     for number, one in enumerate(block):
         options = {"type": one} if isinstance(one, str) else dict(one)
         weight = options.pop("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
             raise ConfigError(
-                f"objective[{number}].weight: found {weight!r}; give a number above 0, or remove the part"
+                f"objective[{number}].weight: found {weight!r}; give a finite number above 0, or remove the part"
             )
         where, named = f"objective[{number}].layer", options.pop("layer", -1)
         if named != "middle" and (isinstance(named, bool) or not isinstance(named, int)):
@@ -302,15 +304,15 @@ def _build_one(block: str | Mapping[str, Any], embedding_size: int | None, depth
     name = options.get("type")
     if isinstance(name, str) and name not in OBJECTIVES.classes() and name in LOSSES.classes():
         options = _with_loss(name, options)
-    defaults = _defaults(options.get("loss"))
+    defaults = _defaults(options)
     if "similarity" in defaults.keys() - options.keys() and isinstance(matryoshka, Mapping) and "dims" in matryoshka:
         raise ConfigError(
             f"objective '{name}': matryoshka.dims with the default similarity '{defaults['similarity']}', which suits "
             "no cut unit vectors; name a similarity, cosine, or dot with normalize: false"
         )
-    options = {**options, **defaults, **options}
     given = {} if embedding_size is None else {"embedding_size": embedding_size}  # none where a config is only checked
-    objective = OBJECTIVES.build(options, **given)
+    objective = OBJECTIVES.build({**options, **defaults, **options}, **given)
+    objective.written = frozenset(options)
     if matryoshka is None:
         return objective
     if not objective.compares:
@@ -356,7 +358,11 @@ def _with_loss(loss: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return {**block, "type": objective, "loss": {k: v for k, v in options.items() if k not in of_objective}}
 
 
-def _defaults(loss: Any) -> Mapping[str, Any]:
-    """What a loss, by its name or block, sets of its objective's options."""
+def _defaults(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the loss of an objective's block, a name or a block, sets of the options that the objective takes."""
+    loss, objective = options.get("loss"), options.get("type")
     name = loss.get("type") if isinstance(loss, Mapping) else loss
-    return LOSSES.classes()[name].defaults if isinstance(name, str) and name in LOSSES.classes() else {}
+    if not (isinstance(name, str) and name in LOSSES.classes()) or not isinstance(objective, str):
+        return {}
+    taken = inspect.signature(OBJECTIVES.get(objective)).parameters
+    return {key: value for key, value in LOSSES.get(name).defaults.items() if key in taken}

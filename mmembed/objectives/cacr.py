@@ -19,9 +19,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from mmembed.errors import ConfigError
 from mmembed.objectives.aligned import Aligned, Pairs
 from mmembed.objectives.alignment import squared_distances
 from mmembed.registry import Above0, Positive
+
+T_POSITIVE = 1.0
 
 
 class CACR(Aligned):
@@ -29,6 +32,7 @@ class CACR(Aligned):
 
     Args:
         t_positive, t_negative: how much the weights follow the distance; 1 and 1 in the paper's ablation-free setting.
+            `t_positive` (default 1) acts with 3 views and more.
         alpha, beta: weights of attraction and repulsion, 1 each.
         views: of a sample, the query among them; with 3 and more the weights of the positives matter.
         detach_weights: no gradient through the weights.
@@ -40,7 +44,7 @@ class CACR(Aligned):
 
     def __init__(
         self,
-        t_positive: Above0 = 1.0,
+        t_positive: Above0 | None = None,
         t_negative: Above0 = 1.0,
         alpha: Above0 = 1.0,
         beta: Above0 = 1.0,
@@ -48,7 +52,13 @@ class CACR(Aligned):
         detach_weights: bool = False,
     ) -> None:
         super().__init__()
-        self.t_positive, self.t_negative, self.alpha, self.beta = t_positive, t_negative, alpha, beta
+        if t_positive is not None and views == 2:
+            raise ConfigError(
+                f"objectives.cacr.t_positive: {t_positive:g} has no effect with views: 2, where a sample has one "
+                "positive, whose weight is 1; remove it, or set views to 3 or more"
+            )
+        self.t_positive = T_POSITIVE if t_positive is None else t_positive
+        self.t_negative, self.alpha, self.beta = t_negative, alpha, beta
         self.positives_needed, self.detach_weights = views - 1, detach_weights
 
     def term(self, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:

@@ -139,6 +139,7 @@ class Contrastive(Objective):
         return self.cross_device_negatives
 
     def check(self, sources: Sequence[Source]) -> None:
+        self._refuse_idle(sources)
         for source in sources:
             if "score" in self.loss.reads and "score" not in source.fields and self.loss.guide_momentum is None:
                 raise ConfigError(
@@ -150,6 +151,18 @@ class Contrastive(Objective):
                 raise ConfigError(
                     f"data source '{source.name}' tells relevant from not, no degrees; objective '{self.loss.name}' "
                     "compares degrees. Train on it with infonce, or give its documents graded relevances"
+                )
+
+    def _refuse_idle(self, sources: Sequence[Source]) -> None:
+        """Raises ConfigError for options of the config that act between queries, where no source has them meet."""
+        if any(source.source.in_batch_negatives for source in sources):
+            return
+        for option, on in (("same_tower_negatives", self.same_tower_negatives), ("symmetric", self.symmetric)):
+            if on and option in self.written:
+                names = ", ".join(f"'{source.name}'" for source in sources)
+                raise ConfigError(
+                    f"objective '{self.title}'.{option}: true has no effect, its queries meet their own documents only "
+                    f"(in_batch_negatives: false of data source {names}); remove it, or allow in-batch negatives"
                 )
 
     def similarity_of(self, queries: Embeddings, documents: Embeddings) -> Tensor:

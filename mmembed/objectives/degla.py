@@ -29,6 +29,7 @@ from mmembed.objectives.softmax import info_nce, log_shares
 from mmembed.registry import Above0, Weight
 
 DISTILLATION = 0.005
+TEXT_TEMPERATURE = 0.1
 
 
 class DeGLA(Aligned):
@@ -36,13 +37,13 @@ class DeGLA(Aligned):
 
     Args:
         temperature: 0.07, of the global and the image-grounded term.
-        text_temperature: of the text-grounded term, 0.1.
+        text_temperature: of the text-grounded term (default 0.1), where that has a weight.
         image_grounded, text_grounded: weights, 0.1 each in the paper.
         distillation: weight of the distance to the teacher, 0.005 in the paper; 0 where there is no teacher.
         momentum: of the teacher; 0.9996 in the paper. null: none.
 
     Raises:
-        ConfigError: a weight of the distance to a teacher that is not there.
+        ConfigError: a weight of the distance to a teacher that is not there, a temperature of a term without weight.
     """
 
     name = "degla"
@@ -53,7 +54,7 @@ class DeGLA(Aligned):
     def __init__(
         self,
         temperature: Above0 = 0.07,
-        text_temperature: Above0 = 0.1,
+        text_temperature: Above0 | None = None,
         image_grounded: Weight = 0.1,
         text_grounded: Weight = 0.1,
         distillation: Weight | None = None,
@@ -64,9 +65,15 @@ class DeGLA(Aligned):
             raise ConfigError(
                 f"objectives.degla.distillation: {distillation:g} has no teacher with momentum: null; remove one"
             )
+        if text_temperature is not None and text_grounded == 0:
+            raise ConfigError(
+                f"objectives.degla.text_temperature: {text_temperature:g} has no effect with text_grounded: 0; remove "
+                "one"
+            )
         self.momentum = momentum
         self.distillation = distillation if distillation is not None else 0.0 if momentum is None else DISTILLATION
-        self.temperature, self.text_temperature = temperature, text_temperature
+        self.temperature = temperature
+        self.text_temperature = TEXT_TEMPERATURE if text_temperature is None else text_temperature
         self.image_grounded, self.text_grounded = image_grounded, text_grounded
 
     @property

@@ -32,7 +32,7 @@ from torch import Tensor
 from mmembed.errors import ConfigError
 from mmembed.objectives.aligned import Aligned, Pairs
 from mmembed.objectives.memory import KeyedRows
-from mmembed.registry import Above0
+from mmembed.registry import Above0, Weight
 
 CLIP = 5.0  # of the gradient of a temperature, in the authors' code
 OF_A_SIZE = 1_000_003  # sets the memories of different truncations apart
@@ -67,7 +67,7 @@ class ISogCLR(Aligned):
     def __init__(
         self,
         temperature: Above0 = 0.01,
-        rho: float = 6.0,
+        rho: Weight = 6.0,
         gamma: Annotated[float, Field(gt=0, le=1)] = 0.8,
         eta: Above0 = 0.03,
         beta: Annotated[float, Field(gt=0, le=1)] = 0.9,

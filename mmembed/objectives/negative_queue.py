@@ -11,8 +11,9 @@ and a loss of 0 (there the queue begins with random vectors).
 ESimCSE, whose pairs of the batch are the model's own; .9995 in Contriever, where with `in_batch: false` the positive
 k_i is the momentum encoder's too, and no gradient reaches a document. Without it the queue's vectors are those of
 earlier weights of this model, which go stale within some tens of steps at common learning rates, hence a short default
-of `size`; Contriever's 131,072 is for a momentum encoder. Cost: (N, N + size) floats, size x E in memory, and the
-momentum encoder's (`mmembed.training.teacher`).
+of `size`. ESimCSE is `{type: negative_queue, momentum: 0.995}` with a `size` of about 2.5 batches (from memory),
+Contriever `{type: negative_queue, momentum: 0.9995, size: 131072, in_batch: false}`. Cost: (N, N + size) floats, size
+x E in memory, and the momentum encoder's (`mmembed.training.teacher`).
 
 When: memory or data allow small batches only, and the queue is the way to more negatives.
 """

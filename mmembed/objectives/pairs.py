@@ -30,6 +30,7 @@ from mmembed.objectives.temperature import Temperature
 if TYPE_CHECKING:
     from mmembed.data.streaming import Source
 
+TEMPERATURE = 0.05
 SIMILAR = 0.5  # gold from which the health monitors call a pair similar
 
 
@@ -48,7 +49,8 @@ class GradedPairs(Objective):
 
     Args:
         loss: name or block of a loss.
-        temperature: a number (default 0.05, CoDiEmb's for `rank_kl` and `pro`), or `{value, learn}`.
+        temperature: a number (default 0.05, CoDiEmb's for `rank_kl` and `pro`), or `{value, learn}`. Not with
+            `pearson`, which it would not change.
         similarity: cosine, dot, maxsim, maxsim_mean; default cosine for one vector an input, maxsim for several.
     """
 
@@ -57,13 +59,18 @@ class GradedPairs(Objective):
     def __init__(
         self,
         loss: str | Mapping[str, Any] = "pearson",
-        temperature: float | Mapping[str, Any] = 0.05,
+        temperature: float | Mapping[str, Any] | None = None,
         similarity: str | None = None,
     ) -> None:
         super().__init__()
         self.loss = LOSSES.build(loss)
         _refuse(self.loss)
-        self.temperature = Temperature(temperature)
+        if temperature is not None and not self.loss.tempered:
+            raise ConfigError(
+                f"objective.temperature: {temperature} has no effect with loss '{self.loss.name}', which is the same "
+                "for similarities of any scale; remove it"
+            )
+        self.temperature = Temperature(TEMPERATURE if temperature is None else temperature)
         self.similarity = similarity if similarity is None else get_similarity(similarity)
 
     @property
@@ -148,16 +155,23 @@ class GradedPairs(Objective):
 
 def _refuse(loss: Loss) -> None:
     """Raises ConfigError for a loss that has nothing to compare in one row of pairs and their similarities."""
-    why = ""
-    if loss.couples_rows:
-        why = "compares the rows of several queries, and graded pairs are one row"
-    elif "score" in loss.reads:
-        why = "learns from a teacher's 'score' of each document, and graded pairs have a similarity only"
+    why = _unsuited(type(loss))
     if why:
+        suited = ", ".join(name for name, one in LOSSES.classes().items() if not _unsuited(one))
         raise ConfigError(
-            f"objective 'pairs': loss '{loss.name}' {why}; take pearson, rank_kl or pro, or write "
-            f"{{type: {loss.name}}} for queries with candidates"
+            f"objective 'pairs': loss '{loss.name}' {why}; take one of {suited}, or write {{type: {loss.name}}} for "
+            "queries with candidates"
         )
+
+
+def _unsuited(loss: type[Loss]) -> str:
+    if loss.couples_rows:
+        return "compares the rows of several queries, and graded pairs are one row"
+    if "score" in loss.reads:
+        return "learns from a teacher's 'score' of each document, and graded pairs have a similarity only"
+    if "relevance" not in loss.reads:
+        return "tells positives from negatives only, and graded pairs have degrees"
+    return ""
 
 
 def check_pairs(name: str, sources: Sequence[Source]) -> None:

@@ -32,6 +32,8 @@ from mmembed.errors import ConfigError
 from mmembed.objectives.aligned import Aligned, Pairs, drawn
 from mmembed.registry import Above0, Positive
 
+LABELS = 8
+
 
 class Prototypes(Aligned):
     """The balanced assignment of one side to learned prototypes is what the other side has to predict.
@@ -40,7 +42,7 @@ class Prototypes(Aligned):
         embedding_size: of the vectors; the model gives it.
         prototypes: their number K; 3,000 in SwAV for batches of 4,096.
         target: `swapped` (soft codes) or `multi_label` (the largest of a code).
-        labels: prototypes that a sample belongs to with `multi_label`.
+        labels: prototypes that a sample belongs to with `multi_label` (default 8), and not without.
         temperature: 0.1, of SwAV.
         sharpness: Sinkhorn's epsilon, 0.05 in SwAV; smaller codes are harder.
         iterations: of Sinkhorn, 3 in SwAV.
@@ -55,16 +57,22 @@ class Prototypes(Aligned):
         embedding_size: int = 1,
         prototypes: Annotated[int, Field(ge=2)] = 64,
         target: Literal["swapped", "multi_label"] = "swapped",
-        labels: Positive = 8,
+        labels: Positive | None = None,
         temperature: Above0 = 0.1,
         sharpness: Above0 = 0.05,
         iterations: Positive = 3,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if labels >= prototypes:
-            raise ConfigError(f"objectives.prototypes.labels: {labels} of {prototypes} prototypes; give fewer")
-        self.target, self.labels, self.temperature = target, labels, temperature
+        if labels is not None and target == "swapped":
+            raise ConfigError(
+                f"objectives.prototypes.labels: {labels} has no effect with target 'swapped', which predicts whole "
+                "codes; remove it, or set target: multi_label"
+            )
+        self.labels = LABELS if labels is None else labels
+        if target == "multi_label" and self.labels >= prototypes:
+            raise ConfigError(f"objectives.prototypes.labels: {self.labels} of {prototypes} prototypes; give fewer")
+        self.target, self.temperature = target, temperature
         self.sharpness, self.iterations = sharpness, iterations
         self.prototypes = nn.Parameter(drawn(embedding_size**-0.5, seed, prototypes, embedding_size))
 

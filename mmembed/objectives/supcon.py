@@ -29,6 +29,7 @@ class SupCon(Aligned):
     """
 
     name = "supcon"
+    least_pairs = 2
 
     def __init__(self, temperature: Above0 = 0.07, base_temperature: Above0 = 0.07) -> None:
         super().__init__()

@@ -45,6 +45,7 @@ class TreeSupCon(Aligned):
     """
 
     name = "tree_supcon"
+    least_pairs = 2
     takes_labels = True
     projections: nn.Parameter | None
 

@@ -14,7 +14,7 @@ from tests.runs import launch, losses
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 ISOGCLR, QUEUE = "{type: isogclr, temperature: 0.2}", "{type: negative_queue, size: 16}"
-OBJECTIVE = f"objective=[{ISOGCLR}, {QUEUE}, {{type: prototypes, prototypes: 4, labels: 2}}]"
+OBJECTIVE = f"objective=[{ISOGCLR}, {QUEUE}, {{type: prototypes, prototypes: 4}}]"
 POSITIVES = "data.ignore_fields=[negatives]"  # these objectives compare no others
 REMEMBERING = [*LORA, *MANY, OBJECTIVE, POSITIVES, "training.max_grad_norm=0"]
 

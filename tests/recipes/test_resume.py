@@ -62,7 +62,7 @@ def assert_same_outcome(whole, stopped):
 EVALUATED = ["training.eval_strategy=steps", "training.eval_steps=2", "training.load_best_model_at_end=true"]
 EVALUATED += ["training.early_stopping_patience=3", "training.save_strategy=steps", "training.save_steps=2"]
 STREAMED = ["data.train=[{path: text.jsonl, streaming: true, shuffle_buffer: 7, weight: 2}, {path: pictures.jsonl}]"]
-REMEMBERING = "[{type: isogclr}, {type: negative_queue, size: 8}, rafa, {type: prototypes, prototypes: 4, labels: 2}]"
+REMEMBERING = "[{type: isogclr}, {type: negative_queue, size: 8}, rafa, {type: prototypes, prototypes: 4}]"
 ACCUMULATED = ["training.gradient_accumulation_steps=2"]
 TAUGHT = "[{type: negative_queue, size: 8, momentum: 0.8}, {type: hycd, momentum: 0.8}]"
 POSITIVES = "data.ignore_fields=[negatives]"  # these objectives compare no others

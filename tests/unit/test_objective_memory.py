@@ -192,8 +192,8 @@ def test_prototypes_separate_what_swapping_agrees_on() -> None:
     near = functional.one_hot(which, 8).float()
     queries, documents = (Embeddings(near + 0.1 * torch.randn(20, 8, generator=generator)) for _ in range(2))
     labels = batch(queries=20, negatives=0)[2]
-    for target in ("swapped", "multi_label"):
-        objective = build_objective({"type": "prototypes", "prototypes": 2, "labels": 1, "target": target}, 8)
+    for target, more in (("swapped", {}), ("multi_label", {"labels": 1})):
+        objective = build_objective({"type": "prototypes", "prototypes": 2, "target": target, **more}, 8)
         optimizer = torch.optim.SGD(objective.parameters(), lr=1.0)
         for _ in range(50):
             optimizer.zero_grad()
@@ -265,7 +265,7 @@ def test_supcon_and_prototypes_take_classes() -> None:
             "isogclr.temperature: 2.0 is not between lowest 0.005 and highest 1.0",
         ),
         ({"type": "gram", "modalities": 2}, "gram.modalities: found 2"),
-        ({"type": "prototypes", "labels": 64}, "prototypes.labels: 64 of 64 prototypes"),
+        ({"type": "prototypes", "target": "multi_label", "labels": 64}, "prototypes.labels: 64 of 64 prototypes"),
         ({"type": "mochi", "size": 8, "hardest": 9}, "mochi.hardest: 9 of a queue of 8"),
         ({"type": "metrix", "margin": 0}, "metrix.margin: found 0"),
         (

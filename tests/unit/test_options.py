@@ -48,6 +48,13 @@ def test_the_options_were_found():
             "'wasserstein' compares the rows of several queries",
         ),
         (build_objective, {"type": "pairs", "loss": "distil_kl"}, "'distil_kl' learns from a teacher's 'score'"),
+        (build_objective, {"type": "pairs", "loss": "dcl"}, "'dcl' tells positives from negatives only"),
+        (build_objective, {"type": "pairs", "loss": "decoupled_softmax"}, "'decoupled_softmax' tells positives from"),
+        (
+            build_objective,
+            {"type": "pairs", "loss": "soft_top_k"},
+            "'soft_top_k' tells .* take one of infonce, kl_divergence, listnet, pearson, pro, rank_kl, or write",
+        ),
         (build_objective, {"loss": {"type": "pearson"}}, "'pearson' compares graded pairs .* write {type: pearson}"),
         (build_objective, {"loss": "pro"}, "'pro' compares graded pairs"),
         (build_objective, {"loss": "rank_kl"}, "'rank_kl' compares graded pairs"),
@@ -104,6 +111,9 @@ def test_what_yaml_writes_is_taken():
             {"type": "pearson", "temperature": float("nan")},
             "^objective 'pearson': objectives.pairs.temperature: found nan",
         ),
+        (["infonce", {"type": "rafa", "weight": float("inf")}], r"^objective\[1\].weight: found inf; give a finite"),
+        (["infonce", {"type": "rafa", "weight": float("nan")}], r"^objective\[1\].weight: found nan; give a finite"),
+        ({"type": "isogclr", "rho": -0.1}, "isogclr.rho: found -0.1; .*greater than or equal to 0"),
         ({"type": "dcl", "similarity": "cosin"}, "^objective 'dcl'.similarity: there is no 'cosin'"),
         ({"type": "rafa", "matryoshka": {"dims": [0]}}, "^objective 'rafa'.matryoshka.dims: found"),
         ({"by_source": {"a": {"type": "dclw", "temperature": 0}}}, "^objective.by_source.a: objective 'dclw'.temp"),
@@ -113,6 +123,60 @@ def test_what_yaml_writes_is_taken():
 def test_an_error_names_the_objective_and_the_part_of_a_list(block, message):
     with pytest.raises(ConfigError, match=message):
         build_objective(block)
+
+
+# objective, the option that has no effect there, values, what makes it act
+IDLE = [
+    ({"type": "pearson"}, "temperature", [0.1, 0.05, {"learn": True}], {"type": "rank_kl"}),
+    ({"type": "pairs"}, "temperature", [0.1, {"value": 0.1, "learn": True}], {"loss": "pro"}),
+    ({"type": "prototypes"}, "labels", [3, 8], {"target": "multi_label"}),
+    ({"type": "cacr"}, "t_positive", [2, 1], {"views": 3}),
+    ({"type": "degla", "text_grounded": 0}, "text_temperature", [0.2, 0.1], {"text_grounded": 0.1}),
+]
+
+
+@pytest.mark.parametrize(("block", "option", "values", "acting"), IDLE, ids=lambda value: str(value)[:30])
+def test_an_option_without_effect_is_refused_where_a_config_gives_it(block, option, values, acting):
+    """Its value may be the default: who writes it means something. Alone, in a list, and under matryoshka."""
+    build_objective(block)
+    build_objective({**block, option: None})
+    for value in values:
+        given = {**block, option: value}
+        message = f"{option}: .*has no effect with .*remove"
+        with pytest.raises(ConfigError, match=f"^objective.*{block['type']}.*{message}"):
+            build_objective(given)
+        with pytest.raises(ConfigError, match=rf"^objective\[0\] '{block['type']}'.*{message}"):
+            build_objective([given])
+        with pytest.raises(ConfigError, match=message):
+            build_objective({**given, "matryoshka": {"dims": [8]}})
+        build_objective({**given, **acting})
+
+
+def test_options_that_may_have_no_effect_have_the_defaults_of_their_papers():
+    objective = build_objective("degla")
+    assert (objective.temperature, objective.text_temperature) == (0.07, 0.1)
+    assert build_objective({"type": "cacr", "views": 3}).t_positive == 1
+    assert build_objective({"type": "prototypes", "target": "multi_label"}).labels == 8
+    assert build_objective("rank_kl").temperature.value == 0.05
+    build_objective({"type": "prototypes", "prototypes": 4})  # fewer than the labels that it does not have
+
+
+@pytest.mark.parametrize("name", ["dcl", "dclw"])
+@pytest.mark.parametrize("given", [{}, {"temperature": 0.3, "same_tower_negatives": False}], ids=["defaults", "given"])
+def test_dcl_has_the_negatives_and_temperature_of_its_paper_unless_others_are_given(name, given):
+    temperature, same_tower = (0.3, False) if given else (0.1, True)
+    for block in ({"type": name}, {"type": "contrastive", "loss": {"type": name}}):
+        for objective in (
+            build_objective({**block, **given}),
+            build_objective(["uniformity", {**block, **given}]).parts[1].objective,
+        ):
+            assert (objective.temperature.value, objective.same_tower_negatives) == (temperature, same_tower)
+
+
+def test_dcd_compares_cosines_with_the_teachers_scores_at_temperature_1():
+    objective = build_objective("dcd")
+    assert (objective.temperature.value, objective.similarity, objective.wants_lengths) == (1.0, None, False)
+    assert build_objective({"type": "dcd", "temperature": 0.05}).temperature.value == 0.05
 
 
 @pytest.mark.parametrize("name", ["dse", "margin_mse", "mann_whitney"])

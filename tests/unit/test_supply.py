@@ -156,17 +156,19 @@ def test_negatives_that_are_needed(tmp_path, objective):
 
 
 @pytest.mark.parametrize(
-    ("objective", "least"), [("cwcl", 2), ("uniformity", 2), ({"type": "whitened", "group_size": 4}, 5)]
+    ("objective", "least"),
+    [("cwcl", 2), ("uniformity", 2), ("supcon", 2), ("tree_supcon", 2), ({"type": "whitened", "group_size": 4}, 5)],
 )
 def test_batches_that_are_too_small_are_refused(tmp_path, objective, least):
+    records = [{**record(1), **({"labels": ["a"]} if objective == "tree_supcon" else {})}]
     name = objective if isinstance(objective, str) else objective["type"]
     with pytest.raises(ConfigError, match=rf"'some': a batch has {least - 1} queries; objective '{name}' .*{least} or"):
-        check(tmp_path, [record(1)], objective, batch_size=least - 1)
+        check(tmp_path, records, objective, batch_size=least - 1)
     with pytest.raises(ConfigError, match=f"'some': a batch has {least - 1} queries"):
-        check(tmp_path, [record(1)], objective, train={"batch_size": least - 1})
-    check(tmp_path, [record(1)], objective, batch_size=least)
+        check(tmp_path, records, objective, train={"batch_size": least - 1})
+    check(tmp_path, records, objective, batch_size=least)
     if least % 2 == 0:
-        check(tmp_path, [record(1)], objective, batch_size=least // 2, processes=2)
+        check(tmp_path, records, objective, batch_size=least // 2, processes=2)
 
 
 def test_a_top_k_of_all_documents_is_refused(tmp_path):
@@ -200,6 +202,35 @@ def test_a_query_that_meets_its_positive_alone_is_refused(tmp_path):
     local = {"type": "infonce", "cross_device_negatives": False}
     with pytest.raises(ConfigError, match="its loss is always 0"):
         check(tmp_path, [record(1)], local, batch_size=1, processes=2)
+
+
+@pytest.mark.parametrize("option", ["same_tower_negatives", "symmetric"])
+@pytest.mark.parametrize("name", ["infonce", "dcl", "contrastive"])
+def test_options_between_queries_that_never_meet_are_refused(tmp_path, option, name):
+    off, records = {"train": {"in_batch_negatives": False}}, [record(1, 0)]
+    title = "infonce" if name == "contrastive" else name
+    message = (
+        f"objective '{title}'.{option}: true has no effect.*in_batch_negatives: false of data source 'some'.*remove"
+    )
+    for block in (
+        {"type": name, option: True},
+        ["rafa", {"type": name, option: True}],
+        {"by_task": {"retrieval": {"type": name, option: True}}},
+        {"type": name, option: True, "matryoshka": {"dims": [8]}},
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check(tmp_path, records, block, **off)
+        check(tmp_path, records, block)
+    check(tmp_path, records, {"type": name, option: False}, **off)
+    check(tmp_path, records, name, **off)  # dcl's own default
+
+
+def test_options_between_queries_may_act_on_some_sources_only(tmp_path):
+    data, config = read(tmp_path, [record(1, 0)], {"type": "infonce", "symmetric": True})
+    off = read(tmp_path, [record(1, 0)], "infonce", train={"in_batch_negatives": False})[0]
+    build_objective(config.objective).check([*off, *data])
+    with pytest.raises(ConfigError, match="'infonce'.symmetric: true has no effect"):
+        build_objective(config.objective).check([*off, *off])
 
 
 SOON = {"type": "proto_clip", "prototypes": 2, "episode": 2}
