@@ -155,7 +155,7 @@ class Contrastive(Objective):
 
     def _refuse_idle(self, sources: Sequence[Source]) -> None:
         """Raises ConfigError for options of the config that act between queries, where no source has them meet."""
-        if any(source.source.in_batch_negatives for source in sources):
+        if not sources or any(source.source.in_batch_negatives for source in sources):
             return
         for option, on in (("same_tower_negatives", self.same_tower_negatives), ("symmetric", self.symmetric)):
             if on and option in self.written:

@@ -56,6 +56,14 @@ def test_the_line_of_yaml_of_every_method_is_its_defaults(page):
             registry.build(block, **given)
 
 
+def test_methods_with_a_momentum_encoder_are_shown_as_their_papers_have_them():
+    text = (ROOT / "docs" / "methods" / "objectives.md").read_text(encoding="utf-8")
+    shown = [yaml.load(one, _Loader)["objective"] for one in re.findall(r"```yaml\n(objective: {.*?\n)```", text)]
+    settings = {block["type"]: block for block in shown}
+    assert_part_of({"momentum": 0.995, "alpha": 0.4, "size": 65536}, settings["tcl"])
+    assert_part_of({"momentum": 0.995, "in_batch": True}, settings["negative_queue"])
+
+
 def test_the_yaml_of_combinations_builds_and_its_claims_are_declared():
     text = COMBINATIONS.read_text(encoding="utf-8")
     blocks = [yaml.load(block, _Loader) for block in re.findall(r"```yaml\n(.*?)```", text, flags=re.S)]
