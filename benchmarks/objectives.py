@@ -19,6 +19,9 @@ says it in `details.shape`:
     global_local    Q inputs of C / Q vectors a side, whose products with Q means have the size of the scores
     captioning      Q predicted tokens and a trained vocabulary of C; the limit is the product of these
 
+A row's name has the sizes that took part: queries x documents x numbers, pairs having a document for each positive of a
+query; and `+M` where pairs are also compared with M vectors of the objective's own: a queue, prototypes, drawn classes.
+
 Vectors are random around a common direction, so that no score is an outlier; the first document of a query is its
 positive, the second is a worse one for list-wise losses, and all have a teacher's score where those are read; pairs are
 of 64 classes in turn, and an objective over pairs has one step behind it, so that memories hold something.
@@ -157,7 +160,53 @@ def names() -> list[str]:
 
 
 def row_name(name: str, setting: Setting) -> str:
-    return f"{name}_{setting.queries}x{setting.documents}x{setting.size}_{setting.device}"
+    from mmembed.errors import ConfigError
+
+    documents, own = setting.documents, 0
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            objective = built(name, replace(setting, device="cpu"), Path(folder))
+        documents, own = documents_of(objective, setting), own_vectors(objective)[0]
+    except ConfigError:
+        pass  # the row will say why there is no such objective
+    sizes = f"{setting.queries}x{documents}{f'+{own}' if own else ''}x{setting.size}"
+    return f"{name}_{sizes}_{setting.device}"
+
+
+def documents_of(objective: Objective, setting: Setting) -> int:
+    """How many documents the objective reads."""
+    return setting.queries * objective.positives_needed if of_pairs(objective) else setting.documents
+
+
+def of_pairs(objective: Objective) -> bool:
+    """Whether it compares pairs and terms over their vectors, not every query with every document."""
+    from mmembed.objectives.aligned import Aligned
+
+    return isinstance(objective, Aligned) and not objective.takes_negatives
+
+
+def own_vectors(objective: Objective) -> tuple[int, str]:
+    """How many vectors of its own the objective compares pairs with, and what they are; 0 where it has none."""
+    from mmembed.objectives.mlcd import MLCD
+    from mmembed.objectives.mochi import MoCHi
+    from mmembed.objectives.negative_queue import NegativeQueue
+    from mmembed.objectives.proto_clip import ProtoCLIP
+    from mmembed.objectives.prototypes import Prototypes
+    from mmembed.objectives.tcl import TCL
+
+    if isinstance(objective, MLCD):
+        drawn = max(round(objective.sampled * objective.clusters), len(CLASSES))  # those of the batch are among them
+        return drawn, f"{drawn:,} of {objective.clusters:,} classes"
+    if isinstance(objective, NegativeQueue | MoCHi):
+        queued = len(objective.queue.vectors)
+        return queued, f"a queue of {queued:,}"
+    if isinstance(objective, TCL):
+        queued = len(objective.of_queries.vectors)
+        return 2 * queued, f"two queues of {queued:,}"
+    if isinstance(objective, Prototypes | ProtoCLIP):
+        count = len(objective.prototypes) if isinstance(objective, Prototypes) else objective.sizes.shape[1]
+        return count, f"{count:,} prototypes"
+    return 0, ""
 
 
 def kept(path: Path) -> dict[str, dict[str, Any]]:
@@ -292,7 +341,6 @@ def inputs_of(
 
     from mmembed.backbones.output_embedding import token_losses
     from mmembed.embeddings import Embeddings
-    from mmembed.objectives.aligned import Aligned
     from mmembed.objectives.pairs import GradedPairs
 
     queries, documents = len(q), len(d)
@@ -319,10 +367,10 @@ def inputs_of(
 
     if isinstance(objective, GradedPairs):
         return vectors, f"{documents:,} graded pairs in one row", (q, d)
-    if isinstance(objective, Aligned) and not objective.takes_negatives:
-        positives = objective.positives_needed
+    if of_pairs(objective):
+        positives, (own, what) = objective.positives_needed, own_vectors(objective)
         shape = f"{queries:,} pairs" if positives == 1 else f"{queries:,} queries with {positives} positives each"
-        return vectors, shape, (q, d[::group])
+        return vectors, f"{shape}, {what}" if own else shape, (q, d[::group])
     return vectors, f"{queries:,} queries with {documents:,} documents", (q, d)
 
 

@@ -3,9 +3,11 @@
 python -m tools.methods_tables            # rewrite them
 python -m tools.methods_tables --check    # exit 1 and say so when they are out of date
 
-A component's entry is its module's docstring: a first line, paragraphs (those that are equations stand as they are),
-and one that begins with "When: ", which says when to take it. Options are the constructor's, explained by the docstring
-of the class. Measurements are those of benchmarks/results/objectives.json and docs/claims/results.jsonl.
+A component's entry is its module's docstring: a first line, paragraphs (those that are equations stand as they are, and
+there is one at least), a paper (or a reason in NO_PAPER), and a paragraph that begins with "When: ", which says when to
+take it. Options are the constructor's, explained by the docstring of the class. Costs are those of
+benchmarks/results/objectives.json; quality is that of the claims whose compared arms differ in the component
+(docs/claims/results.jsonl), and what tools/measured_in_log.yaml quotes from docs/log.md.
 """
 
 import inspect
@@ -17,6 +19,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from eval.claims import page
 from eval.claims.declaration import read_claims
@@ -32,6 +36,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "methods.md"
 COSTS = ROOT / "benchmarks" / "results" / "objectives.json"
 CLAIMS = ROOT / "docs" / "claims.md"
+LOG = ROOT / "docs" / "log.md"
+IN_LOG = ROOT / "tools" / "measured_in_log.yaml"
 FROM_THE_RUN = {
     "hidden_size",
     "embedding_size",
@@ -44,6 +50,11 @@ EXAMPLES = {  # options without which there is nothing to build, and papers' set
     "negative_queue": {"momentum": 0.995},
     "soft_labels": {"vectors": "labels.enc"},
     "tcl": {"momentum": 0.995, "alpha": 0.4, "size": 65536},
+}
+
+NO_PAPER = {
+    "contrastive": "a frame for losses, each of which has its own",
+    "chat": "the turns are those of the backbone's own template",
 }
 
 
@@ -128,13 +139,17 @@ def _entry(component: str, cls: type, name: str, family: Family) -> str:
     if len(when) != 1:
         sys.exit(f"{inspect.getfile(cls)}: its docstring needs one paragraph 'When: ...', which says when to take it")
     body = [_paragraph(text) for text in paragraphs if not text.startswith("When: ")]
+    if not any(text.startswith("```") for text in body):
+        sys.exit(f"{inspect.getfile(cls)}: its docstring needs an equation, a paragraph that begins like 'L = '")
     text = "\n\n".join(body).replace("\n```\n\n```text\n", "\n\n")  # neighbouring equations are one block
     papers = dict.fromkeys(re.findall(r"\b\d{4}\.\d{4,5}\b", "\n".join(paragraphs)))
     links = ", ".join(f"[arXiv {number}](https://arxiv.org/abs/{number})" for number in papers)
     parts = [f"## {component}", text, f"**When**: {_plain(when[0])}"]
     elsewhere = re.findall(r'[A-Z]\w+ et al\., "[^"]+" \([^)]+\)', " ".join(paragraphs).replace("\n", " "))
     cited = links or "; ".join(dict.fromkeys(elsewhere))
-    parts += [f"**Paper**: {cited}"] if cited else []
+    if bool(cited) is (component in NO_PAPER):
+        sys.exit(f"{inspect.getfile(cls)}: its docstring names a paper, or NO_PAPER why there is none; not both")
+    parts.append(f"**Paper**: {cited or f'none: {NO_PAPER[component]}'}")
     parts += [f"```yaml\n{block_of(component, cls, family)}\n```"]
     parts += [explained] if (explained := _options_explained(cls)) else []
     if name == "losses":
@@ -142,8 +157,10 @@ def _entry(component: str, cls: type, name: str, family: Family) -> str:
         own = " and ".join(f"`{key}`" for key in cls.defaults)  # type: ignore[attr-defined]
         whose = f", with the loss's own default of {own}" if own else ""
         parts.append(f"Beside them the options of [`{objective}`](objectives.md#{objective}){whose}.")
-    measured = list(_measured(component, family))
-    parts.append("\n".join(["**Measured here**:", "", *measured]) if measured else "**Measured here**: no.")
+    if family.key == "objective":
+        parts.append(f"**Cost here**: {_cost(component)}")
+    quality = [*_of_claims(component, cls, family), *_of_log(component)]
+    parts.append("\n".join(["**Quality here**:", "", *quality]) if quality else "**Quality here**: not measured")
     return "\n\n".join(parts) + "\n"
 
 
@@ -186,30 +203,67 @@ def _options_explained(cls: type) -> str:
     return "\n".join(lines)
 
 
-def _measured(component: str, family: Family) -> Iterator[str]:
-    """Bullets: the cost beside a matrix product, and the claims that the component took part in."""
+def _cost(component: str) -> str:
+    """Time and memory beside a matrix product."""
     for row in costs():
         name, size, device = row["name"].rsplit("_", 2)
-        if family.key == "objective" and name == component:
+        if name == component:
             width, said = f"{int(size.split('x')[-1]):,}", row["details"]
             if "error" in said:
-                yield f"- Its cost is not known: {_plain(said['error'])}"
-                continue
+                return f"not known: {_plain(said['error'])}"
             times = 1 / row["ratio_to_limit"]
-            yield (
-                f"- {said['shape']}, vectors of {width} numbers ({device}): forward and backward "
+            return (
+                f"{said['shape']}, vectors of {width} numbers ({device}): forward and backward "
                 f"{times:.{1 if times >= 1 else 2}f} times those of {said['limit']}, {row['peak_mb_ours']:,} MB"
             )
+    return "not measured"
+
+
+def _of_claims(component: str, cls: type, family: Family) -> Iterator[str]:
+    """Bullets: the comparisons whose two arms differ in the component, or in its own options."""
+    own = {one.name for one in written_by_users(cls)}
     for finding in findings():
         claim = finding.claim
-        used = {arm for arm in claim.arms if component in _types(_blocks(claim.config(arm, 1, 0), family))}
+        used = {arm: _uses(component, _blocks(claim.config(arm, 1, 0), family), own) for arm in claim.arms}
         for outcome in finding.outcomes:
             arms = (outcome.comparison.arm, outcome.comparison.than)
-            if outcome.arm and used & set(arms):
+            if outcome.arm and used[arms[0]] != used[arms[1]]:
                 means = (sum(one.values()) / len(one) for one in (outcome.arm, outcome.than))
                 numbers = ", ".join(f"{arm} {mean:.3f}" for arm, mean in zip(arms, means, strict=True))
                 link = f"[{claim.name}](../claims.md#{claim.name})"
                 yield f"- {link}, {page.title(outcome)}: {numbers} ({outcome.verdict})"
+
+
+def _of_log(component: str) -> Iterator[str]:
+    """Bullets: what the log has, with a link to the section."""
+    sections = _log_sections()
+    for title, lines in in_log().items():
+        said = lines.get(component)
+        if said is None:
+            continue
+        if title not in sections:
+            sys.exit(f"{IN_LOG.name}: {LOG.name} has no section '{title}'")
+        quoted, there = (set(re.findall(r"\d*\.\d+", text)) for text in (said, sections[title]))
+        if quoted - there:
+            sys.exit(f"{IN_LOG.name}: {component}: {', '.join(quoted - there)} is not in the log's section '{title}'")
+        anchor = re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+        yield f"- [log](../log.md#{anchor}): {said}"
+
+
+def _log_sections() -> dict[str, str]:
+    """title -> text."""
+    parts = re.split(r"^## (.+)\n", LOG.read_text(encoding="utf-8"), flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@cache
+def in_log() -> dict[str, dict[str, str]]:
+    """Section of the log -> component -> what it says of its quality."""
+    quoted = yaml.safe_load(IN_LOG.read_text(encoding="utf-8"))
+    known = {component for family in FAMILIES.values() for component in family.registry.classes()}
+    if unknown := {component for lines in quoted.values() for component in lines} - known:
+        sys.exit(f"{IN_LOG.name}: there is no {', '.join(sorted(unknown))}")
+    return quoted
 
 
 @cache
@@ -235,17 +289,21 @@ def _blocks(config: Mapping[str, Any], family: Family) -> Any:
     return config.get(family.key)
 
 
-def _types(block: Any) -> Iterator[str]:
-    """Every name in a block: `type`, `loss`, of lists and of objectives by task, too."""
-    if isinstance(block, str):
-        yield block
-    elif isinstance(block, Mapping):
-        for key, value in block.items():
-            if key in ("type", "loss") or isinstance(value, Mapping | list):
-                yield from _types(value)
-    elif isinstance(block, list):
-        for one in block:
-            yield from _types(one)
+def _uses(component: str, block: Any, own: set[str]) -> list[dict[str, Any]]:
+    """The component's own options at each place where a block names it: in lists, as a `loss`, by task, too."""
+    if block == component:
+        return [{}]
+    if isinstance(block, list):
+        return [use for one in block for use in _uses(component, one, own)]
+    if not isinstance(block, Mapping):
+        return []
+    found = [{key: block[key] for key in own & block.keys()}] if block.get("type") == component else []
+    nested = (
+        value
+        for key, value in block.items()
+        if key == "loss" or "type" not in block or isinstance(value, Mapping | list)
+    )
+    return found + [use for one in nested for use in _uses(component, one, own)]
 
 
 def _about(cls: type) -> str:

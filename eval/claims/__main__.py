@@ -123,7 +123,7 @@ def work_through(
     failed: list[RunFailed] = []
     missing = [] if options.no_runs else [run for run in runs if results.of(run) is None]
     waiting = {claim.name: {run.key for run in missing if run.claim is claim} for claim in claims}
-    about = about_runs(runs, options)
+    about = about_runs(options)
     for claim in claims:
         if not waiting[claim.name]:
             show(found(claim, runs, results))
@@ -155,15 +155,16 @@ def found(claim: Claim, runs: Sequence[Run], results: Results) -> page.Finding:
     return page.found(claim, kept)
 
 
-def about_runs(runs: Sequence[Run], options: argparse.Namespace) -> list[str]:
-    """What the page says of how its numbers were made."""
+def about_runs(options: argparse.Namespace) -> list[str]:
+    """What the page says of how its numbers were made, beside what its results say of themselves."""
     from eval.run import versions
 
-    data = {folder: mark for run in runs for folder, mark in data_of(run.claim, run.data_root).items()}
+    root = (
+        "; DATA stands for a folder of the whole data sets, the source of each being in the README of its folder in "
+        "`data/`. Without `--data-root DATA` the command reads `data/`, which holds parts of some, and numbers differ"
+    )
     return [
-        f"- Command: `{command_of(options)}`",
-        f"- Seeds {', '.join(map(str, sorted({run.seed for run in runs})))}; {max(run.steps for run in runs)} steps.",
-        f"- Data: {', '.join(f'{folder} {mark}' for folder, mark in sorted(data.items()))}.",
+        f"- Command: `{command_of(options)}`{root if options.data_root != DATA else ''}.",
         f"- {platform.machine()}, {os.cpu_count()} cores; "
         + ", ".join(f"{name} {version}" for name, version in versions().items())
         + ".",

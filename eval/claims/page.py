@@ -109,13 +109,25 @@ def _summary(findings: Sequence[Finding], about: Sequence[str]) -> str:
     claims: dict[str, dict[str, None]] = {}
     for result in results:
         claims.setdefault(result["code"], {})[result["claim"]] = None
-    lines = [*about, f"- {len(results)} runs, {hours:.1f} hours of run time."]
+    seeds = sorted({seed for finding in findings for by_seed in finding.results.values() for seed in by_seed})
+    steps = sorted({result["steps"] for result in results} - {0})
+    data = sorted({pair for result in results for pair in result["data"].items()})
+    lines = [*about, f"- Seeds {', '.join(map(str, seeds))}; {_steps(steps)}."]
+    lines.append(f"- Data: {', '.join(f'{folder} {mark}' for folder, mark in data)}.")
+    lines.append(f"- {len(results)} runs, {hours:.1f} hours of run time.")
     lines += [f"- Code {code}: {', '.join(of_code)}." for code, of_code in claims.items()]
     lines += ["", "| claim | paper | verdict |", "|---|---|---|"]
     for finding in findings:
         name = finding.claim.name
         lines.append(f"| [{name}](#{name}) | {finding.claim.paper} | {finding.verdict} |")
     return "\n".join(lines) + "\n"
+
+
+def _steps(steps: Sequence[int]) -> str:
+    """Of the runs, in their order; none where nothing was trained."""
+    if not steps:
+        return "nothing is trained"
+    return f"{steps[0]} steps a run" if len(steps) == 1 else f"{steps[0]} to {steps[-1]} steps a run"
 
 
 def _section(finding: Finding, folder: str) -> str:

@@ -2,9 +2,10 @@
 
 L_i = -sum_j y_ij log x_ij,  x = softmax(s_i), y = softmax(t_i / tau_teacher) over the candidates with a teacher's score
 
-A cross-encoder teaches a bi-encoder, as in FlagEmbedding's `kl_div` and many before it. This is the cross-entropy; the
-KL divergence is less by the teacher's entropy, which has no gradient. In-batch candidates have no teacher's score and
-do not take part: add `infonce` for them. Cost: two softmaxes over (Q, C).
+A cross-encoder teaches a bi-encoder, as in FlagEmbedding's `kl_div`; the cross-entropy with a teacher's softened
+distribution is that of Hinton et al. (arXiv 1503.02531, one temperature for both there). The KL divergence is less by
+the teacher's entropy, which has no gradient. In-batch candidates have no teacher's score and do not take part: add
+`infonce` for them. Cost: two softmaxes over (Q, C).
 
 When: a reranker's scores of each query's candidates are there; add `infonce` for the other candidates of the batch.
 """

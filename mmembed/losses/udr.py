@@ -7,7 +7,9 @@ Li et al. (arXiv 2305.04320): the language model scores how much each candidate 
 where exchanging it moves something at the top (LambdaRank). Ranks are whole numbers, so weights have no gradient. The
 InfoNCE part has all valid candidates as negatives, the query's own too. The released code averages over the pairs of
 the whole batch; here over those of the query, so that its loss does not depend on its neighbours: equal where all
-queries have as many. Cost: (Q, K, K) pairs of the K scored candidates, and one logsumexp over (Q, C).
+queries have as many. Its scores are dot products without a temperature, which is `similarity: dot, temperature: 1.0`
+and the model's `normalize: false`; the default here is that of `contrastive`, cosines at .05. Cost: (Q, K, K) pairs of
+the K scored candidates, and one logsumexp over (Q, C).
 
 When: documents carry a language model's feedback (how much an example helps it) and retrieval is for prompts.
 """

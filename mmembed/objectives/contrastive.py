@@ -1,11 +1,12 @@
 """Contrastive objective: each local query against the candidates of all processes.
 
-Scores are similarity / temperature; labels become an explicit relevance matrix; `symmetric` averages in the other
-direction (each positive document against all queries), as CLIP does. Where queries have different numbers of positives,
-a process's reverse loss weighs as many as it has, so that the mean over processes is the mean over all positives.
-A loss that couples its rows gets the queries of all processes, so that it is the same number everywhere. Cost: three
-products of (Q, E) and (C, E), one float and one bool a cell of (Q, C), and the loss in blocks of rows; a few (Q, C) of
-floats more for losses that couple rows and for late interaction.
+L = mean_i loss(S_i, R_i),  S_ij = s(q_i, d_j) / tau,  R_ij = relevance of document j to query i
+
+`symmetric` averages in the other direction (each positive document against all queries), as CLIP does. Where queries
+have different numbers of positives, a process's reverse loss weighs as many as it has, so that the mean over processes
+is the mean over all positives. A loss that couples its rows gets the queries of all processes, so that it is the same
+number everywhere. Cost: three products of (Q, E) and (C, E), one float and one bool a cell of (Q, C), and the loss in
+blocks of rows; a few (Q, C) of floats more for losses that couple rows and for late interaction.
 
 When: any loss over scores is wanted, with its similarity, masks, temperature and direction.
 """

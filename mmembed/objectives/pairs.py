@@ -1,5 +1,7 @@
 """Graded pairs (STS): the similarities of all pairs of a batch against their gold, in one row.
 
+L = loss(x, y),  x_i = s(q_i, d_i) / tau,  y_i = gold of pair i
+
 Each query meets its own documents only; N pairs give Scores of one row (1, N): values = similarity / temperature,
 relevance = the gold similarity in [0, 1]. So a loss that ranks candidates ranks pairs. Nothing is gathered from other
 processes, as in CoDiEmb (arXiv 2508.11442, training code): each process has the loss of its own pairs, and gradients

@@ -2,12 +2,17 @@
 
 Each side of a pair is scored against K prototypes c (unit vectors, learned). Codes of a side, without gradient, are the
 scores made a balanced assignment by Sinkhorn's iterations: every prototype gets the same share of the batch, so that
-not all samples fall into one. The code of one side is the target of the other:
+not all samples fall into one. The code of one side is the target of the other. With target `swapped` (SwAV, arXiv
+2006.09882):
 
-`swapped`      L = -1/2 sum over sides of mean_i sum_k code_ik log softmax_k(z_i.c / tau)      (SwAV, arXiv 2006.09882)
-`multi_label`  L = 1/2 sum over sides of mean_i log(1 + sum_{k in neg} e^{z_i.c_k / tau})
-                   + log(1 + sum_{k in pos} e^{-z_i.c_k / tau}),  pos: the `labels` largest of the other side's code
-               (the loss of MLCD on SwAV's codes, a mix of ours)
+L = -1/2 sum over sides of mean_i sum_k code_ik log softmax_k(z_i.c / tau)
+
+With `multi_label`:
+
+L = 1/2 sum over sides of mean_i [ log(1 + sum_{k in neg} e^{z_i.c_k / tau})
+                                   + log(1 + sum_{k in pos} e^{-z_i.c_k / tau}) ]
+
+where pos are the `labels` largest of the other side's code (the loss of MLCD on SwAV's codes, a mix of ours).
 
 Codes come from the batch, which needs no pass over the data but sees no more than it: `mlcd` has the labels of a
 clustering of all data, `proto_clip` the prototypes of an episode. A batch smaller than K leaves prototypes without a

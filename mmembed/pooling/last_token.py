@@ -1,5 +1,10 @@
 """The hidden state of the last token: the one that has seen everything under causal attention.
 
+v = h_e,  e = max { t: m_t = 1 }
+
+h_t (H numbers) are the states of the tokens, m_t is 1 within the pool mask. E5-mistral (arXiv 2401.00368) reads the end
+token this way.
+
 When: the backbone stays causal and is large enough to gather a meaning in its last token.
 """
 

@@ -1,10 +1,16 @@
 """Latent attention (NV-Embed, arXiv 2405.17428): tokens attend to a trained array of latents, then the mean of tokens.
 
-Two variants, because the paper's equation and the released model are different functions:
-`released` (the authors' modelling file): pre-norm cross-attention with several heads and wide projections, residual;
-pre-norm GEGLU feed-forward, residual; masked mean.
-`printed` (section 3.1, equations 1 and 2): O = softmax(Q K^T) V with K = V = latents, one head, neither scale nor
-projection; an MLP of two linear layers with GELU between; mean.
+Two variants, because the paper's equation and the released model are different functions of the states h (T, H) and
+the trained latents l (R, H); the mean is over the pool mask. `released`, the authors' modelling file, with several
+heads of d numbers, each LN with weights of its own, and biases (not written) in the feed-forward alone:
+
+a = h + softmax( LN(h) W_q (LN(l) W_k)^T / sqrt(d) ) LN(l) W_v W_o
+v = mean_t ( a + (x W_1 * gelu(x W_2)) W_3 )_t,  x = LN(a)
+
+`printed`, section 3.1, equations 1 and 2: one head, neither scale nor projection:
+
+v = mean_t ( gelu(O W_1) W_2 )_t,  O = softmax(h l^T) l
+
 Cost a token: `num_heads * dim_head * (2 * hidden + 2 * num_latents)` multiply-adds for the attention, and as much as a
 decoder layer's feed-forward.
 

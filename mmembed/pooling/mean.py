@@ -1,5 +1,9 @@
 """Mean over the tokens of the pool mask.
 
+v = sum_t m_t h_t / sum_t m_t
+
+h_t (H numbers) are the states of the tokens, m_t is 1 within the pool mask. Sentence-BERT's default (arXiv 1908.10084).
+
 When: the backbone is bidirectional, or small. The default.
 """
 

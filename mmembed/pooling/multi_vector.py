@@ -1,5 +1,7 @@
 """One vector a token, for late interaction (FILIP, arXiv 2111.07783; ColBERT, 2004.12832; ColPali, 2407.01449).
 
+v_t = W h_t for each token t of the pool mask,  W (dim, H) learned
+
 The vectors are normalised one by one by the model and compared by the objective's `maxsim`; the pool mask goes with
 them, so padding and instruction tokens never match anything.
 

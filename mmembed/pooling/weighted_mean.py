@@ -1,6 +1,8 @@
 """Mean with weights that grow with the position (SGPT, arXiv 2202.08904, equation 2).
 
-Under causal attention later tokens have seen more; the i-th pooled token weighs i / sum of 1..n.
+v = sum_i w_i h_i,  w_i = i / (1 + 2 + ... + n)
+
+over the n tokens of the pool mask in their order: under causal attention later ones have seen more.
 
 When: the backbone stays causal and is small: later tokens have seen more.
 """

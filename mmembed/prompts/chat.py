@@ -1,5 +1,9 @@
 """The content as the user's turn of the backbone's own chat template, the instruction as the system's turn.
 
+system    = instruction, or `system` where there is none
+user      = content
+assistant = (nothing yet: its header ends the input)
+
 When: the backbone is a chat model and is fine-tuned as an embedder.
 """
 

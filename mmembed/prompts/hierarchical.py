@@ -1,5 +1,9 @@
 """Two-level prompt (SaHa, arXiv 2508.00955): the system turn fixes the task, the user's turn has the instruction.
 
+system          = `system`
+user (query)    = instruction "\\n" content request,  request: that of text, of image or of mixed content
+user (document) = instruction "\\n" content `document_request`
+
 The system turn is the same for queries and documents: summarise an image, describe a text, in one word. The user's turn
 holds the instruction and the content; a query ends with a request to represent it in one word. The embedding is the
 last token's state, after the assistant's header: use last_token pooling. The strings are part of a checkpoint: to

@@ -1,5 +1,8 @@
 """`Instruct: ... Query: ...` before a query, documents bare (E5-mistral, arXiv 2401.00368; NV-Embed, section 4).
 
+query    = "Instruct: " instruction "\\nQuery: " content
+document = content
+
 When: several tasks are told apart by an instruction on the query's side.
 """
 

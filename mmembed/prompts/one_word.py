@@ -1,5 +1,7 @@
 """Asks the backbone's chat model for one word; the last token's state, right before the answer, is the embedding.
 
+user = instruction "\\n" content "\\nSummarize the above text in one word:"
+
 PromptEOL (arXiv 2307.16645) and E5-V (2407.12580) showed that a generative model compresses its input best when it is
 about to say it in one word. Use it with last_token pooling; works without any training.
 

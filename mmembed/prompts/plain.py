@@ -1,5 +1,9 @@
 """The content alone, after its instruction if it has one.
 
+input = instruction " " content, or prefix content where there is no instruction
+
+Fixed prefixes for the two sides are E5's (arXiv 2212.03533).
+
 When: the backbone is no chat model, or prefixes are fixed (`query: `, `passage: `). The default.
 """
 

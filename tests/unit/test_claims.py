@@ -1,6 +1,8 @@
 """Claims: declared data, the rule of the verdicts, and what makes a kept result valid."""
 
 import json
+import re
+import shlex
 import signal
 import threading
 import time
@@ -12,7 +14,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from eval.claims import page, runs
-from eval.claims.__main__ import main
+from eval.claims.__main__ import about_runs, main, parse
 from eval.claims.declaration import Comparison, merged, read_claim, read_claims
 from eval.claims.measuring import Remembering, ndcg_by_query
 from eval.claims.runs import Results, Run, RunFailed, Workers, execute, planned
@@ -333,7 +335,8 @@ def test_the_page_shows_means_interval_verdict_and_plot(tmp_path):
                 "key": f"{arm}-{seed}",
                 "code": "c0de",
                 "arm": arm,
-                "steps": 9,
+                "steps": 9 if arm == "one" else 36,
+                "data": {"mbpp": "da7a"},
                 "seconds": {"training": 1800},
                 "scores": {"mbpp": {"ndcg_at_10": number}},
             }
@@ -341,12 +344,14 @@ def test_the_page_shows_means_interval_verdict_and_plot(tmp_path):
         }
         for arm, values in numbers.items()
     }
-    page.write(tmp_path / "claims.md", [page.found(claim, results)], ["- Command: `x`"])
+    waiting = page.found(read_claim(declared(tmp_path, CLAIM.replace("mbpp", "odex"))), {})
+    page.write(tmp_path / "claims.md", [page.found(claim, results), waiting], ["- Command: `x`"])
     text = (tmp_path / "claims.md").read_text()
     low, high = interval([0.2, 0.19, 0.19])
     assert "| mbpp, ndcg_at_10 | one | 0.5500 | other | 0.3567 | higher |" in text
     assert f"+0.1933 ({low:+.4f} to {high:+.4f}) | 3 | holds" in text
     assert "6 runs, 3.0 hours" in text and "- Code c0de: thing." in text and "- Command: `x`" in text
+    assert "- Seeds 0, 1, 2; 9 to 36 steps a run.\n- Data: mbpp da7a.\n" in text  # of what is on the page
     assert (tmp_path / "claims" / "thing.svg").read_text().count("<circle") == 6
     assert len((tmp_path / "claims" / "results.jsonl").read_text().splitlines()) == 6
 
@@ -375,5 +380,20 @@ def test_pooled_auc_sees_a_shift_between_queries_and_refuses_nothing_to_compare(
         pooled_auc(scores, relevance, k=0)
 
 
-def test_the_shipped_page_follows_the_rule_in_force():
-    assert f"## The rule of the verdicts\n\n{RULE}\n" in (runs.REPOSITORY / "docs" / "claims.md").read_text()
+def test_the_shipped_page_follows_the_rule_in_force_and_has_the_steps_of_its_results():
+    shipped = runs.REPOSITORY / "docs" / "claims.md"
+    text = shipped.read_text()
+    assert f"## The rule of the verdicts\n\n{RULE}\n" in text
+    results = [json.loads(line) for line in page.results_beside(shipped).read_text().splitlines()]
+    steps = {result["steps"] for result in results if result["steps"]}
+    said = " to ".join(str(bound) for bound in sorted({min(steps), max(steps)}))
+    assert f"; {said} steps a run.\n" in text
+
+
+def test_the_command_of_the_page_can_be_given_again_and_says_what_data_is(tmp_path):
+    for given, explained in (([], False), (["--data-root", str(tmp_path)], True)):
+        line, *_ = about_runs(parse(["--budget", "5", *given]))
+        command, rest = re.fullmatch(r"- Command: `(.*?)`(.*)", line).groups()
+        module, *arguments = shlex.split(command.removeprefix("python -m "))
+        assert module == "eval.claims" and parse(arguments).budget == 5
+        assert ("DATA stands for a folder" in rest) is explained is ("DATA" in arguments)

@@ -75,11 +75,13 @@ def test_the_yaml_of_combinations_builds_and_its_claims_are_declared():
         for source in config.data.train:
             assert (ROOT / "data" / source.path).exists()
             FORMATS.build({"type": source.format, **source.options})
-    claims = [
-        name for line in re.findall(r"here\*\*: a? ?claims?, (.*)", text) for name in re.findall(r"`(\w+)`", line)
-    ]
+    verdicts = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
+    claims = [(name, line) for line in re.findall(r"here\*\*: (.*)", text) for name in re.findall(r"`(\w+)`", line)]
     assert len(claims) == 4
-    assert all((ROOT / "eval" / "claims" / "declared" / f"{name}.yaml").exists() for name in claims)
+    for name, line in claims:
+        assert (ROOT / "eval" / "claims" / "declared" / f"{name}.yaml").exists()
+        verdict = re.search(rf"^## {name}\n.*?^Verdict: \*\*(.*?)\*\*", verdicts, flags=re.S | re.M)
+        assert (verdict[1] if verdict else "not measured") in line
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import objectives
 from benchmarks._common import alternate
-from benchmarks.objectives import Setting, contest, names
+from benchmarks.objectives import Setting, built, contest, names, own_vectors, row_name
 from mmembed.losses import LOSSES
 from mmembed.objectives import OBJECTIVES
 from tests.runs import ROOT
@@ -44,6 +46,50 @@ def test_every_objective_has_a_batch_that_it_takes(name: str) -> None:
 def test_the_limit_is_the_product_of_what_is_compared(name: str, shape: str, limit: str) -> None:
     one = contest(name, Setting(queries=32, documents=256, size=16))
     assert (one.shape, one.limit) == (shape, f"the product of {limit} vectors")
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "shape"),
+    [
+        ("infonce", "32x256x16", "32 queries with 256 documents"),
+        ("pro", "32x256x16", "256 graded pairs in one row"),
+        ("global_local", "32x256x16", "32 pairs of 8 vectors a side"),
+        ("supcon", "32x32x16", "32 pairs"),
+        ("gram", "32x64x16", "32 queries with 2 positives each"),
+        ("negative_queue", "32x32+1024x16", "32 pairs, a queue of 1,024"),
+        ("mochi", "32x32+1024x16", "32 pairs, a queue of 1,024"),
+        ("tcl", "32x96+2048x16", "32 queries with 3 positives each, two queues of 1,024"),
+        ("mlcd", "32x32+100x16", "32 pairs, 100 of 1,000 classes"),
+        ("prototypes", "32x32+64x16", "32 pairs, 64 prototypes"),
+        ("proto_clip", "32x32+2x16", "32 pairs, 2 prototypes"),
+    ],
+)
+def test_a_row_is_named_by_what_took_part(name: str, row: str, shape: str) -> None:
+    setting = Setting(queries=32, documents=256, size=16)
+    assert row_name(name, setting) == f"{name}_{row}_cpu"
+    assert contest(name, setting).shape == shape
+
+
+def test_the_drawn_classes_of_a_row_are_those_that_a_step_compares() -> None:
+    setting = Setting(queries=128, documents=256, size=16)
+    objective = built("mlcd", setting, Path())
+    wanted = torch.zeros(objective.clusters, dtype=torch.bool)
+    wanted[: len(objectives.CLASSES)] = True
+    assert own_vectors(objective)[0] == len(objective._draw(wanted))
+
+
+def test_the_kept_rows_are_named_by_the_shape_that_they_say() -> None:
+    rows = objectives.kept(ROOT / "benchmarks" / "results" / "objectives.json").values()
+    assert rows
+    for row in rows:
+        queries, documents, size = row["name"].rsplit("_", 2)[1].split("x")
+        shape = row["details"]["shape"]
+        of_pairs = re.match(r"4,096 pairs(?! of)|4,096 queries with (\d) positives each", shape)
+        own = re.search(r", (two |a |)(?:queues? of )?([\d,]+)(?: of 1,000 classes| prototypes|)$", shape)
+        expected = str(4096 * int(of_pairs[1] or 1) if of_pairs else 32768)
+        if own and of_pairs:
+            expected += f"+{int(own[2].replace(',', '')) * (2 if own[1] == 'two ' else 1)}"
+        assert (queries, documents, size) == ("4096", expected, "1024"), row["name"]
 
 
 def run(*options: str | Path) -> subprocess.CompletedProcess[str]:

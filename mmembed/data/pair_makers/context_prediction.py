@@ -1,8 +1,12 @@
 """Contrastive context prediction: a piece of a document and a neighbour of it.
 
 A document is a sequence of sentences. The centre is `sentences` of them in a row, at a random place; the context is as
-many, without overlap, at most `window` sentences away from it on either side, each place equally likely. Sentences that
-stand together are about the same thing and share few words, so a model has to go by meaning.
+many, without overlap, at most `window` sentences away from it on either side, each place equally likely:
+
+query = x_i ... x_{i+n-1},  positive = x_j ... x_{j+n-1},  i ~ U,  j ~ U{ j: n <= |i - j| < n + w }
+
+for the sentences x of a document, n of them a side, and a window of w. Sentences that stand together are about the same
+thing and share few words, so a model has to go by meaning.
 
 Source: Wu et al., "Unsupervised Context Aware Sentence Representation Pretraining for Multi-lingual Dense Retrieval",
 arXiv 2206.03281. There both directions are learned (`objective.symmetric: true`), negatives come from a memory bank for
