@@ -4,15 +4,14 @@ p_ij = sigmoid(alpha (s_ij + t_i)) with t_i such that sum_j p_ij = k;  L_i = 1/|
 
 DEXML (arXiv 2310.10636). The gradient through t is that of the implicit function: dp/ds = diag(v) - v v^T / sum v,
 v = alpha p (1 - p). t is found by Newton steps kept inside a bracket, which halve it where they would leave it. The
-released code masks with -100, here masked cells are out. Cost: about ten passes over (Q, C) without gradients, in
-blocks of rows, then a sigmoid with them.
+released code masks with -100, here masked cells are out. Cost: the k best of each row and some passes over (Q, C)
+without gradients, in blocks of rows, then two sigmoids with them.
 
 When: what counts is whether positives are among the first k, not where (recall@k).
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -74,34 +73,45 @@ class _Threshold(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         values, valid, threshold = ctx.saved_tensors
-        slope = torch.sigmoid(ctx.alpha * (values + threshold[:, None]))  # (Q, C)
-        slope = (slope * (1 - slope)).masked_fill_(~valid, 0.0)
+        places = ctx.alpha * (values + threshold[:, None])  # (Q, C)
+        slope = (torch.sigmoid(places) * torch.sigmoid(-places)).masked_fill_(~valid, 0.0)  # 1 - p would round to 0
         of_row = gradients[0] / slope.sum(1).clamp_min(torch.finfo(values.dtype).tiny)  # (Q,)
         of_row = of_row.masked_fill(valid.sum(1) <= ctx.k, 0.0)
         return slope.mul_(-of_row[:, None]), None, None, None
 
 
 def solve(values: Tensor, valid: Tensor, k: int, alpha: float) -> Tensor:
-    """(Q, C) -> t (Q,) with sum_j sigmoid(alpha (s_ij + t_i)) = k over the valid; 0 where there are k or fewer."""
+    """(Q, C) -> t (Q,) with sum_j sigmoid(alpha (s_ij + t_i)) = k over the valid; 0 where there are k or fewer.
+
+    Where a gap parts the k best from the others, that sum is k to all digits anywhere in the gap. So the equation that is
+    solved is what the others have of a place = what the k best lack of theirs, both sums of small numbers, in logarithms.
+    """
     count = valid.sum(1)  # (Q,)
     contested = count > k
+    if not contested.any():
+        return values.new_zeros(len(values))
+    tiny = torch.finfo(values.dtype).tiny
+    best, places = values.masked_fill(~valid, -torch.inf).topk(k, 1)  # (Q, k)
+    others = values.masked_fill(~valid, -torch.inf).scatter_(1, places, -torch.inf)  # (Q, C)
+    zeros = values.new_zeros(())
+    best = best.where(contested[:, None], zeros)
+    highest, lowest = best[:, 0], values.masked_fill(~valid, torch.inf).amin(1).where(contested, zeros)  # (Q,)
     share = (k / count.clamp_min(k + 1)).to(values.dtype).logit() / alpha  # were all scores equal: t = share - score
-    infinite = float("inf")
-    lowest = values.masked_fill(~valid, infinite).amin(1).where(contested, values.new_zeros(()))  # (Q,)
-    highest = values.masked_fill(~valid, -infinite).amax(1).where(contested, values.new_zeros(()))  # (Q,)
     low, high = share - highest, share - lowest  # sum <= k at low, >= k at high
-    t = low
-    near = math.sqrt(torch.finfo(values.dtype).eps) * 1e-2
+    t = (-(best[:, -1] + others.amax(1).where(contested, zeros)) / 2).clamp(low, high)
+    enough = 4 * torch.finfo(values.dtype).eps
     for _ in range(STEPS):
-        p = torch.sigmoid(alpha * (values + t[:, None])).masked_fill_(~valid, 0.0)  # (Q, C)
-        total, slope = p.sum(1), alpha * (p - p.square()).sum(1)  # (Q,)
-        low, high = torch.where(total <= k, t, low), torch.where(total >= k, t, high)
-        # a step in log sum p, which is nearly straight where few are above the threshold
-        step = t + (math.log(k) - total.clamp_min(1e-30).log()) * total / slope.clamp_min(1e-30)
-        inside = (step > low) & (step < high)
+        p = torch.sigmoid(alpha * (others + t[:, None]))  # (Q, C), places that the others have
+        q = torch.sigmoid(-alpha * (best + t[:, None]))  # (Q, k), places that the best lack
+        had, lacked = p.sum(1).clamp_min(tiny), q.sum(1).clamp_min(tiny)
+        error = had.log() - lacked.log()  # (Q,), rises with t
+        slope = alpha * ((p - p.square()).sum(1) / had + (q - q.square()).sum(1) / lacked)
+        low, high = torch.where(error <= 0, t, low), torch.where(error >= 0, t, high)
+        step = t - error / slope.clamp_min(tiny)
+        inside = (step >= low) & (step <= high)
         following = torch.where(inside, step, (low + high) / 2)
-        moved = (following - t).abs().where(contested, values.new_zeros(()))
+        moved = (following - t).abs().where(contested, zeros)
         t = following
-        if bool((moved <= near * (1 + t.abs()) * 1e-3).all()):
+        if bool((moved <= enough * (1 + t.abs())).all()):
             break
-    return t.where(contested, values.new_zeros(()))
+    return t.where(contested, zeros)

@@ -170,6 +170,22 @@ def test_wasserstein_says_that_scores_are_not_finite() -> None:
 # Soft top-k -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_threshold_of_the_soft_top_k_stands_in_the_middle_of_a_gap(dtype) -> None:
+    """There the sum is k to all digits of float32 for t from 5 to 15: 3 e^(2 (t - 20)) = 3 e^(-2 t) has t = 10."""
+    values = torch.tensor([[0.0, 0.0, 0.0, 20.0, 20.0, -20.0, -20.0, -20.0, 7.0]], dtype=dtype, requires_grad=True)
+    valid = torch.tensor([[True] * 8 + [False]])
+    torch.testing.assert_close(soft_top_k.solve(values.detach(), valid, 5, 2.0), torch.tensor([10.0], dtype=dtype))
+    relevance = torch.zeros(1, 9, dtype=dtype).index_fill_(1, torch.tensor([7]), 1.0)
+    loss = LOSSES.build({"type": "soft_top_k", "k": 5})(Scores(values, relevance, valid))
+    torch.testing.assert_close(loss, torch.tensor([20.0], dtype=dtype))  # softplus(-2 (-20 + 10))
+    loss.sum().backward()
+    # v is e^-20 in six cells, a sixth of the sum each; the positive's own score counts twice
+    sixth = 2 / 6
+    expected = torch.tensor([[sixth, sixth, sixth, 0, 0, sixth, sixth, sixth - 2, 0]], dtype=dtype)
+    torch.testing.assert_close(values.grad, expected, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("k", [1, 3, 5])
 @pytest.mark.parametrize("scale", [0.01, 1.0, 30.0, 1000.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
