@@ -83,8 +83,8 @@ class _Threshold(torch.autograd.Function):
 def solve(values: Tensor, valid: Tensor, k: int, alpha: float) -> Tensor:
     """(Q, C) -> t (Q,) with sum_j sigmoid(alpha (s_ij + t_i)) = k over the valid; 0 where there are k or fewer.
 
-    Where a gap parts the k best from the others, that sum is k to all digits anywhere in the gap. So the equation that is
-    solved is what the others have of a place = what the k best lack of theirs, both sums of small numbers, in logarithms.
+    Where a gap parts the k best from the others, that sum is k to all digits anywhere in the gap. So the equation that
+    is solved is what the others have of a place = what the k best lack of theirs: sums of small numbers, in logarithms.
     """
     count = valid.sum(1)  # (Q,)
     contested = count > k
