@@ -288,7 +288,9 @@ def _add_plan(subparsers: Any) -> Parser:
     command.add_argument("--config", required=True, type=Path, help="YAML file of the run")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="win over the file")
     command.add_argument("--devices", type=int, default=1, help="processes that train together (default 1)")
-    command.add_argument("--memory", help="of a device, for example 80GB: says what does not fit and what would")
+    command.add_argument(
+        "--memory", help="of a device, with its unit, for example 80GB: says what does not fit and what would"
+    )
     speed = command.add_mutually_exclusive_group()
     speed.add_argument("--throughput", type=float, help="tokens a second and device, for the time")
     speed.add_argument("--measure", type=int, metavar="STEPS", help="train so many steps here for the throughput")

@@ -27,7 +27,7 @@ import torch
 from mmembed.config.blocks import EmbedderConfig
 from mmembed.data.batch_plan import BatchPlan
 from mmembed.data.collate import Batch
-from mmembed.data.dataset import MixedDataset, media_store
+from mmembed.data.dataset import MixedDataset, media_store, open_dev
 from mmembed.data.streaming import RecordStream, Source, open_source
 from mmembed.errors import ConfigError, MmembedError
 from mmembed.media import MediaStore
@@ -36,8 +36,16 @@ from mmembed.models.embedding_model import EmbeddingModel
 from mmembed.models.vision_cache import TOUCHED, uncached
 from mmembed.objectives import Objective, build_objective
 from mmembed.preprocess import Preprocessor
-from mmembed.training.arguments import training_arguments
-from mmembed.training.batch_report import APART, check_sources, count_negatives, count_visual
+from mmembed.training.arguments import training_arguments, with_metric
+from mmembed.training.batch_report import (
+    APART,
+    check_sources,
+    count_cut,
+    count_negatives,
+    count_visual,
+    cut_line,
+    prompt_alone,
+)
 from mmembed.training.batches import (
     build_collator,
     chunk_tokens,
@@ -48,7 +56,7 @@ from mmembed.training.batches import (
     sources_of_positives,
 )
 from mmembed.training.estimate import Estimate, Stage, outline, size, with_training
-from mmembed.training.launch import divides_weights
+from mmembed.training.launch import divides_weights, launched_with
 from mmembed.training.preflight import check_dropout, preflight
 
 if TYPE_CHECKING:
@@ -56,6 +64,10 @@ if TYPE_CHECKING:
 
 SAMPLE = 8  # batches that are drawn and tokenized
 OF_THE_DEVICE = ("deepspeed", "fsdp", "fsdp_config", "tf32", "fp16")  # refused where it is not there
+OF_EVALUATION = (
+    *("metric_for_best_model", "greater_is_better", "load_best_model_at_end", "eval_steps", "eval_delay"),
+    *("eval_on_start", "save_steps", "early_stopping_patience", "early_stopping_threshold"),
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,7 @@ class RunPlan:
 
     devices: int
     parameters: dict[str, tuple[int, int]]  # tower -> (trained, all)
-    negatives: dict[str, float]  # own, in_batch, other_processes: a query, at most
+    negatives: dict[str, float]  # own, in_batch, other_processes (at most): of a query, without what is masked
     batches_sampled: int
     queries_a_batch: int  # on average, where sources have batches of their own size
     accumulation: int
@@ -74,6 +86,9 @@ class RunPlan:
     unshared: str | None  # why no prefixes are shared
     visual_tokens: float
     features: str  # what becomes of the features of images; empty without images
+    inputs: int  # of all sampled batches
+    cut_inputs: int  # by `lengths`
+    emptied_inputs: int  # of which the prompt alone is left
     longest_input: int
     longest_allowed: int  # text tokens of an input, by `lengths`
     largest_chunk: int
@@ -86,6 +101,7 @@ class RunPlan:
     throughput_is: str
     advice: tuple[str, ...]
     notes: tuple[str, ...]
+    warnings: tuple[str, ...]
 
     @property
     def seconds(self) -> float | None:
@@ -115,14 +131,16 @@ def plan_run(
     Raises:
         ConfigError: what the run itself would refuse.
     """
+    if not config.data.train:
+        raise ConfigError("data.train: there is no source; add one, for example {path: squad-en, format: beir}")
     config = inherit_settings(config)
     objective = preflight(config)
+    launched_with(config, config.training.arguments)
     half = {"bf16": True} if config.training.arguments.get("fp16") else {}  # as many bytes, on any device
     args = training_arguments(with_training(config, without=OF_THE_DEVICE, **half))
     media = media_store(config.data)
     data = [open_source(source, config.data, media, data_seed(args)) for source in config.data.train]
-    if not data:
-        raise ConfigError("data.train: there is no source; add one, for example {path: squad-en, format: beir}")
+    with_metric(args, config, open_dev(config.data, media))
     check_sources(data, config, objective, reads_pictures(config), devices)
     plan = plan_batches(config, data, args, devices)
     model, preprocessor = outline(config, media)
@@ -156,6 +174,7 @@ def plan_run(
         throughput_is=throughput_is,
         advice=estimate.advice(stages, memory) if memory is not None else (),
         notes=tuple(estimate.notes),
+        warnings=tuple(prompt_alone(counted["emptied_inputs"], config)),
         **counted,
     )
 
@@ -165,7 +184,11 @@ def _count(batches: Sequence[Batch], objective: Objective, preprocessor: Preproc
     chunks = [chunk for batch in batches for chunk in batch.chunks]
     counts = (count_negatives(batch, objective, devices) for batch in batches)
     own, others, remote = map(_mean, zip(*counts, strict=True))
+    inputs, cut, emptied = count_cut(batches)
     return {
+        "inputs": inputs,
+        "cut_inputs": cut,
+        "emptied_inputs": emptied,
         "negatives": {"own": own, "in_batch": others, "other_processes": remote},
         "batches_sampled": len(batches),
         "tokens": _mean([batch.tokens for batch in batches]),
@@ -246,10 +269,11 @@ def _measured(config: EmbedderConfig, steps: int, media: MediaStore) -> float:
 
     with tempfile.TemporaryDirectory() as folder:
         config = with_training(
-            config, ("load_best_model_at_end", "early_stopping_patience", "early_stopping_threshold"),
+            config, _of_evaluation(config),
             output_dir=folder, max_steps=steps + 1, logging_steps=1, save_strategy="no", eval_strategy="no",
             disable_tqdm=True,
         )  # fmt: skip
+        config = config.model_copy(update={"data": config.data.model_copy(update={"dev": ()})})
         model, preprocessor = build_for_training(config, media)
         args = training_arguments(config)
         data = [open_source(source, config.data, media, data_seed(args)) for source in config.data.train]
@@ -259,6 +283,12 @@ def _measured(config: EmbedderConfig, steps: int, media: MediaStore) -> float:
             trainer.train()
     speeds = [entry["tokens_per_second"] for entry in trainer.state.log_history if "tokens_per_second" in entry]
     return sum(speeds[1:]) / len(speeds[1:])  # the first step warms up
+
+
+def _of_evaluation(config: EmbedderConfig) -> tuple[str, ...]:
+    """Keys of the training block that need a dev evaluation, which a measurement has none of."""
+    follows = config.training.arguments.get("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy")
+    return (*OF_EVALUATION, *(("lr_scheduler_type", "lr_scheduler_kwargs") if follows else ()))
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -287,8 +317,8 @@ def render(plan: RunPlan) -> str:
     lines = [f"parameters: {trained:,} trained of {every:,}"]
     lines += [f"  {tower:<10} {mine:>15,} of {whole:,}" for tower, (mine, whole) in plan.parameters.items()]
     lines += [
-        f"negatives a query: {own:.1f} own, {others:.0f} in-batch of its process, {remote:.0f} of other processes "
-        "(duplicates and known positives do not count)",
+        f"negatives a query: {own:.1f} own, {others:.1f} in-batch of its process (without duplicates and known "
+        f"positives), {remote:.0f} of other processes at most",
         f"a step and device, over {plan.batches_sampled} sampled batches of {plan.queries_a_batch} queries"
         + (f", {plan.accumulation} accumulated" if plan.accumulation > 1 else "") + ":",
         f"  {plan.tokens * plan.accumulation:,.0f} tokens, {plan.visual_tokens * plan.accumulation:,.0f} of them "
@@ -296,6 +326,8 @@ def render(plan: RunPlan) -> str:
         f"{plan.chunks:.0f} chunks a batch",
         f"  shared prefixes: {_sharing(plan)}",
         *([f"  image features: {plan.features}"] if plan.features else []),
+        *(f"  {line}" for line in cut_line(plan.inputs, plan.cut_inputs)),
+        *(f"  warning: {warning}" for warning in plan.warnings),
         f"  largest chunk {plan.largest_chunk:,} tokens, longest input {plan.longest_input:,} of the sample; `lengths` "
         f"allow {plan.longest_allowed:,} text tokens",
         "memory a device, estimated for the largest of the sampled batches (a lower bound: others may be larger):",
@@ -329,14 +361,12 @@ def as_json(plan: RunPlan) -> dict[str, Any]:
     return {**found, "seconds": plan.seconds}
 
 
-_UNITS = {"": 1, "B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40}
+_UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def read_size(text: str) -> float:
-    """`80GB` -> bytes. Raises MmembedError."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*", text, flags=re.IGNORECASE)
-    unit = "" if found is None else found[2].upper().replace("I", "")
-    unit = f"{unit}B" if len(unit) == 1 and unit != "B" else unit
-    if found is None or unit not in _UNITS or float(found[1]) <= 0:
-        raise MmembedError(f"--memory: found '{text}'; write a size, for example 80GB or 24GB")
-    return float(found[1]) * _UNITS[unit]
+    """`80GB` -> bytes. Raises MmembedError, also where there is no unit."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B?|B)\s*", text, flags=re.IGNORECASE)
+    if found is None or float(found[1]) <= 0:
+        raise MmembedError(f"--memory: found '{text}'; write a size with its unit, for example 80GB or 24GB")
+    return float(found[1]) * _UNITS[found[2][0].upper()]

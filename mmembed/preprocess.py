@@ -75,6 +75,7 @@ class Row:
         digests: of `images` (`MediaStore.digest`), where they are known: a feature store need not read the files.
         predicted: ranges of tokens that a language-model loss predicts: those with any character of the content's
             texts. None where such a loss looks at no input of the batch.
+        cut: the share of the content's text tokens that a length limit took off; 1: only the prompt is left of them.
     """
 
     ids: Sequence[int]
@@ -83,6 +84,7 @@ class Row:
     sizes: tuple[tuple[int, int], ...] = ()
     digests: tuple[bytes, ...] = ()
     predicted: tuple[Range, ...] | None = None
+    cut: float = 0.0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -354,8 +356,9 @@ class Preprocessor:
         hidden = tuple(_token_range(encoding, span, len(ids)) for span in spans)
         predicted = tuple(_tokens_with(encoding, span, len(ids)) for span in texts or ())
         excess = len(ids) + len(start) + len(end) - limit
+        cut = 0.0
         if excess > 0:
-            dropped = self._dropped(encoding, layout, excess, limit)
+            dropped, cut = self._dropped(encoding, layout, excess, limit)
             gone = set(dropped)
             ids = [token for index, token in enumerate(ids) if index not in gone]
             hidden, predicted = _without(dropped, hidden), _without(dropped, predicted)
@@ -363,21 +366,22 @@ class Preprocessor:
             hidden = tuple((first + len(start) if first else 0, stop + len(start)) for first, stop in hidden)
             predicted = tuple((first + len(start), stop + len(start)) for first, stop in predicted)
         told = None if texts is None else predicted
-        return Row((start + ids + end) or [self.tokenizer.pad_token_id], hidden, images, sizes, predicted=told)
+        return Row((start + ids + end) or [self.tokenizer.pad_token_id], hidden, images, sizes, predicted=told, cut=cut)
 
-    def _dropped(self, encoding: Encoding, layout: Layout, excess: int, limit: int) -> list[int]:
-        """Positions of the tokens to drop until the text tokens fit, ascending: the last of the content's texts."""
+    def _dropped(self, encoding: Encoding, layout: Layout, excess: int, limit: int) -> tuple[list[int], float]:
+        """Positions of the tokens to drop until the text tokens fit, ascending: the last of the content's texts. And
+        their share of these."""
         total = len(encoding.ids)
         excess -= sum(stop - first for first, stop in (_token_range(encoding, span, total) for span in layout.media))
         if excess <= 0:
-            return []
+            return [], 0.0
         content = [index for span in layout.texts for index in range(*_token_range(encoding, span, total))]
         if len(content) < excess:
             raise ConfigError(
                 f"lengths: the prompt alone takes {limit + excess - len(content)} tokens, more than the limit of "
                 f"{limit}; raise query_max_length / document_max_length or shorten the instruction"
             )
-        return content[len(content) - excess :]
+        return content[len(content) - excess :], excess / len(content)
 
     def _special_ids(self) -> tuple[list[int], list[int]]:
         """What the tokenizer puts before and after a text, and the end token where it is asked for."""

@@ -81,19 +81,14 @@ def train(config: EmbedderConfig) -> dict[str, float]:
     resume = checkpoint_to_resume(config, args)
 
     # 3. Data ----------------------------------------------------------------------------------------------------------
-    from mmembed.data.dataset import RecordDataset, media_store
+    from mmembed.data.dataset import media_store, open_dev
     from mmembed.data.streaming import open_source
 
     media = media_store(config.data)
     seed = args.seed if args.data_seed is None else args.data_seed
     with args.main_process_first(desc="reading the data"):
         train_data = [open_source(source, config.data, media, seed, objective.title) for source in config.data.train]
-        dev_data = [
-            RecordDataset(
-                source, media, config.data.on_bad_record, root=config.data.root, ignored=config.data.ignore_fields
-            )
-            for source in config.data.dev
-        ]
+        dev_data = open_dev(config.data, media)
 
     # 4. Model, objective, trainer -------------------------------------------------------------------------------------
     from mmembed.training.batch_report import check_sources

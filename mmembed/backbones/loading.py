@@ -7,6 +7,7 @@ Nothing is downloaded unless `name_or_path` is a hub name and the hub is reachab
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ def load_backbone(
     arguments: dict[str, Any] = {"dtype": _dtype(dtype), "attn_implementation": attn_implementation}
     if quantization is not None:
         arguments["quantization_config"] = BitsAndBytesConfig(**quantization)
-    with _explained(name_or_path, trust_remote_code):
+    with _explained(name_or_path, trust_remote_code, attn_implementation):
         config = AutoConfig.from_pretrained(path, **common)
         model = AutoModel.from_pretrained(
             path, config=config, use_safetensors=True, **arguments, **common
@@ -98,7 +99,7 @@ def outline_backbone(
 
     path = resolve_backbone(name_or_path)
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
-    with _explained(name_or_path, trust_remote_code):
+    with _explained(name_or_path, trust_remote_code, attn_implementation):
         config = AutoConfig.from_pretrained(path, **common)
         if vision_layers is not None:
             setattr(config.vision_config, family_class(config).vision_depth, vision_layers)
@@ -128,7 +129,7 @@ def has_vision(name_or_path: str, revision: str | None = None, trust_remote_code
 
 
 @contextmanager
-def _explained(name_or_path: str, trust_remote_code: bool) -> Iterator[None]:
+def _explained(name_or_path: str, trust_remote_code: bool, attention: str = "sdpa") -> Iterator[None]:
     """What transformers raises while it loads, as a ConfigError with the remedy."""
     from safetensors import SafetensorError
 
@@ -136,7 +137,13 @@ def _explained(name_or_path: str, trust_remote_code: bool) -> Iterator[None]:
         yield
     except ConfigError:
         raise
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if attention not in ("sdpa", "eager") and re.search("attention|kernel", str(error), flags=re.IGNORECASE):
+            raise ConfigError(
+                f"model.attn_implementation: cannot load '{name_or_path}' with '{attention}' ({reason}); install what "
+                "it needs, or set sdpa"
+            ) from error
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise ConfigError(
                 f"model.name_or_path: '{name_or_path}' brings python code of its own, which is not run unless asked "
@@ -144,7 +151,7 @@ def _explained(name_or_path: str, trust_remote_code: bool) -> Iterator[None]:
                 "--trust-remote-code on the command line)"
             ) from error
         raise ConfigError(
-            f"model.name_or_path: cannot load '{name_or_path}' ({str(error).strip().splitlines()[0]}); give a folder "
+            f"model.name_or_path: cannot load '{name_or_path}' ({reason}); give a folder "
             "with config.json and safetensors weights, a model name that can be reached, or 'mmembed-nano'"
         ) from error
 

@@ -407,6 +407,8 @@ def _clashes(config: EmbedderConfig) -> list[str]:
             "model.dtype 'float16' + adapter.type 'none': half-precision weights lose small updates; use float32 "
             "weights with training.fp16 or training.bf16"
         )
+    if arguments.get("fp16") and arguments.get("bf16"):
+        clashes.append("training.fp16 + training.bf16: both are true, and a run has one half precision; keep one")
     for block in objective_blocks(config.objective):
         clashes += _objective_clashes(config, block)
     by_source = config.objective.get("by_source") if isinstance(config.objective, dict) else None
@@ -424,16 +426,38 @@ def _clashes(config: EmbedderConfig) -> list[str]:
     evaluates = arguments.get("eval_strategy", "no") not in ("no", False, None)
     if evaluates and not config.data.dev:
         clashes.append("training.eval_strategy: there is no data.dev to evaluate on")
-    for key in ("metric_for_best_model", "greater_is_better"):
-        if arguments.get(key) is not None and not evaluates:
+    return clashes + _idle(config, evaluates)
+
+
+def _idle(config: EmbedderConfig, evaluates: bool) -> list[str]:
+    """Options of dev evaluations and of checkpoints that a run has none of."""
+    arguments, clashes = config.training.arguments, []
+    written = {key for key in ("metric_for_best_model", "greater_is_better") if arguments.get(key) is not None}
+    written |= {key for key in ("eval_steps", "eval_delay", "load_best_model_at_end") if arguments.get(key)}
+    if config.training.early_stopping_patience is not None:
+        written.add("early_stopping_patience")
+    if arguments.get("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy"):
+        written.add("lr_scheduler_type")
+    saves = arguments.get("save_strategy", "steps")
+    if saves == "best":
+        written.add("save_strategy")
+    for key in sorted(written) if not evaluates else ():
+        value = f" '{arguments[key]}'" if key in ("lr_scheduler_type", "save_strategy") else ""
+        remedy = "set training.eval_strategy to steps or epoch"
+        if not config.data.dev:
+            remedy = f"give data.dev, and {remedy}"
+        clashes.append(f"training.{key}{value}: nothing is evaluated while training; {remedy}, or remove it")
+    if arguments.get("eval_on_start") and not config.data.dev:
+        clashes.append("training.eval_on_start: there is no data.dev to evaluate on; give one, or remove it")
+    for key, strategy, found in (
+        ("eval_steps", "eval_strategy", arguments.get("eval_strategy")),
+        ("save_steps", "save_strategy", saves),
+    ):
+        if arguments.get(key) and found != "steps":
             clashes.append(
-                f"training.{key}: nothing is evaluated while training; set training.eval_strategy to steps or epoch"
+                f"training.{key} has no effect with training.{strategy} '{found or 'no'}'; set {strategy}: steps, or "
+                f"remove {key}"
             )
-    if config.training.early_stopping_patience is not None and not evaluates:
-        clashes.append(
-            "training.early_stopping_patience: nothing is evaluated while training; set training.eval_strategy to "
-            "steps or epoch"
-        )
     return clashes
 
 

@@ -66,6 +66,14 @@ def media_store(data: DataConfig) -> MediaStore:
     return MediaStore(data.media_root, limits, also=[*([data.root] if data.root else []), *folders])
 
 
+def open_dev(data: DataConfig, media: MediaStore) -> list[RecordDataset]:
+    """The dev sources of a run. Raises as `RecordDataset`."""
+    return [
+        RecordDataset(source, media, data.on_bad_record, root=data.root, ignored=data.ignore_fields)
+        for source in data.dev
+    ]
+
+
 def locate(source: SourceConfig, root: str | Path | None) -> Path:
     """Where a source lies. Raises ConfigError when it is not there."""
     path = Path(source.path) if root is None else Path(root) / source.path

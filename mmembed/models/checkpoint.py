@@ -53,7 +53,7 @@ def save_checkpoint(
             model is not run then, and `verify_checkpoint` has to record the vectors that `check_recorded` looks for.
 
     Raises:
-        CheckpointError: the disk is full or not writable, an adapter tensor is empty, or the adapter is of a backbone
+        CheckpointError: the disk is full or not writable, a tensor is empty, or the adapter is of a backbone
             whose upper layers were left out: it names a whole one.
     """
     folder = Path(folder)
@@ -126,6 +126,7 @@ def _write(
         name.removeprefix("backbone."): tensor for name, tensor in state.items() if name.startswith("backbone.")
     }
     if settings.adapter_type == "none":
+        _check_filled(folder, backbone_state)
         model.backbone.save_pretrained(str(folder), state_dict=backbone_state)
     else:
         _write_adapter(folder, model, backbone_state)
@@ -133,6 +134,7 @@ def _write(
         name: tensor.detach().contiguous().cpu() for name, tensor in state.items() if not name.startswith("backbone.")
     }
     if head:
+        _check_filled(folder, head)
         save_file(head, folder / POOLING)
     preprocessor.processor.save_pretrained(folder)
     described = {
@@ -155,14 +157,19 @@ def _write_adapter(folder: Path, model: EmbeddingModel, backbone_state: dict[str
         name: tensor.detach().contiguous().cpu()
         for name, tensor in get_peft_model_state_dict(model.backbone, state_dict=backbone_state).items()
     }
+    _check_filled(folder, tensors)
+    save_file(tensors, folder / ADAPTER)
+    adapted(model.backbone).peft_config["default"].save_pretrained(str(folder))
+
+
+def _check_filled(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises CheckpointError where weights were not gathered."""
     empty = [name for name, tensor in tensors.items() if tensor.numel() == 0]
     if empty or not tensors:
         raise CheckpointError(
-            f"{folder}: adapter tensor '{(empty or ['(none at all)'])[0]}' is empty; under ZeRO-3 gather the "
-            "parameters and pass state_dict"
+            f"{folder}: tensor '{(empty or ['(none at all)'])[0]}' is empty; under ZeRO-3 gather the parameters and "
+            "pass state_dict"
         )
-    save_file(tensors, folder / ADAPTER)
-    adapted(model.backbone).peft_config["default"].save_pretrained(str(folder))
 
 
 def _architecture(config: Any) -> dict[str, Any]:

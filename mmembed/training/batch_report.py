@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from mmembed.backbones.output_embedding import OutputEmbedding
@@ -20,11 +21,12 @@ from mmembed.data.records import STS_POSITIVE
 from mmembed.data.streaming import RecordStream, Source
 from mmembed.errors import ConfigError
 from mmembed.objectives import Objective
+from mmembed.objectives.relations import Relations
 from mmembed.preprocess import Preprocessor, Row
 from mmembed.prompts import PROMPTS, PromptStyle
 from mmembed.training.batches import sources_apart
 from mmembed.training.memory import gradient_bytes, optimizer_bytes, trained_parameters
-from mmembed.training.supply import check_supply, shortages
+from mmembed.training.supply import check_supply, named_parts, shortages
 
 APART = "the pairs differ by dropout, each input has masks of its own"
 LABELLED_TASKS = (Task.CLASSIFICATION, Task.CLUSTERING)
@@ -122,6 +124,8 @@ def batch_report(
                 "negatives of each other; set in_batch_negatives: false (NV-Embed, section 3)"
             )
     lines += _batch_lines(config, plan, first, objective, preprocessor, accumulation, lockstep)
+    _, _, emptied = count_cut([first])
+    warnings += prompt_alone(emptied, config)
     apart = first.labels.source in sources_apart(datasets)
     lines.append("  " + _sharing(first, unshared or (APART if apart else None)))
     predicts = objective.part_for(first.labels.source, first.labels.task).predicts
@@ -158,13 +162,19 @@ def keep_tokens(config: EmbedderConfig) -> int | None:
 
 
 def count_negatives(batch: Batch, objective: Objective, world_size: int) -> tuple[float, float, float]:
-    """Of a query: its own hard negatives, in-batch negatives of its process, and of all others, at most."""
+    """Of a query, on average: its own hard negatives, in-batch negatives of its process, and of all others, at most.
+
+    Duplicates and known positives do not count where the objective masks them; those of other processes are not known.
+    """
     labels = batch.labels
     part = objective.part_for(labels.source, labels.task)
     if part.pairs:
         return 0.0, 0.0, 0.0
-    own = int((labels.relevance <= 0).sum()) / batch.n_queries
-    others = (batch.n_documents - batch.n_documents / batch.n_queries) if labels.in_batch else 0.0
+    masks = any(one.contrasts for one in named_parts(part))
+    relevance, valid = Relations.gather(labels, across=False).matrix(slice(None), slice(None), masks)  # (Q, D) each
+    negative = valid & (relevance <= 0)
+    of_query = labels.owner[None, :] == torch.arange(batch.n_queries)[:, None]  # (Q, D)
+    own, others = (int((negative & cells).sum()) / batch.n_queries for cells in (of_query, ~of_query))
     remote = (world_size - 1) * batch.n_documents if labels.in_batch and part.across_processes else 0.0
     return own, others, remote
 
@@ -176,6 +186,29 @@ def count_visual(rows: Sequence[Row], preprocessor: Preprocessor) -> int:
         return 0
     image_token = family.tokenizer.convert_tokens_to_ids(family.image_token)
     return sum(token == image_token for row in rows if row.images for token in row.ids)
+
+
+def count_cut(batches: Sequence[Batch]) -> tuple[int, int, int]:
+    """Of all inputs: their number, those that a length limit cut, and those of whose texts it left nothing."""
+    cuts = [row.cut for batch in batches for chunk in batch.chunks for row in chunk.rows]
+    return len(cuts), sum(cut > 0 for cut in cuts), sum(cut == 1 for cut in cuts)
+
+
+def cut_line(inputs: int, cut: int) -> list[str]:
+    """What `lengths` cut, in a line; none where nothing is."""
+    return [f"{cut / inputs:.1%} of the inputs ({cut:,} of {inputs:,}) are cut to fit `lengths`"] if cut else []
+
+
+def prompt_alone(emptied: int, config: EmbedderConfig) -> list[str]:
+    """A warning where the prompts of inputs fill their limits."""
+    if not emptied:
+        return []
+    lengths = config.lengths
+    return [
+        f"the prompt alone fills the limit of {emptied:,} inputs: nothing is left of their texts; raise "
+        f"lengths.query_max_length ({lengths.query_max_length}) or document_max_length "
+        f"({lengths.document_max_length}), or shorten the instruction"
+    ]
 
 
 def count_predicted(batch: Batch) -> int:
@@ -200,8 +233,8 @@ def _batch_lines(
         compared = f"{first.n_documents} graded pairs, compared within this process"
     else:
         compared = (
-            f"{own:.1f} hard negatives a query, {others:.0f} in-batch negatives of this process and {remote:.0f} of "
-            "others at most (duplicates and known positives do not count)"
+            f"{own:.1f} hard negatives a query, {others:.1f} in-batch negatives of this process (without duplicates "
+            f"and known positives) and {remote:.0f} of others at most"
         )
     inputs = sum(len(chunk.rows) for chunk in first.chunks)
     pictured = [row for chunk in first.chunks for row in chunk.rows if row.images]
@@ -217,6 +250,8 @@ def _batch_lines(
         f"{first.padded_tokens / (first.tokens - first.saved_tokens) - 1:.0%} padding, {len(first.chunks)} chunks, "
         f"{again / first.padded_tokens:.0%} encoded twice",
     ]
+    every, cut, _ = count_cut([first])
+    lines += [f"  {line}" for line in cut_line(every, cut)]
     if accumulation > 1:
         lines.append(f"  {accumulation} accumulated batches a step: they average gradients, negatives do not add up")
     return lines

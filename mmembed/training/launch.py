@@ -55,7 +55,8 @@ def launched_with(config: EmbedderConfig, chosen: Mapping[str, Any]) -> dict[str
     """The arguments with the strategy that the launcher asks for.
 
     Raises:
-        ConfigError: launcher and config name two strategies, or one has a setting that is not offered.
+        ConfigError: launcher and config name two strategies, one has a setting that is not offered, or what the config
+            asks for cannot be done with it.
     """
     arguments = dict(chosen)
     by_launcher = {name for name in ("deepspeed", "fsdp") if _is_true(f"ACCELERATE_USE_{name.upper()}")}
@@ -76,6 +77,7 @@ def launched_with(config: EmbedderConfig, chosen: Mapping[str, Any]) -> dict[str
         raise ConfigError("training.fsdp_config has no effect without training.fsdp: true")
     if arguments.get("fsdp") and arguments.get("optim") == "sgd":
         raise ConfigError("training.optim 'sgd': FSDP2 cannot resume an optimizer without a state; use adamw")
+    _check_strategy(config, arguments)
     optimizer = config.training.optimizer
     if by_launcher | by_config and optimizer in WHOLE_MATRICES:
         raise ConfigError(
@@ -132,8 +134,7 @@ def check_launched(args: TrainingArguments, config: EmbedderConfig) -> None:
     """Refuses what only shows once the arguments are built.
 
     Raises:
-        ConfigError: the DeepSpeed file contradicts the config, what was asked for needs several processes, or the
-            objective has a teacher and the weights are divided.
+        ConfigError: the DeepSpeed file contradicts the config, or what was asked for needs several processes.
     """
     if args.deepspeed_plugin is not None:
         found = args.deepspeed_plugin.hf_ds_config
@@ -143,44 +144,49 @@ def check_launched(args: TrainingArguments, config: EmbedderConfig) -> None:
                 f'training.deepspeed: {theirs} contradicts training.{ours}; write "auto" in DeepSpeed\'s file, which '
                 "takes over the config's value, or make them equal"
             )
-        for block, key in (("optimizer", "training.optimizer"), ("scheduler", "training.lr_scheduler_type")):
-            if block in found.config:
-                raise ConfigError(
-                    f"training.deepspeed: the block '{block}' would replace {key}, which knows a rate for each tower; "
-                    f"remove the block and set {key}"
-                )
-        if found.is_zero3() and config.adapter.type == "qlora":
-            raise ConfigError(
-                "adapter.type 'qlora' + ZeRO-3: 4-bit weights are packed bytes that ZeRO-3 cannot divide; they are "
-                "small, so use recipes/accelerate/zero2.yaml or ddp.yaml, or lora with ZeRO-3"
-            )
-        if found.is_zero3():
-            refuse_divided(build_objective(config.objective))
         unset_hf_deepspeed_config()  # otherwise every model that is loaded from here on would be divided at once
-    if config.training.grad_cache is False and (args.deepspeed_plugin is not None or args.fsdp):
-        raise ConfigError(
-            "training.grad_cache: false keeps the graphs of all chunks, which DeepSpeed and FSDP cannot; write auto (a "
-            "batch that fits training.token_budget is one chunk and is encoded once)"
-        )
-    if args.load_best_model_at_end and args.save_only_model and (args.deepspeed_plugin is not None or args.fsdp):
-        raise ConfigError(
-            "training.save_only_model with load_best_model_at_end: DeepSpeed and FSDP load the best checkpoint with "
-            "its optimizer state; set one of the two to false"
-        )
-    if args.fsdp:
-        refuse_divided(build_objective(config.objective))
-    settings: Any = args.fsdp_config
-    form = settings["state_dict_type"] if args.fsdp else None
-    if args.save_only_model and form == "SHARDED_STATE_DICT":
-        raise ConfigError(
-            f"training.save_only_model with fsdp_config.state_dict_type '{form}': that is how the optimizer's state is "
-            "written, and there is none; leave state_dict_type out"
-        )
     if args.fsdp and args.world_size == 1:
         raise ConfigError(
             "training.fsdp: there is one process and nothing to share; launch several (accelerate launch "
             "--config_file recipes/accelerate/fsdp2.yaml), or remove it"
         )
+
+
+def _check_strategy(config: EmbedderConfig, arguments: Mapping[str, Any]) -> None:
+    """Refuses what the strategy of complete arguments cannot do. Raises ConfigError."""
+    deepspeed, fsdp = arguments.get("deepspeed") or {}, arguments.get("fsdp")
+    if not deepspeed and not fsdp:
+        return
+    for block, key in (("optimizer", "training.optimizer"), ("scheduler", "training.lr_scheduler_type")):
+        if block in deepspeed:
+            raise ConfigError(
+                f"training.deepspeed: the block '{block}' would replace {key}, which knows a rate for each tower; "
+                f"remove the block and set {key}"
+            )
+    zero3 = bool(deepspeed) and deepspeed["zero_optimization"].get("stage") == 3
+    if zero3 and config.adapter.type == "qlora":
+        raise ConfigError(
+            "adapter.type 'qlora' + ZeRO-3: 4-bit weights are packed bytes that ZeRO-3 cannot divide; they are "
+            "small, so use recipes/accelerate/zero2.yaml or ddp.yaml, or lora with ZeRO-3"
+        )
+    if config.training.grad_cache is False:
+        raise ConfigError(
+            "training.grad_cache: false keeps the graphs of all chunks, which DeepSpeed and FSDP cannot; write auto (a "
+            "batch that fits training.token_budget is one chunk and is encoded once)"
+        )
+    if arguments.get("load_best_model_at_end") and arguments.get("save_only_model"):
+        raise ConfigError(
+            "training.save_only_model with load_best_model_at_end: DeepSpeed and FSDP load the best checkpoint with "
+            "its optimizer state; set one of the two to false"
+        )
+    form = arguments["fsdp_config"]["state_dict_type"] if fsdp else None
+    if arguments.get("save_only_model") and form == "SHARDED_STATE_DICT":
+        raise ConfigError(
+            f"training.save_only_model with fsdp_config.state_dict_type '{form}': that is how the optimizer's state is "
+            "written, and there is none; leave state_dict_type out"
+        )
+    if zero3 or fsdp:
+        refuse_divided(build_objective(config.objective))
 
 
 def _same_precision(arguments: Mapping[str, Any]) -> None:

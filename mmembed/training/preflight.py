@@ -2,16 +2,19 @@
 
 Options of the named components, learning rates that would act on nothing, and what the backbone's config and processor
 show: target modules, dims above the embedding, a chat prompt without a template, prefix tuning, frozen towers and pixel
-limits that it cannot have, a library that is not installed. Reading ten million records to find a
-misspelt option takes seven minutes; this takes about a second.
+limits that it cannot have, a library or an attention kernel that is not installed, options of a learning rate schedule.
+Reading ten million records to find a misspelt option takes seven minutes; this takes about a second.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,6 +50,8 @@ def preflight(config: EmbedderConfig) -> Objective:
             backbone cannot have.
     """
     check_libraries(config)
+    _check_attention(config.model.attn_implementation)
+    _check_scheduler(config.training.arguments)
     POOLINGS.check(config.pooling)
     PROMPTS.build(config.prompt)
     objective = build_objective(config.objective)
@@ -163,6 +168,75 @@ def _check_tracker(name: str) -> None:
             f"training.report_to: '{name}' is not installed, or switched off; install its package, or name another "
             "tracker"
         )
+
+
+def _check_attention(name: str) -> None:
+    """Raises ConfigError where transformers has no attention of that name, or its package is not installed."""
+    from transformers.integrations.hub_kernels import is_kernel
+    from transformers.modeling_flash_attention_utils import FLASH_ATTENTION_COMPATIBILITY_MATRIX
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.utils.import_utils import is_kernels_available
+
+    if is_kernel(name):
+        if not is_kernels_available():
+            raise ConfigError(
+                f"model.attn_implementation: '{name}' is a kernel of the hub and needs the package kernels, which is "
+                "not installed: pip install kernels, or set sdpa"
+            )
+        return
+    # The others are of generation, which has a paged cache, and names that mmembed registers.
+    known = ["eager", *(one for one in ALL_ATTENTION_FUNCTIONS if not one.startswith(("paged|", "mmembed_")))]
+    if name not in known:
+        raise ConfigError(
+            f"model.attn_implementation: there is no '{name}'; {nearest(name, known)}; a kernel of the hub is written "
+            "org/repo"
+        )
+    version = re.fullmatch(r"flash_attention_(\d)", name)
+    if version is None or is_kernels_available():  # then transformers takes the kernel of the hub
+        return
+    if not FLASH_ATTENTION_COMPATIBILITY_MATRIX[int(version[1])]["pkg_availability_check"]():
+        raise ConfigError(
+            f"model.attn_implementation: '{name}' needs FlashAttention {version[1]}, which is not installed; install "
+            "it, or set sdpa, with which torch brings FlashAttention of its own"
+        )
+
+
+def _check_scheduler(arguments: Mapping[str, Any]) -> None:
+    """Raises ConfigError for `lr_scheduler_kwargs` that the schedule does not take, or lacks."""
+    from transformers import TrainingArguments
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, GreedyLR, get_scheduler
+
+    key, kind = "training.lr_scheduler_kwargs", str(arguments.get("lr_scheduler_type", "linear"))
+    functions: dict[str, Any] = {one.value: function for one, function in TYPE_TO_SCHEDULER_FUNCTION.items()}
+    if kind not in functions:
+        return  # `training_arguments` has the known ones
+    given = _mapping(key, arguments.get("lr_scheduler_kwargs"))
+    of_class = {"reduce_lr_on_plateau": torch.optim.lr_scheduler.ReduceLROnPlateau, "greedy": GreedyLR}
+    given_by_transformers = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+    known = set(inspect.signature(of_class.get(kind, functions[kind])).parameters) - given_by_transformers
+    if kind.startswith("constant"):
+        known = set()  # transformers passes none on to them
+    for name in given:
+        if name not in known:
+            remedy = nearest(str(name), known) if known else "it takes none: remove lr_scheduler_kwargs"
+            raise ConfigError(f"{key}: lr_scheduler_type '{kind}' takes no '{name}'; {remedy}")
+    rate = float(arguments.get("learning_rate", TrainingArguments.learning_rate))
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=rate)
+    try:
+        get_scheduler(kind, optimizer, 1, 2**30, dict(given))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{key}: lr_scheduler_type '{kind}' cannot be made of {given} ({error})") from None
+
+
+def _mapping(key: str, given: Any) -> Mapping[str, Any]:
+    """A mapping that is given as one, or as JSON; nothing is an empty one."""
+    try:
+        found = json.loads(given) if isinstance(given, str) else given or {}
+    except json.JSONDecodeError:
+        found = given
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"{key}: found {given!r}; give a mapping, for example {{num_cycles: 0.5}}")
+    return found
 
 
 def _check_backbone(config: EmbedderConfig) -> None:

@@ -85,10 +85,10 @@ def test_packed_texts_have_no_padding(config_file, without_weights, capsys):
     assert packed["padded_tokens"] == packed["tokens"]
     plain = planned(capsys, "--config", config_file, without_weights, *options)
     assert plain["tokens"] == packed["tokens"] < plain["padded_tokens"]
-    for other in ("model.attn_implementation=flash_attention_2", "model.attention=bidirectional"):
+    for other in ("model.attn_implementation=eager", "model.attention=bidirectional"):
         given = [without_weights, *options, "training.attention_kernel=packed", other]
-        assert main(["plan", "--config", str(config_file), *given]) == (2 if "flash" in other else 0)
-    assert "'packed' cannot be (attn_implementation is 'flash_attention_2'" in capsys.readouterr().err
+        assert main(["plan", "--config", str(config_file), *given]) == (2 if "eager" in other else 0)
+    assert "'packed' cannot be (attn_implementation is 'eager'" in capsys.readouterr().err
 
 
 def test_kept_features_of_images_are_told(config_file, without_weights, capsys):
@@ -202,6 +202,69 @@ def test_measured_throughput_needs_weights(config_file, without_weights, capsys)
     assert "safetensors" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "linear"])
+def test_a_measurement_evaluates_nothing(config_file, capsys, schedule):
+    """Whatever the run would do with what it evaluates."""
+    evaluated = ["training.eval_strategy=steps", "training.eval_steps=2", "training.eval_on_start=true"]
+    evaluated += ["training.metric_for_best_model=ndcg_at_10", "training.greater_is_better=true"]
+    evaluated += ["training.load_best_model_at_end=true", "training.save_strategy=steps", "training.save_steps=2"]
+    evaluated += [f"training.lr_scheduler_type={schedule}", "training.early_stopping_patience=2"]
+    if schedule != "linear":
+        evaluated.append("training.lr_scheduler_kwargs={patience: 3}")
+    assert planned(capsys, "--config", config_file, TEXT, *evaluated, "--measure", 1)["tokens_per_second"] > 0
+
+
+def test_what_the_run_would_refuse_is_not_planned(config_file, without_weights, capsys, tmp_path):
+    """`tests/recipes/test_refusals.py` and `tests/unit/test_launch.py` have what both refuse of the config alone."""
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 3}, "scheduler": {}}')
+    for options, message in (
+        ([f"training.deepspeed={tmp_path / 'zero.json'}"], "the block 'scheduler' would replace"),
+        (["training.fsdp_config={version: 2}"], "training.fsdp_config has no effect without training.fsdp"),
+        (
+            ["training.eval_strategy=steps", "training.save_strategy=best", "training.metric_for_best_model=spearman"],
+            "training.metric_for_best_model: dev evaluation gives no 'spearman'",
+        ),
+    ):
+        assert main(["plan", "--config", str(config_file), without_weights, *options]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_what_lengths_cut_is_said(config_file, without_weights, capsys, tmp_path):
+    """By the plan and by the batch report; also where the instruction leaves no room at all."""
+    records = [{"query": f"{'red ' * 20}{number}", "documents": [{"content": f"blue {number}"}]} for number in range(8)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    options = [f"data.train=[{{path: {tmp_path / 'long.jsonl'}}}]", "data.train_group_size=1", "data.dev=[]"]
+    line = "50.0% of the inputs (8 of 16) are cut to fit `lengths`"
+
+    def said(*more):
+        assert main(["plan", "--config", str(config_file), without_weights, *options, *more, "--sample", "1"]) == 0
+        report = build_trainer(load_config(config_file, [*options, *more])).report()
+        return capsys.readouterr().out, str(report)
+
+    assert not any("are cut" in text for text in said())
+    for text in said("lengths.query_max_length=9"):
+        assert line in text and "the prompt alone" not in text
+    prompt = ["prompt={type: plain, query_prefix: 'find it: '}"]
+    tokens = len(build_trainer(load_config(config_file, options)).preprocessor.tokenizer("find it: ").input_ids)
+    for text in said(f"lengths.query_max_length={tokens}", *prompt):
+        assert line in text
+        assert "warning: the prompt alone fills the limit of 8 inputs" in text
+
+
+def test_negatives_that_are_masked_do_not_count(config_file, without_weights, capsys, tmp_path):
+    """Four of eight queries have one text: three in-batch negatives fewer for each of them."""
+    texts = ["same"] * 4 + [f"other {number}" for number in range(4)]
+    records = [{"query": f"q {number}", "documents": [{"content": text}]} for number, text in enumerate(texts)]
+    (tmp_path / "alike.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    options = [f"data.train=[{{path: {tmp_path / 'alike.jsonl'}}}]", "data.train_group_size=1", "data.dev=[]"]
+    plan = planned(capsys, "--config", config_file, without_weights, *options)
+    assert plan["negatives"]["in_batch"] == (4 * 4 + 4 * 7) / 8
+    report = str(build_trainer(load_config(config_file, options)).report())
+    assert "5.5 in-batch negatives of this process (without duplicates and known positives)" in report
+    off = planned(capsys, "--config", config_file, without_weights, *options, "objective.mask_duplicates=false")
+    assert off["negatives"]["in_batch"] == 7
+
+
 def test_what_does_not_fit_is_named_with_what_would(config_file, without_weights, capsys):
     """A budget that is advised fits, by the plan's own numbers."""
     base = ["--config", str(config_file), without_weights, "adapter={type: none}", "training.token_budget=4096"]
@@ -248,6 +311,7 @@ def test_wrong_arguments_are_refused(config_file, capsys):
     for wrong, message in (
         (["--devices", "0"], "--devices: found 0"),
         (["--memory", "much"], "80GB"),
+        (["--memory", "80"], "--memory: found '80'; write a size with its unit, for example 80GB"),
         (["--throughput", "-5"], "--throughput: found -5"),
         (["training.token_budgt=5"], "token_budget"),
     ):

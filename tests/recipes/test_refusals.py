@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from mmembed.cli import main as plan
 from recipes.train_embedder import main
 
 
@@ -64,11 +65,60 @@ def no_data(monkeypatch):
             "objective[1].layer: found 3; the decoder has 2 layers",
         ),
         (["data.train=[]"], "data.train: there is no source"),
+        (["model.attn_implementation=foo"], "model.attn_implementation: there is no 'foo'; known: eager, "),
+        (["model.attn_implementation=spda"], "model.attn_implementation: there is no 'spda'; did you mean 'sdpa'?"),
+        (
+            ["training.lr_scheduler_kwargs={num_cycle: 1}", "training.lr_scheduler_type=cosine"],
+            "training.lr_scheduler_kwargs: lr_scheduler_type 'cosine' takes no 'num_cycle'; did you mean 'num_cycles'?",
+        ),
+        (["training.lr_scheduler_kwargs={foo: 1}"], "'linear' takes no 'foo'; it takes none: remove"),
+        (["training.lr_scheduler_kwargs=[1]"], "training.lr_scheduler_kwargs: found [1]; give"),
+        (["training.lr_scheduler_type=warmup_stable_decay"], "num_decay_steps"),
+        (
+            [
+                "training.lr_scheduler_type=greedy",
+                "training.lr_scheduler_kwargs={patiense: 1}",
+                "training.eval_strategy=steps",
+            ],
+            "takes no 'patiense'; did you mean 'patience'?",
+        ),
+        (["training.deepspeed=nope.json"], "training.deepspeed: there is no file 'nope.json'"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_before_data_is_read(config_file, capsys, no_data, overrides, message):
+    """By the run and by its plan."""
     assert message in refused(config_file, capsys, overrides)
+    assert plan(["plan", "--config", str(config_file), *overrides]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("flash_attention_2", "'flash_attention_2' needs FlashAttention 2, which is not installed"),
+        ("kernels-community/flash-attn2", "needs the package kernels, which is not installed"),
+    ],
+)
+def test_attention_whose_package_is_not_there(config_file, capsys, no_data, monkeypatch, name, message):
+    absent = {"pkg_availability_check": lambda: False}
+    matrix = "transformers.modeling_flash_attention_utils.FLASH_ATTENTION_COMPATIBILITY_MATRIX"
+    monkeypatch.setattr(matrix, {2: absent})
+    monkeypatch.setattr("transformers.utils.import_utils.is_kernels_available", lambda: False)
+    error = refused(config_file, capsys, [f"model.attn_implementation={name}"])
+    assert f"model.attn_implementation: {message}" in error.replace(f"'{name}' is a kernel of the hub and ", "")
+
+
+def test_attention_that_cannot_be_loaded_is_named(config_file, capsys, monkeypatch):
+    """What only shows while the model is made: its support, a kernel of the hub, a missing device."""
+
+    def fail(*arguments, **options):
+        raise ImportError("FlashAttention2 has been toggled on, but it cannot be used")
+
+    monkeypatch.setattr("mmembed.training.preflight._check_attention", lambda name: None)
+    monkeypatch.setattr("transformers.AutoModel.from_pretrained", fail)
+    error = refused(config_file, capsys, ["model.attn_implementation=flash_attention_2"])
+    assert "model.attn_implementation: cannot load" in error and "with 'flash_attention_2' (FlashAttention2" in error
 
 
 def test_a_chat_prompt_without_a_template_before_data_is_read(config_file, capsys, no_data, family_folder):

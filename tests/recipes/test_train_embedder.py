@@ -39,8 +39,8 @@ def test_main_job(config_file, tmp_path, capsys):
     report = capsys.readouterr().out
     assert "text.jsonl: 40 records" in report
     assert (
-        "1.0 hard negatives a query, 14 in-batch negatives" in report
-        or "0.0 hard negatives a query, 7 in-batch" in report
+        "1.0 hard negatives a query, 14.0 in-batch negatives" in report
+        or "0.0 hard negatives a query, 7.0 in-batch" in report
     )
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
     step = next(entry for entry in history if "loss" in entry)

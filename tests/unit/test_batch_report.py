@@ -120,15 +120,15 @@ def test_the_sources_of_the_data_page_can_be_trained_on(tmp_path):
 @pytest.mark.parametrize(("across", "in_batch", "remote"), [(True, True, 4), (False, True, 0), (True, False, 0)])
 def test_the_report_counts_negatives_that_a_query_meets(across, in_batch, remote, matryoshka):
     """Two queries with a positive and a negative each, on each of two processes."""
-    keys = torch.arange(4)
+    documents, queries = torch.arange(4), torch.tensor([10, 11])
+    positives = documents[[0, 2], None, None].repeat(1, 1, 2)
     owner, relevance = torch.tensor([0, 0, 1, 1]), torch.tensor([1.0, 0.0, 1.0, 0.0])
-    labels = BatchLabels(owner, relevance, keys[:, None].repeat(1, 2), keys[:2], keys[:2, None, None], in_batch, "some")
+    labels = BatchLabels(owner, relevance, documents[:, None].repeat(1, 2), queries, positives, in_batch, "some")
     batch = Batch(2, 4, (Chunk(torch.tensor([0]), (Row([1, 2]),)),), torch.zeros(6, dtype=torch.long), labels)
     objective = build_objective({"type": "contrastive", "cross_device_negatives": across, **matryoshka})
     plan = SimpleNamespace(world_size=2, batch_sizes=(2,))
     preprocessor = SimpleNamespace(family=SimpleNamespace(multimodal=False, tokenizer=None))
     line = _batch_lines(build_config({}), plan, batch, objective, preprocessor, 1)[1]
-    own = 2 if in_batch else 0
-    assert (
-        f"1.0 hard negatives a query, {own} in-batch negatives of this process and {remote} of others at most" in line
-    )
+    own = 2.0 if in_batch else 0.0
+    assert f"1.0 hard negatives a query, {own} in-batch negatives of this process (" in line
+    assert f") and {remote} of others at most" in line

@@ -250,10 +250,14 @@ def test_a_checkpoint_cannot_ask_for_remote_code(adapter, tmp_path, monkeypatch)
     assert "trust_remote_code" not in json.loads((tmp_path / "again" / "mmembed.json").read_text())["settings"]
 
 
-def test_empty_adapter_tensors_are_refused(family_folder, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("empty", "adapter"), [("lora_A", True), ("projection.", True), ("projection.", False), ("q_proj", False)]
+)
+def test_empty_tensors_are_refused(family_folder, tmp_path, empty, adapter) -> None:
     """What ZeRO-3 leaves behind when parameters are saved without being gathered."""
-    model, preprocessor = trained(family_folder("qwen3"))
-    state = {name: tensor.new_empty(0) if "lora_A" in name else tensor for name, tensor in model.state_dict().items()}
+    settings = {} if adapter else {"adapter": None}
+    model, preprocessor = trained(family_folder("qwen3"), projection=24, **settings)
+    state = {name: tensor.new_empty(0) if empty in name else tensor for name, tensor in model.state_dict().items()}
     with pytest.raises(CheckpointError, match="is empty"):
         save_checkpoint(tmp_path / "saved", model, preprocessor, state_dict=state)
     assert not list(tmp_path.iterdir())

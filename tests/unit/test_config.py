@@ -96,6 +96,22 @@ def test_overrides_win_and_reach_into_lists():
         ({"training": {"optim_args": "foreach=true"}}, "'optim_args' has no effect"),
         ({"training": {"optim": "adamw_torch", "optim_args": "foreach=true"}}, "'optim_args' has no effect"),
         ({"training": {"metric_for_best_model": "ndcg_at_10"}}, "training.metric_for_best_model: nothing is evaluated"),
+        ({"training": {"eval_steps": 5}}, "training.eval_steps: nothing is evaluated.*give data.dev, and set"),
+        (
+            {"training": {"eval_steps": 5, "eval_strategy": "epoch"}, "data": {"dev": [{"path": "a"}]}},
+            "training.eval_steps has no effect with training.eval_strategy 'epoch'",
+        ),
+        (
+            {"training": {"eval_delay": 5}, "data": {"dev": [{"path": "a"}]}},
+            "training.eval_delay: nothing is evaluated while training; set training.eval_strategy",
+        ),
+        ({"training": {"eval_on_start": True}}, "training.eval_on_start: there is no data.dev"),
+        ({"training": {"save_steps": 5, "save_strategy": False}}, "training.save_steps.*save_strategy 'no'"),
+        ({"training": {"save_steps": 5, "save_strategy": "epoch"}}, "training.save_steps.*save_strategy 'epoch'"),
+        ({"training": {"save_strategy": "best"}}, "training.save_strategy 'best': nothing is ev.*give data.dev"),
+        ({"training": {"load_best_model_at_end": True, "save_strategy": "no"}}, "load_best_model_at_end: nothing is"),
+        ({"training": {"lr_scheduler_type": "greedy"}}, "lr_scheduler_type 'greedy': nothing is evaluated"),
+        ({"training": {"fp16": True, "bf16": True}}, "training.fp16 . training.bf16: both are true"),
         ({"training": {"learning_rate": "abc"}}, "training.learning_rate: found 'abc'; give a number"),
         ({"training": {"learning_rate": -1}}, "training.learning_rate: found -1; give a number above 0"),
         ({"training": {"learning_rate": float("nan")}}, "training.learning_rate: found nan; give a number"),
@@ -132,6 +148,18 @@ def test_overrides_win_and_reach_into_lists():
 def test_what_cannot_work_is_refused(tree, message):
     with pytest.raises(ConfigError, match=message):
         build_config(tree)
+
+
+def test_options_of_evaluations_and_checkpoints_are_taken_where_they_act():
+    dev = {"dev": [{"path": "a"}]}
+    for training in (
+        {"eval_on_start": True},
+        {"eval_strategy": "steps", "eval_steps": 5, "eval_delay": 2},
+        {"eval_strategy": "epoch", "save_strategy": "best"},
+        {"save_steps": 5},
+        {"save_strategy": False, "eval_on_start": False, "eval_delay": 0},
+    ):
+        build_config({"training": training, "data": dev})
 
 
 def test_every_training_argument_is_checked():

@@ -70,7 +70,7 @@ def deepspeed(tmp_path, **keys):
         (
             {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}},
             {"learning_rate": 1e-4},
-            "optimizer.params.lr=0.001 contradicts training.learning_rate=0.0001",
+            "'optimizer' would replace training.optimizer",
         ),
         (
             {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}},
