@@ -126,6 +126,15 @@ def to_content(value: ContentLike) -> Content:
     )
 
 
+def lone_surrogate(text: str) -> str | None:
+    """The first half of a surrogate pair that stands alone, escaped: no encoding and no tokenizer takes such a text."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return ascii(text[error.start])[1:-1]
+    return None
+
+
 def _from_mapping(value: Mapping[str, Any]) -> Content:
     for key in value:
         if key not in CONTENT_KEYS:
@@ -173,8 +182,9 @@ def _to_audio(value: Any, sampling_rate: Any) -> Audio:
 
 
 def _positive(key: str, value: Any) -> float | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
-        raise MmembedError(f"content: '{key}' is {value!r}; give a number above 0")
+    number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+    if value is not None and not number:
+        raise MmembedError(f"content: '{key}' is {value!r:.80}; give a number above 0")
     return value
 
 

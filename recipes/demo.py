@@ -30,6 +30,8 @@ from typing import Any
 import psutil
 
 from mmembed.arguments import Parser
+from mmembed.config import load_config
+from mmembed.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = REPOSITORY / "recipes/configs/embedder/demo.yaml"
@@ -43,6 +45,11 @@ SAMPLE_SECONDS = 0.25
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     output: Path = options.output
+    try:  # now, not after the minutes of the first step
+        load_config(options.config, overrides(options))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     output.mkdir(parents=True, exist_ok=True)
     record = output / "steps.json"
     done = json.loads(record.read_text()) if record.exists() else {}
@@ -93,13 +100,18 @@ def steps(options: argparse.Namespace) -> dict[str, tuple[str, list[str]]]:
         return ["-m", "eval.run", "--model", model, *flags, "--data-root", options.data_root, "--tasks", *options.tasks,
                 "--output", str(output / f"{name}.json"), "--rankings", str(output / name)]  # fmt: skip
 
-    training = ["-m", "recipes.train_embedder", "--config", options.config, f"model.name_or_path={options.model}",
-                f"data.root={options.data_root}", f"training.output_dir={trained}", *options.overrides]  # fmt: skip
+    training = ["-m", "recipes.train_embedder", "--config", options.config, *overrides(options)]
     return {
         "before": ("Measuring the model as it is, beside BM25 and MiniLM", evaluation("before", options.model)),
         "training": ("Fine-tuning it on texts and pictures", training),
         "after": ("Measuring the fine-tuned model", evaluation("after", str(trained), "--no-baselines")),
     }  # fmt: skip
+
+
+def overrides(options: argparse.Namespace) -> list[str]:
+    """What the training takes beside its configuration."""
+    folders = (f"data.root={options.data_root}", f"training.output_dir={options.output / 'embedder'}")
+    return [f"model.name_or_path={options.model}", *folders, *options.overrides]
 
 
 def run_measured(command: list[str]) -> tuple[int, dict[str, Any]]:

@@ -35,9 +35,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> EmbedderConf
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such file; give a YAML file, as in recipes/configs/embedder")
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # _Loader is a SafeLoader
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+        tree = _read_yaml(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 (byte {error.start}); convert the file") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     if not isinstance(tree, dict | None):
         raise ConfigError(f"{path}: holds a {type(tree).__name__}; a config is a mapping of blocks")
     return build_config(tree or {}, overrides, where=str(path))
@@ -51,7 +53,13 @@ def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), where: 
             key, equals, value = override.partition("=")
             if not equals:
                 raise ConfigError(f"override '{override}' has no '='; write key=value")
-            _assign(canonical, _ALIASES.get(key, _top_level(key)), yaml.load(value, _Loader), replace=True)
+            _check_alias(key, canonical.get("objective"))
+            try:
+                given = _read_yaml(value)
+            except ConfigError as error:
+                reason = str(error).splitlines()[0]
+                raise ConfigError(f"override '{override:.80}': {reason}; correct the value, or quote it") from None
+            _assign(canonical, _ALIASES.get(key, _top_level(key)), given, replace=True)
         if canonical.pop("same_dataset_within_batch", True) is not True:
             raise ConfigError(
                 "same_dataset_within_batch: false is not offered: a batch holds one source (negatives of "
@@ -101,6 +109,9 @@ def _translate(tree: Mapping[str, Any]) -> dict[str, Any]:
     """A new tree with our names only. Raises ConfigError when one thing is said twice."""
     canonical: dict[str, Any] = {}
     for key, value in tree.items():
+        if not isinstance(key, str):
+            raise ConfigError(f"the key {key!r} is no name; {nearest(str(key), EmbedderConfig.model_fields)}")
+        _check_alias(key, tree.get("objective"))
         if key in EmbedderConfig.model_fields:
             block = dict(value) if isinstance(value, Mapping) else value
             for inner in list(block) if isinstance(block, dict) else []:
@@ -110,6 +121,27 @@ def _translate(tree: Mapping[str, Any]) -> dict[str, Any]:
         else:
             _assign(canonical, _ALIASES.get(key) or _top_level(key), value)
     return canonical
+
+
+def _check_alias(key: str, objective: Any) -> None:
+    """Raises ConfigError where a short name belongs to one of several objectives: it does not say to which."""
+    path = _ALIASES.get(key, ())
+    if path[:1] != ("objective",):
+        return
+    chosen = next(
+        (name for name in ("by_task", "by_source") if isinstance(objective, Mapping) and name in objective), ""
+    )
+    if isinstance(objective, list):
+        place = "objective.0"
+    elif chosen:
+        entries = objective[chosen]
+        place = f"objective.{chosen}.{next(iter(entries), 'NAME') if isinstance(entries, Mapping) else 'NAME'}"
+    else:
+        return
+    raise ConfigError(
+        f"'{key}' belongs to one objective, and {'a list' if isinstance(objective, list) else chosen} has several; "
+        f"write {'.'.join((place, *path[1:]))} for each that it is meant for"
+    )
 
 
 def _merge(canonical: dict[str, Any], key: str, block: Any) -> None:
@@ -132,6 +164,8 @@ def _assign(tree: dict[str, Any], path: tuple[str, ...], value: Any, replace: bo
         elif not isinstance(inner, dict | None):
             raise ConfigError(f"'{'.'.join(path)}': '{name}' is not a block")
         was_list = isinstance(tree.get(name), list)
+        if was_list:
+            _check_place(path, depth, len(tree[name]))
         tree[name] = dict(inner or {})
         if was_list:
             _assign(tree[name], path[depth + 1 :], value, replace)
@@ -141,6 +175,15 @@ def _assign(tree: dict[str, Any], path: tuple[str, ...], value: Any, replace: bo
     if path[-1] in tree and not replace and tree[path[-1]] != value:
         raise ConfigError(f"'{'.'.join(path)}' is given twice ({tree[path[-1]]} and {value}); keep one")
     tree[path[-1]] = value
+
+
+def _check_place(path: tuple[str, ...], depth: int, length: int) -> None:
+    """Raises ConfigError unless a place in the list follows, or the one behind its end."""
+    block, place = ".".join(path[: depth + 1]), path[depth + 1]
+    if place in map(str, range(length + 1)):
+        return
+    named = ".".join((block, "0", *path[depth + (2 if re.fullmatch(r"-?\d+", place) else 1) :]))
+    raise ConfigError(f"'{'.'.join(path)}': '{block}' is a list of {length}; name a place from 0 on, as in {named}")
 
 
 def _explain(item: Any) -> str:
@@ -167,6 +210,13 @@ def _field_model(model: type[BaseModel], name: str) -> type[BaseModel]:
     while not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
         annotation = annotation.__args__[0]  # type: ignore[union-attr]  # tuple[SourceConfig, ...] -> SourceConfig
     return annotation
+
+
+def _read_yaml(text: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2024-13-45 is read as a date
+        raise ConfigError(f"not valid YAML: {error}") from None
 
 
 class _Loader(yaml.SafeLoader):

@@ -299,6 +299,10 @@ class EmbedderConfig(_Block):
     @classmethod
     def _has_type(cls, value: TypedBlock | tuple[TypedBlock, ...]) -> TypedBlock | tuple[TypedBlock, ...]:
         for block in objective_blocks(value):
+            several = next((key for key in ("by_task", "by_source") if isinstance(block, dict) and key in block), None)
+            if isinstance(block, dict) and several and len(block) > 1:
+                others = ", ".join(f"'{key}'" for key in block if key != several)
+                raise ConfigError(f"beside '{several}' stands {others}; remove it, or write it into the entries")
             if isinstance(block, dict) and not isinstance(block.get("type"), str):
                 raise ConfigError("the block has no 'type'; write the name, or {type: name, ...options}")
         return value

@@ -7,6 +7,7 @@ RecordError, not raised: a generator that raised is over, and `on_bad_record: sk
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from mmembed.errors import ConfigError, RecordError, nearest
 from mmembed.registry import Registry
 
 COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
+DEEPEST = 100  # lists and objects within each other: far from Python's limit of recursion
+NOT_UTF8 = "not UTF-8"
 RawRecord = dict[str, Any]  # a canonical record, and "where": "file:line"
 
 
@@ -51,15 +54,59 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | RecordEr
                 continue
             where = f"{path}:{number}"
             try:
-                value = json.loads(line)
-            except ValueError as error:
-                yield where, RecordError(where, f"not valid JSON ({error})", "Correct or remove the line", "not JSON")
-                continue
-            if isinstance(value, dict):
-                yield where, value
-            else:
-                found = f"a JSON {type(value).__name__}, not an object"
-                yield where, RecordError(where, found, "Write one {...} object a line", "not JSON")
+                yield where, read_object(line, where)
+            except RecordError as error:
+                yield where, error
+
+
+def read_object(line: bytes, where: str) -> dict[str, Any]:
+    """The JSON object of a line. Raises RecordError: it is no such thing, or says a key twice."""
+    try:
+        value = _DECODER.decode(line.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
+    except RecursionError:
+        raise _too_deep(where) from None
+    except _RepeatedKey as error:
+        raise RecordError(where, f"the key '{error}' stands twice in one object", "Keep one", "repeated key") from None
+    except ValueError as error:
+        if isinstance(error, UnicodeDecodeError) or b"\0" in line:  # NULs: UTF-16 or UTF-32
+            raise RecordError(where, NOT_UTF8, "Convert the file, or correct the line", NOT_UTF8) from None
+        found = f"not valid JSON ({error})"
+        raise RecordError(where, found, "Correct or remove the line", "not JSON") from None
+    if not isinstance(value, dict):
+        found = f"a JSON {type(value).__name__}, not an object"
+        raise RecordError(where, found, "Write one {...} object a line", "not JSON")
+    if line.count(b"[") + line.count(b"{") > DEEPEST and _depth(value) > DEEPEST:
+        raise _too_deep(where)
+    return value
+
+
+class _RepeatedKey(ValueError):
+    """The key."""
+
+
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _RepeatedKey(next(name for name in names if names.count(name) > 1))
+    return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unrepeated)  # kept: json.loads with a hook builds one at every call
+
+
+def _too_deep(where: str) -> RecordError:
+    found = f"lists or objects within each other, more than {DEEPEST} deep"
+    return RecordError(where, found, "Correct or remove the line", "too deep")
+
+
+def _depth(value: Any) -> int:
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        inner = [item for one in level for item in (one.values() if isinstance(one, dict) else one)]
+        level = [item for item in inner if isinstance(item, dict | list)]
+    return depth
 
 
 def _opened(path: Path) -> BinaryIO:

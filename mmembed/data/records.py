@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmembed.content import (
+    Audio,
     Content,
     Document,
     Example,
@@ -24,6 +25,7 @@ from mmembed.content import (
     Task,
     Text,
     Video,
+    lone_surrogate,
     to_content,
 )
 from mmembed.errors import MmembedError, RecordError, nearest
@@ -41,18 +43,19 @@ def parse_record(record: Mapping[str, Any], where: str) -> Example:
         where: `file:line`, for messages and for `Example.where`.
 
     Raises:
-        RecordError: unknown or missing keys, empty texts, values of a wrong type or range, no positive document.
+        RecordError: unknown or missing keys, texts that are empty or not Unicode, values of a wrong type or range, no
+            positive document, or one that is a negative as well.
     """
     _known(record, (*RECORD_KEYS, "where"), where, "the record")
     for key in ("query", "documents"):
         if key not in record:
             raise RecordError(where, f"the record has no '{key}'", f"Add it; a record is {_SHAPE}", "missing key")
     task = _task(record.get("task"), where)
-    query, instruction = record["query"], _string(record, "instruction", where)
+    query, instruction = record["query"], parse_string(record, "instruction", where)
     if isinstance(query, Mapping) and query.get("instruction") is not None:
         if instruction is not None:
             raise RecordError(where, "two instructions, of the record and of the query", "Keep one", "two instructions")
-        instruction = _string(query, "instruction", where)
+        instruction = parse_string(query, "instruction", where)
         query = {key: value for key, value in query.items() if key != "instruction"}
     documents = record["documents"]
     if not isinstance(documents, list) or not documents:
@@ -64,13 +67,14 @@ def parse_record(record: Mapping[str, Any], where: str) -> Example:
         raise RecordError(
             where, "no document has a relevance above 0", "Add a positive or remove the record", "no positive"
         )
+    _unambiguous(parsed, where)
     return Example(
-        query=_content(query, "query", where),
+        query=parse_content(query, "query", where),
         documents=parsed,
         task=task,
         instruction=instruction,
-        source=_string(record, "source", where) or "",
-        id=_string(record, "id", where),
+        source=parse_string(record, "source", where) or "",
+        id=parse_string(record, "id", where),
         where=where,
         labels=_labels(record["labels"], where) if "labels" in record else (),
     )
@@ -84,14 +88,52 @@ def parse_document(record: Mapping[str, Any], where: str) -> Example:
     """
     _known(record, ("query", "instruction", "task", "source", "id", "where"), where, "the document")
     return Example(
-        query=_content(record["query"], "the document", where),
+        query=parse_content(record["query"], "the document", where),
         documents=(),
         task=_task(record.get("task"), where),
-        instruction=_string(record, "instruction", where),
-        source=_string(record, "source", where) or "",
-        id=_string(record, "id", where),
+        instruction=parse_string(record, "instruction", where),
+        source=parse_string(record, "source", where) or "",
+        id=parse_string(record, "id", where),
         where=where,
     )
+
+
+def parse_content(value: Any, key: str, where: str) -> Content:
+    """Reads the content that `key` of a record holds.
+
+    Raises:
+        RecordError: it is unreadable, or has a text that is empty or not Unicode.
+    """
+    try:
+        content = to_content(value)
+    except MmembedError as error:
+        raise RecordError(where, f"{key}: {error}", "Correct or remove the record", "unreadable content") from None
+    for part in content:
+        for text in (part.text,) if isinstance(part, Text) else _references(part):
+            check_unicode(text, key, where)
+        if isinstance(part, Text) and not part.text.strip():
+            raise RecordError(where, f"{key} has an empty text", "Remove the key 'text', or the record", "empty text")
+    return content
+
+
+def parse_string(item: Mapping[str, Any], key: str, where: str) -> str | None:
+    """item[key]; None where it is missing. Raises RecordError: it is no string, or not Unicode."""
+    value = item.get(key)
+    if value is not None and not isinstance(value, str):
+        raise RecordError(
+            where, f"'{key}' is a {type(value).__name__}", "Give a string or remove the key", "not a string"
+        )
+    if value is not None:
+        check_unicode(value, f"'{key}'", where)
+    return value
+
+
+def check_unicode(text: str, key: str, where: str) -> None:
+    """Raises RecordError where a text holds half a surrogate pair, as the JSON escape \\ud800 alone gives it."""
+    lone = None if text.isascii() else lone_surrogate(text)
+    if lone is not None:
+        found = f"{key} is not valid Unicode (a lone surrogate, {lone})"
+        raise RecordError(where, found, "Correct or remove the text", "not Unicode")
 
 
 def is_untrainable_pair(example: Example) -> bool:
@@ -192,6 +234,8 @@ def _labels(value: Any, where: str) -> tuple[tuple[str, ...], ...]:
             "or remove the key",
             "bad labels",
         )
+    for name in (name for path in paths for name in path):
+        check_unicode(name, "a label", where)
     return tuple(tuple(path) for path in paths)
 
 
@@ -213,18 +257,30 @@ def _document(item: Any, key: str, where: str) -> Document:
             where, f"{key}.relevance is {relevance}", "Use 0 for a negative, above 0 for a positive", "bad number"
         )
     score = None if item.get("score") is None else _number(item["score"], f"{key}.score", where)
-    return Document(_content(item["content"], key, where), relevance, score, _string(item, "id", where))
+    return Document(parse_content(item["content"], key, where), relevance, score, parse_string(item, "id", where))
 
 
-def _content(value: Any, key: str, where: str) -> Content:
+def _references(medium: Image | Video | Audio) -> list[str]:
+    """Its paths and URLs."""
+    media = medium.frames if isinstance(medium, Video) else (medium,)
+    return [one.source for one in media if isinstance(one.source, str)]
+
+
+def _unambiguous(documents: Sequence[Document], where: str) -> None:
+    """Raises RecordError where a content, or an id, is both a positive and a negative of the query."""
+    negatives = [document for document in documents if document.relevance == 0]
+    if not negatives or len(negatives) == len(documents):
+        return
+    ids = {document.id for document in negatives} - {None}
     try:
-        content = to_content(value)
-    except MmembedError as error:
-        raise RecordError(where, f"{key}: {error}", "Correct or remove the record", "unreadable content") from None
-    for part in content:
-        if isinstance(part, Text) and not part.text.strip():
-            raise RecordError(where, f"{key} has an empty text", "Remove the key 'text', or the record", "empty text")
-    return content
+        contents = {document.content for document in negatives}
+        for index, one in enumerate(documents):
+            if one.relevance > 0 and (one.id in ids or one.content in contents):
+                what = "id" if one.id in ids else "content"
+                found = f"documents[{index}] is a positive, and its {what} is that of a negative as well"
+                raise RecordError(where, found, "Keep the one that is right", "positive and negative")
+    except TypeError:  # media in memory, which have no hash and which no file has
+        return
 
 
 def _known(item: Mapping[str, Any], keys: tuple[str, ...], where: str, what: str) -> None:
@@ -244,19 +300,13 @@ def _task(value: Any, where: str) -> Task:
     return Task(value)
 
 
-def _string(item: Mapping[str, Any], key: str, where: str) -> str | None:
-    value = item.get(key)
-    if value is not None and not isinstance(value, str):
-        raise RecordError(
-            where, f"'{key}' is a {type(value).__name__}", "Give a string or remove the key", "not a string"
-        )
-    return value
-
-
 def _number(value: Any, key: str, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RecordError(where, f"{key} is {value!r}", "Give a finite number", "bad number")
-    return float(value)
+    try:
+        if not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # an integer beyond float's range
+        pass
+    raise RecordError(where, f"{key} is {value!r:.80}", "Give a finite number", "bad number")
 
 
 def _document_to_json(document: Document) -> dict[str, Any]:

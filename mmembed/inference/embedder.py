@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 from mmembed.backbones.loading import DTYPES
 from mmembed.backbones.packed import ATTENTION_KERNELS, AttentionKernel
 from mmembed.backbones.shared_prefix import Prefix
-from mmembed.content import ContentLike, Role, Text, to_content
+from mmembed.content import ContentLike, Role, Text, lone_surrogate, to_content
 from mmembed.data.collate import Chunk, plan_chunks
 from mmembed.errors import ConfigError, MmembedError, nearest
 from mmembed.inference.cpu import accelerate, cpu_capabilities
@@ -243,12 +243,18 @@ class Embedder:
 
         Args:
             truncate_dim: as given to `encode`; only binary vectors need it, which do not show their dimensions.
+
+        Raises:
+            MmembedError: `a` and `b` differ in their dimensions.
         """
         dim = truncate_dim or self.embedding_size
         if self.model.pooling.multi_vector:
             left, right = [_unit(one, dim) for one in a], [_unit(one, dim) for one in b]
+            _check_widths([*left, *right])
             return np.array([[(x @ y.T).max(axis=1).sum() for y in right] for x in left], dtype=np.float32)
-        similarities: np.ndarray = _unit(a, dim) @ _unit(b, dim).T
+        queries, documents = _unit(a, dim), _unit(b, dim)
+        _check_widths([queries, documents])
+        similarities: np.ndarray = queries @ documents.T
         return similarities
 
     # Batches --------------------------------------------------------------------------------------------------------
@@ -392,6 +398,15 @@ class _Store:
         return self.array if output == "numpy" else torch.from_numpy(self.array)
 
 
+@runtime_checkable
+class _Indexed(Protocol):
+    """A list, an array, a column of a table; no generator, no set."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
 class _naming:
     """Puts the index of the content before the message of an error that passes through."""
 
@@ -409,6 +424,10 @@ class _naming:
 def _check_contents(contents: Any, instruction: str | Sequence[str | None] | None) -> None:
     if isinstance(contents, str | bytes | Mapping):
         raise MmembedError(f"contents: a single {type(contents).__name__}; give a list, encode([content])")
+    if not isinstance(contents, _Indexed):
+        raise MmembedError(
+            f"contents: a {type(contents).__name__}, read by no index; give a list, encode(list(contents))"
+        )
     if not (instruction is None or isinstance(instruction, str)) and len(instruction) != len(contents):
         raise MmembedError(f"instruction: {len(instruction)} instructions for {len(contents)} contents; give one each")
 
@@ -436,7 +455,20 @@ def _item(value: ContentLike, role: Role, instruction: str | None) -> Item:
     if any(isinstance(part, Text) and not part.text.strip() for part in content):  # as of records
         raise MmembedError("an empty text has nothing to embed; leave it out, or drop the content")
     own = value.get("instruction") if isinstance(value, Mapping) else None
-    return Item(content, role, instruction if own is None else own)
+    asked = instruction if own is None else own
+    texts = [part.text for part in content if isinstance(part, Text)]
+    for text in texts if asked is None else [*texts, asked]:
+        lone = lone_surrogate(text)
+        if lone is not None:
+            raise MmembedError(f"a text that is not valid Unicode (a lone surrogate, {lone}); correct it")
+    return Item(content, role, asked)
+
+
+def _check_widths(vectors: Sequence[np.ndarray]) -> None:
+    widths = sorted({one.shape[-1] for one in vectors})
+    if len(widths) > 1:
+        found = " and ".join(map(str, widths))
+        raise MmembedError(f"similarity: vectors of {found} dimensions; encode all of them with the same truncate_dim")
 
 
 def _unit(vectors: Vectors, dim: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from mmembed.content import CONTENT_KEYS
 from mmembed.data.format_base import read_json_lines
-from mmembed.data.records import content_to_json, parse_record
+from mmembed.data.records import check_unicode, content_to_json, parse_content, parse_record, parse_string
 from mmembed.errors import MmembedError, RecordError, nearest
 
 Field = Literal["query", "documents"]
@@ -81,7 +81,7 @@ def media_root(source: str | Path) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def _read_images(folder: Path) -> Iterator[Entry]:
+def _read_images(folder: Path) -> Iterator[Entry | RecordError]:
     files = _image_files(folder)
     if not files:
         raise MmembedError(
@@ -89,7 +89,11 @@ def _read_images(folder: Path) -> Iterator[Entry]:
         )
     for file in files:
         name = file.relative_to(folder).as_posix()
-        yield Entry(name, {"image": name}, str(file))
+        try:
+            check_unicode(name, "the file's name", ascii(str(file)))
+            yield Entry(name, {"image": name}, str(file))
+        except RecordError as error:
+            yield error
 
 
 def _image_files(folder: Path) -> list[Path]:
@@ -141,11 +145,14 @@ def _of_line(row: dict[str, Any], where: str, number: int, has_table: bool) -> E
             )
     content = {key: row[key] for key in CONTENT_KEYS if row.get(key) not in (None, "") and key != "instruction"}
     if row.get("title"):
-        content["text"] = " ".join(filter(None, (row["title"], row.get("text"))))
+        content["text"] = " ".join(filter(None, (parse_string(row, key, where) for key in ("title", "text"))))
     if not content:
         raise RecordError(where, "no text, image, video or audio", "Add one or remove the line", "no content")
+    parse_content(content, "the line", where)
     image = content.get("image")
     if has_table and isinstance(image, str) and "#" not in image and not Path(image).suffix:
         content["image"] = f"images.parquet#{image}"
-    name = row.get("id", row.get("_id", number))
-    return Entry(str(name), content["text"] if content.keys() == {"text"} else content, where, row.get("instruction"))
+    name = str(row.get("id", row.get("_id", number)))
+    check_unicode(name, "the id", where)
+    instruction = parse_string(row, "instruction", where)
+    return Entry(name, content["text"] if content.keys() == {"text"} else content, where, instruction)

@@ -39,7 +39,7 @@ training: {per_device_train_batch_size: 8, max_steps: 3, learning_rate: 1e-2, lo
 """
     )
     common = ["--output", str(folder / "run"), "--config", str(config), "--model", str(family_folder("qwen3_vl"))]
-    assert demo.main([*common, "training.max_stepps=3", "--tasks", *TASKS]) == 2
+    assert demo.main([*common, "data.train.0.path=nowhere", "--tasks", *TASKS]) == 2
     steps = json.loads((folder / "run/steps.json").read_text())
     assert list(steps) == ["before"]
     measured = (folder / "run/before.json").stat().st_mtime_ns

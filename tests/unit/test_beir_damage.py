@@ -26,9 +26,41 @@ def read(folder, on_bad_record, corpus=CORPUS, queries=QUERIES, qrels=QRELS):
 @pytest.mark.parametrize(
     ("damage", "where", "kinds", "left"),
     [
-        ({"corpus": [*CORPUS, "{broken"]}, "corpus.jsonl:3", {"not a document": 1}, 2),
-        ({"corpus": ['["d1"]', *CORPUS]}, "corpus.jsonl:1", {"not a document": 1}, 2),
-        ({"corpus": [*CORPUS[:1], "{broken"]}, "corpus.jsonl:2", {"not a document": 1, "missing document": 1}, 1),
+        ({"corpus": [*CORPUS, "{broken"]}, "corpus.jsonl:3: not valid JSON", {"not JSON": 1}, 2),
+        ({"corpus": ['["d1"]', *CORPUS]}, "corpus.jsonl:1: a JSON list", {"not JSON": 1}, 2),
+        ({"corpus": [*CORPUS[:1], "{broken"]}, "corpus.jsonl:2", {"not JSON": 1, "missing document": 1}, 1),
+        ({"corpus": [*CORPUS, {"text": "no id"}]}, "corpus.jsonl:3: there is no '_id'", {"missing key": 1}, 2),
+        ({"corpus": [*CORPUS, '{"_id": "d3", "x": ' + "[" * 3000]}, "corpus.jsonl:3: lists", {"too deep": 1}, 2),
+        (
+            {"corpus": [CORPUS[0], '{"_id": "d2", "text": "b", "text": "c"}']},
+            "corpus.jsonl:2: the key 'text' stands twice",
+            {"repeated key": 1, "missing document": 1},
+            1,
+        ),
+        (
+            {"corpus": [*CORPUS, {"_id": "d1", "text": "c"}]},
+            "corpus.jsonl:3: a second document with the _id 'd1'",
+            {"repeated id": 1},
+            2,
+        ),
+        (
+            {"queries": [*QUERIES, {"_id": "q1", "text": "z"}]},
+            "queries.jsonl:3: a second query with the _id 'q1'",
+            {"repeated id": 1},
+            2,
+        ),
+        (
+            {"qrels": QRELS + "q3\td1\t1\nq3\td2\t1\nq4\td1\t1\n"},
+            "train.tsv:4: query 'q3' is not in queries.jsonl",
+            {"missing query": 2},
+            2,
+        ),
+        (
+            {"qrels": QRELS + "q1\td1\t0\n"},
+            "train.tsv:4: document 'd1' has the score 0 here and 1 above",
+            {"two scores": 1},
+            1,
+        ),
         ({"qrels": QRELS + "q1 d2 1\n"}, "train.tsv:4: 1 columns", {"not a judgement": 1}, 2),
         ({"qrels": QRELS + "q1\td\xe9\t1\n"}, "train.tsv:4", {"missing document": 1}, 1),
         ({"queries": [*QUERIES, {"text": "no id"}]}, "queries.jsonl:3: there is no '_id'", {"missing key": 1}, 2),
@@ -72,3 +104,11 @@ def test_a_bad_line_is_named_or_counted(tmp_path, damage, where, kinds, left):
     data = read(tmp_path, "skip", **damage)
     assert dict(data.skipped) == kinds
     assert len(data) == left
+
+
+def test_what_is_no_damage(tmp_path):
+    """A judgement twice, and lines that no judgement names."""
+    others = [{"_id": "d3", "text": "c"}, {"_id": "d3", "text": "c"}]
+    queries = [*QUERIES, {"_id": "q3", "text": "z"}]
+    data = read(tmp_path, "raise", corpus=[*CORPUS, *others], queries=queries, qrels=QRELS + "q1\td1\t1.0\n")
+    assert [len(example.documents) for example in data] == [1, 1]

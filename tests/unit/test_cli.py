@@ -233,6 +233,16 @@ def test_bad_entries_are_named_or_skipped(model, photos, lines, tmp_path, capsys
     assert "3 vectors" in (streams := capsys.readouterr()).out and "3 skipped" in streams.out
     assert "outside the media folders" in streams.err
 
+    good = '{"text": "a", "title": "b"}\n'
+    bad = [r'{"text": "bad \ud800 x"}', r'{"text": "a", "id": "\udfff"}', r'{"text": "a", "instruction": "\ud800"}',
+           '{"text": "a", "title": 5}', '{"text": "a", "text": "b"}', '{"text": ' + "[" * 3000]  # fmt: skip
+    lines.write_text(good + "\n".join(bad) + "\n" + good)
+    encode = ["encode", str(lines), "--output", str(tmp_path / "out3"), "--model", str(model)]
+    assert main(encode) == 2
+    assert "corpus.jsonl:2: the line is not valid Unicode (a lone surrogate, \\ud800)" in capsys.readouterr().err
+    assert main([*encode, "--on-bad-record", "skip"]) == 0
+    assert "2 vectors" in (streams := capsys.readouterr()).out and "6 skipped" in streams.out
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),

@@ -65,8 +65,59 @@ def test_overrides_win_and_reach_into_lists():
 
 
 @pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.train.path=x", r"'data.train' is a list of 2; name a place from 0 on, as in data\.train\.0\.path$"),
+        ("data.train.5.weight=2", r"'data.train' is a list of 2; .* as in data\.train\.0\.weight$"),
+        ("training.learning_rate=[1", r"override 'training.learning_rate=\[1': not valid YAML.*; correct the value"),
+        ("training.output_dir=2024-13-45", "not valid YAML: month must be in 1..12; correct the value, or quote it"),
+        ("training.output_dir=" + "[" * 3000, "not valid YAML"),
+    ],
+)
+def test_overrides_that_cannot_be_read(override, message):
+    with pytest.raises(ConfigError, match=message):
+        build_config({"data": {"train": [{"path": "a"}, {"path": "b"}]}}, [override])
+
+
+@pytest.mark.parametrize(
+    ("objective", "meant"),
+    [
+        (["contrastive", {"type": "supcon", "weight": 0.5}], "objective.0"),
+        ({"by_task": {"sts": "cosent"}}, "objective.by_task.sts"),
+        ({"by_source": {"a": "contrastive"}}, "objective.by_source.a"),
+    ],
+    ids=["list", "by_task", "by_source"],
+)
+def test_short_names_of_one_objective_beside_several(objective, meant):
+    with pytest.raises(ConfigError, match=f"'temperature' belongs to one objective.*; write {meant}.temperature for"):
+        build_config({"objective": objective}, ["temperature=0.05"])
+    for tree in ({"mrl_dims": [64], "objective": objective}, {"objective": objective, "mrl_dims": [64]}):
+        with pytest.raises(ConfigError, match=f"write {meant}.matryoshka.dims for"):
+            build_config(tree)
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        (b"1: 2", "the key 1 is no name; known: adapter"),
+        ("model: {name_or_path: caf\xe9}".encode("latin-1"), r"not UTF-8 \(byte 25\); convert the file"),
+        (b"[" * 3000, "not valid YAML"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path, written, message):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(written)
+    with pytest.raises(ConfigError, match=f"run.yaml: {message}"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
     ("tree", "message"),
     [
+        (
+            {"objective": {"by_task": {"sts": "cosent"}, "scale": 2}},
+            "objective: beside 'by_task' stands 'scale'; remove",
+        ),
         ({"adaptor": {}}, "did you mean 'adapter'"),
         ({"adapter": {"rank": 4}}, "unknown key 'adapter.rank'"),
         ({"adapter": {"r": "four"}}, "adapter.r: found 'four'"),

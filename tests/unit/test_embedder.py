@@ -189,6 +189,8 @@ def test_roles_and_instructions(family_folder):
         ({"text": "x", "imgae": "y.png"}, "did you mean 'image'"),
         ({"image": "there-is-none.png"}, "no such file"),
         ([], "an empty list"),
+        ("bad \ud800 x", r"not valid Unicode \(a lone surrogate, \\ud800\)"),
+        ({"text": "x", "instruction": "\udfff"}, r"not valid Unicode \(a lone surrogate, \\udfff\)"),
     ],
 )
 def test_a_bad_content_is_named_by_its_index(embedder, bad, message):
@@ -234,6 +236,21 @@ def test_a_bare_string_is_refused(embedder):
         embedder.encode("not a list")
 
 
+@pytest.mark.parametrize("contents", [(text for text in "ab"), {"a", "b"}, None, 3], ids=lambda one: type(one).__name__)
+def test_what_has_no_order_or_length_is_refused(embedder, contents):
+    with pytest.raises(MmembedError, match=r"contents: a \w+, read by no index; give a list"):
+        embedder.encode(contents)
+
+
+def test_an_array_of_texts_is_taken(embedder):
+    assert len(embedder.encode(np.array(["a", "b"]))) == 2
+
+
+def test_similarity_of_different_dimensions_is_refused(embedder, alone):
+    with pytest.raises(MmembedError, match="similarity: vectors of 32 and 64 dimensions; .*truncate_dim"):
+        embedder.similarity(alone, alone[:, :32])
+
+
 def test_similarity_is_the_cosine_in_every_precision(embedder, contents, alone):
     exact = alone @ alone.T
     np.testing.assert_allclose(embedder.similarity(alone, torch.from_numpy(alone)), exact, atol=1e-5)
@@ -256,6 +273,8 @@ def test_multi_vector_models(family_folder):
     expected = np.array([[sum(max(float(x @ y) for y in b) for x in a) for b in vectors] for a in vectors])
     np.testing.assert_allclose(embedder.similarity(vectors, vectors), expected, rtol=1e-4)
     halved = embedder.encode(texts, truncate_dim=32, output="torch")
+    with pytest.raises(MmembedError, match=f"similarity: vectors of 32 and {embedder.embedding_size} dimensions"):
+        embedder.similarity(vectors, halved)
     assert [tuple(one.shape) for one in halved] == [(len(vectors[0]), 32), (len(vectors[1]), 32)]
 
 

@@ -101,6 +101,21 @@ def test_pictures_in_memory_are_not_written():
         (good(labels=[["hotel", ""]]), "'labels' is"),
         (good(labels=[["hotel", ["book"]]]), "'labels' is"),
         (good(labels=[3]), r"'labels' is \[3\]"),
+        (good(query="bad \ud800 x"), r"query is not valid Unicode \(a lone surrogate, \\ud800\)"),
+        (good(query={"image": "\udfff.png"}), "query is not valid Unicode"),
+        (good(documents=[{"content": {"text": "\ud800"}}]), r"documents\[0\] is not valid Unicode"),
+        (good(instruction="\ud800"), "'instruction' is not valid Unicode"),
+        (good(labels=["\ud800"]), "a label is not valid Unicode"),
+        (good(documents=[{"content": "d", "relevance": 10**400}]), r"relevance is 1000\d*. Give a finite number"),
+        (good(query={"audio": "a.wav", "sampling_rate": float("inf")}), "'sampling_rate' is inf"),
+        (
+            good(documents=[{"content": "d"}, {"content": {"text": "d"}, "relevance": 0}]),
+            r"documents\[0\] is a positive, and its content is that of a negative",
+        ),
+        (
+            good(documents=[{"content": "e", "relevance": 0, "id": "1"}, {"content": "d", "id": "1"}]),
+            r"documents\[1\] is a positive, and its id is that of a negative",
+        ),
     ],
 )
 def test_bad_records_name_place_and_remedy(record, named):
@@ -121,6 +136,45 @@ def test_jsonl_goes_on_after_a_bad_line(tmp_path):
         (f"{path}:2", "not JSON"),
         (f"{path}:3", "not JSON"),
         (f"{path}:5", "unknown key"),
+    ]
+
+
+def test_the_same_document_twice_is_no_contradiction():
+    twice = [{"content": "d"}, {"content": "d", "relevance": 2}, {"content": "e", "relevance": 0}]
+    assert len(parse_record(good(documents=[*twice, twice[2]]), "f:1").documents) == 4
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "found"),
+    [
+        ('{"query": "\xe9"}'.encode("latin-1"), "not UTF-8", "not UTF-8"),
+        ('{"query": "a"}'.encode("utf-16-le") + b"\0", "not UTF-8", "not UTF-8"),
+        (b'{"query": "\xed\xa0\x80"}', "not UTF-8", "not UTF-8"),
+        (b'{"query": "a", "query": "b"}', "repeated key", "the key 'query' stands twice in one object"),
+        (b'{"documents": [{"content": "a", "content": "b"}]}', "repeated key", "the key 'content' stands twice"),
+        (b'{"query": ' + b"[" * 3000 + b"]" * 3000 + b"}", "too deep", "more than 100 deep"),
+        (b'{"query": ' + b"[" * 101 + b"]" * 101 + b"}", "too deep", "more than 100 deep"),
+        (b'{"query": "a",}', "not JSON", "not valid JSON"),
+    ],
+)
+def test_a_line_that_is_no_object(tmp_path, line, kind, found):
+    whole = json.dumps(good(documents=[{"content": {"text": f"d{i}"}} for i in range(60)])).encode()
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + whole + b"\n" + line + b"\n" + whole + b"\n")
+    examples, errors = read("jsonl", path)
+    assert [example.where for example in examples] == [f"{path}:1", f"{path}:3"]
+    assert [(error.where, error.kind) for error in errors] == [(f"{path}:2", kind)]
+    assert found in str(errors[0])
+
+
+def test_a_paragraph_that_is_not_utf8(tmp_path):
+    path = tmp_path / "d.txt"
+    path.write_bytes(b"one\n\ntwo\n\xe9t\xe9\n\nthree\n")
+    records = list(FORMATS.build({"type": "documents"}).read(path))
+    assert [isinstance(one, RecordError) and (one.where, one.kind) for one in records] == [
+        False,
+        (f"{path}:3", "not UTF-8"),
+        False,
     ]
 
 

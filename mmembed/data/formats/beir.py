@@ -2,18 +2,20 @@
 
 One record a judged query: its documents are the judged ones, in the order of the qrels, with their grades; a grade of 0
 is a labelled negative. The corpus is not loaded: only the places of the judged documents are kept (220 bytes a
-document), so the memory follows the judgements and not the corpus.
+document), so the memory follows the judgements and not the corpus; for the same reason an `_id` that stands twice is
+found among the judged ones only.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
-from mmembed.data.format_base import Format, RawRecord, column, existing, read_json_lines
+from mmembed.data.format_base import Format, RawRecord, column, existing, read_json_lines, read_object
 from mmembed.errors import ConfigError, RecordError
+
+Judgement = tuple[str, str, int]  # document id, grade, number of the line
 
 
 class Beir(Format):
@@ -48,43 +50,38 @@ class Beir(Format):
 
     def read(self, path: Path) -> Iterator[RawRecord | RecordError]:
         bad: list[RecordError] = []
-        judged = self._read_qrels(path / "qrels" / f"{self.split}.tsv", bad)
+        qrels = path / "qrels" / f"{self.split}.tsv"
+        judged = _read_qrels(qrels, bad)
         wanted = {document for rows in judged.values() for document, _, _ in rows}
         places = _places(path / "corpus.jsonl", wanted, bad)
         yield from bad
         matched = False
+        found: set[str] = set()  # judged queries
         with (path / "corpus.jsonl").open("rb") as corpus:
             for where, row in read_json_lines(path / "queries.jsonl"):
                 if isinstance(row, RecordError):
                     yield row
                     continue
                 try:
-                    rows = judged.get(str(column(row, "_id", where)), [])
-                    if not rows or not self._wanted(row, where):
+                    query_id = str(column(row, "_id", where))
+                    if query_id not in judged:
+                        continue
+                    if query_id in found:
+                        raise _repeated("query", query_id, where)
+                    found.add(query_id)
+                    if not self._wanted(row, where):
                         continue
                     matched = True
-                    yield self._record(row, rows, places, corpus, path, where)
+                    yield self._record(row, judged[query_id], places, corpus, path, qrels, where)
                 except RecordError as error:
                     yield error
         if not matched:
             chosen = "".join(f", {key} {sorted(values)}" for key, values in self.filters.items())
             raise ConfigError(f"{path}: no query of split '{self.split}'{chosen} has a judged document")
-
-    def _read_qrels(self, path: Path, bad: list[RecordError]) -> dict[str, list[tuple[str, str, str]]]:
-        """Query id -> [(document id, grade, file:line), ...]. Lines that cannot be read go to `bad`."""
-        judged: dict[str, list[tuple[str, str, str]]] = {}
-        with existing(path).open("rb") as file:
-            for number, encoded in enumerate(file, start=1):
-                line = encoded.decode("utf-8", errors="replace")
-                cells = line.rstrip("\r\n").split("\t")
-                if (number == 1 and cells[-1] == "score") or not line.strip():
-                    continue
-                if len(cells) != 3:
-                    remedy = "Write query-id, corpus-id and score, divided by tabs"
-                    bad.append(RecordError(f"{path}:{number}", f"{len(cells)} columns", remedy, "not a judgement"))
-                    continue
-                judged.setdefault(cells[0], []).append((cells[1], cells[2], f"{path}:{number}"))
-        return judged
+        for query_id, rows in judged.items():
+            if query_id not in found:
+                missing = f"query '{query_id}' is not in queries.jsonl"
+                yield RecordError(f"{qrels}:{rows[0][2]}", missing, "Correct the id", "missing query")
 
     def _wanted(self, row: RawRecord, where: str) -> bool:
         return all(column(row, key, where) in values for key, values in self.filters.items())
@@ -92,15 +89,25 @@ class Beir(Format):
     def _record(
         self,
         query: RawRecord,
-        rows: list[tuple[str, str, str]],
+        rows: list[Judgement],
         places: dict[str, tuple[int, int]],
         corpus: BinaryIO,
         folder: Path,
+        qrels: Path,
         where: str,
     ) -> RawRecord:
         documents, table = [], folder / "images.parquet"
-        for document_id, grade, line in rows:
+        grades: dict[str, float] = {}
+        for document_id, grade, number in rows:
+            line = f"{qrels}:{number}"
             relevance = _grade(grade, line)
+            if document_id in grades:
+                before = grades[document_id]
+                if before == relevance:
+                    continue
+                found = f"document '{document_id}' has the score {relevance:g} here and {before:g} above"
+                raise RecordError(line, found, "Keep the one that is right", "two scores")
+            grades[document_id] = relevance
             if relevance == 0 and not self.negatives_from_zero_scores:
                 continue
             if document_id not in places:
@@ -109,8 +116,8 @@ class Beir(Format):
                 )
             offset, number = places[document_id]
             corpus.seek(offset)
-            document = json.loads(corpus.readline())
             what, at = f"document '{document_id}'", f"{folder / 'corpus.jsonl'}:{number}"
+            document = read_object(corpus.readline(), at)
             title, body, image = (_string(document, key, what, at) for key in ("title", "text", "image"))
             shown = None if image == query.get("image") else image
             text = " ".join(part for part in (title, body) if part is not None and part.strip())
@@ -121,6 +128,28 @@ class Beir(Format):
         asked, image = (_string(query, key, "the query", where) for key in ("text", "image"))
         content = _content(asked, image, table)
         return {"query": content, "documents": documents, "id": str(query["_id"]), "where": where}
+
+
+def _read_qrels(path: Path, bad: list[RecordError]) -> dict[str, list[Judgement]]:
+    """Query id -> its judgements. Lines that cannot be read go to `bad`."""
+    judged: dict[str, list[Judgement]] = {}
+    with existing(path).open("rb") as file:
+        for number, encoded in enumerate(file, start=1):
+            line = encoded.decode("utf-8", errors="replace")
+            cells = line.rstrip("\r\n").split("\t")
+            if (number == 1 and cells[-1] == "score") or not line.strip():
+                continue
+            if len(cells) != 3:
+                remedy = "Write query-id, corpus-id and score, divided by tabs"
+                bad.append(RecordError(f"{path}:{number}", f"{len(cells)} columns", remedy, "not a judgement"))
+                continue
+            judged.setdefault(cells[0], []).append((cells[1], cells[2], number))
+    return judged
+
+
+def _repeated(what: str, name: str, where: str) -> RecordError:
+    remedy = "Remove one, or give it an _id of its own"
+    return RecordError(where, f"a second {what} with the _id '{name}'", remedy, "repeated id")
 
 
 def _content(text: str | None, image: str | None, table: Path) -> Any:
@@ -154,15 +183,16 @@ def _places(path: Path, wanted: set[str], bad: list[RecordError]) -> dict[str, t
     offset = 0
     with existing(path).open("rb") as file:
         for number, line in enumerate(file, start=1):
-            try:
-                document_id = str(json.loads(line)["_id"])
-            except (ValueError, KeyError, TypeError) as error:
-                found = f"not an object with an '_id' ({error!r})"
-                if not line.isspace():
-                    bad.append(RecordError(f"{path}:{number}", found, "Correct or remove the line", "not a document"))
-            else:
-                if document_id in wanted:
-                    places[document_id] = offset, number
+            if not line.isspace():
+                where = f"{path}:{number}"
+                try:
+                    document_id = str(column(read_object(line, where), "_id", where))
+                    if document_id in places:
+                        raise _repeated("document", document_id, where)
+                    if document_id in wanted:
+                        places[document_id] = offset, number
+                except RecordError as error:
+                    bad.append(error)
             offset += len(line)
     return places
 

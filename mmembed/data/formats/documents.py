@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from mmembed.data.format_base import COMPRESSED, Format, RawRecord, column, existing, read_json_lines
+from mmembed.content import lone_surrogate
+from mmembed.data.format_base import COMPRESSED, NOT_UTF8, Format, RawRecord, column, existing, read_json_lines
 from mmembed.errors import ConfigError, RecordError
 
 _ENDINGS = (".txt", *(f".jsonl{ending}" for ending in ("", *COMPRESSED)))
@@ -81,14 +82,19 @@ class Documents(Format):
         return " ".join(text for text in texts if text.strip())
 
     @staticmethod
-    def _paragraphs(path: Path) -> Iterator[RawRecord]:
+    def _paragraphs(path: Path) -> Iterator[RawRecord | RecordError]:
         lines: list[str] = []
         first = 0
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8", errors="surrogateescape") as file:
             for number, line in enumerate(itertools.chain(file, [""]), start=1):
                 if line.strip():
                     first = first if lines else number
                     lines.append(line.strip())
                 elif lines:
-                    yield {"query": " ".join(lines), "where": f"{path}:{first}"}
+                    where, text = f"{path}:{first}", " ".join(lines)
                     lines = []
+                    if lone_surrogate(text) is None:
+                        yield {"query": text, "where": where}
+                    else:
+                        remedy = "Convert the file, or correct the paragraph"
+                        yield RecordError(where, f"a paragraph that is {NOT_UTF8}", remedy, NOT_UTF8)
