@@ -28,10 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from mmembed.arguments import Parser
 from mmembed.config import load_config
 from mmembed.errors import ConfigError
+from mmembed.inference.cpu import cpu_capabilities
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = REPOSITORY / "recipes/configs/embedder/demo.yaml"
@@ -40,6 +42,7 @@ TASKS = (
     "openstax-figures", "noto-emoji/en", "story-pages/en", "tech-figures", "vega-charts", "stsb-en",
 )  # fmt: skip
 SAMPLE_SECONDS = 0.25
+BFLOAT16 = ["model.dtype=bfloat16", "training.bf16=true"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -111,7 +114,17 @@ def steps(options: argparse.Namespace) -> dict[str, tuple[str, list[str]]]:
 def overrides(options: argparse.Namespace) -> list[str]:
     """What the training takes beside its configuration."""
     folders = (f"data.root={options.data_root}", f"training.output_dir={options.output / 'embedder'}")
-    return [f"model.name_or_path={options.model}", *folders, *options.overrides]
+    precision = BFLOAT16 if options.config == str(CONFIG) and trains_faster_in_bfloat16() else []
+    return [f"model.name_or_path={options.model}", *folders, *precision, *options.overrides]
+
+
+def trains_faster_in_bfloat16() -> bool:
+    """A GPU does, and a processor with AVX-512's bfloat16 instructions (1.7 times); not one with AMX (.8 times, for so
+    small a model), and one without either emulates it (a twentieth)."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpu = cpu_capabilities()
+    return bool(cpu.get("avx512_bf16")) and not cpu.get("amx_bf16")
 
 
 def run_measured(command: list[str]) -> tuple[int, dict[str, Any]]:
