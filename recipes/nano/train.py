@@ -266,7 +266,7 @@ def drawn_ahead(draw: Draw, start: int, end: int, workers: int) -> DataLoader[An
 
 def _start_worker(worker: int) -> None:
     """A fork has the tokenizer without its threads, and with TOKENIZERS_PARALLELISM=true would wait for them for ever:
-    sights, whose batches tokenize captions, stood still for a GPU's whole lease."""
+    sights, whose batches tokenize captions, made no step."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
