@@ -128,6 +128,8 @@ def to_content(value: ContentLike) -> Content:
 
 def lone_surrogate(text: str) -> str | None:
     """The first half of a surrogate pair that stands alone, escaped: no encoding and no tokenizer takes such a text."""
+    if text.isascii():
+        return None
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -130,7 +130,7 @@ def parse_string(item: Mapping[str, Any], key: str, where: str) -> str | None:
 
 def check_unicode(text: str, key: str, where: str) -> None:
     """Raises RecordError where a text holds half a surrogate pair, as the JSON escape \\ud800 alone gives it."""
-    lone = None if text.isascii() else lone_surrogate(text)
+    lone = lone_surrogate(text)
     if lone is not None:
         found = f"{key} is not valid Unicode (a lone surrogate, {lone})"
         raise RecordError(where, found, "Correct or remove the text", "not Unicode")

@@ -181,9 +181,11 @@ def _unscored(census: Census, part: Objective, group: Group) -> Lack:
 
 def _check_places(dataset: Source, part: Objective, group: Group) -> None:
     """Raises ConfigError where some of a record's positives are drawn, and a part would take one for another."""
+    if not part.by_place:
+        return
     census = dataset.census
     more = census.those(lambda held: held.positives > group.positives)
-    if part.by_place and more.number:
+    if more.number:
         raise ConfigError(
             f"data source '{dataset.name}': {more.number:,} of {census.records:,} records, the first at {more.first}, "
             f"have more than {group.positives} positives; objective '{part.title}' knows each by its place, and of "
