@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from mmembed.content import Video as Video
     from mmembed.errors import MmembedError as MmembedError
     from mmembed.inference.embedder import Embedder as Embedder
-    from mmembed.inference.search import top_k as top_k
     from mmembed.media import MediaLimits as MediaLimits
     from mmembed.media import MediaStore as MediaStore
+    from mmembed.search import top_k as top_k
 
 _HOMES = {
     "Audio": "content",
@@ -37,7 +37,7 @@ _HOMES = {
     "Text": "content",
     "Video": "content",
     "Embedder": "inference.embedder",
-    "top_k": "inference.search",
+    "top_k": "search",
     "EmbedderConfig": "config.blocks",
     "load_config": "config",
     "MediaLimits": "media",

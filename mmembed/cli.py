@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mmembed.inference.sources import Entry
 
 NANO = "mmembed-nano"
-PRECISIONS = ("float32", "float16", "int8", "binary")  # repeated from mmembed.inference.quantize, which loads numpy
+PRECISIONS = ("float32", "float16", "bfloat16", "int8", "binary")  # repeated from mmembed.quantize, which loads numpy
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -160,8 +160,8 @@ def _add_search(subparsers: Any) -> Parser:
 
 def _search(arguments: argparse.Namespace) -> int:
     from mmembed.inference.encoding import ENCODING, check_model, encode_entries, open_collection, read_items, usable
-    from mmembed.inference.search import top_k
     from mmembed.inference.sources import read_entries
+    from mmembed.search import top_k
 
     encoded = (arguments.target / ENCODING).is_file()
     if encoded:

@@ -28,7 +28,7 @@ from mmembed import metrics
 from mmembed.arguments import Parser
 from mmembed.content import Content, Role, Text
 from mmembed.errors import ConfigError, MmembedError
-from mmembed.inference.quantize import truncate
+from mmembed.quantize import truncate
 
 BLOCK = 256  # rows a batch of columns
 

@@ -40,19 +40,21 @@ from mmembed.data.collate import Chunk, plan_chunks
 from mmembed.errors import ConfigError, MmembedError, nearest
 from mmembed.inference.cpu import accelerate, cpu_capabilities
 from mmembed.inference.devices import check_device
-from mmembed.inference.quantize import (
+from mmembed.models.checkpoint import load_checkpoint, save_checkpoint
+from mmembed.models.vision_cache import open_features, uncached
+from mmembed.preprocess import Item, ModelInputs, Preprocessor, Row
+from mmembed.quantize import (
     STORED_DTYPES,
     Precision,
     check_precision,
     decode,
     quantize,
     stored_width,
+    to_array,
+    to_tensor,
     truncate,
     unit_rows,
 )
-from mmembed.models.checkpoint import load_checkpoint, save_checkpoint
-from mmembed.models.vision_cache import open_features, uncached
-from mmembed.preprocess import Item, ModelInputs, Preprocessor, Row
 from mmembed.threads import NARROW, ahead, beside_each_other
 
 if TYPE_CHECKING:
@@ -206,7 +208,7 @@ class Embedder:
                 where torch has a kernel for it (CUDA, bfloat16 or float16) and the backbone is known to allow it.
             truncate_dim: keep the first dimensions (Matryoshka), normalised again where the model normalises.
             output: "numpy" or "torch" (on the CPU).
-            precision: "float32", "float16", "int8" or "binary"; see `mmembed.inference.quantize`.
+            precision: "float32", "float16", "bfloat16", "int8" or "binary"; see `mmembed.quantize`.
             show_progress: None shows a bar in a terminal.
 
         Returns:
@@ -394,8 +396,8 @@ class _Store:
 
     def result(self, output: str) -> Vectors:
         if self.lists is not None:
-            return self.lists if output == "numpy" else [torch.from_numpy(one) for one in self.lists]
-        return self.array if output == "numpy" else torch.from_numpy(self.array)
+            return self.lists if output == "numpy" else [to_tensor(one) for one in self.lists]
+        return self.array if output == "numpy" else to_tensor(self.array)
 
 
 @runtime_checkable
@@ -473,7 +475,7 @@ def _check_widths(vectors: Sequence[np.ndarray]) -> None:
 
 def _unit(vectors: Vectors, dim: int) -> np.ndarray:
     """Encoded vectors of any precision -> (N, E) float32 rows of unit length. `dim`: of binary vectors."""
-    stored = vectors.numpy() if isinstance(vectors, Tensor) else np.asarray(vectors)
+    stored = to_array(vectors)
     if stored.dtype == np.uint8 and stored.shape[-1] != stored_width(dim, "binary"):
         raise MmembedError(
             f"similarity: binary vectors of {stored.shape[-1]} bytes do not have {dim} dimensions; "

@@ -21,9 +21,9 @@ import numpy as np
 from mmembed.content import Role
 from mmembed.errors import MmembedError, RecordError
 from mmembed.inference.embedder import Embedder
-from mmembed.inference.quantize import STORED_DTYPES, Precision, stored_width
-from mmembed.inference.search import open_vectors
 from mmembed.inference.sources import Entry
+from mmembed.quantize import STORED_DTYPES, Precision, stored_width
+from mmembed.search import open_vectors
 from mmembed.staging import put_in_place, staging, sweep
 
 VECTORS, ITEMS, ENCODING = "vectors.npy", "items.jsonl", "encoding.json"

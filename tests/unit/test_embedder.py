@@ -14,8 +14,8 @@ import mmembed.inference.embedder as module
 from mmembed import Embedder
 from mmembed.errors import MmembedError
 from mmembed.inference.cpu import OneDnnLinear, PatchConv3d, accelerate, attend, attend_aligned
-from mmembed.inference.quantize import decode, quantize
 from mmembed.models.embedding_model import EmbedderSettings, build_from_settings
+from mmembed.quantize import decode, quantize
 
 INSTRUCTION = "Find the picture"
 
@@ -144,6 +144,9 @@ def test_truncation_keeps_lengths_of_a_model_that_does_not_normalise(family_fold
 def test_precisions_against_plain_loops(embedder, contents):
     vectors = embedder.encode(contents)
     np.testing.assert_array_equal(embedder.encode(contents, precision="float16"), vectors.astype(np.float16))
+    narrow = embedder.encode(contents, precision="bfloat16", output="torch")
+    assert torch.equal(narrow, torch.from_numpy(vectors).bfloat16())
+    np.testing.assert_array_equal(decode(embedder.encode(contents, precision="bfloat16")), narrow.float().numpy())
     int8 = embedder.encode(contents, precision="int8")
     binary = embedder.encode(contents, precision="binary")
     for row, (vector, whole, bits) in enumerate(zip(vectors, int8, binary, strict=True)):

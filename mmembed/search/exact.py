@@ -1,0 +1,457 @@
+"""Exact top-k search over vectors that need not fit in memory.
+
+The corpus is read block after block (a memory-mapped .npy is never loaded whole) and multiplied with blocks of queries.
+The product only has to say which rows can not be among the best k; those that can are scored again, exactly, at the
+end. So it may be taken in bfloat16, which matrix units (AMX, AVX-512 BF16, GPUs) compute ten times as fast:
+
+    a product x of rounded vectors is within B = |q - q'| |d| + |q'| |d - d'| + rounding of the score s
+    L = k-th best x so far - B is at most the k-th best score
+    a row with x < L - B is not among the best k; every other is kept
+
+|q - q'| is computed, not estimated, so nothing is lost, and ties are exact. Vectors are centred first (q (d - mean)
+ranks as q d does), which makes B small where all vectors point one way, as those of untrained models do. Where still
+too many rows lie within B of the k-th best, the block of queries goes on in float32, whose B is a thousandth; and where
+even that keeps too many, they are scored at once and k of them kept.
+
+Most of a block is below L - B: the largest of each 8 rows is compared with it, not each row, as 16-bit integers
+(positive bfloat16 numbers are ordered as their bits are).
+
+    time    O(Q N E) multiply-adds, plus O(Q k log(N / k)) candidates
+    memory  blocks of scores and of the corpus, one a thread, and O(Q (E + k)); independent of N
+
+Ties are broken by the smaller row. Neither block sizes nor threads nor the precision of the products change anything.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from mmembed.errors import MmembedError, nearest
+from mmembed.search.vectors import PAIRS, Hits, Rows, Similarity, Vectors, check_sizes, score
+from mmembed.threads import ahead, beside_each_other
+
+logger = logging.getLogger(__name__)
+Products = Literal["auto", "bfloat16", "float32"]
+BLOCK_BYTES = 8 << 20  # one block of scores; 8 MB stays in the last cache level while it is compared
+CORPUS_ROWS = 8192  # rows read at a time: large enough for the product's peak rate, 8 MB at 256 dimensions
+GPU_BLOCK_BYTES, GPU_CORPUS_ROWS = 512 << 20, 65536
+DENSE = 64  # where one row in so many is a candidate, a float32 product costs less than scoring them
+GROUP = 8  # rows of the corpus whose largest score is compared
+HIT_GROUPS = 1 << 16  # groups that are looked into at a time
+QUERY_BYTES = 512 << 20  # queries and candidates of a pass over the corpus
+FEW = 64  # queries for which converting the corpus to bfloat16 costs more than it saves
+SMALLEST = 2.0**-126  # matrix units take smaller numbers for 0
+LARGEST = 1e18  # length of a vector: products of two stay finite in float32
+Floats = NDArray[np.float64]
+
+
+def top_k(
+    queries: Vectors,
+    corpus: Vectors,
+    k: int,
+    *,
+    similarity: Similarity = "cosine",
+    dim: int | None = None,
+    corpus_rows: int | None = None,
+    block_bytes: int | None = None,
+    products: Products = "auto",
+    device: str | torch.device = "cpu",
+    show_progress: bool = False,
+) -> Hits:
+    """The k corpus rows most similar to each query, exactly.
+
+    Args:
+        queries: (Q, W) vectors in any precision of `mmembed.quantize`: an array, memory map or tensor, or the path of a
+            .npy file.
+        corpus: (N, W) vectors, likewise. Queries may be float against an int8 or binary corpus.
+        k: how many; at least 1.
+        similarity: "cosine", or "dot" of the decoded vectors.
+        dim: of binary vectors, the dimensions before packing (needed only where it is no multiple of 8).
+        corpus_rows, block_bytes: block sizes; they bound the memory and never change the result.
+        products: precision of the products that find candidates: "auto" is bfloat16 where the device has units for it
+            and there are queries enough. It never changes the result.
+        device: where the products are computed.
+        show_progress: a bar with rate and time left.
+
+    Returns:
+        Hits: scores (Q, k) falling, ties by the smaller row. Where the corpus has fewer than k rows, k is its size.
+
+    Raises:
+        MmembedError: widths differ, k < 1, or a vector that is not finite or too long for float32.
+    """
+    if k < 1:
+        raise MmembedError(f"top_k: k is {k}; give at least 1")
+    if products not in ("auto", "bfloat16", "float32"):
+        raise MmembedError(f"products: there is no '{products}'; {nearest(products, ['auto', 'bfloat16', 'float32'])}")
+    left, right = Rows(queries, similarity, "queries", dim), Rows(corpus, similarity, "corpus", dim)
+    k = min(k, len(right))
+    hits = Hits(np.empty((len(left), k), np.float32), np.empty((len(left), k), np.int64))
+    if not k or not len(left):
+        return hits
+    check_sizes(left.size, right.size)
+    device = torch.device(device)
+    on_cpu = device.type == "cpu"
+    pass_rows = max(1, QUERY_BYTES // (8 * left.size + 16 * _budget(k)))
+    size = corpus_rows or (CORPUS_ROWS if on_cpu else GPU_CORPUS_ROWS)
+    blocks = range(0, len(right), size)
+    passes = range(0, len(left), pass_rows)
+    with tqdm(
+        total=len(passes) * len(right), desc="search", unit=" rows", delay=1.0, disable=not show_progress
+    ) as progress:
+        for first in passes:
+            asked = left.read(first, min(first + pass_rows, len(left)))  # (q, E)
+            narrow = products == "bfloat16" or (products == "auto" and len(asked) >= FEW and has_units(device))
+            block = block_bytes or (BLOCK_BYTES if on_cpu else GPU_BLOCK_BYTES)
+            at = slice(first, first + len(asked))
+            try:
+                found = _Search(asked, right, k, narrow, device, block).run(blocks, progress)
+            except _BoundBroken:
+                if not narrow:
+                    raise MmembedError(
+                        "search: float32 products round more than float32; set torch.backends.fp32_precision to 'ieee'"
+                    ) from None
+                logger.warning("search: bfloat16 products are less exact than they should be here; float32 instead")
+                found = _Search(asked, right, k, False, device, block).run(blocks, progress)
+            hits.scores[at], hits.indices[at] = found
+    return hits
+
+
+def has_units(device: torch.device) -> bool:
+    """Whether bfloat16 products are faster than float32 ones there, and sum in float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return bool((cpu.get("amx_bf16") or cpu.get("avx512_bf16")) and torch.backends.mkldnn.enabled)
+
+
+class _BoundBroken(Exception):
+    """A product is farther from its score than it can be: the device rounds more than it says."""
+
+
+@dataclass
+class _Block:
+    """Rows of the corpus from `start` on, centred: (n, E), and in bfloat16 where that is wanted."""
+
+    start: int
+    plain: Tensor
+    narrow: Tensor | None
+    length: float  # of the longest centred row, at least
+    error: float  # distance of a centred row from its bfloat16 neighbour, at most
+
+
+@dataclass
+class _Part:
+    """Some queries, and the rows that may be among their best. Values are of centred rows, q (d - mean)."""
+
+    queries: NDArray[np.float32]  # (q, E)
+    given: Tensor  # (q, E) as they enter products, bfloat16 or float32
+    length: Floats  # (q,) |q|
+    error: Floats  # (q,) |q - given|
+    offset: Floats  # (q,) q mean
+    bound: Floats = field(init=False)  # (q,) B of the candidates
+    least: Floats = field(init=False)  # (q,) L
+    needed: Floats = field(init=False)  # (q,) what a later row has to reach; a tie loses against the smaller row
+    longest: float = 0.0  # of the rows so far, centred
+    enough: int = 0  # candidates that may wait before they are pruned
+    seen: int = 0  # rows since candidates were settled
+    columns: list[NDArray[np.int64]] = field(default_factory=list)  # of each candidate: its query,
+    rows: list[NDArray[np.int64]] = field(default_factory=list)  # its row,
+    values: list[NDArray[np.float32]] = field(default_factory=list)  # the product
+
+    def __post_init__(self) -> None:
+        count = len(self.queries)
+        self.bound = np.zeros(count)
+        self.least, self.needed = np.full(count, -np.inf), np.full(count, -np.inf)
+
+    @property
+    def narrow(self) -> bool:
+        return self.given.dtype == torch.bfloat16
+
+    @property
+    def waiting(self) -> int:
+        return sum(map(len, self.rows))
+
+    def add(self, columns: NDArray[np.int64], rows: NDArray[np.int64], values: NDArray[np.float32]) -> None:
+        self.columns.append(columns)
+        self.rows.append(rows)
+        self.values.append(values)
+
+    def drain(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+        """All candidates; none are left."""
+        if not self.rows:
+            return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
+        drained = np.concatenate(self.columns), np.concatenate(self.rows), np.concatenate(self.values)
+        self.columns, self.rows, self.values = [], [], []
+        return drained
+
+    def raise_least(self, best: Floats, narrow: bool) -> None:
+        """`best` (q,): k products of other rows each reach it; -inf where there are no k."""
+        rounded = np.abs(best) * 2.0**-8 if narrow else 0.0
+        self.least = np.maximum(self.least, np.where(np.isneginf(best), best, best - rounded - self.bound))
+        self.needed = np.maximum(self.needed, self.least)
+
+    def floor(self, scores: Tensor) -> Tensor:
+        """(q,) in the dtype of `scores` (n, q), rounded down: no product below it is among the best k."""
+        return _rounded_down(self.needed - self.bound, scores.dtype == torch.bfloat16).to(scores.device, scores.dtype)
+
+
+class _Search:
+    """One pass over the corpus with queries (Q, E)."""
+
+    def __init__(
+        self, queries: NDArray[np.float32], corpus: Rows, k: int, narrow: bool, device: torch.device, block_bytes: int
+    ) -> None:
+        self.queries, self.corpus, self.k, self.narrow = queries, corpus, k, narrow
+        self.device, self.block_bytes = device, block_bytes
+        sample = corpus.take(np.arange(0, len(corpus), max(1, len(corpus) // 1024)))
+        with np.errstate(invalid="ignore", over="ignore"):
+            mean = sample.astype(np.float64).mean(axis=0).astype(np.float32)  # (E,)
+        self.mean = mean if np.isfinite(mean).all() else np.zeros_like(mean)
+        self.reach = float(np.linalg.norm(self.mean.astype(np.float64)))
+        # Sums of E products in float32, in any order; GPUs cut bits off where CPUs round.
+        self.rounding = queries.shape[1] * 2.0 ** (-24 if device.type == "cpu" else -21)
+        # Where the caller lets float32 products be rounded, to TF32 or bfloat16, each vector may lose 16 bits.
+        self.loose = 0.0 if torch.get_float32_matmul_precision() == "highest" else 2.0**-7
+        self.buffers: deque[Tensor] = deque()
+
+    def run(self, starts: range, progress: tqdm[Any]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Scores (Q, k) and rows (Q, k)."""
+        threads = torch.get_num_threads()
+        parts = list(self._cut(min(starts.step, len(self.corpus)), threads))
+        workers = min(threads, len(parts)) if self.device.type == "cpu" else 1
+        for block in ahead(starts, partial(self._read, rows=starts.step), 1):
+            if workers > 1:
+                for _ in beside_each_other(parts, partial(self._take, block=block), workers):
+                    pass
+            else:
+                for part in parts:
+                    self._take(part, block)
+            progress.update(len(block.plain))
+        found = list(ahead(parts, self._result, min(threads, len(parts))))
+        return np.concatenate([scores for scores, _ in found]), np.concatenate([rows for _, rows in found])
+
+    def _cut(self, rows: int, threads: int) -> Iterator[_Part]:
+        """Queries in parts whose scores with a block fit; two parts at least a thread."""
+        fit = max(1, self.block_bytes // ((2 if self.narrow else 4) * rows))
+        share = -(-len(self.queries) // (2 * threads)) if self.device.type == "cpu" else fit
+        step = min(fit, max(share, FEW))
+        for first in range(0, len(self.queries), step):
+            queries = self.queries[first : first + step]
+            wide = queries.astype(np.float64)
+            length = np.sqrt((wide * wide).sum(axis=1))  # (q,)
+            _check_length(float(length.max()))
+            given, error = torch.from_numpy(queries), np.zeros(len(queries))
+            if self.narrow:
+                given = given.bfloat16()
+                error = np.sqrt(((wide - given.double().numpy()) ** 2).sum(axis=1))
+            yield _Part(queries, given.to(self.device), length, error, wide @ self.mean.astype(np.float64))
+
+    def _read(self, start: int, rows: int) -> _Block:
+        plain = torch.from_numpy(self.corpus.read(start, min(start + rows, len(self.corpus))) - self.mean)  # (n, E)
+        length = float(torch.linalg.vector_norm(plain, dim=1).max()) * 1.01  # norms in float32, rounded differences
+        _check_length(length)
+        narrow, error = None, 0.0
+        if self.narrow:
+            narrow = plain.bfloat16()
+            error = float(torch.linalg.vector_norm(plain - narrow.float(), dim=1).max()) * 1.01
+            narrow = narrow.to(self.device)
+        return _Block(start, plain.to(self.device), narrow, length, error)
+
+    # Candidates -------------------------------------------------------------------------------------------------------
+
+    def _take(self, part: _Part, block: _Block) -> None:
+        """The rows of a block that may be among the best k of the part's queries become candidates."""
+        part.longest = max(part.longest, block.length)
+        part.bound = np.maximum(part.bound, self._bound(part, block))
+        part.seen += len(block.plain)
+        scores, buffer = self._product(part, block)  # (n, q)
+        maxima = self._maxima(part, scores)  # (G, q)
+        groups, columns = _reach(maxima, part.floor(scores)).nonzero(as_tuple=True)  # (c,) each, groups rising
+        for start in range(0, len(groups), HIT_GROUPS):
+            self._look(
+                part, scores, groups[start : start + HIT_GROUPS], columns[start : start + HIT_GROUPS], block.start
+            )
+            if part.waiting <= min(part.enough, len(part.queries) * _budget(self.k)):
+                continue
+            self._prune(part)
+            part.enough = part.waiting * 3 // 2  # L rises fastest at the start
+            if part.waiting <= len(part.queries) * _budget(self.k) * 3 // 4:
+                continue
+            if part.narrow and part.waiting * DENSE > part.seen * len(part.queries):
+                self._widen(part, block.start)
+                self._keep(buffer)
+                self._take(part, block)
+                return
+            self._settle(part)
+        self._keep(buffer)
+
+    def _bound(self, part: _Part, block: _Block) -> Floats:
+        """(q,) how far a product may be from the score of the centred row."""
+        length = part.length + part.error
+        bound = length * (self.rounding + 2.0**-22) * (part.longest + self.reach)
+        bound += len(self.mean) * SMALLEST * (2 + length + part.longest)
+        if part.narrow:
+            bound += part.error * part.longest + length * block.error
+        else:
+            bound += self.loose * length * part.longest
+        return bound * 1.01
+
+    def _product(self, part: _Part, block: _Block) -> tuple[Tensor, Tensor | None]:
+        """-> scores (n, q), and the buffer that they are in."""
+        right = block.narrow if part.narrow else block.plain
+        assert right is not None, "parts are narrow only in a search that is"
+        if self.device.type == "cuda" and part.narrow:
+            return torch.mm(right, part.given.T, out_dtype=torch.float32), None
+        size = len(right) * len(part.given)
+        buffer = self.buffers.pop() if self.buffers else right.new_empty(0)
+        if buffer.dtype != right.dtype or len(buffer) < size:
+            buffer = right.new_empty(size)
+        return torch.mm(right, part.given.T, out=buffer[:size].view(len(right), -1)), buffer
+
+    def _keep(self, buffer: Tensor | None) -> None:
+        if buffer is not None:
+            self.buffers.append(buffer)
+
+    def _maxima(self, part: _Part, scores: Tensor) -> Tensor:
+        """The largest of each group of rows, (G, q), right where it is above the floor; finds the first floor."""
+        bits = scores.dtype == torch.bfloat16
+        maxima = _group_maxima(scores, bits)
+        if np.isneginf(part.least).any() and len(scores) >= self.k:
+            best = self._kth(scores, maxima)
+            if bits and not best.min() > 0:  # negative numbers are not ordered as their bits are
+                bits, maxima = False, _group_maxima(scores, False)
+                best = self._kth(scores, maxima)
+            part.raise_least(best, scores.dtype == torch.bfloat16)
+        if bits and not (part.floor(scores) > 0).all():
+            maxima = _group_maxima(scores, False)
+        return maxima
+
+    def _kth(self, scores: Tensor, maxima: Tensor) -> Floats:
+        """(q,) numbers that k of the scores reach, each."""
+        among = maxima if len(maxima) >= self.k else scores
+        best: Floats = among.T.float().topk(self.k, dim=1).values[:, -1].double().cpu().numpy()
+        return best
+
+    def _look(self, part: _Part, scores: Tensor, groups: Tensor, columns: Tensor, start: int) -> None:
+        """Adds what is above the floor in these groups (c,) of these columns (c,)."""
+        width = scores.shape[1]
+        places = torch.arange(GROUP, device=scores.device) * width + (groups * (GROUP * width) + columns).unsqueeze(1)
+        there = places < scores.numel()  # (c, GROUP); the last group may be short
+        values = scores.view(-1).take(places if len(scores) % GROUP == 0 else places.clamp(max=scores.numel() - 1))
+        above = values >= part.floor(scores).take(columns).unsqueeze(1)
+        hit = (above & there).view(-1).nonzero().squeeze(1)  # (h,)
+        found = places.view(-1).take(hit).cpu().numpy()
+        part.add(found % width, found // width + start, values.view(-1).take(hit).float().cpu().numpy())
+
+    def _prune(self, part: _Part) -> None:
+        """Raises L to what the candidates say, and drops those below."""
+        columns, rows, values = part.drain()
+        order = np.argsort(_by_column_and_value(columns, values))
+        counts = np.bincount(columns, minlength=len(part.queries))  # (q,)
+        full = np.flatnonzero(counts >= self.k)
+        best = np.full(len(part.queries), -np.inf)
+        best[full] = values[order[(counts.cumsum() - counts)[full] + self.k - 1]]
+        part.raise_least(best, part.narrow)
+        floor = _rounded_down(part.least - part.bound, part.narrow).numpy()
+        kept = values >= floor[columns]
+        part.add(columns[kept], rows[kept], values[kept])
+
+    def _widen(self, part: _Part, start: int) -> None:
+        """The part goes on in float32, from row `start` on."""
+        columns, rows, values = part.drain()
+        before = rows < start
+        part.add(columns[before], rows[before], values[before])
+        part.needed = part.least.copy()  # rows that are found again must not lose against themselves
+        self._settle(part)
+        part.given, part.error = torch.from_numpy(part.queries).to(self.device), np.zeros(len(part.queries))
+        part.bound = np.zeros(len(part.queries))
+
+    def _settle(self, part: _Part) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+        """Scores all candidates and keeps the best k: columns, rows and scores, by column and score."""
+        columns, rows, values = part.drain()
+        order = np.argsort(rows, kind="stable")  # a mapped file is read in one direction
+        columns, rows, values = columns[order], rows[order], values[order]
+        scores = np.empty(len(rows), np.float32)
+        for start in range(0, len(rows), PAIRS):
+            at = slice(start, start + PAIRS)
+            scores[at] = score(part.queries[columns[at]], self.corpus.take(rows[at]))
+        centred = scores - part.offset[columns]
+        if (np.abs(values - centred) > part.bound[columns] + np.abs(values) * 2.0**-8 * part.narrow).any():
+            raise _BoundBroken
+        order = np.lexsort((rows, -scores, columns))
+        counts = np.bincount(columns, minlength=len(part.queries))  # (q,)
+        places = np.arange(len(order)) - (counts.cumsum() - counts)[columns[order]]
+        order = order[places < self.k]
+        columns, rows, scores = columns[order], rows[order], scores[order]
+        part.add(columns, rows, centred[order].astype(np.float32))
+        full = counts >= self.k
+        last = np.full(len(part.queries), -np.inf, np.float32)
+        last[full] = scores[np.minimum(counts, self.k).cumsum()[full] - 1]
+        part.least = np.maximum(part.least, last - part.offset)
+        above = np.where(part.length > 0, np.nextafter(last, np.float32(np.inf)), np.float32(np.inf))
+        part.needed = np.maximum(part.needed, np.where(full, above - part.offset, -np.inf))
+        part.seen = 0
+        return columns, rows, scores
+
+    def _result(self, part: _Part) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        if part.waiting:
+            self._prune(part)
+        _, rows, scores = self._settle(part)
+        return scores.reshape(-1, self.k), rows.reshape(-1, self.k)
+
+
+def _budget(k: int) -> int:
+    """Candidates of a query that may wait before those that fell behind are dropped."""
+    return 2 * k + 128
+
+
+def _check_length(length: float) -> None:
+    if not length <= LARGEST:
+        raise MmembedError("search: products of these vectors leave float32; compare by cosine")
+
+
+def _group_maxima(scores: Tensor, bits: bool) -> Tensor:
+    """(n, q) -> the largest of each GROUP rows, (G, q). By their bits: right where it is positive, else not above 0."""
+    values = scores.view(torch.int16) if bits else scores
+    full = len(values) // GROUP * GROUP
+    maxima = [values[:full].view(-1, GROUP, values.shape[1]).amax(1)]
+    if full < len(values):
+        maxima.append(values[full:].amax(0, keepdim=True))
+    return torch.cat(maxima).view(scores.dtype)
+
+
+def _reach(maxima: Tensor, floor: Tensor) -> Tensor:
+    """(G, q) bool: not below the floor (q,). Positive bfloat16 numbers are compared as integers, which is faster."""
+    if maxima.dtype == torch.bfloat16 and (floor > 0).all():
+        return maxima.view(torch.int16) >= floor.view(torch.int16)
+    return maxima >= floor
+
+
+def _rounded_down(values: Floats, narrow: bool) -> Tensor:
+    """The next float32 (or bfloat16) that is not above: (q,) float32."""
+    rounded = values.astype(np.float32)
+    rounded = np.where(rounded > values, np.nextafter(rounded, np.float32(-np.inf)), rounded)
+    if narrow:
+        bits = rounded.view(np.uint32)
+        rounded = ((bits + np.where(rounded < 0, np.uint32(0xFFFF), np.uint32(0))) & np.uint32(0xFFFF0000)).view(
+            np.float32
+        )
+    return torch.from_numpy(rounded)
+
+
+def _by_column_and_value(columns: NDArray[np.int64], values: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Integers that order by column, then by falling value."""
+    bits = values.view(np.int32).astype(np.int64)
+    rising = np.where(bits < 0, -(bits & 0x7FFFFFFF), bits)  # ordered as the values are
+    return (columns << 33) - rising
