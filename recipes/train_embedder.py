@@ -71,12 +71,14 @@ def train(config: EmbedderConfig) -> dict[str, float]:
     from mmembed.models.continuing import build_for_training, check_trainable, inherit_settings, reads_pictures
     from mmembed.objectives import build_objective
     from mmembed.training.checkpoints import checkpoint_to_resume, how_to_go_on, writing
+    from mmembed.training.launch import check_inherited
     from mmembed.training.lost_worker import naming_lost_workers
     from mmembed.training.preflight import preflight
 
     if not config.data.train:
         raise ConfigError("data.train: there is no source; add one, for example {path: squad-en, format: beir}")
     config = inherit_settings(config)  # a second stage is what the first one was
+    check_inherited(args, config)
     objective = preflight(config)
     resume = checkpoint_to_resume(config, args)
 

@@ -262,7 +262,7 @@ class EmbeddingModel(nn.Module):
         """Pooling, projection, normalisation: hidden states (B, T, H), mask (B, T) -> (B, E) or (B, T, E) float32."""
         vectors = self.pooling(hidden, pool_mask)  # (B, H) or (B, T, H)
         if self.projection is not None:
-            vectors = self.projection(vectors)
+            vectors = self.projection(vectors.to(self.projection.weight.dtype))  # pooling adds in 32 bits
         return F.normalize(vectors.float(), dim=-1) if self.normalize else vectors.float()
 
     def _with_lower(self, run: Callable[[], torch.Tensor]) -> list[torch.Tensor]:

@@ -383,7 +383,7 @@ def refused(config: EmbedderConfig, devices: int) -> dict[str, str]:
     if str(training.arguments.get("optim")) == "sgd":
         found[FSDP2] = "training.optim 'sgd'"
     if config.adapter.type == "qlora":
-        found["ZeRO-3"] = "adapter.type 'qlora', whose packed bytes it cannot divide"
+        found["ZeRO-3"] = "adapter.type 'qlora', whose 4-bit weights it would gather and keep"
     if build_objective(config.objective).teacher_momentum is not None:
         found |= dict.fromkeys(("ZeRO-3", FSDP2), "the objective's teacher, whose weights are whole")
     for key, is_so in (

@@ -152,6 +152,25 @@ def check_launched(args: TrainingArguments, config: EmbedderConfig) -> None:
         )
 
 
+def check_inherited(args: TrainingArguments, config: EmbedderConfig) -> None:
+    """Refuses what the arguments' config did not say: the adapter of a second stage (`inherit_settings`).
+
+    Raises:
+        ConfigError: with what to use instead.
+    """
+    if args.deepspeed_plugin is not None:
+        _refuse_four_bits(config, args.deepspeed_plugin.zero_stage)
+
+
+def _refuse_four_bits(config: EmbedderConfig, stage: int | None) -> None:
+    if config.adapter.type == "qlora" and stage == 3:
+        raise ConfigError(
+            "adapter.type 'qlora' + ZeRO-3: bitsandbytes keeps a gathered 4-bit weight until its backward pass, so "
+            "dividing saves little; they are small, so use recipes/accelerate/zero2.yaml or ddp.yaml, or lora with "
+            "ZeRO-3"
+        )
+
+
 def _check_strategy(config: EmbedderConfig, arguments: Mapping[str, Any]) -> None:
     """Refuses what the strategy of complete arguments cannot do. Raises ConfigError."""
     deepspeed, fsdp = arguments.get("deepspeed") or {}, arguments.get("fsdp")
@@ -163,12 +182,8 @@ def _check_strategy(config: EmbedderConfig, arguments: Mapping[str, Any]) -> Non
                 f"training.deepspeed: the block '{block}' would replace {key}, which knows a rate for each tower; "
                 f"remove the block and set {key}"
             )
-    zero3 = bool(deepspeed) and deepspeed["zero_optimization"].get("stage") == 3
-    if zero3 and config.adapter.type == "qlora":
-        raise ConfigError(
-            "adapter.type 'qlora' + ZeRO-3: 4-bit weights are packed bytes that ZeRO-3 cannot divide; they are "
-            "small, so use recipes/accelerate/zero2.yaml or ddp.yaml, or lora with ZeRO-3"
-        )
+    stage = deepspeed["zero_optimization"].get("stage") if deepspeed else None
+    _refuse_four_bits(config, stage)
     if config.training.grad_cache is False:
         raise ConfigError(
             "training.grad_cache: false keeps the graphs of all chunks, which DeepSpeed and FSDP cannot; write auto (a "
@@ -185,7 +200,7 @@ def _check_strategy(config: EmbedderConfig, arguments: Mapping[str, Any]) -> Non
             f"training.save_only_model with fsdp_config.state_dict_type '{form}': that is how the optimizer's state is "
             "written, and there is none; leave state_dict_type out"
         )
-    if zero3 or fsdp:
+    if stage == 3 or fsdp:
         refuse_divided(build_objective(config.objective))
 
 

@@ -1,13 +1,18 @@
 """Launches that cannot work end with one message, an exit status and no hang: through the real command."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import pytest
+import yaml
 
+from mmembed.config import load_config
+from mmembed.models.embedding_model import settings_of
 from tests.recipes.conftest import backbone, config_file, data  # noqa: F401  (fixtures)
 from tests.runs import ROOT, launch
 
@@ -18,6 +23,21 @@ def test_a_source_smaller_than_the_batch_of_all_processes(config_file):  # noqa:
     """40 records: enough for 25 rows of one process, too few for 50 of two."""
     done = launch("ddp", "--config", str(config_file), "training.per_device_train_batch_size=25", succeeds=False)
     assert "error: data source 'text.jsonl' has 40 rows" in done.stderr and "50" in done.stderr
+    assert "exitcode  : 2" in done.stderr
+
+
+def test_a_second_stage_of_qlora_under_zero3(config_file, tmp_path):  # noqa: F811
+    """The config does not name the adapter, the folder does; it has no weights, so none were read before."""
+    first = tmp_path / "first"
+    first.mkdir()
+    config = load_config(config_file, ["adapter={type: qlora, r: 4}", "model.dtype=auto"])
+    described = {"format": 1, "settings": asdict(settings_of(config))}
+    (first / "mmembed.json").write_text(json.dumps(described))
+    second = yaml.safe_load(config_file.read_text())
+    second |= {"model": {"name_or_path": str(first)}, "adapter": {"dropout": 0.1}}
+    config_file.write_text(yaml.safe_dump(second))
+    done = launch("zero3", "--config", str(config_file), succeeds=False)
+    assert "error: adapter.type 'qlora' + ZeRO-3: bitsandbytes keeps" in done.stderr
     assert "exitcode  : 2" in done.stderr
 
 

@@ -1,6 +1,6 @@
 """Two processes under each shipped strategy follow the trajectory of one, through the real command.
 
-Chunks (one, many), adapter (LoRA, full), accumulation and clipping are crossed with the strategies; `python -m
+Chunks (one, many), adapter (LoRA, full, QLoRA), accumulation and clipping are crossed with the strategies; `python -m
 benchmarks.equivalence` runs all combinations. AdamW with an epsilon of 1, which is gradient descent with a state to
 resume: the usual one hides a factor in a gradient, and turns rounding into steps where a gradient is nearly zero.
 """
@@ -10,6 +10,7 @@ import shutil
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file
 
 from mmembed.models.checkpoint import load_checkpoint
@@ -23,8 +24,10 @@ PLAIN = ["training.adam_epsilon=1", "training.learning_rate=1e-2", "training.lr_
 LORA = ["adapter.dropout=0.0"]
 HEADS = ["pooling={type: latent_attention, num_latents: 4}", "projection=16"]
 FULL = ["adapter={type: none}"]
+QLORA = ["adapter.type=qlora", "adapter.dropout=0.0", "model.dtype=auto"]
 CAPTIONS = ["objective=[{type: infonce, temperature: 0.1}, {type: captioning, weight: 0.5, sides: both}]"]
-MANY, TWICE = ["training.token_budget=64"], ["training.gradient_accumulation_steps=2"]
+MANY, WHOLE = ["training.token_budget=64"], ["training.token_budget=100000"]
+TWICE = ["training.gradient_accumulation_steps=2"]
 LAYERS = ["objective={type: infonce, temperature: 0.1, matryoshka: {layers: [1, -1], kl_weight: 0}}"]
 CASES = {
     "ddp": ("every process holds the whole model", [*LORA, *MANY, "training.max_grad_norm=0"]),
@@ -46,6 +49,13 @@ CASES = {
     "fsdp2 layers": (
         "FSDP2 divides optimizer state, gradients, weights",
         [*FULL, *MANY, *LAYERS, "training.max_grad_norm=0"],
+    ),
+    # 4-bit weights that evaluating repacks would lose gradients in the third step.
+    "ddp qlora": ("every process holds the whole model", [*QLORA, *MANY, *TWICE, "training.max_grad_norm=0"]),
+    "zero1 qlora": ("DeepSpeed ZeRO-1 divides optimizer state", [*QLORA, *TWICE, "training.max_grad_norm=0"]),
+    "fsdp2 qlora": (
+        "FSDP2 divides optimizer state, gradients, weights",
+        [*QLORA, *HEADS, *MANY, *TWICE, "training.max_grad_norm=0"],
     ),
     # Its output embedding is the input's, which ZeRO-3 divides and gathers for a use outside of its own module.
     "zero3 captioning": (
@@ -92,9 +102,10 @@ def gradient_norms(folder):
 def test_one_trajectory(config_file, backbone, tmp_path, strategy):  # noqa: F811
     """The same losses, dev scores, best checkpoint and weights; resumed from the middle, the same once more."""
     says, case = CASES[strategy]
-    assert main([*run_of(config_file, tmp_path, "one", 8), *case]) == 0
-    arguments = [*run_of(config_file, tmp_path, "two", 4), *case]
     launched, _, variant = strategy.partition(" ")
+    chunks = WHOLE if variant == "qlora" else []  # one process in the fewest chunks, two in many
+    assert main([*run_of(config_file, tmp_path, "one", 8), *case, *chunks]) == 0
+    arguments = [*run_of(config_file, tmp_path, "two", 4), *case]
     if launched == "zero1":  # its weights are whole: no process has to run the vision tower because another does
         arguments += [f"training.vision_cache={tmp_path / 'features'}"]
     done = launch(launched, *arguments)
@@ -112,6 +123,7 @@ def test_one_trajectory(config_file, backbone, tmp_path, strategy):  # noqa: F81
         torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-4, msg=name)
     model, _ = load_checkpoint(two)
     assert all(parameter.numel() for parameter in model.parameters())
+    assert any(isinstance(module, Linear4bit) for module in model.modules()) == (variant == "qlora")
     if launched in ("ddp", "zero2") or variant == "clipped":  # resuming is that of one process, and that of ZeRO-1
         return
     for file in (two / "checkpoint-2").rglob("*model_states.pt"):

@@ -318,9 +318,10 @@ def test_vectors_are_recorded_by_verification_where_saving_could_not(family_fold
     assert check_recorded(tmp_path / "saved", model, preprocessor) == 0
 
 
-def test_vectors_of_an_engine_in_half_precision_are_held_to_that(family_folder, tmp_path) -> None:
+@pytest.mark.parametrize("projection", [None, 16])
+def test_vectors_of_an_engine_in_half_precision_are_held_to_that(family_folder, tmp_path, projection) -> None:
     """As FSDP2 in bf16 gives them of 32-bit weights: further from these than 1e-3, and no damage."""
-    model, preprocessor = trained(family_folder("qwen3"))
+    model, preprocessor = trained(family_folder("qwen3"), projection=projection)
     model.float()
     save_checkpoint(tmp_path / "saved", model, preprocessor, state_dict=model.state_dict())
     ours = vectors_of(copy.deepcopy(model).bfloat16(), preprocessor).float()
