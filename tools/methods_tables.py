@@ -27,6 +27,7 @@ from eval.claims.declaration import read_claims
 from mmembed.data.format_base import FORMATS
 from mmembed.data.pair_base import PAIR_MAKERS
 from mmembed.losses import LOSSES, Loss
+from mmembed.mining import MINERS
 from mmembed.objectives import OBJECTIVES, Objective, build_objective
 from mmembed.pooling import POOLINGS
 from mmembed.prompts import PROMPTS
@@ -49,11 +50,15 @@ EXAMPLES = {  # options without which there is nothing to build, and papers' set
     "hydra": {"classes": ["card_arrival", "age_limit"]},
     "negative_queue": {"momentum": 0.995},
     "soft_labels": {"vectors": "labels.enc"},
+    "threshold": {"most": 0.8},
     "tcl": {"momentum": 0.995, "alpha": 0.4, "size": 65536},
 }
 
 NO_PAPER = {
     "contrastive": "a frame for losses, each of which has its own",
+    "top_k": "as old as retrieval",
+    "random_fill": "a plain draw",
+    "cluster_diverse": "a plain rule",
     "chat": "the turns are those of the backbone's own template",
 }
 
@@ -73,6 +78,7 @@ FAMILIES = {
     "losses": Family(LOSSES, "objective", "Losses"),
     "objectives": Family(OBJECTIVES, "objective", "Objectives"),
     "pair_makers": Family(PAIR_MAKERS, "pairs", "Makers of pairs"),
+    "miners": Family(MINERS, "rules", "Rules of mining"),
     "formats": Family(FORMATS),
 }
 

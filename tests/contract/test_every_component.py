@@ -22,6 +22,7 @@ from mmembed.data.format_base import FORMATS
 from mmembed.data.pair_base import PAIR_MAKERS
 from mmembed.errors import ConfigError
 from mmembed.losses import LOSSES, Loss, Scores
+from mmembed.mining import MINERS
 from mmembed.models.checkpoint import load_checkpoint, save_checkpoint
 from mmembed.objectives import OBJECTIVES
 from mmembed.pooling import POOLINGS
@@ -46,7 +47,7 @@ LOSS_CLASSES = {**LOSSES.classes(), "docs/extend.md": documented_loss()}
     ("registry", "name"),
     [
         (registry, name)
-        for registry in (POOLINGS, LOSSES, OBJECTIVES, PROMPTS, FORMATS, PAIR_MAKERS)
+        for registry in (POOLINGS, LOSSES, OBJECTIVES, PROMPTS, FORMATS, PAIR_MAKERS, MINERS)
         for name in registry.classes()
     ],
     ids=lambda value: value if isinstance(value, str) else value.package,

@@ -32,8 +32,6 @@ LOSS, GRADIENT = "loss", "gradient of "
 
 # (slug, how the entry's name begins) -> why no case computes it
 NOT_COVERED = {
-    ("topk-percpos", ""): "a filter of mined negatives, which is not built",
-    ("saha", "self-aware sampling"): "a sampler of batches that is not built; the loss is",
     ("gmr", ""): "a loss of a reranker's yes and no logits, which is not built",
     ("blockrank", ""): "an in-context reranker, which is not built",
     (
@@ -49,7 +47,6 @@ NOT_COVERED = {
     ("model-soups", ""): "a merge of checkpoints, which is not built",
     ("atlas", ""): "a merge of checkpoints, which is not built",
     ("gda", ""): "a closed-form classifier, which is not built",
-    ("mcl", ""): "a sampler of batches that is not built",
 }
 
 
@@ -113,7 +110,7 @@ def golden(slug: str, by: str | Callable[[Entry], str], *names: str, trains: boo
 
 def every_case() -> list[Case]:
     """In the order of the file."""
-    from tests.golden import contrastive, scores, single, vectors  # noqa: F401  (they declare)
+    from tests.golden import contrastive, mining, scores, single, vectors  # noqa: F401  (they declare)
 
     order = [id(entry) for entries in GOLDEN.values() for entry in entries]
     return sorted(_CASES, key=lambda case: order.index(id(case.entry)))

@@ -16,6 +16,7 @@ from mmembed.data.dataset import RecordDataset, locate, media_store
 from mmembed.data.format_base import FORMATS
 from mmembed.data.pair_base import PAIR_MAKERS
 from mmembed.data.records import parse_record
+from mmembed.mining import MINERS
 from mmembed.objectives import build_objective
 from mmembed.pooling import POOLINGS
 from mmembed.prompts import PROMPTS
@@ -51,7 +52,7 @@ def test_the_line_of_yaml_of_every_method_is_its_defaults(page):
             built = build_objective([*beside, block | folder] if beside else block | folder, embedding_size=256)
             assert normalize is not built.wants_lengths  # which the preflight holds against each other
         else:
-            registry = {"pooling": POOLINGS, "prompt": PROMPTS, "pairs": PAIR_MAKERS}[key]
+            registry = {"pooling": POOLINGS, "prompt": PROMPTS, "pairs": PAIR_MAKERS, "rules": MINERS}[key]
             given = {"hidden_size": 64} if key == "pooling" else {}
             registry.build(block, **given)
 

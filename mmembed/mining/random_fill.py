@@ -1,0 +1,52 @@
+"""Random rows of the corpus where too few candidates are left.
+
+    P(c) = 1 / N for any row c that is no known positive, no candidate, and no copy of one of them
+
+Candidates that filters removed are suspected positives, so none of them comes back. Rows are drawn until one is
+allowed; from a corpus in which hardly any is, in the order of a random permutation.
+
+When: every record needs the same number of negatives.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmembed.mining import Candidates, Miner, Rows, uniform
+
+DRAWS = 64  # before all rows of the corpus are tried
+
+
+class RandomFill(Miner):
+    """Random rows of the corpus where too few candidates are left."""
+
+    name = "random_fill"
+    role = "fill"
+
+    def fill(self, candidates: Candidates, chosen: Rows, seed: int) -> Rows:
+        filled = chosen.copy()
+        for query in np.flatnonzero((chosen < 0).any(axis=1)):
+            places = np.flatnonzero(chosen[query] < 0)
+            barred = np.concatenate([candidates.rows[query], candidates.positives[query]])
+            known = set(candidates.content(barred[barred >= 0]).tolist())
+            key, numbers = candidates.keys[query : query + 1], np.arange(DRAWS + len(places))[None]
+            order = (uniform(seed + 1, key, numbers)[0] * candidates.corpus).astype(np.int64)
+            drawn = _allowed(candidates, order, known, len(places))
+            if len(drawn) < len(places):
+                order = np.argsort(uniform(seed + 2, key, np.arange(candidates.corpus)[None])[0])
+                drawn += _allowed(candidates, order, known, len(places) - len(drawn))
+            filled[query, places[: len(drawn)]] = drawn
+        return filled
+
+
+def _allowed(candidates: Candidates, order: NDArray[np.int64], known: set[int], count: int) -> list[int]:
+    """The first `count` rows of `order` of a content that is not known; theirs becomes known."""
+    drawn: list[int] = []
+    for row, content in zip(order.tolist(), candidates.content(order).tolist(), strict=True):
+        if len(drawn) == count:
+            break
+        if content not in known:
+            drawn.append(row)
+            known.add(content)
+    return drawn
