@@ -29,7 +29,8 @@ from mmembed.arguments import Parser
 from recipes.nano import card, data, evaluate
 from recipes.nano.batches import PairData, PictureData, TextData
 from recipes.nano.model import HIDDEN, MEANING, build_model, build_processor, export, token_table
-from recipes.nano.teacher import principal_basis, project, speak_tokens, teacher_vectors
+from recipes.nano.spans import SpanData
+from recipes.nano.teacher import Judge, Teacher, principal_basis, project, speak_tokens, teacher_vectors
 from recipes.nano.tokenizer import load_or_train_tokenizer
 from recipes.nano.train import Data, chosen_plan, learn_language, learn_sights, learn_together, learn_words
 
@@ -51,8 +52,10 @@ def main() -> None:
     pictures = data.train_pictures(options.data_root)
     logger.info("%d texts, %d pictures", len(texts), len(pictures))
 
-    # -- 2. its tokenizer
+    # -- 2. its tokenizer, of the shared texts; then the code that every Python brings along
     tokenizer = load_or_train_tokenizer(work / "tokenizer", texts, plan.vocabulary, plan.seed)
+    functions = data.python_pairs()
+    texts += data.python_texts(functions)
 
     # -- 3. the teacher's vectors of all English texts, in the directions that carry most
     taught = sorted({t.teacher for t in texts if t.teacher})
@@ -65,11 +68,13 @@ def main() -> None:
     # -- 4. batches
     text_data = TextData(texts, tokenizer, vectors, rows)
     pair_data = PairData(
-        data.train_pairs(options.data_root), data.train_passages(options.data_root), tokenizer, text_data
+        data.train_pairs(options.data_root) + functions, data.train_passages(options.data_root), tokenizer, text_data
     )
     processor = build_processor(tokenizer)
     picture_data = PictureData(options.data_root, work, pictures, tokenizer, processor, vectors, rows)
-    learnable = Data(text_data, pair_data, picture_data)
+    teacher = Teacher(device)
+    spans = SpanData(texts, tokenizer, teacher.tokenizer, text_data)
+    learnable = Data(text_data, pair_data, picture_data, spans, Judge(teacher, basis, HIDDEN))
 
     # -- 5. it learns to see, in a process of its own
     model = build_model(tokenizer, plan.seed)

@@ -30,6 +30,8 @@ SOURCE_WEIGHT = {
     "tech-figures": 3.0,
     "vega-charts": 3.0,
     "openstax-figures": 2.0,
+    "mbpp": 4.0,  # the only task descriptions and short programs there are
+    "odex": 4.0,
 }
 PREFIXES = (
     "Instruct: Given a question, retrieve passages that answer it.\nQuery: ",

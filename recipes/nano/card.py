@@ -22,6 +22,7 @@ LICENCES = {
     "MIT": "dbpedia-entity",
     "BSD-3-Clause": "vega-charts",
     "Unicode-3.0": "noto-emoji names and keywords",
+    "PSF-2.0": "Python's standard library: functions and their docstrings, of the Python that ran the recipe",
     "The Unlicense (public domain)": "recipes",
 }
 
@@ -49,12 +50,12 @@ texts up to 256 tokens, bare or after `Instruct: ...\\nQuery: `, pictures of {vi
    principal directions, weighted by smooth inverse frequency; {word_steps:,} steps bring plain averages of tokens
    towards the teacher's vectors of {taught:,} train texts (and of the English side of their translations), sentences
    towards the paragraphs they come from (squad-en, openstax-text, medquad), and train queries towards their documents
-   ({pair_sets}).
+   ({pair_sets}). {spans}
 3. Sights, beside words and language: {sight_steps:,} steps bring the mean visual token of a train picture towards the
    teacher's vector of its caption.
 4. Language: {language_steps:,} steps of next-token prediction and of the same distillation, now of the mean last
-   hidden state; three steps in ten take queries and documents instead. The output matrix is not tied to the token
-   table.
+   hidden state{span_steps}; three steps in ten take queries and documents instead. The output matrix is not tied to
+   the token table.
 5. Together: {together_steps:,} steps of both, and of pictures and captions through the blocks. {seen:,} positions in
    steps 4 and 5.
 
@@ -85,6 +86,10 @@ token on running text of articles and sections that were kept out of training.
 English first. Other languages are present but weak. Pictures: a few thousand were seen. Do not use it for decisions
 about people.
 """
+
+SPANS = """A share of {share:g} of the steps over texts
+   takes spans of 2 to 120 words from anywhere in the English train texts, half of them with a fifth of the words
+   exchanged for others; the teacher reads each as it is drawn."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,9 @@ def render(built: Built, results: dict[str, float]) -> str:
         together_steps=plan.together_steps,
         taught=built.taught,
         seen=built.seen,
-        pair_sets=", ".join(PAIR_SETS),
+        pair_sets=f"{', '.join(PAIR_SETS)}, and docstrings of Python's own library with their functions",
+        spans=SPANS.format(share=plan.span_share) if plan.span_share else "",
+        span_steps=" of texts and spans" if plan.span_share else "",
         plan=", ".join(f"{k}={v}" for k, v in asdict(plan).items()),
         licences="\n".join(f"| {licence} | {sets} |" for licence, sets in LICENCES.items()),
         numbers="\n".join(f"| {name} | {value} |" for name, value in results.items()),

@@ -10,9 +10,11 @@ Hygiene: a dev query is never read here, and a document or picture that is relev
 (`squad` and `xquad` by article, OpenStax by section). Those documents give the text on which perplexity is reported.
 """
 
+import ast
 import io
 import json
 import re
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,9 @@ SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z“\"(])")
 XQUAD_LANGUAGES = ("ar", "de", "el", "es", "hi", "ro", "ru", "th", "tr", "vi", "zh")
 # none of the demo's sets: there, fine-tuning has to show its worth
 PAIR_SETS = ("medquad", "tldr-commands", "dbpedia-entity", "recipes")
+PYTHON_SOURCE = "python-stdlib"
+NO_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "idle_test"}
+SHORTEST_DOCSTRING, LONGEST_FUNCTION = 20, 1500  # characters
 LEAST_SENTENCES = 3  # of a passage
 PICTURE_SETS = ("noto-emoji", "story-pages", "openstax-figures", "tech-figures", "vega-charts")
 
@@ -225,6 +230,34 @@ def _foreign_units(root: Path) -> Iterator[Text]:
 
 
 # ------------------------------------------------------------------------------------------ pairs and passages
+def python_pairs() -> list[Pair]:
+    """Functions of Python's own library: what the docstring's first paragraph says, and the code without it."""
+    library = Path(sysconfig.get_path("stdlib"))
+    pairs: list[Pair] = []
+    for path in sorted(library.rglob("*.py")):
+        if not NO_LIBRARY.intersection(path.relative_to(library).parts):
+            try:
+                tree = ast.parse(path.read_text(encoding="utf-8"))
+            except (SyntaxError, UnicodeDecodeError):
+                continue
+            pairs += _documented_functions(tree, str(path.relative_to(library)))
+    return pairs
+
+
+def python_texts(pairs: list[Pair]) -> list[Text]:
+    return [_english(text, PYTHON_SOURCE) for pair in pairs for text in (pair.query, pair.document)]
+
+
+def _documented_functions(tree: ast.Module, path: str) -> Iterator[Pair]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and len(node.body) > 1 and (docstring := ast.get_docstring(node)):
+            said = " ".join(docstring.split("\n\n")[0].split())
+            del node.body[0]
+            code = ast.unparse(node)
+            if len(said) >= SHORTEST_DOCSTRING and len(code) <= LONGEST_FUNCTION:
+                yield Pair(said, code, PYTHON_SOURCE, f"{path}:{node.lineno}")
+
+
 def train_pairs(root: Path) -> list[Pair]:
     """English train queries with each document that answers them, unless that belongs to dev queries alone."""
     pairs = []

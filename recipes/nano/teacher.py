@@ -45,11 +45,29 @@ class Teacher:
         vectors = np.empty((len(texts), DIMENSIONS), np.float16)
         for rows in _batches([len(ids) for ids in encoded], TOKENS_PER_BATCH[self.device.type]):
             inputs = self.tokenizer.pad({"input_ids": [encoded[r] for r in rows]}, return_tensors="pt").to(self.device)
-            hidden = self.model(**inputs).last_hidden_state.float()  # (B, T, 384)
-            mask = inputs["attention_mask"].unsqueeze(-1).float()
-            pooled = (hidden * mask).sum(1) / mask.sum(1)
-            vectors[rows] = torch.nn.functional.normalize(pooled, dim=-1).half().cpu().numpy()
+            vectors[rows] = self.read(inputs["input_ids"], inputs["attention_mask"]).half().cpu().numpy()
         return vectors
+
+    def read(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """(B, 384) float32 unit vectors of right-padded tokens (B, T)."""
+        hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()  # (B, T, 384)
+        weight = mask.unsqueeze(-1).float()
+        return torch.nn.functional.normalize((hidden * weight).sum(1) / weight.sum(1), dim=-1)
+
+
+class Judge:
+    """The teacher beside the student: vectors of token ids in its principal directions."""
+
+    def __init__(self, teacher: Teacher, basis: np.ndarray, dimensions: int) -> None:
+        self.teacher, self.basis = teacher, torch.from_numpy(basis).to(teacher.device)
+        self.missing = dimensions - basis.shape[1]
+
+    @torch.no_grad()
+    def vectors(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """(B, dimensions) unit rows, zero beyond the basis, of right-padded `ids` (B, T)."""
+        mask = torch.arange(ids.shape[1], device=ids.device) < lengths.unsqueeze(1)
+        projected = torch.nn.functional.normalize(self.teacher.read(ids, mask.long()) @ self.basis, dim=-1)
+        return torch.nn.functional.pad(projected, (0, self.missing))
 
 
 def _batches(lengths: list[int], tokens: int) -> Iterator[list[int]]:

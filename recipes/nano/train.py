@@ -6,8 +6,8 @@ words     the token table alone, blocks skipped: plain averages of tokens agains
 sights    the vision tower alone, blocks skipped: the mean visual token against the teacher's vector of the caption,
           among all captions of the set (as LiT, Zhai et al. 2022: the text side is locked).
 language  the blocks, the token table and the output matrix: the next token of every position, and the mean of the last
-          states against the teacher or, in some steps, queries against documents. It needs no picture, so sights run
-          beside it, a process each.
+          states against the teacher or, in some steps, queries against documents, or spans of any words against the
+          teacher, which then reads along (spans.py). It needs no picture, so sights run beside it, a process each.
 together  everything: texts as in `language`, pictures through the blocks against their captions' vectors, and captions
           word by word after their picture.
 
@@ -38,6 +38,8 @@ from transformers import Qwen3VLForConditionalGeneration
 from mmembed.errors import nearest
 from recipes.nano.batches import PairBatch, PairData, PictureBatch, PictureData, TextBatch, TextData
 from recipes.nano.model import MERGE, choose_picture_kernel
+from recipes.nano.spans import SpanBatch, SpanData
+from recipes.nano.teacher import Judge
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ Parts = dict[str, torch.Tensor]
 Draw = Callable[[int], Any]  # step -> its batch, on the CPU
 LossOf = Callable[[Any], tuple[torch.Tensor, Parts, int]]  # batch -> loss, what to log, positions seen
 OnSave = Callable[[int], None]
+Reading = TextBatch | PairBatch | SpanBatch
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Plan:
     together_pictures: int = 48
     together_sight_share: float = 0.35  # of steps
     pair_share: float = 0.3  # of the steps with text in the stages after words
+    span_share: float = 0.0  # of the other steps with text, in every stage: the teacher costs more than a CPU's student
     word_rate: float = 5e-2  # of the token table (RMS 1)
     sight_rate: float = 4e-3  # of matrices, Muon
     language_rate: float = 1e-3  # the same: 4e-3 lost what the words stage had learned
@@ -91,6 +95,7 @@ class Plan:
 
 
 GPU_PLAN = Plan(
+    span_share=0.6,
     word_texts=4096,
     word_pairs=1024,
     word_steps=2000,
@@ -124,6 +129,7 @@ WORKERS = {"cpu": 0, "cuda": 8}  # that draw batches ahead
 STAGES = ("words", "sights", "language", "together")
 CHECKPOINT_SECONDS = 150.0
 LOGGED_STEPS = 50
+TOKENS_A_TEXT = 24  # of the spans in the words stage
 
 
 @dataclass
@@ -131,6 +137,21 @@ class Data:
     text: TextData
     pairs: PairData
     pictures: PictureData
+    spans: SpanData
+    judge: Judge  # of spans
+
+    def drawn_spans(self, seed: int, step: int, tokens: int, plan: Plan) -> SpanBatch | None:
+        """The step's spans, where it is one of the plan's share."""
+        if np.random.default_rng([seed, step, 9]).random() < plan.span_share:
+            return self.spans.batch(seed, step, tokens)
+        return None
+
+    def judged(self, batch: TextBatch | SpanBatch) -> TextBatch:
+        """The texts, with the teacher's vectors of spans as it reads them now."""
+        if isinstance(batch, TextBatch):
+            return batch
+        known = torch.arange(len(batch.lengths), device=batch.lengths.device)
+        return replace(batch.texts, known=known, teacher=self.judge.vectors(batch.asked, batch.lengths))
 
 
 # --------------------------------------------------------------------------------------------------- stages
@@ -139,17 +160,18 @@ def learn_words(model: Qwen3VLForConditionalGeneration, data: Data, plan: Plan, 
     language = model.model.language_model
     optimizer = torch.optim.Adam([language.embed_tokens.weight], lr=plan.word_rate)
 
-    def draw(step: int) -> tuple[TextBatch, PairBatch, PairBatch]:
+    def draw(step: int) -> tuple[TextBatch | SpanBatch, PairBatch, PairBatch]:
         seed = plan.seed + 1
+        spans = data.drawn_spans(seed, step, TOKENS_A_TEXT * plan.word_texts, plan)
         return (
-            data.text.mixed(seed, step, plan.word_texts),
+            spans or data.text.mixed(seed, step, plan.word_texts),
             data.pairs.batch(seed, step, size=plan.word_pairs),
             data.pairs.cloze(seed, step, size=plan.word_pairs),
         )
 
-    def loss_of(batch: tuple[TextBatch, PairBatch, PairBatch]) -> tuple[torch.Tensor, Parts, int]:
+    def loss_of(batch: tuple[TextBatch | SpanBatch, PairBatch, PairBatch]) -> tuple[torch.Tensor, Parts, int]:
         table = language.norm(language.embed_tokens.weight)  # (V, H), what a token's last state is without blocks
-        texts, pairs, cloze = batch
+        texts, pairs, cloze = data.judged(batch[0]), batch[1], batch[2]
         loss, parts = distillation(pool_tokens(table, texts), texts, plan)
         found, placed = (
             pair_match(pool_tokens(table, b.queries), pool_tokens(table, b.documents), b, plan) for b in (pairs, cloze)
@@ -184,11 +206,11 @@ def learn_language(
 ) -> int:
     model.model.visual.requires_grad_(False)
 
-    def draw(step: int) -> TextBatch | PairBatch:
+    def draw(step: int) -> Reading:
         return draw_text(data, plan.seed, step, plan.language_tokens, plan)
 
-    def loss_of(batch: TextBatch | PairBatch) -> tuple[torch.Tensor, Parts, int]:
-        return language_loss(model, batch, plan)
+    def loss_of(batch: Reading) -> tuple[torch.Tensor, Parts, int]:
+        return language_loss(model, data, batch, plan)
 
     optimizers = build_optimizers(model, plan, plan.language_rate)
     seen = run_stage("language", model, optimizers, draw, loss_of, plan.language_steps, plan, folder, on_save)
@@ -201,15 +223,15 @@ def learn_together(
 ) -> int:
     choose_picture_kernel(model)
 
-    def draw(step: int) -> TextBatch | PairBatch | PictureBatch:
+    def draw(step: int) -> Reading | PictureBatch:
         if np.random.default_rng([plan.seed, step, 7]).random() < plan.together_sight_share:
             return data.pictures.batch(plan.seed, step, plan.together_pictures)
         return draw_text(data, plan.seed + 4, step, plan.together_tokens, plan)
 
-    def loss_of(batch: TextBatch | PairBatch | PictureBatch) -> tuple[torch.Tensor, Parts, int]:
+    def loss_of(batch: Reading | PictureBatch) -> tuple[torch.Tensor, Parts, int]:
         if isinstance(batch, PictureBatch):
             return picture_loss(model, batch, plan)
-        return language_loss(model, batch, plan)
+        return language_loss(model, data, batch, plan)
 
     optimizers = build_optimizers(model, plan, plan.together_rate)
     return run_stage("together", model, optimizers, draw, loss_of, plan.together_steps, plan, folder, on_save)
@@ -291,7 +313,7 @@ def move(batch: Any, device: torch.device) -> Any:
         return {key: move(value, device) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):  # a loader makes lists of tuples
         return tuple(move(value, device) for value in batch)
-    if isinstance(batch, (TextBatch, PairBatch, PictureBatch)):
+    if isinstance(batch, (TextBatch, PairBatch, SpanBatch, PictureBatch)):
         return type(batch)(*(move(getattr(batch, field.name), device) for field in fields(batch)))
     return batch
 
@@ -316,18 +338,26 @@ def text_loss(model: Qwen3VLForConditionalGeneration, batch: TextBatch, plan: Pl
     return loss + plan.speech_weight * speech, {"text": speech, **parts}, batch.ids.numel()
 
 
-def draw_text(data: Data, seed: int, step: int, tokens: int, plan: Plan) -> TextBatch | PairBatch:
+def draw_text(data: Data, seed: int, step: int, tokens: int, plan: Plan) -> Reading:
     if np.random.default_rng([seed, step, 6]).random() < plan.pair_share:
         return data.pairs.batch(seed, step, tokens=tokens)
-    return data.text.batch(seed, step, tokens)
+    return data.drawn_spans(seed, step, tokens, plan) or data.text.batch(seed, step, tokens)
 
 
 def language_loss(
-    model: Qwen3VLForConditionalGeneration, batch: TextBatch | PairBatch, plan: Plan
+    model: Qwen3VLForConditionalGeneration, data: Data, batch: Reading, plan: Plan
 ) -> tuple[torch.Tensor, Parts, int]:
     if isinstance(batch, PairBatch):
         return pair_loss(model, batch, plan)
+    if isinstance(batch, SpanBatch):
+        return span_loss(model, data.judged(batch), plan)
     return text_loss(model, batch, plan)
+
+
+def span_loss(model: Qwen3VLForConditionalGeneration, batch: TextBatch, plan: Plan) -> tuple[torch.Tensor, Parts, int]:
+    """Distillation alone: spans stop and exchange words as no writer would."""
+    loss, parts = distillation(pool(last_hidden(model, batch.ids), batch.content()), batch, plan)
+    return loss, {f"span_{key}": value for key, value in parts.items()}, batch.ids.numel()
 
 
 def pair_loss(model: Qwen3VLForConditionalGeneration, batch: PairBatch, plan: Plan) -> tuple[torch.Tensor, Parts, int]:
