@@ -29,6 +29,7 @@ from mmembed.losses import LOSSES, Distilled, Scores
 from mmembed.objectives import Objective, View
 from mmembed.objectives.blocks import blocked_mean
 from mmembed.objectives.gather import gather_counts, gather_embeddings
+from mmembed.objectives.guide import Guide
 from mmembed.objectives.relations import Relations
 from mmembed.objectives.similarity import PRODUCTS_OF, Similarity, dot, get_similarity, unit
 from mmembed.objectives.temperature import Temperature
@@ -74,6 +75,9 @@ class Contrastive(Objective):
             (DCL, arXiv 2110.06848; GTE, arXiv 2308.03281). Not for sources with in-batch negatives off.
         false_negative_margin: negatives whose similarity is above the best positive's + margin do not count (0.1 in
             Qwen3-Embedding, arXiv 2506.05176, section 2).
+        guide: a second judge, by which negatives do not count that it rates above the positive (GIST): a block of
+            `momentum` (1: the model that training starts from; below: one that follows it; null: the data's `score`),
+            `margin` and `strategy` (`absolute`, `relative`); see `mmembed.objectives.guide`.
         positives: `together` (default) shows a loss all positives of a query at once; `one_at_a_time` takes the k-th of
             every query with all negatives, the other positives being left out for everybody, and averages over k
             (CoDiEmb, arXiv 2508.11442, training code). It acts on the direction from queries to documents.
@@ -92,6 +96,7 @@ class Contrastive(Objective):
         mask_duplicates: bool = True,
         same_tower_negatives: bool = False,
         false_negative_margin: float | None = None,
+        guide: Mapping[str, Any] | None = None,
         positives: Literal["together", "one_at_a_time"] = "together",
     ) -> None:
         super().__init__()
@@ -103,7 +108,9 @@ class Contrastive(Objective):
             )
         self.temperature = Temperature(temperature)
         self.similarity = similarity if similarity is None else get_similarity(similarity)
-        if self.similarity in PRODUCTS_OF or self.loss.guide_momentum is not None:
+        self.guide = Guide.of(guide)
+        self._refuse_two_judges()
+        if self.similarity in PRODUCTS_OF or self.teacher_momentum is not None:
             self.many_vectors = False
         self.contrasts, self.least_candidates = mask_duplicates, self.loss.least_candidates
         self.wants_lengths = self.similarity is dot and self.loss.defaults.get("similarity") == "dot"
@@ -115,9 +122,18 @@ class Contrastive(Objective):
                 f"objective.false_negative_margin: {false_negative_margin} would mask true negatives; use 0 or more"
             )
 
+    def _refuse_two_judges(self) -> None:
+        """Raises ConfigError where the loss reads a teacher's scores itself: what a guide says would be mixed in."""
+        if self.guide is not None and "score" in self.loss.reads:
+            raise ConfigError(
+                f"objective '{self.loss.name}'.guide: the loss has a teacher of its own, whose scores it compares; "
+                "remove the guide, or take a loss without a teacher (infonce, dcl, ...)"
+            )
+
     @property
     def reads(self) -> frozenset[str]:
-        return self.loss.reads
+        by_score = self.guide is not None and self.guide.by_score
+        return self.loss.reads | {"score"} if by_score else self.loss.reads
 
     @property
     def title(self) -> str:
@@ -129,11 +145,11 @@ class Contrastive(Objective):
 
     @property
     def distils(self) -> Distilled | None:
-        return self.loss.distils
+        return "sides" if self.guide is not None and self.guide.by_score else self.loss.distils
 
     @property
     def teacher_momentum(self) -> float | None:
-        return self.loss.guide_momentum
+        return self.loss.guide_momentum if self.guide is None else self.guide.momentum
 
     @property
     def across_processes(self) -> bool:
@@ -142,11 +158,11 @@ class Contrastive(Objective):
     def check(self, sources: Sequence[Source]) -> None:
         self._refuse_idle(sources)
         for source in sources:
-            if "score" in self.loss.reads and "score" not in source.fields and self.loss.guide_momentum is None:
-                raise ConfigError(
-                    f"data source '{source.name}' carries no 'score'; objective '{self.loss.name}' learns from a "
-                    "teacher's. Score its documents with a teacher, or train on it with infonce"
-                )
+            if "score" in self.reads and "score" not in source.fields and self.teacher_momentum is None:
+                wants = "learns from a teacher's. Score its documents with a teacher, or train on it with infonce"
+                if self.guide is not None:
+                    wants = "has a guide that goes by it (momentum: null). Score its documents, or give it a momentum"
+                raise ConfigError(f"data source '{source.name}' carries no 'score'; objective '{self.title}' {wants}")
             grades = source.grades
             if self.loss.needs_grades and grades.distinct + (grades.low > 0) < 3:
                 raise ConfigError(
@@ -178,7 +194,7 @@ class Contrastive(Objective):
         Raises ConfigError where a teacher's scores are needed and are all one number, and where a guide is needed and
         gave no vectors, or several an input.
         """
-        if "score" in self.loss.reads:
+        if "score" in self.reads:
             self._refuse_placeholders(labels)
         coupled, siblings = self.loss.couples_rows, self.same_tower_negatives and labels.in_batch
         across = self.cross_device_negatives and (labels.in_batch or coupled)
@@ -195,12 +211,12 @@ class Contrastive(Objective):
             *relations.matrix(rows, slice(None), self.mask_duplicates),
             relations,
             rows,
-            relations.targets(rows, slice(None)) if "score" in self.loss.reads else None,
+            relations.targets(rows, slice(None)) if "score" in self.reads else None,
             all_queries if siblings else None,
             relations.queries_apart(rows, self.mask_duplicates) if siblings else None,
             relations.turns() if self.positives == "one_at_a_time" else None,
         )
-        judged = self._judged(labels, relations) if self.loss.guide_momentum is not None else None
+        judged = self._judged(labels, relations) if self.teacher_momentum is not None else None
         if judged is not None:
             columns = [judged[1], *([judged[0]] if siblings else [])]
             of_rows = judged[0].rows(torch.arange(len(judged[0].vectors), device=labels.owner.device)[rows])
@@ -213,7 +229,7 @@ class Contrastive(Objective):
         """The guide's vectors of the queries (M, E) and documents (C, E) of all processes."""
         if labels.taught is None:
             raise ConfigError(
-                f"objective '{self.title}' has a guide (momentum {self.loss.guide_momentum:g}), and the labels of the "
+                f"objective '{self.title}' has a guide (momentum {self.teacher_momentum:g}), and the labels of the "
                 "batch hold no vectors of one (`taught`); mmembed's trainer gives them, a step of your own passes "
                 "`teacher` to contrastive_step"
             )
@@ -299,8 +315,12 @@ class Contrastive(Objective):
         if self.mask_duplicates:
             reasons = gathered.relations.reasons(gathered.rows, slice(None))
             masked = {reason: cells.float().mean() for reason, cells in reasons.items()}
+        by_guide = self._judged_false(gathered, slice(None), self._targets(gathered, slice(None)), scores.relevance)
+        if by_guide is not None:
+            masked["guide"] = by_guide[:, documents].float().mean()
         if self.false_negative_margin is not None:
-            masked["margin"] = (gathered.valid & ~scores.valid[:, documents]).float().mean()
+            left = gathered.valid if by_guide is None else gathered.valid & ~by_guide[:, documents]
+            masked["margin"] = (left & ~scores.valid[:, documents]).float().mean()
         chance = self._chance(scores, gathered.turns)
         if gathered.reverse is not None:
             chance = (chance + self._chance(self._all_scores(gathered.reverse)) * gathered.reverse.weight) / 2
@@ -363,20 +383,42 @@ class Contrastive(Objective):
 
     def _scores(self, gathered: Gathered, values: Tensor, rows: slice, temperature: Tensor | float) -> Scores:
         """What the loss sees of some rows; values (b, C + S), S more columns where siblings are negatives."""
-        relevance, valid = gathered.relevance[rows], gathered.valid[rows]  # (b, C)
-        targets = None if gathered.targets is None else gathered.targets[rows]
-        if gathered.apart is not None:
-            apart = gathered.apart[rows]  # (b, S)
-            more = apart.shape[1]
-            relevance, valid = functional.pad(relevance, (0, more)), torch.cat([valid, apart], 1)
-            targets = None if targets is None else functional.pad(targets, (0, more), value=math.nan)
-        if gathered.guide is not None and targets is not None:
-            of_rows, of_columns = (unit(side) for side in gathered.guide)  # (Q, E), (C + S, E)
-            targets = torch.where(targets.isnan(), of_rows[rows] @ of_columns.T, targets)
-        relevance = relevance.to(values.dtype)
+        relevance, valid = self._counted(gathered, rows)
+        targets, relevance = self._targets(gathered, rows), relevance.to(values.dtype)
+        false = self._judged_false(gathered, rows, targets, relevance)
+        if false is not None:
+            valid = valid & ~false
         if self.false_negative_margin is not None:
             valid = valid & ~self._false_negatives(values.detach() * temperature, relevance, valid)
-        return Scores(values, relevance, valid, targets, temperature)
+        return Scores(values, relevance, valid, targets if "score" in self.loss.reads else None, temperature)
+
+    @staticmethod
+    def _counted(gathered: Gathered, rows: slice) -> tuple[Tensor, Tensor]:
+        """Relevance and which candidates count of some rows, before any judge, (b, C + S) each."""
+        relevance, valid = gathered.relevance[rows], gathered.valid[rows]  # (b, C)
+        if gathered.apart is None:
+            return relevance, valid
+        apart = gathered.apart[rows]  # (b, S)
+        return functional.pad(relevance, (0, apart.shape[1])), torch.cat([valid, apart], 1)
+
+    def _targets(self, gathered: Gathered, rows: slice) -> Tensor | None:
+        """(b, C + S), what a teacher gave, or a guide; None where nobody is asked."""
+        targets = None if gathered.targets is None else gathered.targets[rows]
+        if gathered.apart is not None and targets is not None:
+            targets = functional.pad(targets, (0, gathered.apart.shape[1]), value=math.nan)
+        if gathered.guide is None:
+            return targets
+        of_rows, of_columns = (unit(side) for side in gathered.guide)  # (Q, E), (C + S, E)
+        judged = of_rows[rows] @ of_columns.T
+        return judged if targets is None else torch.where(targets.isnan(), judged, targets)
+
+    def _judged_false(
+        self, gathered: Gathered, rows: slice, targets: Tensor | None, relevance: Tensor
+    ) -> Tensor | None:
+        """(b, C + S) bool, the negatives that the objective's guide takes for positives; None without a guide."""
+        if self.guide is None or targets is None:
+            return None
+        return self.guide.false_negatives(targets, relevance, self._counted(gathered, rows)[1])
 
     def _false_negatives(self, similarities: Tensor, relevance: Tensor, valid: Tensor) -> Tensor:
         positive = valid & (relevance > 0)  # (Q, C)
