@@ -285,7 +285,7 @@ class _Search:
             if part.waiting <= min(part.enough, len(part.queries) * _budget(self.k)):
                 continue
             self._prune(part)
-            part.enough = part.waiting * 3 // 2  # L rises fastest at the start
+            part.enough = part.waiting * 2  # L rises fastest at the start
             if part.waiting <= len(part.queries) * _budget(self.k) * 3 // 4:
                 continue
             if part.narrow and part.waiting * DENSE > part.seen * len(part.queries):
@@ -340,6 +340,9 @@ class _Search:
     def _kth(self, scores: Tensor, maxima: Tensor) -> Floats:
         """(q,) numbers that k of the scores reach, each."""
         among = maxima if len(maxima) >= self.k else scores
+        coarse = len(maxima) // GROUP * GROUP
+        if coarse >= 4 * GROUP * self.k:  # nearly as high a number, found in an eighth of the time
+            among = maxima[:coarse].view(-1, GROUP, maxima.shape[1]).amax(1)
         best: Floats = among.T.float().topk(self.k, dim=1).values[:, -1].double().cpu().numpy()
         return best
 
@@ -389,7 +392,7 @@ class _Search:
         centred = scores - part.offset[columns]
         if (np.abs(values - centred) > part.bound[columns] + np.abs(values) * 2.0**-8 * part.narrow).any():
             raise _BoundBroken
-        order = np.lexsort((rows, -scores, columns))
+        order = np.argsort(_by_column_and_value(columns, scores), kind="stable")  # ties stay by row
         counts = np.bincount(columns, minlength=len(part.queries))  # (q,)
         places = np.arange(len(order)) - (counts.cumsum() - counts)[columns[order]]
         order = order[places < self.k]

@@ -1,0 +1,47 @@
+"""The benchmark of mining: contenders that disagree stop it, and its rows say what was measured."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import mining
+from mmembed.search import Hits
+
+
+def test_rows_of_a_small_run(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("faiss")
+    import mmembed.backbones.torchvision_shim  # noqa: F401
+
+    pytest.importorskip("sentence_transformers")
+    monkeypatch.setattr(mining, "peak_mb_of", lambda module, arguments: 7)
+    sizes = ["--queries", "100", "--documents", "700", "--curve", "700", "900", "--folder", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["mining", "--json", "--rounds", "1", "--threads", "1", *sizes])
+    mining.main()
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert list(rows) == [f"{one}_100x700x256" for one in mining.ROWS] + ["curve_100x900x256"]
+    for row in rows.values():
+        assert row["ours"] > 0 and row["peak_mb_ours"] == 7 and row["details"]["threads"] == 1
+    assert rows["search_100x700x256"]["limit"] > 0
+    assert rows["mine_100x700x256"]["goal_to_peer"] == 3.0
+    assert not list(tmp_path.iterdir())
+
+
+def test_contenders_that_find_other_rows_stop_it():
+    scores = np.linspace(1, 0, 20, dtype=np.float32).reshape(2, 10)
+    same = Hits(scores, np.arange(20).reshape(2, 10))
+    mining.check("search", same, same)
+    with pytest.raises(SystemExit, match="0.00% of the rows"):
+        mining.check("search", same, Hits(scores, same.indices + 1))
+    with pytest.raises(SystemExit, match="scores differ by 0.1"):
+        mining.check("search", same, Hits(scores + np.float32(0.1), same.indices))
+    with pytest.raises(SystemExit, match="50.00% of the records"):
+        mining.check("mine", [1, 2], [1, 3])
+
+
+def test_memory_above_the_start_is_seen():
+    with mining.sampled() as peak:
+        held = np.ones(40 << 18)  # 80 MB
+        mining.threading.Event().wait(0.05)
+        del held
+    assert 70 << 10 <= peak[0] <= 120 << 10
