@@ -27,7 +27,7 @@ from eval.claims.declaration import read_claims
 from mmembed.data.format_base import FORMATS
 from mmembed.data.pair_base import PAIR_MAKERS
 from mmembed.losses import LOSSES, Loss
-from mmembed.mining import MINERS
+from mmembed.mining import MINERS, Miner
 from mmembed.objectives import OBJECTIVES, Objective, build_objective
 from mmembed.pooling import POOLINGS
 from mmembed.prompts import PROMPTS
@@ -183,6 +183,8 @@ def block_of(component: str, cls: type, family: Family) -> str:
     options = "".join(f", {name}: {_flow(value)}" for name, value in defaults.items())
     written = f"{{type: {component}{options}}}"
     beside = issubclass(cls, Objective) and not cls.compares  # it stands in a list only
+    if issubclass(cls, Miner) and cls.role == "cluster":
+        return f"data: {{batch_order: {written}}}"
     if issubclass(cls, Loss) and build_objective(defaults | {"type": component}).wants_lengths:
         return f"normalize: false\n{family.key}: {written}"
     return f"{family.key}: [{{type: infonce}}, {written}]" if beside else f"{family.key}: {written}"

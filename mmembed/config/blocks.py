@@ -151,7 +151,8 @@ class DataConfig(_Block):
     """Training and dev sources. A query gets `train_group_size` documents, `positives_per_query` of them positive.
 
     `mixing` says how often which source comes: `temperature` gives a source without `weight` the weight size**alpha
-    (`mixing_alpha`), `proportional` as many batches as it fills, `round_robin` one after the other. `ignore_fields`
+    (`mixing_alpha`), `proportional` as many batches as it fills, `round_robin` one after the other. `batch_order` names
+    a rule by which similar pairs meet in a batch, and by `model` the embedder that says which are. `ignore_fields`
     names fields of the data that may go unused (`score`, `negatives`, `instruction`, `relevance`, `labels`) or are
     taken out of every record (`image`, `video`, `audio`).
     """
@@ -166,9 +167,29 @@ class DataConfig(_Block):
     positives_per_query: Positive = 1
     mixing: Literal["temperature", "proportional", "round_robin"] = "temperature"
     mixing_alpha: float = Field(default=0.5, ge=0)
+    batch_order: TypedBlock | None = None
     ignore_fields: tuple[
         Literal["score", "negatives", "instruction", "image", "video", "audio", "relevance", "labels"], ...
     ] = ()
+
+    @field_validator("batch_order")
+    @classmethod
+    def _has_type(cls, value: TypedBlock | None) -> TypedBlock | None:
+        if isinstance(value, dict) and not isinstance(value.get("type"), str):
+            raise ConfigError("the block has no 'type'; write the name, or {type: name, ...options}")
+        return value
+
+    @model_validator(mode="after")
+    def _ordered(self) -> DataConfig:
+        if self.batch_order is None:
+            return self
+        for source in self.train:
+            if source.streaming or source.pairs is not None:
+                what = "streaming: its records are not known" if source.streaming else "pairs: they are drawn anew"
+                raise ConfigError(f"batch_order + data.train '{source.name}' ({what}); remove one of them")
+        if self.train and not any(source.in_batch_negatives for source in self.train):
+            raise ConfigError("batch_order has no effect: in_batch_negatives is false for all sources; remove it")
+        return self
 
     @model_validator(mode="after")
     def _group(self) -> DataConfig:

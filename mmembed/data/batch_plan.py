@@ -10,12 +10,17 @@ a positive would be false negatives of each other, so they are dealt out like ca
 of a group together, row i into batch i modulo the number of batches. A group meets itself only when it has more rows
 than a pass has batches.
 
+Where rows are clustered (`mmembed.mining`: hard in-batch negatives), a pass deals whole clusters in a new random order,
+the largest first, so that those of a size that divides a batch are not cut; what a pass leaves over are whole clusters
+but one. Rows of a group that two clusters bring into one batch are exchanged with rows of other batches.
+
 Costs, a row: 4 bytes for its group, and 4 for the order of the pass that is being drawn from; 2 us to find the groups
 once, 0.5 us for an order (`python -m benchmarks.plan_scale`).
 """
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -42,6 +47,8 @@ class BatchPlan(torch.utils.data.Sampler[list[Draw]]):
             avoidable. None: no rows share anything.
         names: of the sources, for messages.
         batches: of an epoch; needed where a source is a stream.
+        clusters: a source's (N,) numbers of the clusters that stay together in a batch, -1 of a row that is in none.
+            None: none are.
         round_robin: one source after the other in the order given, each epoch from the first on; weights must be equal.
             Else sources come in random order.
 
@@ -64,6 +71,7 @@ class BatchPlan(torch.utils.data.Sampler[list[Draw]]):
         names: Sequence[str] | None = None,
         batches: int | None = None,
         round_robin: bool = False,
+        clusters: Sequence[np.ndarray | None] | None = None,
     ) -> None:
         self.sizes, self.seed, self.round_robin = tuple(sizes), seed, round_robin
         self.batch_sizes = (batch_size,) * len(self.sizes) if isinstance(batch_size, int) else tuple(batch_size)
@@ -85,8 +93,17 @@ class BatchPlan(torch.utils.data.Sampler[list[Draw]]):
             )
         total = sum(known) if batches is None else batches
         self._counts = _share_out(total, shares)  # batches of each source in an epoch
-        self._groups = [None if item is None else _groups(item) for item in keys]
+        self._groups = [None if item is None else linked_rows(item) for item in keys]
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
+        self.cluster([None] * len(self.sizes) if clusters is None else clusters)
+
+    def cluster(self, clusters: Sequence[np.ndarray | None]) -> None:
+        """Gives the sources other clusters, from the next batch that is asked for on."""
+        for source, (size, of) in enumerate(zip(self.sizes, clusters, strict=True)):
+            if of is not None and len(of) != size:
+                raise ConfigError(f"batch plan: source {source} has {size} rows, {len(of)} of them in clusters")
+        self._clusters = tuple(clusters)
+        self._orders.clear()
 
     def batch_rows(self, source: int) -> int:
         """Rows of a batch of a source, of all ranks together."""
@@ -136,9 +153,10 @@ class BatchPlan(torch.utils.data.Sampler[list[Draw]]):
         generator = self._generator(source, number, purpose=1)
         batches, size = self._passes[source], self.sizes[source]
         assert batches is not None and size is not None, "a stream has no order"
-        whole = self.batch_rows(source)
+        whole, groups, clusters = self.batch_rows(source), self._groups[source], self._clusters[source]
+        if clusters is not None:
+            return _whole_clusters(generator, clusters, groups, batches, whole)
         order = _permutation(generator, size)[: batches * whole]
-        groups = self._groups[source]
         if groups is not None:
             place = _permutation(generator, int(groups.max()) + 1)  # of each group in the deck
             order = order[np.argsort(place[groups[order]], kind="stable")]
@@ -166,6 +184,81 @@ class BatchPlan(torch.utils.data.Sampler[list[Draw]]):
                 raise ConfigError(f"data source '{name}' has {size} rows and {len(of)} keys")
 
 
+def _whole_clusters(
+    generator: np.random.Generator, clusters: np.ndarray, groups: np.ndarray | None, batches: int, whole: int
+) -> np.ndarray:
+    """(batches, whole) rows: clusters in a random order, the largest first."""
+    alone = clusters < 0
+    numbers = np.where(alone, clusters.max(initial=-1) + 1 + np.cumsum(alone), clusters)  # (N,)
+    _, numbers, sizes = np.unique(numbers, return_inverse=True, return_counts=True)
+    place = _permutation(generator, len(sizes))
+    order = np.lexsort((place[numbers], -sizes[numbers]))
+    kept = np.ones(len(sizes), dtype=bool)
+    too_many = len(clusters) - batches * whole
+    for cluster in np.argsort(place).tolist():
+        if sizes[cluster] <= too_many:
+            kept[cluster] = False
+            too_many -= sizes[cluster]
+        if not too_many:
+            break
+    dealt: np.ndarray = order[kept[numbers[order]]][: batches * whole].astype(np.int32).reshape(batches, whole)
+    if groups is not None:
+        _part(dealt, groups, generator)
+    shuffled: np.ndarray = dealt[generator.permutation(batches)]
+    return shuffled
+
+
+def _part(order: np.ndarray, groups: np.ndarray, generator: np.random.Generator) -> None:
+    """Exchanges rows between batches until no group meets itself that has no more rows than there are batches.
+
+    A row that meets its group goes to a batch without it, for one whose group the row's batch lacks; where there is no
+    such one, for one that meets its own group there. Either way fewer rows meet than before.
+    """
+    of = groups[order]  # (batches, whole)
+    ordered = np.sort(of, axis=1)
+    met = np.flatnonzero((ordered[:, 1:] == ordered[:, :-1]).any(axis=1)).tolist()
+    if not met:
+        return
+    holders: dict[int, Counter[int]] = defaultdict(Counter)  # group -> batch -> rows
+    several = np.bincount(of.ravel()) > 1
+    for batch, column in np.argwhere(several[of]).tolist():
+        holders[int(of[batch, column])][batch] += 1
+
+    def put(batch: int, column: int, row: int) -> None:
+        before, after = int(of[batch, column]), int(groups[row])
+        for group, more in ((before, -1), (after, 1)):
+            if several[group]:
+                holders[group][batch] += more
+                if not holders[group][batch]:
+                    del holders[group][batch]
+        order[batch, column], of[batch, column] = row, after
+
+    for batch in met:
+        while True:
+            column = next(
+                (
+                    place
+                    for place, group in enumerate(of[batch].tolist())
+                    if several[group] and holders[group][batch] > 1 and len(holders[group]) < len(order)
+                ),
+                -1,
+            )
+            if column < 0:
+                break
+            without, start = holders[int(of[batch, column])], int(generator.integers(len(order)))
+            other = next(
+                one % len(order) for one in range(start, start + len(order)) if one % len(order) not in without
+            )
+            mine = set(of[batch].tolist())
+            theirs = of[other].tolist()
+            swap = next((place for place, group in enumerate(theirs) if group not in mine), -1)
+            if swap < 0:
+                swap = next(place for place, group in enumerate(theirs) if theirs.count(group) > 1)
+            row, back = int(order[batch, column]), int(order[other, swap])
+            put(batch, column, back)
+            put(other, swap, row)
+
+
 def _permutation(generator: np.random.Generator, count: int) -> np.ndarray:
     """Of row numbers, in 4 bytes each."""
     return generator.permutation(count).astype(np.int32)
@@ -181,7 +274,7 @@ def _share_out(total: int, shares: Sequence[float]) -> list[int]:
     return counts
 
 
-def _groups(keys: np.ndarray) -> np.ndarray:
+def linked_rows(keys: np.ndarray) -> np.ndarray:
     """(N,) int32 numbers of the groups of rows that are linked by equal keys in a column, directly or through others.
 
     Rows take the smallest row number that any row of equal key has, column by column, until nothing changes; following

@@ -189,6 +189,11 @@ class RecordDataset(torch.utils.data.Dataset[Example]):
         """Of the records and their order, as far as their keys tell."""
         return hashlib.blake2b(self.keys().data, digest_size=16).hexdigest()
 
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the files, how they are read, and which records are taken."""
+        return f"{self._folder.name}-{self.digest()}"
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_rows": None}
 

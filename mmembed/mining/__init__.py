@@ -6,8 +6,8 @@
 
 A rule is one small file and of one role: a `filter` says which candidates may be chosen, a `pick` which of them are
 preferred (best score first where there is none), a `fill` where more come from when too few are left, a `cluster`
-groups queries whose positives are each other's negatives (`SelfAware.clusters`). Filters see all candidates, so their
-order does not matter.
+groups queries whose positives are each other's negatives (`Miner.groups`). Filters see all candidates, so their order
+does not matter.
 
 Known positives, their copies, and copies of candidates are gone before any rule sees them. Random rules draw from
 (seed, key of the query, row), never from a place in an array: what is chosen for a query does not depend on the queries
@@ -185,6 +185,48 @@ class Miner:
         """Of a fill: (Q, count) with rows of the corpus in place of -1, where there are some."""
         raise NotImplementedError
 
+    @property
+    def depth(self) -> int:
+        """Of a cluster: candidates a query that `groups` looks at. `retrieve` them with `spare=False`."""
+        raise NotImplementedError
+
+    def groups(self, candidates: Candidates, queries: NDArray[np.float32], apart: NDArray[np.int64], seed: int) -> Rows:
+        """Of a cluster: (Q,) the number of each query's group, -1 of one that stands alone.
+
+        Args:
+            candidates: of a corpus of positives. queries: (Q, E) unit vectors.
+            apart: (Q,) numbers; two queries of the same number may not stand in one group.
+            seed: of the draws.
+        """
+        raise NotImplementedError
+
+
+class Owners:
+    """Whose positive a row of the corpus is, and which queries are taken. The first positive of a query counts.
+
+    Args:
+        candidates: of a corpus of positives.
+        order: (Q,) the order in which the owners of one positive are taken.
+    """
+
+    def __init__(self, candidates: Candidates, order: NDArray[np.int64]) -> None:
+        self.positive: list[int] = candidates.positives[:, 0].tolist()
+        self.taken = [False] * len(self.positive)
+        self._of: dict[int, list[int]] = {}
+        for query in reversed(order.tolist()):
+            self._of.setdefault(self.positive[query], []).append(query)
+
+    def free(self, row: int, apart: NDArray[np.int64], held: set[int]) -> int:
+        """The next owner of a positive; -1 where there is none, or where its number of `apart` is held (owners of one
+        positive share theirs)."""
+        owners = self._of.get(row, []) if row >= 0 else []
+        while owners and self.taken[owners[-1]]:
+            owners.pop()
+        return owners[-1] if owners and int(apart[owners[-1]]) not in held else -1
+
+    def take(self, query: int) -> None:
+        self.taken[query] = True
+
 
 MINERS: Registry[Miner] = Registry("mmembed.mining", Miner)
 
@@ -250,7 +292,8 @@ def _by_role(candidates: Candidates, rules: Sequence[Miner]) -> dict[Role, list[
                 raise ConfigError(f"mining.{rule.name}: reads {field}, which the candidates do not have")
     if found["cluster"]:
         raise ConfigError(
-            f"mining.{found['cluster'][0].name}: makes clusters of pairs, not negatives; call its clusters()"
+            f"mining.{found['cluster'][0].name}: makes groups of pairs, not negatives; write it as data.batch_order, "
+            "or call its groups()"
         )
     alone: tuple[Role, ...] = ("pick", "fill")
     for role in alone:

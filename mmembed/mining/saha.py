@@ -57,8 +57,22 @@ class SelfAware(Miner):
 
     @property
     def depth(self) -> int:
-        """Candidates a query that `clusters` looks at: 2 K m. `retrieve` them with `spare=False`."""
+        """2 K m."""
         return 2 * self.negatives * self.multiple
+
+    def groups(
+        self, candidates: Candidates, queries: NDArray[np.float32], apart: NDArray[np.int64], seed: int
+    ) -> NDArray[np.int64]:
+        """The clusters as numbers of groups. A query that the second phase takes again stays where it was, one that
+        shares its number of `apart` with another one of its cluster stands alone. Nothing is drawn."""
+        numbers = np.full(len(queries), -1, np.int64)
+        for number, cluster in enumerate(self.clusters(candidates, queries)):
+            held: set[int] = set()
+            for query in (cluster.query, *cluster.owners.tolist()):
+                if numbers[query] < 0 and int(apart[query]) not in held:
+                    numbers[query] = number
+                    held.add(int(apart[query]))
+        return numbers
 
     def clusters(self, candidates: Candidates, queries: NDArray[np.float32]) -> list[Cluster]:
         """The clusters, in the order in which they are made: phase 1, then phase 2.

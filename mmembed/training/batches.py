@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+import numpy as np
 from transformers import TrainingArguments
 
 from mmembed.config.blocks import EmbedderConfig
@@ -24,12 +25,18 @@ def data_seed(args: TrainingArguments) -> int:
 
 
 def plan_batches(
-    config: EmbedderConfig, data: Sequence[Source], args: TrainingArguments, world_size: int, rank: int = 0
+    config: EmbedderConfig,
+    data: Sequence[Source],
+    args: TrainingArguments,
+    world_size: int,
+    rank: int = 0,
+    groups: Sequence[np.ndarray | None] | None = None,
 ) -> BatchPlan:
     """The batches of process `rank` of `world_size`. Streams learn how many records they have to give at least.
 
     Args:
         data: of the sources of config.data.train, in that order.
+        groups: of each, the rows that stay together (`mmembed.training.batch_order`).
 
     Raises:
         ConfigError: a source is smaller than one global batch.
@@ -54,6 +61,7 @@ def plan_batches(
         names=[source.name for source in data],
         batches=args.max_steps * args.gradient_accumulation_steps if streams else None,
         round_robin=config.data.mixing == "round_robin",
+        clusters=groups,
     )
     for number, stream in streams.items():
         stream.least = plan.batch_rows(number)

@@ -108,8 +108,8 @@ def evaluate(
     metrics: dict[str, float] = {}
     for dev in dev_sets:
         how = (encode, preprocessor, token_budget, share_prefix, packed)
-        queries = _embed(dev.queries, dev.where, *how)
-        documents = _embed(dev.documents, dev.where[len(dev.queries) :], *how)
+        queries = embed_items(dev.queries, dev.where, *how)
+        documents = embed_items(dev.documents, dev.where[len(dev.queries) :], *how)
         values = _measure(dev, queries, documents, similarity(dev))
         for key, value in values.items():
             metrics[f"{dev.name}_{key}"] = value
@@ -149,16 +149,20 @@ def _judged(example: Example, columns: dict[int, int], by_id: dict[int, list[int
     return np.array(list(grades), dtype=np.int64), np.array(list(grades.values()), dtype=np.float32)
 
 
-def _embed(
+def embed_items(
     items: Sequence[Item],
     where: Sequence[str],
     encode: Callable[[Chunk], Embeddings],
     preprocessor: Preprocessor,
     token_budget: int,
-    share_prefix: bool,
-    packed: bool,
+    share_prefix: bool = False,
+    packed: bool = False,
 ) -> Embeddings:
-    """Embeddings on the CPU in the order of items. Processes share the chunks."""
+    """Embeddings on the CPU in the order of items. Processes share the chunks: all of them have to call it.
+
+    Args:
+        where: the record each item is of, for error messages; at least as many.
+    """
     where = where[: len(items)]
     rows = tokenize(preprocessor, items, where)
     shareable = [preprocessor.shareable(row) for row in rows] if share_prefix else None

@@ -36,6 +36,7 @@ from mmembed.objectives import Objective, build_objective
 from mmembed.pooling import POOLINGS
 from mmembed.preprocess import check_template
 from mmembed.prompts import PROMPTS
+from mmembed.training.batch_order import check_order
 from mmembed.training.optimizers import refuse_idle_rates
 from mmembed.training.supply import named_parts
 
@@ -62,6 +63,7 @@ def preflight(config: EmbedderConfig) -> Objective:
         except ConfigError as error:
             raise ConfigError(f"data source '{source.name}': {error}") from None
     _check_pairs(config)
+    check_order(config)
     towers = {"vision", "projector", "language", "pooling"} | ({"objective"} if list(objective.parameters()) else set())
     refuse_idle_rates(config.training.learning_rates, towers, config.model.freeze)
     if not Path(resolve_backbone(config.model.name_or_path), SETTINGS).exists():  # a saved embedder was checked so once

@@ -52,6 +52,7 @@ from mmembed.objectives.gather import gather_counts
 from mmembed.preprocess import Preprocessor
 from mmembed.threads import NARROW
 from mmembed.training.arguments import output_folder, with_metric
+from mmembed.training.batch_order import Groups, describe, group_sources, load_groups, order_model, save_groups
 from mmembed.training.batch_report import Report, batch_report, check_sources, keep_tokens
 from mmembed.training.batches import (
     build_collator,
@@ -64,6 +65,7 @@ from mmembed.training.batches import (
     sources_of_positives,
 )
 from mmembed.training.checkpoints import RUN, STATE, check_same_data, describe_run, read_run, writing
+from mmembed.training.data_vectors import encoder_of, other_embedder
 from mmembed.training.engines import engine_of, offer_on_cpu
 from mmembed.training.evaluation import DevSet, build_dev_set, evaluate
 from mmembed.training.gradcache import Encode, RandomState, Workers, contrastive_step
@@ -154,10 +156,11 @@ class EmbedderTrainer(Trainer):
         self._follow_the_engine()
         self._uncached = self._keep_features()
         self._sources = [{"name": one.name, "rows": one.size, "digest": one.digest()} for one in train]
-        self.plan = plan_batches(config, train, args, args.world_size, args.process_index)
+        graded, apart = graded_sources(train, objective), sources_apart(train)
+        self.groups = self._group(graded)
+        self.plan = plan_batches(config, train, args, args.world_size, args.process_index, self.groups)
         shared, packed = self._unshared() is None, self._unpacked() is None
         size = self.halving.budget.chunk_tokens
-        graded, apart = graded_sources(train, objective), sources_apart(train)
         predicted = predicted_roles(train, objective)
         positives_only = sources_of_positives(train, objective)
         self.collator = build_collator(
@@ -182,6 +185,23 @@ class EmbedderTrainer(Trainer):
         if self.is_fsdp_enabled:
             objective.to(self.args.device)
             self.accelerator.state.fsdp_plugin.ignored_modules = [objective]
+
+    def _group(self, graded: frozenset[str]) -> list[Groups | None] | None:
+        """What `data.batch_order` keeps together, by the model as it is or another one; None without it."""
+        config, device = self.run_config, self.args.device
+        if config.data.batch_order is None:
+            return None
+        budget, half = self.halving.budget.chunk_tokens, torch.bfloat16 if self.args.bf16 else None
+        of, name = (config, self.train_sources, graded, data_seed(self.args)), order_model(config)
+        if name is not None:
+            with other_embedder(name, device, self.preprocessor.media, budget, half) as encoder:
+                return group_sources(*of, encoder)
+        model = self.model.model
+        before, was_training = model.device, model.training
+        model.to(device).eval()
+        found = group_sources(*of, encoder_of(model, self.preprocessor, device, budget, half))
+        model.to(before).train(was_training)
+        return found
 
     @property
     def output(self) -> str:
@@ -211,6 +231,7 @@ class EmbedderTrainer(Trainer):
             "padding: none is computed, texts are packed" if reason is None else f"padding: computed ({reason})",
             f"processes: {self.args.world_size}, {self.engine}",
             *([] if self.teacher is None else [str(self.teacher)]),
+            *([] if self.groups is None else describe(self.run_config, self.train_sources, self.groups)),
         )
         lower = ", ".join(map(str, self.model.model.lower_layers))
         layers = (f"layers: vectors of {lower}, and of the last of {self.model.model.depth}",) if lower else ()
@@ -242,6 +263,9 @@ class EmbedderTrainer(Trainer):
         """
         if resume_from_checkpoint:
             check_same_data(Path(str(resume_from_checkpoint)), self._sources, self.run_config)
+            if self.groups is not None:
+                self.groups = load_groups(Path(str(resume_from_checkpoint)), self.groups)
+                self.plan.cluster(self.groups)
             self.args = copy.copy(self.args)
             self.args.eval_on_start = False  # was done at the start
         self._begun = False
@@ -695,6 +719,8 @@ class EmbedderTrainer(Trainer):
         teacher is the same in every process."""
         if self.teacher is not None and self.args.should_save:
             self.teacher.save(Path(output_dir))
+        if self.groups is not None and self.args.should_save:
+            save_groups(Path(output_dir), self.groups)
         if self.is_deepspeed_enabled:
             self.accelerator.deepspeed_engine_wrapped.engine.save_checkpoint(output_dir, exclude_frozen_parameters=True)
         elif self.is_fsdp_enabled:

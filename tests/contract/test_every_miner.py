@@ -16,8 +16,11 @@ OPTIONS = {
     "threshold": {"most": 0.5, "least": -0.5},
     "rank_window": {"first": 1, "last": 6},
     "cluster_diverse": {"most": 2},
+    "similar": {"size": 4, "neighbours": 6},
+    "b3": {"size": 4, "skip": 1, "neighbours": 6},
+    "saha": {"negatives": 3},
 }
-METHODS = {"filter": "keep", "pick": "prefer", "fill": "fill"}
+METHODS = {"filter": "keep", "pick": "prefer", "fill": "fill", "cluster": "groups"}
 RULES = {name: MINERS.build({"type": name, **OPTIONS.get(name, {})}) for name in MINERS.classes()}
 CHOOSING = [name for name, rule in RULES.items() if rule.role != "cluster"]
 
@@ -53,14 +56,14 @@ def some(candidates: Candidates, order: np.ndarray) -> Candidates:
 def test_a_rule_has_the_method_of_its_role(name: str) -> None:
     rule = RULES[name]
     written = {method for method in METHODS.values() if method in vars(type(rule))}
-    assert written == {METHODS[rule.role]} if rule.role in METHODS else not written
+    assert written == {METHODS[rule.role]}
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_a_rule_asks_for_what_it_reads(name: str) -> None:
     rule, bare = RULES[name], replace(drawn(0), positive_scores=None, clusters=None, surface=None)
     if rule.role == "cluster":
-        with pytest.raises(ConfigError, match="clusters of pairs, not negatives"):
+        with pytest.raises(ConfigError, match="groups of pairs, not negatives.*data.batch_order"):
             mine(drawn(0), [rule], 2)
     elif rule.reads:
         with pytest.raises(ConfigError, match=f"mining.{name}: reads {min(rule.reads)}"):
@@ -125,3 +128,24 @@ def test_the_order_of_rules_does_not_matter(seed: int, names, data) -> None:
     candidates = drawn(seed)
     chosen = mine(candidates, rules, 5, seed)
     np.testing.assert_array_equal(mine(candidates, data.draw(st.permutations(rules)), 5, seed), chosen)
+
+
+@pytest.mark.parametrize("name", [name for name, rule in RULES.items() if rule.role == "cluster"])
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), count=st.integers(1, 60), shared=st.integers(1, 60))
+def test_groups_are_no_larger_than_asked_and_hold_nothing_twice(name: str, seed: int, count: int, shared: int) -> None:
+    """Of any candidates: a number each, the same when asked again, and no two of one positive in a group."""
+    rule, random = RULES[name], np.random.default_rng(seed)
+    positives = random.integers(0, shared, count)
+    corpus = int(positives.max()) + 1
+    scores = random.random((count, corpus)).astype(np.float32)
+    found = np.argsort(-scores, axis=1)[:, : rule.depth]
+    candidates = Candidates.of(found, np.take_along_axis(scores, found, 1), positives[:, None], corpus)
+    queries = random.normal(size=(count, 5)).astype(np.float32)
+    groups = rule.groups(candidates, queries, positives, seed)
+    assert groups.shape == (count,) and groups.min() >= -1
+    for number in np.unique(groups[groups >= 0]):
+        members = np.flatnonzero(groups == number)
+        assert len(members) <= 4
+        assert len({*positives[members]}) == len(members)
+    np.testing.assert_array_equal(rule.groups(candidates, queries, positives, seed), groups)

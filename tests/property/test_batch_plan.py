@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.plan_scale import measure, mined_keys
-from mmembed.data.batch_plan import BatchPlan, _groups
+from mmembed.data.batch_plan import BatchPlan, linked_rows
 from mmembed.data.mixing import mixing_weights, shares
 from mmembed.errors import ConfigError
 
@@ -164,6 +164,59 @@ def test_rows_of_a_group_do_not_meet_where_that_is_possible(n_batches, batch_siz
         assert len(set(values.tolist())) == batch_size
 
 
+@st.composite
+def clustered(draw):
+    """A plan over clusters of up to eight rows and rows in none, some of them linked by a positive they share."""
+    seed = draw(st.integers(0, 10**6))
+    batch_size, world_size, n_batches = draw(st.integers(1, 6)), draw(st.integers(1, 3)), draw(st.integers(2, 12))
+    generator = np.random.default_rng(seed)
+    rows = n_batches * batch_size * world_size + int(generator.integers(batch_size * world_size))
+    clusters = np.repeat(np.arange(rows), generator.integers(1, 9, rows))[:rows]
+    clusters[generator.random(rows) < draw(st.sampled_from([0, 0.3]))] = -1
+    shared = np.repeat(np.arange(rows), generator.integers(1, n_batches + 1, rows))[:rows]
+    keys = np.stack([np.arange(rows), generator.permutation(shared)], axis=1)
+    arguments = {"sizes": [rows], "batch_size": batch_size, "seed": seed, "world_size": world_size}
+    return arguments, n_batches, {"keys": [keys], "clusters": [clusters[generator.permutation(rows)]]}
+
+
+@given(clustered(), st.integers(0, 2))
+@settings(max_examples=150)
+def test_clusters_change_nothing_that_a_plan_promises(case, epoch):
+    """Every row once, none that share a positive together, the same for any number of processes, and again."""
+    arguments, n_batches, more = case
+    steps = batches(arguments, epoch, **more)
+    shared = [[row for rank in step for row in rank] for step in steps]
+    seen = Counter(row for step in shared for _, row, _ in step)
+    assert set(seen.values()) == {1} and len(shared) == n_batches
+    assert {visit for step in shared for _, _, visit in step} == {epoch}
+    for step in shared:
+        values = more["keys"][0][[row for _, row, _ in step], 1]
+        assert len(set(values.tolist())) == len(step)
+    assert steps == batches(arguments, epoch, **more)
+    one = {**arguments, "batch_size": arguments["batch_size"] * arguments["world_size"], "world_size": 1}
+    assert shared == [step[0] for step in batches(one, epoch, **more)]
+
+
+@given(st.integers(1, 4), st.integers(1, 8), st.integers(1, 12), st.integers(0, 1000))
+def test_clusters_of_a_size_that_divides_a_batch_stay_whole(in_a_batch, size, n_batches, seed):
+    """Smaller ones beside them, and what a pass leaves over, cut none of them but one."""
+    generator, whole = np.random.default_rng(seed), in_a_batch * size
+    small = np.repeat(np.arange(whole * n_batches, whole * n_batches + whole), generator.integers(1, size + 1, whole))
+    clusters = np.concatenate([np.repeat(np.arange(in_a_batch * n_batches), size), small])
+    clusters = clusters[generator.permutation(len(clusters))]
+    plan = BatchPlan([len(clusters)], batch_size=whole, seed=seed, clusters=[clusters])
+    parts = Counter((batch, int(clusters[row])) for batch, rows in enumerate(plan) for _, row, _ in rows)
+    split = Counter(cluster for _, cluster in parts)
+    full = range(in_a_batch * n_batches)
+    assert all(split[cluster] <= 1 for cluster in full)
+    assert sum(parts[part] < size for part in parts if part[1] in full) <= 1
+    orders = []
+    for epoch in range(3):
+        plan.set_epoch(epoch)
+        orders.append([sorted(row for _, row, _ in batch) for batch in plan])
+    assert len(plan) < 4 or orders[0] != orders[1] or orders[1] != orders[2], "clusters meet others in the next pass"
+
+
 def test_rows_linked_through_a_query_and_a_positive_are_one_group():
     keys = np.array([[1, 10], [1, 20], [2, 20], [3, 30], [4, 40], [5, 50]])
     for seed in range(30):
@@ -181,7 +234,7 @@ def test_groups_are_the_connected_components(pairs):
                 joined = sets[row] | sets[other]
                 for member in joined:
                     sets[member] = joined
-    groups = _groups(np.array(pairs))
+    groups = linked_rows(np.array(pairs))
     assert sorted(set(groups.tolist())) == list(range(len({id(one) for one in sets})))
     for row, group in enumerate(groups):
         assert set(np.flatnonzero(groups == group).tolist()) == sets[row]

@@ -44,7 +44,7 @@ def test_the_line_of_yaml_of_every_method_is_its_defaults(page):
     for name, text in entries:
         tree = yaml.load(text, _Loader)
         normalize = tree.pop("normalize", True)
-        ((key, written),) = tree.items()
+        ((key, written),) = tree.pop("data", tree).items()
         *beside, block = written if isinstance(written, list) else [written]
         assert block["type"] == name
         if key == "objective":
@@ -52,7 +52,9 @@ def test_the_line_of_yaml_of_every_method_is_its_defaults(page):
             built = build_objective([*beside, block | folder] if beside else block | folder, embedding_size=256)
             assert normalize is not built.wants_lengths  # which the preflight holds against each other
         else:
-            registry = {"pooling": POOLINGS, "prompt": PROMPTS, "pairs": PAIR_MAKERS, "rules": MINERS}[key]
+            registries = {"pooling": POOLINGS, "prompt": PROMPTS, "pairs": PAIR_MAKERS}
+            registry = registries.get(key, MINERS)
+            assert key in registries or key in ("rules", "batch_order")
             given = {"hidden_size": 64} if key == "pooling" else {}
             registry.build(block, **given)
 
