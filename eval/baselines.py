@@ -8,7 +8,6 @@ size of a demo. Neither sees pictures.
 
 import importlib.util
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,24 +18,9 @@ from numpy.typing import NDArray
 
 import mmembed.backbones  # noqa: F401 - lets torchvision import on a CPU before sentence-transformers pulls it in
 from mmembed.content import Text, to_content
+from mmembed.data.words import search_words
 from mmembed.errors import ConfigError, MmembedError
 from mmembed.inference.embedder import resolve_dtype
-
-# Scripts that do not put spaces between words: Thai, Japanese, Chinese, Korean (which does, between phrases).
-_NO_SPACES = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uac00-\ud7af"
-_RUNS = re.compile(rf"(?P<unspaced>(?:(?=[{_NO_SPACES}])\w)+)|[^\W{_NO_SPACES}]+")
-
-
-def words(text: str) -> list[str]:
-    """Lower-cased words; character pairs where the script has no spaces. No stemming, no stop words."""
-    tokens: list[str] = []
-    for run in _RUNS.finditer(text.lower()):
-        token = run.group()
-        if run.lastgroup == "unspaced" and len(token) > 1:
-            tokens += [token[start : start + 2] for start in range(len(token) - 1)]
-        else:
-            tokens.append(token)
-    return tokens
 
 
 class BM25:
@@ -57,7 +41,7 @@ class BM25:
         self._ids: list[str] = list(corpus["id"])
         self._position = {key: number for number, key in enumerate(self._ids)}
         self._model = bm25s.BM25(k1=self.settings["k1"], b=self.settings["b"], method=self.settings["method"])
-        self._model.index([words(text) for text in corpus["text"]], show_progress=False)
+        self._model.index([search_words(text) for text in corpus["text"]], show_progress=False)
 
     def search(
         self, queries: Any, *, top_k: int, top_ranked: Mapping[str, Sequence[str]] | None = None, **kwargs: Any
@@ -74,7 +58,7 @@ class BM25:
         return results
 
     def _scores(self, text: str) -> NDArray[np.float32]:
-        known = [token for token in words(text) if token in self._model.vocab_dict]
+        known = [token for token in search_words(text) if token in self._model.vocab_dict]
         if not known:
             return np.zeros(len(self._ids), dtype=np.float32)
         return np.asarray(self._model.get_scores(known))

@@ -1,13 +1,14 @@
-"""Line charts as SVG coordinates, and the frame of pages that show them: one file, nothing fetched, dark and light.
+"""Line charts and histograms as SVG coordinates, and the frame of pages that show them: one file, nothing fetched, dark
+and light.
 
-`pages/chart.html` draws what `curve` gives, `pages/page.css` is the style that all reports share. jinja2 comes with
-torch.
+`pages/chart.html` draws what `curve` and `histogram` give, `pages/page.css` is the style that all reports share. jinja2
+comes with torch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,36 @@ def curve(points: Sequence[tuple[float, float]], width: int = 640, height: int =
         "y_ticks": [(y(tick), f"{tick:g}") for tick in ticks],
         "x_ticks": [(x(tick), f"{tick:g}") for tick in nice_ticks(0, steps[-1]) if steps[0] <= tick <= steps[-1]],
         "first": f"{values[0]:.2f}", "last": f"{running_mean(values, max(1, len(values) // 20))[-1]:.2f}",
+    }  # fmt: skip
+
+
+def histogram(
+    counts: Mapping[str, Sequence[int]], low: float, high: float, width: int = 640, height: int = 220
+) -> dict[str, Any]:
+    """Series counted in the same equal bins from low to high, each as shares of its sum, as SVG coordinates."""
+    left, right, top, bottom = 44, 12, 12, 34
+    bins = len(next(iter(counts.values())))
+    shares = {name: [count / max(1, sum(one)) for count in one] for name, one in counts.items()}
+    y_ticks = nice_ticks(0, max(max(one) for one in shares.values()))
+    top_share, step = max(y_ticks[-1], *map(max, shares.values())), (high - low) / bins
+
+    def x(value: float) -> float:
+        return round(left + (value - low) / ((high - low) or 1) * (width - left - right), 1)
+
+    def y(share: float) -> float:
+        return round(height - bottom - share / top_share * (height - top - bottom), 1)
+
+    bars = {
+        name: [
+            (x(low + place * step), y(share), round(height - bottom - y(share), 1)) for place, share in enumerate(one)
+        ]
+        for name, one in shares.items()
+    }
+    return {
+        "width": width, "height": height, "left": left, "right": width - right, "bottom": height - bottom,
+        "bar": round((width - left - right) / bins, 1), "series": bars,
+        "y_ticks": [(y(tick), f"{tick:.0%}") for tick in y_ticks],
+        "x_ticks": [(x(tick), f"{tick:g}") for tick in nice_ticks(low, high) if low <= tick <= high],
     }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -19,6 +19,8 @@ from pydantic import BaseModel, ValidationError
 from mmembed.config.arguments import training_argument_names
 from mmembed.config.blocks import EmbedderConfig
 from mmembed.errors import ConfigError, nearest
+
+Block = TypeVar("Block", bound=BaseModel)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> EmbedderConfig:
@@ -31,18 +33,26 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> EmbedderConf
     Raises:
         ConfigError: with the file, the key, what was found, and the nearest key or the remedy.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"{path}: there is no such file; give a YAML file, as in recipes/configs/embedder")
+    return build_config(_read_file(Path(path), "recipes/configs/embedder"), overrides, where=str(path))
+
+
+def load_blocks(kind: type[Block], path: str | Path, overrides: Sequence[str] = (), examples: str = "docs") -> Block:
+    """As load_config, for the config of another command; it has no short names.
+
+    Args:
+        kind: the typed object; its validators raise ConfigError.
+        examples: where such files are, for the message.
+    """
+    tree = _read_file(Path(path), examples)
     try:
-        tree = _read_yaml(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 (byte {error.start}); convert the file") from None
+        for override in overrides:
+            key, given = _read_override(override)
+            _assign(tree, tuple(key.split(".")), given, replace=True)
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{path}: {_explain(item, kind)}" for item in error.errors())) from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    if not isinstance(tree, dict | None):
-        raise ConfigError(f"{path}: holds a {type(tree).__name__}; a config is a mapping of blocks")
-    return build_config(tree or {}, overrides, where=str(path))
 
 
 def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "config") -> EmbedderConfig:
@@ -50,15 +60,8 @@ def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), where: 
     try:
         canonical = _translate(tree)
         for override in overrides:
-            key, equals, value = override.partition("=")
-            if not equals:
-                raise ConfigError(f"override '{override}' has no '='; write key=value")
+            key, given = _read_override(override)
             _check_alias(key, canonical.get("objective"))
-            try:
-                given = _read_yaml(value)
-            except ConfigError as error:
-                reason = str(error).splitlines()[0]
-                raise ConfigError(f"override '{override:.80}': {reason}; correct the value, or quote it") from None
             _assign(canonical, _ALIASES.get(key, _top_level(key)), given, replace=True)
         if canonical.pop("same_dataset_within_batch", True) is not True:
             raise ConfigError(
@@ -67,7 +70,7 @@ def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), where: 
             )
         return EmbedderConfig.model_validate(canonical)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{where}: {_explain(item)}" for item in error.errors())) from None
+        raise ConfigError("\n".join(f"{where}: {_explain(item, EmbedderConfig)}" for item in error.errors())) from None
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
 
@@ -186,13 +189,13 @@ def _check_place(path: tuple[str, ...], depth: int, length: int) -> None:
     raise ConfigError(f"'{'.'.join(path)}': '{block}' is a list of {length}; name a place from 0 on, as in {named}")
 
 
-def _explain(item: Any) -> str:
+def _explain(item: Any, root: type[BaseModel]) -> str:
     """One pydantic error as: key: found; remedy."""
     branch = re.compile(r"(function-|literal|bool|str|dict|tuple|union).*")  # which branch of a union pydantic tried
     location = [str(part) for part in item["loc"] if not branch.fullmatch(str(part))]
     key = ".".join(location)
     if item["type"] == "extra_forbidden":
-        model: Any = EmbedderConfig
+        model: Any = root
         for part in location[:-1]:
             if not part.isdigit():
                 model = _field_model(model, part)
@@ -210,6 +213,32 @@ def _field_model(model: type[BaseModel], name: str) -> type[BaseModel]:
     while not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
         annotation = annotation.__args__[0]  # type: ignore[union-attr]  # tuple[SourceConfig, ...] -> SourceConfig
     return annotation
+
+
+def _read_file(path: Path, examples: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"{path}: there is no such file; give a YAML file, as in {examples}")
+    try:
+        tree = _read_yaml(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 (byte {error.start}); convert the file") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if not isinstance(tree, dict | None):
+        raise ConfigError(f"{path}: holds a {type(tree).__name__}; a config is a mapping of blocks")
+    return tree or {}
+
+
+def _read_override(override: str) -> tuple[str, Any]:
+    """The key and the value of `a.b=value`."""
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise ConfigError(f"override '{override}' has no '='; write key=value")
+    try:
+        return key, _read_yaml(value)
+    except ConfigError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"override '{override:.80}': {reason}; correct the value, or quote it") from None
 
 
 def _read_yaml(text: str) -> Any:

@@ -22,6 +22,9 @@ _WORD = re.compile(f"([{_UNSPACED}])|[^\\s{_UNSPACED}]+")
 _TOUCHING = re.compile(f"[{_UNSPACED}]")
 _ENDS = re.compile(r"(?<=[.!?…])[\"'”’»)\]]*\s+|(?<=[。！？])[」』”’）]*\s*|\n+")
 _LEAST_WORDS = 3  # "Dr." and "No. 5" are no sentences: what is shorter belongs to the next one
+# Scripts of which a lexical search takes pairs of characters: Thai, Japanese, Chinese, Korean.
+_NO_SPACES = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uac00-\ud7af"
+_RUNS = re.compile(rf"(?P<unspaced>(?:(?=[{_NO_SPACES}])\w)+)|[^\W{_NO_SPACES}]+")
 
 
 class Word(NamedTuple):
@@ -94,3 +97,21 @@ def split_sentences(text: str) -> list[str]:
 def _bare(word: str) -> str:
     letters = [index for index, letter in enumerate(word) if letter.isalnum()]
     return word[letters[0] : letters[-1] + 1] if letters else ""
+
+
+def search_words(text: str) -> list[str]:
+    """What a lexical search compares: lower-cased words without punctuation; no stemming, no stop words.
+
+    Thai, Japanese, Chinese and Korean (which has spaces between phrases) give pairs of characters.
+
+    >>> search_words("To be, or 東京都")
+    ['to', 'be', 'or', '東京', '京都']
+    """
+    tokens: list[str] = []
+    for run in _RUNS.finditer(text.lower()):
+        token = run.group()
+        if run.lastgroup == "unspaced" and len(token) > 1:
+            tokens += [token[start : start + 2] for start in range(len(token) - 1)]
+        else:
+            tokens.append(token)
+    return tokens

@@ -48,6 +48,8 @@ class Candidates:
     contents: (N,) what is equal for rows of equal content.
     clusters: (N,) the cluster of each row.
     surface: (Q, C) float32 in [0, 1], how alike query and candidate look (DebCSE).
+    barred: (Q, B) rows that are not to be chosen, and about which nothing else is said: negatives that the query has
+        already, documents that show its own picture; -1 where a query has fewer.
     """
 
     rows: Rows
@@ -59,6 +61,7 @@ class Candidates:
     contents: NDArray[np.int64] | None = None
     clusters: NDArray[np.int64] | None = None
     surface: Floats | None = None
+    barred: Rows | None = None
 
     @classmethod
     def of(
@@ -73,12 +76,14 @@ class Candidates:
         contents: NDArray[np.int64] | None = None,
         clusters: NDArray[np.int64] | None = None,
         surface: Floats | None = None,
+        barred: Rows | None = None,
     ) -> Candidates:
-        """Orders by falling score, ties by the smaller row; drops known positives, their copies, and copies.
+        """Orders by falling score, ties by the smaller row; drops known positives, barred rows, copies of either, and
+        copies.
 
         Args:
-            rows, scores, positives, corpus, positive_scores, clusters, surface: as above, candidates in any order, -1
-                anywhere.
+            rows, scores, positives, corpus, positive_scores, clusters, surface, barred: as above, candidates in any
+                order, -1 anywhere.
             keys: numbers that are a query's own, for example hashes of its content; 0 .. Q - 1 where None.
             contents: numbers, equal where the content of two rows is (hashes, say); None: no two rows are.
 
@@ -87,15 +92,16 @@ class Candidates:
         """
         rows, scores, positives = np.asarray(rows, np.int64), np.asarray(scores, np.float32), np.asarray(positives)
         count = len(rows)
+        barred = np.full((count, 0), -1, np.int64) if barred is None else np.asarray(barred, np.int64)
         shapes: dict[str, tuple[NDArray[Any] | None, tuple[int, ...]]]
         shapes = {"rows": (rows, rows.shape), "scores": (scores, rows.shape), "surface": (surface, rows.shape)}
         shapes |= {"positives": (positives, (count, positives.shape[-1])), "keys": (keys, (count,))}
-        shapes |= {"positive_scores": (positive_scores, positives.shape)}
+        shapes |= {"positive_scores": (positive_scores, positives.shape), "barred": (barred, (count, barred.shape[-1]))}
         shapes |= {"contents": (contents, (corpus,)), "clusters": (clusters, (corpus,))}
         for name, (array, shape) in shapes.items():
             if array is not None and (array.shape != shape or rows.ndim != 2 or positives.ndim != 2):
                 raise MmembedError(f"mining: {name} of shape {array.shape}; it should be {shape}")
-        for name, given in (("rows", rows), ("positives", positives)):
+        for name, given in (("rows", rows), ("positives", positives), ("barred", barred)):
             if given.size and not -1 <= given.min() <= given.max() < corpus:
                 raise MmembedError(f"mining: {name} {given.min()} to {given.max()} of a corpus of {corpus}")
         _check_finite("a candidate", scores, rows)
@@ -110,8 +116,9 @@ class Candidates:
         valid = rows >= 0
         query, place = np.nonzero(valid)
         of_query = query * (corpus + 1) + number[rows[query, place]]
-        query_of, column = np.nonzero(positives >= 0)
-        known = query_of * (corpus + 1) + number[positives[query_of, column]]
+        gone = np.concatenate([positives, barred], axis=1)  # (Q, P + B)
+        query_of, column = np.nonzero(gone >= 0)
+        known = query_of * (corpus + 1) + number[gone[query_of, column]]
         first = np.zeros(len(of_query), bool)
         first[np.unique(of_query, return_index=True)[1]] = True  # the best of equal ones
         valid[query, place] = first & ~np.isin(of_query, known)
@@ -122,14 +129,15 @@ class Candidates:
             surface = np.take_along_axis(np.take_along_axis(np.asarray(surface, np.float32), order, 1), front, axis=1)
         keys = np.arange(count, dtype=np.uint64) if keys is None else np.asarray(keys, np.uint64)
         held = None if positive_scores is None else np.where(positives >= 0, positive_scores, np.nan).astype(np.float32)
-        return cls(rows, scores, positives.astype(np.int64), keys, corpus, held, contents, clusters, surface)
+        positives = positives.astype(np.int64)
+        return cls(rows, scores, positives, keys, corpus, held, contents, clusters, surface, barred)
 
     def rescored(self, scores: Floats, positive_scores: Floats | None = None) -> Candidates:
         """The same candidates with a teacher's scores (Q, C), in their order; of the positives (Q, P), too."""
         return Candidates.of(
             self.rows, scores, self.positives, self.corpus,
             keys=self.keys, positive_scores=positive_scores, contents=self.contents, clusters=self.clusters,
-            surface=self.surface,
+            surface=self.surface, barred=self.barred,
         )  # fmt: skip
 
     def first(self, depth: int) -> Candidates:

@@ -1,6 +1,6 @@
 """Random rows of the corpus where too few candidates are left.
 
-    P(c) = 1 / N for any row c that is no known positive, no candidate, and no copy of one of them
+    P(c) = 1 / N for any row c that is no known positive, not barred, no candidate, and no copy of one of them
 
 Candidates that filters removed are suspected positives, so none of them comes back. Rows are drawn until one is
 allowed; from a corpus in which hardly any is, in the order of a random permutation.
@@ -28,8 +28,10 @@ class RandomFill(Miner):
         filled = chosen.copy()
         for query in np.flatnonzero((chosen < 0).any(axis=1)):
             places = np.flatnonzero(chosen[query] < 0)
-            barred = np.concatenate([candidates.rows[query], candidates.positives[query]])
-            known = set(candidates.content(barred[barred >= 0]).tolist())
+            rows = [candidates.rows[query], candidates.positives[query]]
+            rows += [] if candidates.barred is None else [candidates.barred[query]]
+            found = np.concatenate(rows)
+            known = set(candidates.content(found[found >= 0]).tolist())
             key, numbers = candidates.keys[query : query + 1], np.arange(DRAWS + len(places))[None]
             order = (uniform(seed + 1, key, numbers)[0] * candidates.corpus).astype(np.int64)
             drawn = _allowed(candidates, order, known, len(places))

@@ -8,7 +8,8 @@ from mmembed.config import load_config
 from mmembed.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
+FILES = sorted((ROOT / "recipes" / "configs" / "embedder").rglob("*.yaml"))
+MINING = sorted((ROOT / "recipes" / "configs" / "mining").rglob("*.yaml"))
 FAMILIES = {  # the first part of a name that is in a model's name -> the tiny family that stands for it
     "Qwen3-VL": "qwen3_vl",
     "mmembed-nano": "qwen3_vl",
@@ -22,7 +23,8 @@ FAMILIES = {  # the first part of a name that is in a model's name -> the tiny f
 
 
 def test_there_are_configs():
-    assert len(FILES) >= 8
+    assert len(FILES) >= 8 and MINING
+    assert {*FILES, *MINING} == set((ROOT / "recipes" / "configs").rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -31,6 +33,19 @@ def test_config_opens_with_its_launch_command(file):
     assert first.startswith("# ")
     assert str(file.relative_to(ROOT)) in first
     assert "recipes/train_embedder.py" in first or "recipes.train_embedder" in first
+
+
+@pytest.mark.parametrize("file", MINING, ids=lambda file: file.stem)
+def test_mining_config_is_read_and_its_data_is_there(file):
+    from data_tools.mining.settings import load_mining
+    from mmembed.data.dataset import locate
+
+    first = file.read_text().splitlines()[0]
+    assert first == f"# python -m data_tools.mine_negatives --config {file.relative_to(ROOT)}"
+    config = load_mining(file)
+    for source in config.sources:
+        assert locate(source.records, ROOT / config.root).exists()
+        assert all((ROOT / config.root / path).exists() for path in source.corpus)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

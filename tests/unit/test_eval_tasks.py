@@ -11,13 +11,14 @@ import PIL.Image
 import pytest
 
 from eval import run
-from eval.baselines import BM25, MiniLM, words
+from eval.baselines import BM25, MiniLM
 from eval.files import read_jsonl
 from eval.mteb_adapter import Instructions, MtebEncoder, _contents
 from eval.mteb_tasks import build_task
 from eval.tasks.local import LANGUAGES, ROWS, available, select
 from mmembed import metrics
 from mmembed.content import Image, Text
+from mmembed.data.words import search_words
 from mmembed.errors import ConfigError
 
 DATA = Path(__file__).resolve().parents[2] / "data"
@@ -176,7 +177,7 @@ def test_bm25_equals_its_equation_written_as_loops():
     """Lucene's BM25 (k1 1.2, b .75) on the German passages; and the numbers that the data came with."""
     corpus = list(read_jsonl(DATA / "xquad/de/corpus.jsonl"))
     queries = list(read_jsonl(DATA / "xquad/de/queries.jsonl"))[:20]
-    texts = [words(document["text"]) for document in corpus]
+    texts = [search_words(document["text"]) for document in corpus]
     counts = [Counter(text) for text in texts]
     mean = sum(map(len, texts)) / len(texts)
     frequency = Counter(token for count in counts for token in count)
@@ -188,7 +189,7 @@ def test_bm25_equals_its_equation_written_as_loops():
     for query in queries:
         for document, count, text in zip(corpus, counts, texts, strict=True):
             expected = 0.0
-            for token in words(query["text"]):
+            for token in search_words(query["text"]):
                 if token in count:
                     idf = math.log(1 + (len(corpus) - frequency[token] + 0.5) / (frequency[token] + 0.5))
                     length = 1.2 * (1 - 0.75 + 0.75 * len(text) / mean)
@@ -211,8 +212,8 @@ def test_minilm_gives_the_numbers_that_came_with_the_data():
 
 
 def test_words_of_spaced_and_unspaced_scripts():
-    assert words("Der rote Bus, 2 Türen!") == ["der", "rote", "bus", "2", "türen"]
-    assert words("東京タワー tower 五") == ["東京", "京タ", "タワ", "ワー", "tower", "五"]
+    assert search_words("Der rote Bus, 2 Türen!") == ["der", "rote", "bus", "2", "türen"]
+    assert search_words("東京タワー tower 五") == ["東京", "京タ", "タワ", "ワー", "tower", "五"]
 
 
 def test_command_writes_results_with_provenance(tmp_path, capsys):

@@ -18,6 +18,22 @@ from mmembed.mining.saha import SelfAware
 from mmembed.search import FaissIndex
 
 
+def test_barred_rows_and_their_copies_are_never_chosen_and_no_positives():
+    rows = np.array([[0, 1, 2, 3, 4]])
+    scores = np.array([[0.9, 0.8, 0.7, 0.6, 0.5]], np.float32)
+    contents = np.array([0, 1, 2, 3, 1, 5])  # 4 is a copy of 1
+    given = {"positive_scores": np.array([[0.95]], np.float32), "contents": contents, "barred": np.array([[1, -1]])}
+    found = Candidates.of(rows, scores, np.array([[5]]), 6, **given)
+    assert found.rows.tolist() == [[0, 2, 3, -1, -1]]
+    assert found.rescored(-found.scores).rows.tolist() == [[3, 2, 0, -1, -1]]
+    assert found.least_positive("margin") == pytest.approx(0.95)
+    none = Candidates.of(rows[:, :1], scores[:, :1], np.array([[5]]), 6, **given)
+    fill = [MINERS.build("random_fill")]
+    assert sorted(mine(none, fill, 4)[0].tolist()) == [-1, 0, 2, 3]
+    with pytest.raises(MmembedError, match="barred 1 to 9 of a corpus of 6"):
+        Candidates.of(rows, scores, np.array([[5]]), 6, barred=np.array([[1, 9]]))
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)

@@ -1,0 +1,197 @@
+"""The config of a mining run. The constructors of retrievers, teachers and rules are the schema of their blocks."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from mmembed.config import load_blocks
+from mmembed.config.blocks import MediaLimitsConfig, Positive, SourceConfig, TypedBlock, block_type
+from mmembed.content import Task
+from mmembed.errors import ConfigError, MmembedError, nearest
+from mmembed.media_limits import MediaLimits
+
+
+class _Block(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MiningSource(_Block):
+    """Records to mine for. Their documents are the corpus, and what is in `corpus` beside them.
+
+    path, format, options, name, instruction, task, max_examples: as of a training source.
+    corpus: `.jsonl` files of documents (a corpus.jsonl of BEIR, lines of content, records) and folders of pictures,
+        relative to `root`.
+    """
+
+    path: str
+    format: str = "jsonl"
+    options: dict[str, Any] = Field(default_factory=dict)
+    name: str = ""
+    instruction: str | None = None
+    task: Task | None = None
+    max_examples: Positive | None = None
+    corpus: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        return self.name or self.path
+
+    @property
+    def file(self) -> str:
+        """The name of its folder and file: letters, digits, `-`, `_` and `.`."""
+        plain = "".join(one if one.isalnum() or one in "-_." else "-" for one in self.title).strip("-.")
+        return plain.removesuffix(".jsonl") or "records"
+
+    @property
+    def records(self) -> SourceConfig:
+        """As the data set takes it."""
+        return SourceConfig(**{**self.model_dump(exclude={"corpus", "name"}), "name": self.title})
+
+
+class SearchConfig(_Block):
+    """The search for candidates.
+
+    depth: candidates a query.
+    index: exact, or a FAISS index: flat, ivf, hnsw.
+    options: of the FAISS index: lists and probes (ivf), links and effort (hnsw).
+    similarity, precision: of vectors; `precision` is how they are stored.
+    device: where exact search multiplies and FAISS searches.
+    queries: searched at a time; a kill loses the search for so many.
+    """
+
+    depth: Positive = 50
+    index: Literal["exact", "flat", "ivf", "hnsw"] = "exact"
+    options: dict[str, Positive] = Field(default_factory=dict)
+    similarity: Literal["cosine", "dot"] = "cosine"
+    precision: Literal["float32", "float16", "bfloat16", "int8", "binary"] = "float32"
+    device: str = "cpu"
+    queries: Positive = 4096
+
+    @model_validator(mode="after")
+    def _options(self) -> SearchConfig:
+        if self.similarity == "dot" and self.precision in ("int8", "binary"):
+            raise ConfigError(
+                f"similarity 'dot' + precision '{self.precision}': lengths are not stored; use cosine or float16"
+            )
+        return self
+
+
+class MiningConfig(_Block):
+    """A mining run.
+
+    output: folder of the records (a .jsonl file a source), the report, and `work`, what was computed.
+    root, media_root, media_limits, on_bad_record: as `data` of a training run.
+    retriever: what finds candidates.
+    rules: filters, a pick, a fill of `mmembed.mining`.
+    negatives: added to each record.
+    clusters: k-means clusters of the corpus, for rules that read clusters.
+    teacher: what judges candidates beside the retriever; `rescore` says which: all `candidates`, by whose scores the
+        rules then choose, or the `chosen` ones, for the report alone.
+    scores: which scores the documents of the records get.
+    shard: contents encoded at a time; a kill loses so many at most.
+    seed: of rules that draw, and of k-means.
+    examples: shown in the report, of each source.
+    overwrite: put vectors of this retriever in the place of those of another, and these scores of those of another
+        teacher.
+    """
+
+    output: str
+    root: str | None = None
+    media_root: str | None = None
+    media_limits: MediaLimitsConfig = MediaLimitsConfig()
+    sources: tuple[MiningSource, ...] = Field(min_length=1)
+    retriever: TypedBlock = "mmembed"
+    search: SearchConfig = SearchConfig()
+    rules: tuple[TypedBlock, ...] = ({"type": "percent_of_positive", "percent": 5.0}, "random_fill")
+    negatives: Positive = 7
+    clusters: Positive | None = None
+    teacher: TypedBlock | None = None
+    rescore: Literal["candidates", "chosen"] = "candidates"
+    scores: Literal["none", "retriever", "teacher"] = "none"
+    on_bad_record: Literal["raise", "skip"] = "raise"
+    shard: Positive = 1024
+    seed: int = Field(default=0, ge=0)
+    examples: int = Field(default=12, ge=0)
+    overwrite: bool = False
+
+    @field_validator("retriever", "teacher", "rules")
+    @classmethod
+    def _has_type(cls, value: Any) -> Any:
+        for block in value if isinstance(value, tuple) else (value,):
+            if isinstance(block, dict) and not isinstance(block.get("type"), str):
+                raise ConfigError("the block has no 'type'; write the name, or {type: name, ...options}")
+        return value
+
+    @model_validator(mode="after")
+    def _combinations(self) -> MiningConfig:
+        files = [source.file for source in self.sources]
+        for source in self.sources:
+            if files.count(source.file) > 1:
+                raise ConfigError(f"two sources would be written to '{source.file}.jsonl'; give one a name of its own")
+        if "rescore" in self.model_fields_set and self.teacher is None:
+            raise ConfigError("'rescore' has no effect without 'teacher'; give one, or remove it")
+        if self.scores == "teacher" and self.teacher is None:
+            raise ConfigError("scores 'teacher': there is no teacher; give one, or write the retriever's")
+        if self.negatives > self.search.depth:
+            raise ConfigError(f"negatives {self.negatives} is above search.depth {self.search.depth}; raise the depth")
+        if block_type(self.retriever) == "bm25":
+            fields = self.search.model_fields_set
+            for key in sorted(fields - {"depth", "queries"}):
+                raise ConfigError(f"search.{key} has no effect with retriever 'bm25', which has no vectors; remove it")
+            if self.clusters is not None:
+                raise ConfigError("clusters: retriever 'bm25' has no vectors to cluster; remove it")
+        if self.clusters is not None and self.search.precision in ("int8", "binary", "bfloat16"):
+            raise ConfigError(f"clusters + search.precision '{self.search.precision}': use float32 or float16")
+        return self
+
+    @property
+    def limits(self) -> MediaLimits:
+        return MediaLimits(**self.media_limits.model_dump())
+
+    def below_root(self, path: str) -> Path:
+        """An absolute path of a source."""
+        return (Path(path) if self.root is None else Path(self.root) / path).absolute()
+
+
+def load_mining(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> MiningConfig:
+    """Reads and checks a config with its blocks. Raises ConfigError; loads no weights."""
+    config = load_blocks(MiningConfig, path, overrides, "recipes/configs/mining")
+    try:
+        _check_blocks(config)
+    except MmembedError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return config
+
+
+def _check_blocks(config: MiningConfig) -> None:
+    from data_tools.mining.retrievers import RETRIEVERS
+    from data_tools.mining.teachers import TEACHERS
+    from mmembed.mining import MINERS
+    from mmembed.search.faiss_index import OPTIONS
+
+    index, options = config.search.index, OPTIONS.get(config.search.index, set())
+    for key in config.search.options:
+        if key not in options:
+            hint = nearest(key, options) if options else "it takes none"
+            raise ConfigError(f"search.options: index '{index}' has no '{key}'; {hint}")
+    if index != "exact" and importlib.util.find_spec("faiss") is None:
+        raise ConfigError(f"search.index '{index}': faiss is not installed; pip install faiss-cpu, or use exact")
+    RETRIEVERS.build(config.retriever)
+    if config.teacher is not None:
+        TEACHERS.build(config.teacher)
+    roles: dict[str, str] = {}
+    for block in config.rules:
+        rule, name = MINERS.build(block), block_type(block)
+        if rule.role == "cluster":
+            raise ConfigError(f"rules: '{name}' makes clusters of pairs, not negatives; see docs/mining.md")
+        if rule.role != "filter" and rule.role in roles:
+            raise ConfigError(f"rules: '{roles[rule.role]}' and '{name}' both {rule.role} the negatives; keep one")
+        roles[rule.role] = name
+        if "clusters" in rule.reads and config.clusters is None:
+            raise ConfigError(f"rules: '{name}' reads clusters; set clusters to how many there shall be")
+    if config.clusters is not None and not any("clusters" in MINERS.build(one).reads for one in config.rules):
+        raise ConfigError("clusters: no rule reads them; add cluster_diverse, or remove it")

@@ -1,0 +1,470 @@
+"""The steps of mining one source: vectors, candidates, a teacher's scores, the choice.
+
+What is expensive is kept in shards (`shards.py`), each under a digest of what it depends on, so a step is done once for
+the same contents, model and settings: other rules choose anew among the same candidates without encoding anything. The
+choice itself is a function of candidates, rules and seed, and is made again each time.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from data_tools.mining.collection import Collection
+from data_tools.mining.retrievers import RETRIEVERS, Encoder, Item, Lexical, Retriever
+from data_tools.mining.settings import MiningConfig
+from data_tools.mining.shards import Shards, digest, write_whole
+from data_tools.mining.teachers import TEACHERS, PairTeacher, Teacher
+from data_tools.mining.teachers.embedder import EmbedderTeacher
+from mmembed.config.blocks import TypedBlock
+from mmembed.content import Role
+from mmembed.errors import ConfigError, MmembedError
+from mmembed.media import MediaStore
+from mmembed.mining import MINERS, Candidates, mine
+from mmembed.mining.debcse import shared_words
+from mmembed.mining.mcl import next_stage
+from mmembed.quantize import quantize
+from mmembed.search import FaissIndex, Hits, pair_scores, top_k
+
+FOUND = np.dtype([("row", "<i8"), ("score", "<f4")])
+SAME_MODEL = 0.999  # least cosine of the vectors of a fixed text, as of `mmembed.inference.encoding`
+PAIRS = 4096  # pairs that a teacher scores at a time; a kill loses so many at most
+Rows = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+
+@dataclass
+class Mined:
+    """What was chosen for the Q queries of a source.
+
+    negatives: (Q, K) rows of the corpus, -1 where there were too few.
+    scores, judged: (Q, K) the retriever's and the teacher's scores of them, NaN where there is none.
+    known: (Q, P + B) the positives, then the barred rows; known_scores, known_judged: theirs.
+    filled: (Q, K) which came from a fill, beyond what was found.
+    ranks: (Q, K) places among the candidates, from 0; -1 of what was filled.
+    first: (Q,) the retriever's score of the best candidate.
+    removed: by what how many candidates were no longer there to choose.
+    """
+
+    negatives: Rows
+    scores: Floats
+    judged: Floats | None
+    known: Rows
+    known_scores: Floats
+    known_judged: Floats | None
+    filled: NDArray[np.bool_]
+    ranks: Rows
+    first: Floats
+    positives: int
+    removed: dict[str, int]
+
+    def least(self, scores: Floats) -> Floats:
+        """(Q,) the lowest of the positives' scores, of `known_scores` or `known_judged`; NaN where there are none."""
+        own = np.where(self.known[:, : self.positives] >= 0, scores[:, : self.positives], np.inf)
+        least = own.min(axis=1, initial=np.inf)
+        return np.where(np.isfinite(least), least, np.nan).astype(np.float32)
+
+
+class Models:
+    """Retriever and teacher of a run, loaded when something has to be computed with them.
+
+    Args:
+        folder: holds what they were when its shards were computed.
+
+    Raises:
+        MmembedError: there is no such model, or the folder holds what another one computed.
+    """
+
+    def __init__(self, config: MiningConfig, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        self.retriever: Retriever = RETRIEVERS.build(config.retriever)
+        self.teacher: Teacher | None = None if config.teacher is None else TEACHERS.build(config.teacher)
+        self.of_retriever = self._recognise("retriever", config.retriever, self.retriever)
+        self.of_teacher = "" if self.teacher is None else self._recognise("teacher", config.teacher, self.teacher)
+
+    def load(self, one: Retriever | Teacher, media: MediaStore) -> None:
+        """Raises MmembedError where the model behind the same name has changed since the folder was begun."""
+        one.load(media)
+        encoder = one.encoder if isinstance(one, EmbedderTeacher) else one
+        if not isinstance(encoder, Encoder):
+            return
+        name = "teacher" if one is self.teacher else "retriever"
+        state, now = json.loads(self._file(name).read_bytes()), encoder.probe()
+        if now is None:
+            return
+        if not np.isfinite(now).all():
+            raise MmembedError(f"{name}: the vector of a fixed text holds NaN or infinity; load the model in float32")
+        before = None if state["probe"] is None else np.array(state["probe"])
+        if before is None:
+            write_whole(self._file(name), json.dumps({**state, "probe": [round(float(x), 6) for x in now]}).encode())
+        elif before.shape != now.shape or before @ now < SAME_MODEL * np.linalg.norm(before) * np.linalg.norm(now):
+            raise MmembedError(
+                f"{self.folder}: holds vectors of another {name} ({len(before)} dimensions) than {state['block']} is "
+                f"now ({len(now)} dimensions); choose another output, or delete {self.folder}"
+            )
+
+    def _recognise(self, name: str, block: TypedBlock | None, one: Retriever | Teacher) -> str:
+        found, file = digest(one.fingerprint()), self._file(name)
+        if file.exists():
+            state = json.loads(file.read_bytes())
+            if state["fingerprint"] == found:
+                return found
+            if not self.config.overwrite:
+                raise MmembedError(
+                    f"{self.folder}: was computed by another {name} ({state['block']}; now {block}, or its files have "
+                    "changed); choose another output, or set overwrite: true to compute it again"
+                )
+        write_whole(file, json.dumps({"fingerprint": found, "block": block, "probe": None}).encode())
+        return found
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
+
+
+class SourceMiner:
+    """Mines one source.
+
+    Args:
+        work: the folder of its shards.
+    """
+
+    def __init__(
+        self, config: MiningConfig, title: str, found: Collection, media: MediaStore, models: Models, work: Path
+    ):
+        self.config, self.title, self.found, self.media, self.models, self.work = (
+            config,
+            title,
+            found,
+            media,
+            models,
+            work,
+        )
+        self.known = np.concatenate([found.positives, found.barred], axis=1)  # (Q, P + B)
+        self.rules = [MINERS.build(block) for block in config.rules]
+        self._check()
+
+    def _check(self) -> None:
+        """Raises ConfigError: kinds of media that a model does not read, too small a corpus."""
+        readers: dict[str, Retriever | Teacher] = {"retriever": self.models.retriever}
+        if self.models.teacher is not None:
+            readers["teacher"] = self.models.teacher
+        for what, one in readers.items():
+            for side, kinds in self.found.summary["kinds"].items():
+                for kind in sorted(set(kinds) - one.reads):
+                    raise ConfigError(
+                        f"{what} '{one.name}' reads {', '.join(sorted(one.reads))}; {side} of '{self.title}' have "
+                        f"{kind} (first at {kinds[kind]}): choose another {what}"
+                    )
+        left = len(self.found) - (self.known >= 0).sum(axis=1)
+        least, depth = int(left.min()), self.config.search.depth
+        if least < depth:
+            raise ConfigError(
+                f"'{self.title}': search.depth {depth} of a corpus of {len(self.found)} documents, "
+                f"of which a query has {least} without its known ones; set search.depth={max(least, 0)} or less, or "
+                "add documents to its corpus"
+            )
+        if any("surface" in rule.reads for rule in self.rules):
+            for side, kinds in self.found.summary["kinds"].items():
+                for kind in sorted(set(kinds) - {"text"}):
+                    raise ConfigError(f"rules: 'debcse' compares words; {side} of '{self.title}' have {kind}")
+
+    def run(self) -> Mined:
+        """All steps."""
+        config = self.config
+        self.vectors = self._encode("retriever", self.models.retriever, self.models.of_retriever)
+        self.taught: tuple[NDArray[Any], NDArray[Any]] | None = None
+        if isinstance(self.models.teacher, EmbedderTeacher):
+            self.taught = self._encode("teacher", self.models.teacher, self.models.of_teacher)
+        clusters = self._clusters()
+        shards = self._search()
+        parts = []
+        with self._bar("choose", shards.rows, " queries") as bar:
+            for number in range(len(shards.keys)):
+                span = shards.span(number)
+                parts.append(self._choose(number, span, shards.read(number), clusters))
+                bar.update(span.stop - span.start)
+        return _joined(parts, self.found.positives.shape[1], config.negatives)
+
+    # Vectors and search -----------------------------------------------------------------------------------------------
+
+    def _encode(self, name: str, one: Retriever | Teacher, of: str) -> Any:
+        """The vectors of queries and corpus, mapped; None of a retriever without."""
+        encoder = one.encoder if isinstance(one, EmbedderTeacher) else one
+        if not isinstance(encoder, Encoder):
+            return None
+        roles: tuple[tuple[str, Role, NDArray[Any]], ...] = (
+            ("queries", "query", self.found.query_digests),
+            ("corpus", "document", self.found.corpus_digests),
+        )
+        made, size, precision = [], self.config.shard, self.config.search.precision
+        for side, role, digests in roles:
+            starts = range(0, len(digests), size)
+            keys = [digest(of, role, precision, digests[start : start + size]) for start in starts]
+            shards = Shards(self.work, f"{name}-{side}", len(digests), size, keys)
+            missing = list(shards.missing())
+            if missing:
+                self.models.load(one, self.media)
+            with self._bar(f"encode {side}", len(digests), " contents", shards.complete) as bar:
+                for number, span in missing:
+                    items = self.found.items(side, range(span.start, span.stop))
+                    vectors = encoder.encode(items, role)
+                    _check_finite(vectors, items, name)
+                    if precision == "binary" and vectors.shape[1] % 8:
+                        raise ConfigError(
+                            f"search.precision 'binary': {vectors.shape[1]} dimensions are no multiple of 8"
+                        )
+                    shards.write(number, quantize(vectors, precision))
+                    bar.update(len(items))
+            made.append(shards.open())
+        if made[0].shape[1] != made[1].shape[1]:
+            raise MmembedError(
+                f"{name}: queries have {made[0].shape[1]} dimensions, documents {made[1].shape[1]}; use one model"
+            )
+        return tuple(made)
+
+    def _search(self) -> Shards:
+        """For each query what was found, then the known rows, with their scores."""
+        search, found, count = self.config.search, self.found, len(self.found)
+        wanted = min(count, search.depth + int((self.known >= 0).sum(axis=1).max(initial=0)))
+        settings = [search.index, search.options, search.similarity, search.precision, wanted]
+        corpus = digest(self.models.of_retriever, settings, found.corpus_digests)
+        starts = range(0, len(self.known), search.queries)
+        keys = [
+            digest(
+                corpus, found.query_digests[start : start + search.queries], self.known[start : start + search.queries]
+            )
+            for start in starts
+        ]
+        shards = Shards(self.work, "found", len(self.known), search.queries, keys)
+        missing = list(shards.missing())
+        with self._bar("search", shards.rows, " queries", shards.complete) as bar:
+            index = self._index() if missing else None
+            for number, span in missing:
+                hits, known_scores = self._find(index, span, wanted)
+                table = np.empty((len(hits.scores), wanted + self.known.shape[1]), FOUND)
+                table["row"] = np.concatenate([hits.indices, self.known[span]], axis=1)
+                table["score"] = np.concatenate([hits.scores, known_scores], axis=1)
+                shards.write(number, table)
+                bar.update(span.stop - span.start)
+        return shards
+
+    def _index(self) -> FaissIndex | None:
+        search = self.config.search
+        if self.vectors is None:
+            self._index_words()
+            return None
+        if search.index == "exact":
+            return None
+        options = {"similarity": search.similarity, "device": search.device}
+        return FaissIndex(self.vectors[1], search.index, **options, **search.options)  # type: ignore[arg-type]
+
+    def _index_words(self) -> None:
+        retriever = self.models.retriever
+        assert isinstance(retriever, Lexical), f"{retriever.name} has neither vectors nor a search"
+        retriever.index(self.found.items("corpus", range(len(self.found))))
+        self._indexed = True
+
+    def _find(self, index: FaissIndex | None, span: slice, wanted: int) -> tuple[Hits, Floats]:
+        search = self.config.search
+        if self.vectors is None:
+            assert isinstance(self.models.retriever, Lexical), "it has been indexed"
+            items = self.found.items("queries", range(span.start, span.stop))
+            return self.models.retriever.search(items, wanted, self.known[span])
+        queries, corpus = self.vectors[0][span], self.vectors[1]
+        if index is None:
+            hits = top_k(queries, corpus, wanted, similarity=search.similarity, device=search.device)
+        else:
+            hits = index.top_k(queries, wanted)
+        return hits, pair_scores(queries, corpus, self.known[span], similarity=search.similarity)
+
+    def _clusters(self) -> Rows | None:
+        if self.config.clusters is None:
+            return None
+        if len(self.found) < self.config.clusters:
+            raise ConfigError(f"clusters: {self.config.clusters} of {len(self.found)} documents; give fewer")
+        return next_stage(self.vectors[1], self.config.seed, self.config.clusters)
+
+    # The choice -------------------------------------------------------------------------------------------------------
+
+    def _choose(self, number: int, span: slice, table: NDArray[Any], clusters: Rows | None) -> Mined:
+        config, known, count = self.config, self.known[span], self.found.positives.shape[1]
+        wanted = table.shape[1] - known.shape[1]
+        rows, scores = table["row"][:, :wanted], table["score"][:, :wanted]
+        known_scores = table["score"][:, wanted:]
+        found = Candidates.of(
+            rows, scores, known[:, :count], len(self.found), keys=self.found.keys[span],
+            positive_scores=known_scores[:, :count], clusters=clusters, barred=known[:, count:],
+        ).first(config.search.depth)  # fmt: skip
+        removed = {"known positives and barred documents": int((rows >= 0).sum() - self._unknown(rows, known).sum())}
+        judged, known_judged, chosen_by = None, None, found
+        if self.models.teacher is not None and config.rescore == "candidates":
+            given = self._teach(f"candidates-{number:05d}", span, np.concatenate([found.rows, known], axis=1))
+            judged, known_judged = given[:, : found.rows.shape[1]], given[:, found.rows.shape[1] :]
+            chosen_by = found.rescored(judged, known_judged[:, :count])
+        if any("surface" in rule.reads for rule in self.rules):
+            chosen_by = self._with_surface(chosen_by, span)
+        for rule in self.rules:
+            if rule.role == "filter":
+                lost = int((chosen_by.valid & ~rule.keep(chosen_by)).sum())
+                removed[f"rule {rule.name}"] = lost
+        negatives = mine(chosen_by, self.rules, config.negatives, config.seed)
+        ranks = _places(found.rows, negatives)
+        filled = (negatives >= 0) & (ranks < 0)
+        own_scores = _taken(found.scores, ranks)
+        own_scores = self._scores_of_filled(own_scores, np.where(filled, negatives, -1), span)
+        own_judged = None
+        if judged is not None:
+            own_judged = _taken(judged, ranks)
+            if config.scores == "teacher":
+                more = self._teach(f"filled-{number:05d}", span, np.where(filled, negatives, -1))
+                own_judged = np.where(filled, more, own_judged)
+        elif self.models.teacher is not None:
+            given = self._teach(f"chosen-{number:05d}", span, np.concatenate([negatives, known], axis=1))
+            own_judged, known_judged = given[:, : config.negatives], given[:, config.negatives :]
+        first = found.scores[:, 0] if found.scores.shape[1] else np.full(len(known), np.nan, np.float32)
+        return Mined(
+            negatives, own_scores, own_judged, known, known_scores, known_judged, filled, ranks,
+            np.where(np.isfinite(first), first, np.nan), count, removed,
+        )  # fmt: skip
+
+    @staticmethod
+    def _unknown(rows: Rows, known: Rows) -> NDArray[np.bool_]:
+        there: NDArray[np.bool_] = rows >= 0
+        for column in range(known.shape[1]):
+            there &= rows != np.where(known[:, column] >= 0, known[:, column], -2)[:, None]
+        return there
+
+    def _scores_of_filled(self, scores: Floats, filled: Rows, span: slice) -> Floats:
+        """With the retriever's scores of rows that it did not find among the best."""
+        if not (filled >= 0).any():
+            return scores
+        if self.vectors is not None:
+            search = self.config.search
+            given = pair_scores(self.vectors[0][span], self.vectors[1], filled, similarity=search.similarity)
+        else:
+            if not vars(self).get("_indexed"):
+                self._index_words()
+            assert isinstance(self.models.retriever, Lexical), "it has no vectors"
+            items = self.found.items("queries", range(span.start, span.stop))
+            given = self.models.retriever.search(items, 1, filled)[1]
+        return np.where(filled >= 0, given, scores)
+
+    def _with_surface(self, candidates: Candidates, span: slice) -> Candidates:
+        rows = np.unique(candidates.rows[candidates.valid])
+        texts = dict(zip(rows.tolist(), (item.text for item in self.found.items("corpus", rows)), strict=True))
+        surface = np.zeros(candidates.rows.shape, np.float32)
+        queries = self.found.items("queries", range(span.start, span.stop))
+        for query, place in np.argwhere(candidates.valid).tolist():
+            surface[query, place] = shared_words(queries[query].text, texts[int(candidates.rows[query, place])])
+        return Candidates.of(
+            candidates.rows, candidates.scores, candidates.positives, candidates.corpus, keys=candidates.keys,
+            positive_scores=candidates.positive_scores, clusters=candidates.clusters, surface=surface,
+            barred=candidates.barred,
+        )  # fmt: skip
+
+    def _teach(self, name: str, span: slice, rows: Rows) -> Floats:
+        """The teacher's scores of each query with its rows (q, w); NaN where a row is -1."""
+        teacher = self.models.teacher
+        if self.taught is not None:
+            queries, corpus = self.taught
+            return pair_scores(queries[span], corpus, rows)
+        assert isinstance(teacher, PairTeacher), "a teacher scores pairs or gives vectors"
+        size = max(1, PAIRS // max(1, rows.shape[1]))
+        digests = self.found.query_digests[span], self.found.corpus_digests
+        keys = []
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            keys.append(
+                digest(self.models.of_teacher, part, digests[0][start : start + size], digests[1][part[part >= 0]])
+            )
+        shards = Shards(self.work, name, len(rows), size, keys)
+        missing = list(shards.missing())
+        if missing:
+            self.models.load(teacher, self.media)
+        with self._bar("teacher", int((rows >= 0).sum()), " pairs") as bar:
+            done = set(range(len(keys))) - {number for number, _ in missing}
+            bar.update(sum(int((rows[shards.span(number)] >= 0).sum()) for number in done))
+            for number, part_span in missing:
+                part = rows[part_span]
+                queries_of = self.found.items(
+                    "queries", range(span.start + part_span.start, span.start + part_span.stop)
+                )
+                shards.write(number, self._score(teacher, queries_of, part))
+                bar.update(int((part >= 0).sum()))
+        return np.array(shards.open())
+
+    def _score(self, teacher: PairTeacher, queries: Sequence[Item], rows: Rows) -> Floats:
+        scores = np.full(rows.shape, np.nan, np.float32)
+        of, place = np.nonzero(rows >= 0)
+        if not len(of):
+            return scores
+        documents = self.found.items("corpus", rows[of, place])
+        given = teacher.score([queries[query] for query in of.tolist()], documents)
+        if given.shape != of.shape:
+            raise MmembedError(
+                f"teacher: scores of shape {given.shape} for {len(of)} pairs; give one with one score a pair"
+            )
+        if not np.isfinite(given).all():
+            bad = int(np.flatnonzero(~np.isfinite(given))[0])
+            raise MmembedError(f"teacher: the score of {queries[of[bad]]} with {documents[bad]} is {given[bad]}")
+        scores[of, place] = given
+        return scores
+
+    @contextmanager
+    def _bar(self, what: str, total: int, unit: str, done: int = 0) -> Iterator[tqdm[Any]]:
+        """A bar with rate and time left; in a log file a line every half a minute."""
+        seconds = 0.1 if sys.stderr.isatty() else 30.0
+        with tqdm(
+            desc=f"{self.title}: {what}", total=total, initial=done, unit=unit, mininterval=seconds, delay=1.0,
+            file=sys.stderr,
+        ) as bar:  # fmt: skip
+            yield bar
+
+
+def _check_finite(vectors: Floats, items: Sequence[Item], name: str) -> None:
+    if vectors.shape[0] != len(items) or vectors.ndim != 2:
+        raise MmembedError(f"{name}: vectors of shape {vectors.shape} for {len(items)} contents; give one each")
+    finite = np.isfinite(vectors).all(axis=1)
+    if not finite.all():
+        bad = int(np.flatnonzero(~finite)[0])
+        raise MmembedError(
+            f"{items[bad]}: the {name} gives NaN or infinity for it; load the model in float32, or leave it out"
+        )
+
+
+def _places(rows: Rows, chosen: Rows) -> Rows:
+    """Where each chosen row is among the candidates; -1 where it is not: (q, C), (q, K) -> (q, K)."""
+    places = np.full(chosen.shape, -1, np.int64)
+    for column in range(chosen.shape[1]):
+        same = (rows == chosen[:, column, None]) & (rows >= 0)
+        places[:, column] = np.where(same.any(axis=1), same.argmax(axis=1), -1)
+    return places
+
+
+def _taken(scores: Floats, places: Rows) -> Floats:
+    """(q, C), (q, K) -> (q, K), NaN where a place is -1."""
+    if not scores.shape[1]:
+        return np.full(places.shape, np.nan, np.float32)
+    return np.where(places >= 0, np.take_along_axis(scores, np.maximum(places, 0), axis=1), np.nan).astype(np.float32)
+
+
+def _joined(parts: list[Mined], positives: int, count: int) -> Mined:
+    def join(name: str) -> Any:
+        values = [vars(part)[name] for part in parts]
+        return None if values[0] is None else np.concatenate(values)
+
+    removed: dict[str, int] = {}
+    for part in parts:
+        for key, number in part.removed.items():
+            removed[key] = removed.get(key, 0) + number
+    names = ("negatives", "scores", "judged", "known", "known_scores", "known_judged", "filled", "ranks", "first")
+    return Mined(**{name: join(name) for name in names}, positives=positives, removed=removed)

@@ -1,0 +1,33 @@
+"""Another embedder as the teacher: the similarity of its vectors. For pictures, too, where it reads them."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from data_tools.mining.retrievers import RETRIEVERS, Encoder
+from data_tools.mining.teachers import Teacher
+from mmembed.errors import ConfigError
+from mmembed.media import MediaStore
+
+
+class EmbedderTeacher(Teacher):
+    """An embedder.
+
+    Args:
+        retriever: a block of a retriever with vectors.
+    """
+
+    name: ClassVar[str] = "embedder"
+    reads: ClassVar[frozenset[str]] = frozenset({"text", "image", "video", "audio"})
+
+    def __init__(self, retriever: str | dict[str, Any] = "mmembed") -> None:
+        built = RETRIEVERS.build(retriever)
+        if not isinstance(built, Encoder):
+            raise ConfigError(f"teacher.retriever: '{built.name}' has no vectors; name an embedder")
+        self.encoder = built
+
+    def fingerprint(self) -> Any:
+        return [self.name, self.encoder.fingerprint()]
+
+    def load(self, media: MediaStore) -> None:
+        self.encoder.load(media)
