@@ -85,7 +85,7 @@ class Plan:
 
     @classmethod
     def of_device(cls, device: torch.device) -> "Plan":
-        """An hour of two CPU cores, or minutes of a GPU: larger batches, more steps."""
+        """An hour of two CPU cores, or ten minutes of a GPU: larger batches, and spans."""
         return GPU_PLAN if device.type == "cuda" else cls()
 
     def of_stage(self, name: str) -> dict[str, float]:
@@ -98,15 +98,14 @@ GPU_PLAN = Plan(
     span_share=0.6,
     word_texts=4096,
     word_pairs=1024,
-    word_steps=2000,
-    sight_steps=9000,
-    language_tokens=32_768,
-    language_steps=10_000,
-    together_tokens=32_768,
-    together_pictures=128,
-    together_steps=1000,
+    word_steps=1200,
+    sight_pictures=160,
+    sight_steps=1200,
+    language_tokens=65_536,
+    language_steps=1250,
+    together_steps=240,
     language_rate=2e-3,
-    together_rate=1e-3,
+    together_rate=5e-4,
     warmup=200,
 )
 
@@ -319,8 +318,10 @@ def move(batch: Any, device: torch.device) -> Any:
 
 
 def rate_at(step: int, steps: int, plan: Plan) -> float:
-    """Warm up, hold, then fall linearly to zero over the last `decay_share` of the steps."""
-    return min(1.0, (step + 1) / plan.warmup, (steps - step) / (steps * plan.decay_share))
+    """Warm up, hold, then fall linearly to zero over the last `decay_share` of the steps; a short stage warms up for a
+    quarter of its steps."""
+    warmup = min(plan.warmup, max(1, steps // 4))
+    return min(1.0, (step + 1) / warmup, (steps - step) / (steps * plan.decay_share))
 
 
 # --------------------------------------------------------------------------------------------------- losses

@@ -58,7 +58,7 @@ def test_the_shipped_card_has_the_command_of_its_settings(monkeypatch):
     (settings,) = re.findall(r"Settings: `(.*)`", SHIPPED)
     found, device, threads = plan_of(command_of(SHIPPED), monkeypatch)
     assert ", ".join(f"{key}={value}" for key, value in vars(found).items()) == settings
-    assert (device, threads) == ("cpu", 2)
+    assert (device, threads) == ("cuda", 2)
 
 
 def test_the_recipe_reads_on_three_screens():
