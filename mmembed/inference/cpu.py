@@ -11,7 +11,7 @@ Places where the stock kernels leave most of a processor unused (one core of an 
 With AMX (one core of an Intel Xeon) torch's fused bfloat16 attention uses the matrix units and is faster than blocks of
 products: 1.8 against 3.3 ms for 2,048 tokens in rows of 256. But it is slow with keys that are no multiple of 16: rows
 of 177 take 3.2 ms, and 2.0 with 15 keys more that nobody sees. Norms and rotary positions: see
-`mmembed.inference.elementwise`.
+`mmembed.inference.elementwise`; what a whole decoder layer saves: `mmembed.inference.decoder`.
 
 They act only where no gradient is needed and fall back to the stock kernel everywhere else, so that a model prepared
 here can still be trained, moved to another device and saved. Differences: float32 rounding (1e-6), one
@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 from mmembed.backbones import attention as attending
 from mmembed.backbones import shared_prefix as sharing
+from mmembed.inference.decoder import fuse_layers
 from mmembed.inference.elementwise import accelerate_elementwise
 
 ATTENTION = "mmembed_cpu"
@@ -60,6 +61,7 @@ def accelerate(model: nn.Module) -> None:
             module.__class__ = better[type(module)]
     if cpu.get("amx_bf16"):  # the stock kernel has matrix units of its own, if its keys are aligned
         _use_attention(model, attend_aligned)
+        fuse_layers(model)
     elif cpu.get("avx512_bf16"):
         _use_attention(model, attend)
     else:

@@ -57,7 +57,7 @@ def accelerate_elementwise(model: nn.Module, *, fused: bool = False) -> None:
     """
     feed_forward: dict[type[nn.Module], type[nn.Module] | None] = {}  # a class is tried once: weights may be large
     for module in model.modules():
-        if not isinstance(module, _Quick):
+        if not isinstance(module, Quick):
             form = _norm_form(module)
             stock: Any = type(module)  # for mypy, which holds classes of modules for unhashable
             if form is not None:
@@ -70,7 +70,7 @@ def accelerate_elementwise(model: nn.Module, *, fused: bool = False) -> None:
                 module.__class__ = better
 
 
-class _Quick(nn.Module):
+class Quick(nn.Module):
     """Stands before the stock class: copies and pickles are of that one."""
 
     stock: type[nn.Module]
@@ -79,7 +79,7 @@ class _Quick(nn.Module):
         return object.__new__, (self.stock,), vars(self)
 
 
-def _subclass(stock: type[nn.Module], base: type[_Quick], members: dict[str, Any]) -> type[nn.Module]:
+def subclass(stock: type[nn.Module], base: type[Quick], members: dict[str, Any]) -> type[nn.Module]:
     """A subclass of the same name, which libraries look at (initialisation, wrapping of layers)."""
     known = {"stock": stock, "__module__": stock.__module__, "__qualname__": stock.__qualname__}
     return type(stock.__name__, (base, stock), known | members)
@@ -88,7 +88,7 @@ def _subclass(stock: type[nn.Module], base: type[_Quick], members: dict[str, Any
 # RMSNorm ------------------------------------------------------------------------------------------------------------
 
 
-class _QuickNorm(_Quick):
+class QuickNorm(Quick):
     weight: nn.Parameter
     epsilon: str  # name of the attribute
     offset: float  # added to the weight: 1 in Gemma
@@ -115,14 +115,14 @@ def rms_norm(hidden: Tensor, weight: Tensor, eps: float, offset: float = 0.0) ->
     buffer = None if rows.dtype == torch.float32 else torch.empty(size, width)
     for block, result in zip(torch.split(rows, size), torch.split(output, size), strict=True):
         if buffer is None:
-            torch.mul(block, _scale(block, eps), out=result).mul_(weight)
+            torch.mul(block, root_scale(block, eps), out=result).mul_(weight)
         else:
             exact = buffer[: len(block)].copy_(block)
-            result.copy_(exact.mul_(_scale(exact, eps)).mul_(weight))
+            result.copy_(exact.mul_(root_scale(exact, eps)).mul_(weight))
     return output.view(hidden.shape)
 
 
-def _scale(rows: Tensor, eps: float) -> Tensor:
+def root_scale(rows: Tensor, eps: float) -> Tensor:
     """(N, D) -> (N, 1). The norm is the fastest sum of squares that torch has: one pass, nothing written."""
     norm: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     return norm.square_().div_(rows.shape[-1]).add_(eps).rsqrt_()
@@ -130,7 +130,7 @@ def _scale(rows: Tensor, eps: float) -> Tensor:
 
 @cache
 def _norm_class(stock: type[nn.Module], epsilon: str, offset: float) -> type[nn.Module]:
-    return _subclass(stock, _QuickNorm, {"epsilon": epsilon, "offset": offset})
+    return subclass(stock, QuickNorm, {"epsilon": epsilon, "offset": offset})
 
 
 def _norm_form(module: nn.Module) -> tuple[str, float] | None:
@@ -148,7 +148,7 @@ def _norm_form(module: nn.Module) -> tuple[str, float] | None:
     probe = copy.copy(module)
     vars(probe)["_parameters"] = {"weight": nn.Parameter(trial)}  # its own: the module's may be anywhere, and all ones
     with torch.no_grad():
-        stock = _outcome(probe.forward, hidden)
+        stock = outcome(probe.forward, hidden)
         for name, value in numbers.items():
             for offset in (0.0, 1.0):
                 if _alike(stock, rms_norm(hidden, trial, value, offset)):
@@ -167,17 +167,17 @@ class Form(NamedTuple):
     algorithm: str
 
 
-class _ByRows(_Quick):
-    form: Form | None  # what `_fused_rows` is to compute; None for the stock formula
+class ByRows(Quick):
+    form: Form | None  # what `fused_rows` is to compute; None for the stock formula
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
         """(..., D) -> (..., D), some rows after the others; for a gradient, or by name, as the stock."""
         stock = super().forward
         alone = len(inputs) == 1 and not named and not torch.is_grad_enabled() and inputs[0].device.type == "cpu"
         if alone and self.form is not None and inputs[0].dtype == torch.bfloat16 and inputs[0].numel():
-            linear = _linear_children(self)
+            linear = linear_children(self)
             if all(_is_plain(one, torch.bfloat16) for one in linear):
-                return _fused_rows(inputs[0], linear, self.form)
+                return fused_rows(inputs[0], linear, self.form)
         size = ROWS * torch.get_num_threads()
         if not alone or inputs[0].numel() < 2 * size * inputs[0].shape[-1]:
             whole: Tensor = stock(*inputs, **named)
@@ -186,25 +186,33 @@ class _ByRows(_Quick):
         return torch.cat([stock(block) for block in torch.split(rows, size)]).view(inputs[0].shape)
 
 
-def _fused_rows(hidden: Tensor, linear: list[nn.Linear], form: Form) -> Tensor:
-    """(..., D) -> (..., D): two linear maps with an activation between, or three with a gate, in as many products."""
+def fused_rows(hidden: Tensor, linear: list[nn.Linear], form: Form, onto: Tensor | None = None) -> Tensor:
+    """(..., D) -> (..., D): two linear maps with an activation between, or three with a gate, in as many products.
+
+    Args:
+        onto: (N, D), what the result is added to, in place.
+    """
     rows = hidden.reshape(-1, hidden.shape[-1])  # (N, D)
-    output = rows.new_empty(len(rows), linear[-1].out_features)
+    first, last = linear[form.gate], linear[-1]
+    output = rows.new_empty(len(rows), last.out_features) if onto is None else onto
     size, product = FUSED_ROWS * torch.get_num_threads(), torch.ops.mkldnn._linear_pointwise
     for block, result in zip(torch.split(rows, size), torch.split(output, size), strict=True):
-        first, last = linear[form.gate], linear[-1]
         inside = product(block, first.weight, first.bias, form.activation, [], form.algorithm)
         if len(linear) == 3:
             wide = linear[1 - form.gate]
             inside = product.binary(block, inside, wide.weight, wide.bias, "mul")
-        if last.bias is None:
+        if onto is not None:
+            result.addmm_(inside, last.weight.T)
+            if last.bias is not None:
+                result.add_(last.bias)
+        elif last.bias is None:
             torch.mm(inside, last.weight.T, out=result)
         else:
             torch.addmm(last.bias, inside, last.weight.T, out=result)
     return output.view(*hidden.shape[:-1], -1)
 
 
-def _linear_children(module: nn.Module) -> list[Any]:
+def linear_children(module: nn.Module) -> list[Any]:
     return [child for child in module.children() if hasattr(child, "in_features")]
 
 
@@ -216,7 +224,7 @@ def _is_plain(linear: Any, dtype: torch.dtype) -> bool:
 
 @cache
 def _by_rows_class(stock: type[nn.Module], form: Form | None) -> type[nn.Module]:
-    return _subclass(stock, _ByRows, {"form": form})
+    return subclass(stock, ByRows, {"form": form})
 
 
 def _feed_forward_class(stock: Any, module: nn.Module, fused: bool) -> type[nn.Module] | None:
@@ -226,27 +234,27 @@ def _feed_forward_class(stock: Any, module: nn.Module, fused: bool) -> type[nn.M
 
 
 def _fused_form(module: nn.Module) -> Form | None:
-    """With which `_fused_rows` is what this module computes; None where no form is that of its numbers."""
-    linear, others = _linear_children(module), [one for one in module.children() if not hasattr(one, "in_features")]
+    """With which `fused_rows` is what this module computes; None where no form is that of its numbers."""
+    linear, others = linear_children(module), [one for one in module.children() if not hasattr(one, "in_features")]
     if len(others) != 1 or not all(_is_plain(one, torch.bfloat16) for one in linear):
         return None
     points = torch.linspace(-6, 6, 101)
     rows = torch.randn(8, linear[0].in_features, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        curve = _outcome(others[0], points)
+        curve = outcome(others[0], points)
         inside = torch.cat([one(rows.bfloat16()) for one in linear[:-1]]).float().std()
         rows = (2 / inside.clamp_min(1e-6) * rows).bfloat16()  # where the activation bends
-        stock = _outcome(module.forward, rows)
+        stock = outcome(module.forward, rows)
         for (activation, algorithm), function in ACTIVATIONS.items():
             for gate in range(len(linear) - 1 if _alike(curve, function(points), atol=1e-6) else 0):
                 form = Form(gate, activation, algorithm)
-                ours = _outcome(lambda block, form=form: _fused_rows(block, linear, form), rows)
-                if isinstance(stock, Tensor) and _near(stock, ours):
+                ours = outcome(lambda block, form=form: fused_rows(block, linear, form), rows)
+                if isinstance(stock, Tensor) and near(stock, ours):
                     return form
     return None
 
 
-def _near(stock: Tensor, ours: object) -> bool:
+def near(stock: Tensor, ours: object) -> bool:
     """In bfloat16: rounded elsewhere, but the same formula."""
     if not isinstance(ours, Tensor) or ours.shape != stock.shape:
         return False
@@ -255,7 +263,7 @@ def _near(stock: Tensor, ours: object) -> bool:
 
 def _is_feed_forward(module: nn.Module) -> bool:
     """Whether it is two or three linear maps and an activation, and random rows show that they do not meet in it."""
-    linear = _linear_children(module)
+    linear = linear_children(module)
     others = [child for child in module.children() if not hasattr(child, "in_features")]
     plain = not module._parameters and not module._buffers and "forward" not in vars(module)
     if not plain or len(linear) not in (2, 3) or any(True for child in others for _ in child.parameters()):
@@ -266,9 +274,9 @@ def _is_feed_forward(module: nn.Module) -> bool:
     width = int(cast("nn.Linear", linear[0]).in_features)
     rows = torch.randn(3, width, generator=torch.Generator().manual_seed(0)).to(weight.dtype)
     with torch.no_grad():
-        stock = _outcome(module.forward, rows)
-        together = _outcome(module.forward, rows[None])
-        alone = [_outcome(module.forward, row) for row in rows.split(1)]
+        stock = outcome(module.forward, rows)
+        together = outcome(module.forward, rows[None])
+        alone = [outcome(module.forward, row) for row in rows.split(1)]
     if not isinstance(stock, Tensor) or stock.shape != rows.shape or not all(isinstance(one, Tensor) for one in alone):
         return False
     rtol = 1e-5 if weight.dtype == torch.float32 else 2e-2
@@ -285,7 +293,7 @@ def rotate(
     alike = query.dtype == key.dtype == cos.dtype == sin.dtype
     if not alike or not _rotatable(query, key, cos, sin):
         return stock(query, key, cos, sin, unsqueeze_dim)
-    cos, signed = cos.unsqueeze(unsqueeze_dim), _signed(sin).unsqueeze(unsqueeze_dim)
+    cos, signed = cos.unsqueeze(unsqueeze_dim), signed_sines(sin).unsqueeze(unsqueeze_dim)
     return _turned(query, cos, signed), _turned(key, cos, signed)
 
 
@@ -294,7 +302,7 @@ def rotate_vision(stock: Rotation, query: Tensor, key: Tensor, cos: Tensor, sin:
     narrow = {query.dtype, key.dtype, cos.dtype, sin.dtype} <= set(DTYPES)
     if not narrow or query.dim() != 3 or cos.dim() != 2 or not _rotatable(query, key, cos, sin):
         return stock(query, key, cos, sin)
-    cos, signed = cos.float().unsqueeze(1), _signed(sin.float()).unsqueeze(1)  # (S, 1, D)
+    cos, signed = cos.float().unsqueeze(1), signed_sines(sin.float()).unsqueeze(1)  # (S, 1, D)
 
     def turned(tensor: Tensor) -> Tensor:
         output = torch.empty_like(tensor)
@@ -312,7 +320,7 @@ def _rotatable(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> bool:
     return whole and not torch.is_grad_enabled() and query.device.type == "cpu" and query.numel() > 0
 
 
-def _signed(sin: Tensor) -> Tensor:
+def signed_sines(sin: Tensor) -> Tensor:
     half = sin.shape[-1] // 2
     return torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
 
@@ -349,7 +357,7 @@ def _made_of(
     names = {**forward.__globals__, **ours}
     quick = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     quick.__kwdefaults__ = forward.__kwdefaults__
-    return _subclass(stock, _Quick, {"forward": quick})
+    return subclass(stock, Quick, {"forward": quick})
 
 
 def _rotates(function: Any, name: str) -> bool:
@@ -358,7 +366,7 @@ def _rotates(function: Any, name: str) -> bool:
     ours, shapes = ROTARY[name]
     tensors = [torch.randn(shape, generator=generator) for shape in shapes]
     with torch.no_grad():
-        stock, expected = _outcome(function, *tensors), ours(function, *tensors)
+        stock, expected = outcome(function, *tensors), ours(function, *tensors)
     pair = isinstance(stock, tuple) and len(stock) == 2
     return pair and all(_alike(one, other, atol=1e-6) for one, other in zip(stock, expected, strict=True))
 
@@ -366,7 +374,7 @@ def _rotates(function: Any, name: str) -> bool:
 # Probes -------------------------------------------------------------------------------------------------------------
 
 
-def _outcome(function: Callable[..., Any], *tensors: Tensor) -> Any:
+def outcome(function: Callable[..., Any], *tensors: Tensor) -> Any:
     """What the function makes of clones of these; None where it takes none such, which is its own business."""
     try:
         return function(*(tensor.clone() for tensor in tensors))

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from mmembed.backbones import attention
-from mmembed.inference import cpu
+from mmembed.inference import cpu, decoder
 from mmembed.inference.cpu import ATTENTION, OneDnnLinear, accelerate
-from mmembed.inference.elementwise import _Quick
+from mmembed.inference.elementwise import Quick
 from tests.equivalence.layouts import built, random_rows, watch
 
 PROCESSORS = {
@@ -81,6 +81,21 @@ def test_vectors(family_folder, name, layout, processor, run_on, monkeypatch):
         assert keys == ([] if own else [96 if aligned else 90] * 2)
 
 
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bfloat16 products in oneDNN")
+@pytest.mark.parametrize("layout", ["padded", "packed", "behind a prefix"])
+def test_matrix_units_compute_whole_layers(family_folder, layout, run_on, monkeypatch):
+    mode, lengths, head, options = LAYOUTS[layout]
+    decoded = watch(monkeypatch, decoder, "_decode")
+    for processor, layers in (("avx512", 0), ("amx", 2)):
+        model, preprocessor = built(family_folder("qwen3"), dtype="bfloat16", attention=mode)
+        run_on(processor)
+        accelerate(model.backbone)
+        decoded.clear()
+        with torch.inference_mode():
+            model(preprocessor.collate(random_rows(lengths, head=head), **options))
+        assert len(decoded) == layers
+
+
 @pytest.mark.parametrize("processor", PROCESSORS)
 @pytest.mark.parametrize("shared", [0, len(HEAD)])
 @pytest.mark.parametrize("name", ["qwen3", "mistral", "gemma3_text"])
@@ -120,7 +135,7 @@ def test_float32(family_folder, layout, processor, run_on):
     accelerate(ours.backbone)
     products = [module for module in ours.backbone.modules() if isinstance(module, torch.nn.Linear)]
     assert products and all(isinstance(module, OneDnnLinear) == (processor == "amd") for module in products)
-    assert any(isinstance(module, _Quick) for module in ours.backbone.modules())
+    assert any(isinstance(module, Quick) for module in ours.backbone.modules())
     with torch.inference_mode():
         expected = plain(preprocessor.collate(rows)).vectors
         found = ours(preprocessor.collate(rows, **options)).vectors

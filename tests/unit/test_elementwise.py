@@ -58,7 +58,7 @@ def exact(hidden, weight, eps):
 
 def replaced(model):
     """Names of the modules whose class stands in for the stock's."""
-    return [name for name, module in model.named_modules() if isinstance(module, elementwise._Quick)]
+    return [name for name, module in model.named_modules() if isinstance(module, elementwise.Quick)]
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)])
@@ -85,7 +85,7 @@ def test_norms_of_this_formula_are_replaced(stock, eps):
     with torch.no_grad():
         expected = norm(small)
         accelerate_elementwise(norm)
-        assert isinstance(norm, elementwise._Quick) and norm.epsilon == "variance_epsilon"
+        assert isinstance(norm, elementwise.Quick) and norm.epsilon == "variance_epsilon"
         torch.testing.assert_close(norm(small), expected, rtol=1e-5, atol=0)
         norm.variance_epsilon = 1.0  # read when needed
         assert norm(small).abs().max() < 1e-2
@@ -114,7 +114,7 @@ def test_torchs_own_norm_is_replaced():
     norm, hidden = nn.RMSNorm(16, eps=1e-5), torch.randn(3, 16)
     expected = norm(hidden).detach()
     accelerate_elementwise(norm)
-    assert isinstance(norm, elementwise._Quick)
+    assert isinstance(norm, elementwise.Quick)
     with torch.no_grad():
         torch.testing.assert_close(norm(hidden), expected)
 
@@ -265,7 +265,7 @@ def test_products_apply_the_activation(monkeypatch, make, form, size):
 
 @fusing
 def test_an_activation_that_products_do_not_have_stays(monkeypatch):
-    monkeypatch.setattr(elementwise, "_fused_rows", None)
+    monkeypatch.setattr(elementwise, "fused_rows", None)
     layer, hidden = Between(Squared()).bfloat16(), torch.randn(4, 32).bfloat16()
     expected = layer(hidden).detach()
     accelerate_elementwise(layer, fused=True)
@@ -278,7 +278,7 @@ def test_an_activation_that_products_do_not_have_stays(monkeypatch):
 def test_what_was_put_into_a_feed_forward_later_is_called(monkeypatch, change):
     layer, hidden = Gated(nn.SiLU()).bfloat16(), torch.randn(4, 32).bfloat16()
     accelerate_elementwise(layer, fused=True)
-    monkeypatch.setattr(elementwise, "_fused_rows", None)
+    monkeypatch.setattr(elementwise, "fused_rows", None)
     called = []
     if change == "adapter":
         inner = layer.second
@@ -322,11 +322,11 @@ def test_a_rotation_that_is_replaced_later_is_looked_at_again(monkeypatch):
 
     before = attention()
     accelerate_elementwise(before)
-    assert isinstance(before, elementwise._Quick)
+    assert isinstance(before, elementwise.Quick)
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", interleaved)
     after = attention()
     accelerate_elementwise(after)
-    assert not isinstance(after, elementwise._Quick)
+    assert not isinstance(after, elementwise.Quick)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
