@@ -147,12 +147,39 @@ class MediaLimitsConfig(_Block):
         return self
 
 
+class MiningConfig(_Block):
+    """Hard negatives that the model in training mines of the documents of each source: `negatives` a query, chosen by
+    `rules` of the `depth` nearest ones, before the first step and after every `every` optimizer steps (null: never
+    again). `asynchronous`: in a process of its own, on `device`; what it mines acts `every` steps later."""
+
+    rules: tuple[TypedBlock, ...] = ("percent_of_positive",)
+    depth: Positive = 50
+    negatives: Positive = 8
+    every: Positive | None = None
+    asynchronous: bool = False
+    device: str = "cpu"
+
+    @model_validator(mode="after")
+    def _every_key_acts(self) -> MiningConfig:
+        for block in self.rules:
+            if isinstance(block, dict) and not isinstance(block.get("type"), str):
+                raise ConfigError("rules: a block has no 'type'; write the name, or {type: name, ...options}")
+        if self.negatives > self.depth:
+            raise ConfigError(f"negatives {self.negatives} is above depth {self.depth}; they are chosen of those")
+        if self.asynchronous and self.every is None:
+            raise ConfigError("'asynchronous' has no effect without 'every': what is mined first is waited for")
+        if "device" in self.model_fields_set and not self.asynchronous:
+            raise ConfigError("'device' has no effect without 'asynchronous'; remove it")
+        return self
+
+
 class DataConfig(_Block):
     """Training and dev sources. A query gets `train_group_size` documents, `positives_per_query` of them positive.
 
     `mixing` says how often which source comes: `temperature` gives a source without `weight` the weight size**alpha
     (`mixing_alpha`), `proportional` as many batches as it fills, `round_robin` one after the other. `batch_order` names
-    a rule by which similar pairs meet in a batch, and by `model` the embedder that says which are. `ignore_fields`
+    a rule by which similar pairs meet in a batch, and by `model` the embedder that says which are. `mining` gives
+    queries hard negatives that the model in training finds, in place of those of the records. `ignore_fields`
     names fields of the data that may go unused (`score`, `negatives`, `instruction`, `relevance`, `labels`) or are
     taken out of every record (`image`, `video`, `audio`).
     """
@@ -168,6 +195,7 @@ class DataConfig(_Block):
     mixing: Literal["temperature", "proportional", "round_robin"] = "temperature"
     mixing_alpha: float = Field(default=0.5, ge=0)
     batch_order: TypedBlock | None = None
+    mining: MiningConfig | None = None
     ignore_fields: tuple[
         Literal["score", "negatives", "instruction", "image", "video", "audio", "relevance", "labels"], ...
     ] = ()
@@ -181,12 +209,18 @@ class DataConfig(_Block):
 
     @model_validator(mode="after")
     def _ordered(self) -> DataConfig:
+        for key in ("batch_order", "mining"):
+            for source in self.train if getattr(self, key) is not None else ():
+                if source.streaming or source.pairs is not None:
+                    what = "streaming: its records are not known" if source.streaming else "pairs: they are drawn anew"
+                    raise ConfigError(f"{key} + data.train '{source.name}' ({what}); remove one of them")
+        if self.mining is not None and self.train_group_size == self.positives_per_query:
+            raise ConfigError(
+                f"mining + train_group_size {self.train_group_size}: that leaves no room for negatives beside "
+                f"{self.positives_per_query} positives; raise it"
+            )
         if self.batch_order is None:
             return self
-        for source in self.train:
-            if source.streaming or source.pairs is not None:
-                what = "streaming: its records are not known" if source.streaming else "pairs: they are drawn anew"
-                raise ConfigError(f"batch_order + data.train '{source.name}' ({what}); remove one of them")
         if self.train and not any(source.in_batch_negatives for source in self.train):
             raise ConfigError("batch_order has no effect: in_batch_negatives is false for all sources; remove it")
         return self

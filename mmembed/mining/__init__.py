@@ -18,7 +18,7 @@ Cost: a few passes over (Q, C) arrays; 20,000 queries with 50 candidates take .1
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -258,7 +258,8 @@ def mine(candidates: Candidates, rules: Sequence[Miner], count: int, seed: int =
         raise MmembedError(f"mine: {count} negatives a query; ask for 1 at least")
     if candidates.corpus < count:
         raise MmembedError(f"mine: {count} negatives of a corpus of {candidates.corpus}; ask for fewer")
-    by_role = _by_role(candidates, rules)
+    given = {name for name in ("positive_scores", "clusters", "surface") if vars(candidates)[name] is not None}
+    by_role = check_rules(rules, given)
     kept = candidates.valid
     for rule in by_role["filter"]:
         kept = kept & rule.keep(candidates)
@@ -286,28 +287,32 @@ def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
-def _by_role(candidates: Candidates, rules: Sequence[Miner]) -> dict[Role, list[Miner]]:
-    given = {
-        "positive_scores": candidates.positive_scores,
-        "clusters": candidates.clusters,
-        "surface": candidates.surface,
-    }
+def check_rules(rules: Sequence[Miner], given: Collection[str], where: str = "mining") -> dict[Role, list[Miner]]:
+    """Rules by their role.
+
+    Args:
+        given: which of `Field` the candidates have.
+        where: the rules stand, for messages.
+
+    Raises:
+        ConfigError: rules that do not go together, make groups, or read what the candidates do not have.
+    """
     found: dict[Role, list[Miner]] = {"filter": [], "pick": [], "fill": [], "cluster": []}
     for rule in rules:
         found[rule.role].append(rule)
         for field in sorted(rule.reads):
-            if given[field] is None:
-                raise ConfigError(f"mining.{rule.name}: reads {field}, which the candidates do not have")
+            if field not in given:
+                raise ConfigError(f"{where}.{rule.name}: reads {field}, which the candidates do not have")
     if found["cluster"]:
         raise ConfigError(
-            f"mining.{found['cluster'][0].name}: makes groups of pairs, not negatives; write it as data.batch_order, "
+            f"{where}.{found['cluster'][0].name}: makes groups of pairs, not negatives; write it as data.batch_order, "
             "or call its groups()"
         )
     alone: tuple[Role, ...] = ("pick", "fill")
     for role in alone:
         if len(found[role]) > 1:
             names = " and ".join(rule.name for rule in found[role])
-            raise ConfigError(f"mining: {names} both {role} the negatives; keep one")
+            raise ConfigError(f"{where}: {names} both {role} the negatives; keep one")
     return found
 
 

@@ -38,6 +38,7 @@ from mmembed.preprocess import check_template
 from mmembed.prompts import PROMPTS
 from mmembed.training.batch_order import check_order
 from mmembed.training.optimizers import refuse_idle_rates
+from mmembed.training.refresh import check_mining
 from mmembed.training.supply import named_parts
 
 _OF_BITSANDBYTES = ("adamw_8bit", "adamw_bnb", "paged_", "lion_", "ademamix", "rmsprop_bnb")  # how its names begin
@@ -64,6 +65,7 @@ def preflight(config: EmbedderConfig) -> Objective:
             raise ConfigError(f"data source '{source.name}': {error}") from None
     _check_pairs(config)
     check_order(config)
+    check_mining(config, objective)
     towers = {"vision", "projector", "language", "pooling"} | ({"objective"} if list(objective.parameters()) else set())
     refuse_idle_rates(config.training.learning_rates, towers, config.model.freeze)
     if not Path(resolve_backbone(config.model.name_or_path), SETTINGS).exists():  # a saved embedder was checked so once

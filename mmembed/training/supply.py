@@ -21,11 +21,13 @@ from mmembed.training.arguments import DEFAULTS
 
 @dataclass(frozen=True)
 class Group:
-    """How many documents of either kind are drawn for a query at most, and how many queries meet in a batch."""
+    """How many documents of either kind are drawn for a query at most, and how many queries meet in a batch; whether
+    negatives are mined, so that records need not have any."""
 
     positives: int
     negatives: int
     queries: int
+    mined: bool
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def _group(dataset: Source, config: EmbedderConfig, part: Objective, processes: 
     data, arguments = config.data, {**DEFAULTS, **config.training.arguments}
     rows = dataset.source.batch_size or int(arguments["per_device_train_batch_size"])
     negatives = data.train_group_size - data.positives_per_query if part.takes_negatives else 0
-    return Group(data.positives_per_query, negatives, rows * processes)
+    return Group(data.positives_per_query, negatives, rows * processes, data.mining is not None)
 
 
 def _lacks(census: Census, part: Objective, group: Group) -> Iterator[Lack]:
@@ -133,7 +135,7 @@ def _lacks(census: Census, part: Objective, group: Group) -> Iterator[Lack]:
             "compares degrees of relevance: give the documents of a query degrees and set data.positives_per_query to "
             "2 or more, or train on it with infonce",
         )
-    if part.needs_negatives:
+    if part.needs_negatives and not group.mined:
         yield Lack(
             census.those(lambda held: not min(held.negatives, group.negatives)),
             "have no negative" if group.negatives else "have no room for negatives in data.train_group_size",
@@ -242,7 +244,7 @@ def _check_run(dataset: Source, config: EmbedderConfig, part: Objective, process
 
 
 def _draws_negatives(dataset: Source, group: Group) -> bool:
-    return group.negatives > 0 and dataset.census.those(lambda held: held.negatives > 0).number > 0
+    return group.negatives > 0 and (group.mined or dataset.census.those(lambda held: held.negatives > 0).number > 0)
 
 
 def _check_distinct(dataset: Source, part: Objective, group: Group) -> None:

@@ -35,6 +35,7 @@ from transformers.trainer_utils import IntervalStrategy, TrainOutput, rotate_che
 from mmembed.backbones.output_embedding import load_output_embedding
 from mmembed.config.blocks import EmbedderConfig
 from mmembed.content import Example
+from mmembed.data.batch_plan import Draw
 from mmembed.data.collate import Batch, Chunk
 from mmembed.data.dataset import MixedDataset, RecordDataset
 from mmembed.data.streaming import Source
@@ -65,7 +66,7 @@ from mmembed.training.batches import (
     sources_of_positives,
 )
 from mmembed.training.checkpoints import RUN, STATE, check_same_data, describe_run, read_run, writing
-from mmembed.training.data_vectors import encoder_of, other_embedder
+from mmembed.training.data_vectors import Encoder, agreed, encoder_of, other_embedder
 from mmembed.training.engines import engine_of, offer_on_cpu
 from mmembed.training.evaluation import DevSet, build_dev_set, evaluate
 from mmembed.training.gradcache import Encode, RandomState, Workers, contrastive_step
@@ -75,6 +76,7 @@ from mmembed.training.optimizers import Lion, optimizer_name, parameter_groups, 
 from mmembed.training.out_of_memory import Budget, Halving, is_out_of_memory, smaller
 from mmembed.training.preemption import Preemption, SaveAfterEpochEnd, start_worker
 from mmembed.training.preflight import check_dropout
+from mmembed.training.refresh import MODEL, Drawn, Refresh, mined_sources
 from mmembed.training.rehearsal import worst_batch
 from mmembed.training.report import write_report
 from mmembed.training.tally import Tally
@@ -166,6 +168,7 @@ class EmbedderTrainer(Trainer):
         self.collator = build_collator(
             config, preprocessor, args, size, shared, packed, graded, apart, predicted, positives_only
         )
+        self.refresh = self._refreshing(graded | positives_only)
 
     def _follow_the_engine(self) -> None:
         """What the engine decides: the size of chunks, whether each has a picture, what FSDP2 leaves whole."""
@@ -203,6 +206,15 @@ class EmbedderTrainer(Trainer):
         model.to(before).train(was_training)
         return found
 
+    def _refreshing(self, apart: frozenset[str]) -> Refresh | None:
+        """What mines negatives while training; None without `data.mining`. ConfigError where no source takes any."""
+        if self.run_config.data.mining is None:
+            return None
+        sources = mined_sources(dict(enumerate(self.train_sources)), apart)
+        if not sources:
+            raise ConfigError("data.mining has no effect: no source's objective compares hard negatives; remove it")
+        return Refresh(self.run_config, sources, data_seed(self.args), Path(self.output))
+
     @property
     def output(self) -> str:
         """The run's folder."""
@@ -232,6 +244,7 @@ class EmbedderTrainer(Trainer):
             f"processes: {self.args.world_size}, {self.engine}",
             *([] if self.teacher is None else [str(self.teacher)]),
             *([] if self.groups is None else describe(self.run_config, self.train_sources, self.groups)),
+            *([] if self.refresh is None else [str(self.refresh)]),
         )
         lower = ", ".join(map(str, self.model.model.lower_layers))
         layers = (f"layers: vectors of {lower}, and of the last of {self.model.model.depth}",) if lower else ()
@@ -269,8 +282,12 @@ class EmbedderTrainer(Trainer):
             self.args = copy.copy(self.args)
             self.args.eval_on_start = False  # was done at the start
         self._begun = False
-        with self.preemption, self.engine.quiet():
-            return super().train(resume_from_checkpoint, *rest, **more)
+        try:
+            with self.preemption, self.engine.quiet():
+                return super().train(resume_from_checkpoint, *rest, **more)
+        finally:
+            if self.refresh is not None:
+                self.refresh.stop()
 
     def _init_training_state(
         self, max_steps: int, steps_an_epoch: int, epochs: int, resume_from_checkpoint: str | None, trial: Any
@@ -324,7 +341,7 @@ class EmbedderTrainer(Trainer):
         training, device = self.run_config.training, self.args.device
         batch, number, seen = worst_batch(
             self.plan,
-            lambda draws: self.collator([self.train_dataset[draw] for draw in draws]),
+            lambda draws: self._collated([(draw, self.train_dataset[draw]) for draw in draws]),
             1 + self.run_config.data.train_group_size,
             None if training.worst_batch_first is True else int(training.worst_batch_first),
             device,
@@ -475,12 +492,13 @@ class EmbedderTrainer(Trainer):
     # Data -------------------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> PlannedLoader:
-        """This process's batches; its own generator keeps the global random state out of it."""
-        args = self.args
+        """This process's batches; its own generator keeps the global random state out of it. Where negatives are mined,
+        the drawn examples: a batch is made of them when its step comes."""
+        args, mines = self.args, self.refresh is not None
         return PlannedLoader(
-            self.train_dataset,
+            Drawn(self.train_sources, data_seed(args)) if mines else self.train_dataset,
             batch_sampler=self.plan,
-            collate_fn=self.collator,
+            collate_fn=list if mines else self.collator,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
@@ -497,13 +515,67 @@ class EmbedderTrainer(Trainer):
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: Any
     ) -> tuple[list[Batch], None]:
         """The next batches; losses are means over queries, so there is no item count."""
+        if self.refresh is not None:
+            self._refresh_negatives(self.refresh)
         batches = []
         for _ in range(num_batches):
             batch = next(epoch_iterator, None)
             if batch is None:
                 break
-            batches.append(batch)
+            batches.append(batch if isinstance(batch, Batch) else self._collated(batch))
         return batches, None
+
+    def _collated(self, drawn: Sequence[tuple[Draw, Example]]) -> Batch:
+        """A batch of drawn examples, with the mined negatives in effect."""
+        refresh = self.refresh
+        return self.collator([one if refresh is None else refresh.applied(draw, one) for draw, one in drawn])
+
+    def _refresh_negatives(self, refresh: Refresh) -> None:
+        """Before the batches of a step: the negatives of that step, and what the next ones need to be mined."""
+        step, every = self.state.global_step, refresh.mining.every
+        wanted, before = refresh.weights_of(step), refresh.mined
+        if before is None or before.step != wanted:
+            started = time.perf_counter()
+            if wanted == step:
+                self._mine(refresh)
+            else:
+                refresh.wait(wanted)
+            seconds = time.perf_counter() - started
+            self.tally.leave_out(seconds)
+            logs = {"mined_with": float(wanted), "mined_seconds": round(seconds, 2)}
+            self.log(logs if before is None else logs | {"mined_overlap": refresh.overlap(before)})
+        if not refresh.mining.asynchronous or every is None or step < every:
+            return
+        last = step // every * every  # whose weights mine for the steps from `last + every` on
+        if last + every < self.state.max_steps:
+            if last == step:
+                self._write_snapshot(refresh.folder(step))
+            if self.is_world_process_zero():
+                refresh.go_on(last)
+
+    @torch.no_grad()
+    def _mine(self, refresh: Refresh) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        was_training = model.training
+        model.eval()
+        budget = self.halving.budget.chunk_tokens
+        with self.engine.quiet():
+            encoder = Encoder(functools.partial(self._encode, model), self.preprocessor, budget, "")
+            refresh.mine_now(encoder, self.state.global_step)
+        model.train(was_training)
+
+    def _write_snapshot(self, folder: Path) -> None:
+        """The weights as they are, for a process that mines with them."""
+        state = self.engine.full_state(self.model, self.model.model.settings.adapter_type == "none")
+
+        def write() -> None:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            whole = self.model.state_dict() if state is None else state
+            self.model.write(folder / MODEL, self.preprocessor, self.run_config.hash(), whole)
+
+        with writing(folder, self.output):
+            agreed(write)
 
     def _track_num_input_tokens(self, inputs: Batch) -> None:
         if self.args.include_num_input_tokens_seen != "no":
@@ -721,6 +793,8 @@ class EmbedderTrainer(Trainer):
             self.teacher.save(Path(output_dir))
         if self.groups is not None and self.args.should_save:
             save_groups(Path(output_dir), self.groups)
+        if self.refresh is not None and self.args.should_save:
+            self.refresh.save(Path(output_dir))
         if self.is_deepspeed_enabled:
             self.accelerator.deepspeed_engine_wrapped.engine.save_checkpoint(output_dir, exclude_frozen_parameters=True)
         elif self.is_fsdp_enabled:
@@ -752,6 +826,8 @@ class EmbedderTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.teacher is not None:
             self.teacher.load(Path(checkpoint))
+        if checkpoint is not None and self.refresh is not None:
+            self.refresh.mined = self.refresh.read(Path(checkpoint))
 
     def _load_into_engine(self, folder: str) -> None:
         check_same_settings(folder, self.model.model)

@@ -1,0 +1,74 @@
+"""Rounds of mining and training (UDR, arXiv 2305.04320): each round mines with the embedder of the one before.
+
+    python -m recipes.train_rounds --config recipes/configs/embedder/rounds.yaml --rounds 3
+    accelerate launch recipes/train_rounds.py --config recipes/configs/embedder/rounds.yaml training.learning_rate=5e-5
+
+A round is a run of `recipes.train_embedder` whose config has `data.mining`: it starts from the last round's embedder,
+which mines before the first step, and goes on from its weights. `training.output_dir` holds a folder a round, `round-1`
+and so on; the last is the result. The same command again passes over finished rounds and goes on in the one that was
+stopped. Exit status: 0 done, 2 refused, 75 stopped: start the same command again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__" and __package__ is None:  # run as a file: its folder is on the path, the repository is not
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from mmembed.arguments import Parser
+from mmembed.config import load_config
+from mmembed.errors import ConfigError, MmembedError, Preempted, WorkerLost
+from recipes.train_embedder import TRY_AGAIN, train
+
+logger = logging.getLogger("train_rounds")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit status."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a YAML file, for example recipes/configs/embedder/rounds.yaml")
+    parser.add_argument("--rounds", type=int, default=3, help="how many (default 3, as in UDR)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="win over the file: training.max_steps=10")
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads would spin beside the workers
+    try:
+        train_rounds(options.config, options.overrides, options.rounds)
+    except (Preempted, WorkerLost) as stop:
+        print(f"stopped: {stop}", file=sys.stderr)
+        return TRY_AGAIN
+    except MmembedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def train_rounds(config: str, overrides: Sequence[str], rounds: int) -> Path:
+    """Trains what is left of the rounds; the folder of the last one.
+
+    Raises:
+        ConfigError: no rounds, or a config that mines nothing.
+    """
+    whole = load_config(config, overrides)
+    if rounds < 1:
+        raise ConfigError(f"--rounds {rounds}: give 1 or more")
+    if whole.data.mining is None:
+        raise ConfigError(f"{config}: has no data.mining, so no round would mine anything; add it, for example {{}}")
+    folder = Path()
+    for number in range(1, rounds + 1):
+        start = [] if number == 1 else [f"model.name_or_path={folder}"]
+        folder = Path(whole.training.output_dir, f"round-{number}")
+        if (folder / "metrics.json").exists():  # written last
+            logger.info("round %d of %d is done: %s", number, rounds, folder)
+            continue
+        train(load_config(config, [*overrides, *start, f"training.output_dir={folder}"]))
+    return folder
+
+
+if __name__ == "__main__":
+    sys.exit(main())
