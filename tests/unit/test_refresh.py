@@ -193,7 +193,8 @@ def test_a_run_that_cannot_mine_is_refused(mining, objective, message) -> None:
 
 
 def test_records_need_no_negatives_where_they_are_mined(tmp_path) -> None:
-    (tmp_path / "r.jsonl").write_text("\n".join(json.dumps({"query": c, "documents": [c + c]}) for c in "abcd") + "\n")
+    records = [{"query": letter, "documents": [{"content": 2 * letter}]} for letter in "abcd"]
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
     mining = build_config(settings())
     plain = build_config({"data": {**settings()["data"], "mining": None}})
     source = RecordDataset(plain.data.train[0], root=tmp_path, cache_dir=tmp_path / "cache")
