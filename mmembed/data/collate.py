@@ -123,6 +123,7 @@ class Collator:
             several, or these would have one mask.
         predicted: by source, the roles whose texts its objective's language-model loss predicts.
         positives_only: names of sources whose objective takes no negatives: none are drawn, nor encoded.
+        guides: by source, what gives the vectors of another embedder of its inputs.
     """
 
     def __init__(
@@ -140,7 +141,9 @@ class Collator:
         apart: Collection[str] = (),
         predicted: Mapping[str, Collection[Role]] | None = None,
         positives_only: Collection[str] = (),
+        guides: Mapping[str, Callable[[Sequence[Item]], Tensor]] | None = None,
     ) -> None:
+        self.guides: Mapping[str, Callable[[Sequence[Item]], Tensor]] = dict(guides or {})
         self.preprocessor, self.sources = preprocessor, sources
         self.graded, self.apart = frozenset(graded), frozenset(apart)
         self.predicted, self.positives_only = dict(predicted or {}), frozenset(positives_only)
@@ -172,6 +175,7 @@ class Collator:
         rows = tokenize(self.preprocessor, [items[index] for index in chosen], where, roles)
         if self.preprocessor.features is not None:
             rows = [replace(row, digests=_digests(named[index])) for row, index in zip(rows, chosen, strict=True)]
+        guide = self.guides.get(source.name)
         labels = BatchLabels(
             owner=torch.tensor([query for query, group in enumerate(groups) for _ in group]),
             relevance=torch.tensor([document.relevance for document in documents]),
@@ -183,6 +187,7 @@ class Collator:
             scores=torch.tensor([math.nan if one.score is None else one.score for one in documents]),
             task=examples[0].task,
             label_keys=label_keys([example.labels for example in examples]),
+            guide=None if guide is None else (guide(items[: len(examples)]), guide(items[len(examples) :])),
         )
         shares = self.share_prefix and source.name not in self.apart
         limits = [self.preprocessor.shareable(row) for row in rows] if shares else None

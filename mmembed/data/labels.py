@@ -59,6 +59,8 @@ class BatchLabels:
         where a path or a level is missing. None: no record has labels.
     taught: what a teacher encoder makes of the queries and of the documents, without gradients, for an objective with a
         `teacher_momentum`; None elsewhere.
+    guide: (Q, G) and (D, G) float, vectors of the queries and of the documents by the objective's `guide_model`; on the
+        CPU. None elsewhere.
     """
 
     owner: Tensor
@@ -72,6 +74,7 @@ class BatchLabels:
     task: Task = Task.RETRIEVAL
     label_keys: Tensor | None = None
     taught: tuple[Embeddings, Embeddings] | None = None
+    guide: tuple[Tensor, Tensor] | None = None
 
     def taught_as(self, change: Callable[[Embeddings], Embeddings]) -> BatchLabels:
         """The same labels, `change` made to what the teacher gave."""

@@ -118,6 +118,11 @@ class Objective(nn.Module):
         return None
 
     @property
+    def guide_model(self) -> str | None:
+        """An embedder whose vectors of the data it needs (`labels.guide`); None: it needs none."""
+        return None
+
+    @property
     def predicts(self) -> frozenset[Role]:
         return frozenset()
 

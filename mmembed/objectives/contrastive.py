@@ -76,8 +76,9 @@ class Contrastive(Objective):
         false_negative_margin: negatives whose similarity is above the best positive's + margin do not count (0.1 in
             Qwen3-Embedding, arXiv 2506.05176, section 2).
         guide: a second judge, by which negatives do not count that it rates above the positive (GIST): a block of
-            `momentum` (1: the model that training starts from; below: one that follows it; null: the data's `score`),
-            `margin` and `strategy` (`absolute`, `relative`); see `mmembed.objectives.guide`.
+            `momentum` (1: the model that training starts from; below: one that follows it; null: the data's `score`)
+            or `model` (another embedder), `margin` and `strategy` (`absolute`, `relative`), see
+            `mmembed.objectives.guide`.
         positives: `together` (default) shows a loss all positives of a query at once; `one_at_a_time` takes the k-th of
             every query with all negatives, the other positives being left out for everybody, and averages over k
             (CoDiEmb, arXiv 2508.11442, training code). It acts on the direction from queries to documents.
@@ -152,6 +153,10 @@ class Contrastive(Objective):
         return self.loss.guide_momentum if self.guide is None else self.guide.momentum
 
     @property
+    def guide_model(self) -> str | None:
+        return None if self.guide is None else self.guide.model
+
+    @property
     def across_processes(self) -> bool:
         return self.cross_device_negatives
 
@@ -216,7 +221,8 @@ class Contrastive(Objective):
             relations.queries_apart(rows, self.mask_duplicates) if siblings else None,
             relations.turns() if self.positives == "one_at_a_time" else None,
         )
-        judged = self._judged(labels, relations) if self.teacher_momentum is not None else None
+        guided = self.teacher_momentum is not None or self.guide_model is not None
+        judged = self._judged(labels, relations) if guided else None
         if judged is not None:
             columns = [judged[1], *([judged[0]] if siblings else [])]
             of_rows = judged[0].rows(torch.arange(len(judged[0].vectors), device=labels.owner.device)[rows])
@@ -227,6 +233,17 @@ class Contrastive(Objective):
 
     def _judged(self, labels: BatchLabels, relations: Relations) -> tuple[Embeddings, Embeddings]:
         """The guide's vectors of the queries (M, E) and documents (C, E) of all processes."""
+        if self.guide_model is not None:
+            if labels.guide is None:
+                raise ConfigError(
+                    f"objective '{self.title}'.guide: the labels of the batch hold no vectors of '{self.guide_model}' "
+                    "(`guide`); mmembed's trainer gives them, a step of your own puts them into the labels"
+                )
+            of_queries, of_documents = (Embeddings(one.to(labels.owner.device)) for one in labels.guide)
+            return (
+                gather_embeddings(of_queries, relations.query_counts),
+                gather_embeddings(of_documents, relations.document_counts),
+            )
         if labels.taught is None:
             raise ConfigError(
                 f"objective '{self.title}' has a guide (momentum {self.teacher_momentum:g}), and the labels of the "
@@ -292,12 +309,14 @@ class Contrastive(Objective):
 
     def truncate(self, gathered: Gathered, dims: slice) -> Gathered:
         guide = gathered.guide
+        if guide is not None and self.guide_model is None:  # a teacher has the dimensions of the model
+            guide = guide[0].truncate(dims), guide[1].truncate(dims)
         return replace(
             gathered,
             queries=gathered.queries.truncate(dims),
             candidates=gathered.candidates.truncate(dims),
             siblings=None if gathered.siblings is None else gathered.siblings.truncate(dims),
-            guide=None if guide is None else (guide[0].truncate(dims), guide[1].truncate(dims)),
+            guide=guide,
             reverse=None if gathered.reverse is None else self.truncate(gathered.reverse, dims),
         )
 

@@ -272,6 +272,9 @@ def measure_objective(objective: Objective, labels: BatchLabels, size: int, vect
     if objective.teacher_momentum is not None:
         taught = embeddings(len(labels.query_keys), False), embeddings(len(labels.owner), False)
         labels = replace(labels, taught=taught)
+    if any(isinstance(part, Objective) and part.guide_model for part in objective.modules()):  # of about this size
+        guide = torch.randn(len(labels.query_keys), size), torch.randn(len(labels.owner), size)
+        labels = replace(labels, guide=guide)
     with Meter() as meter:
         loss, _ = objective(queries, documents, labels)
         torch.autograd.grad(loss, [*queries.tensors, *documents.tensors], allow_unused=True)  # MoCo's documents, tokens

@@ -37,6 +37,7 @@ from mmembed.pooling import POOLINGS
 from mmembed.preprocess import check_template
 from mmembed.prompts import PROMPTS
 from mmembed.training.batch_order import check_order
+from mmembed.training.guide_vectors import check_guide
 from mmembed.training.optimizers import refuse_idle_rates
 from mmembed.training.refresh import check_mining
 from mmembed.training.supply import named_parts
@@ -66,6 +67,7 @@ def preflight(config: EmbedderConfig) -> Objective:
     _check_pairs(config)
     check_order(config)
     check_mining(config, objective)
+    check_guide(config, objective)
     towers = {"vision", "projector", "language", "pooling"} | ({"objective"} if list(objective.parameters()) else set())
     refuse_idle_rates(config.training.learning_rates, towers, config.model.freeze)
     if not Path(resolve_backbone(config.model.name_or_path), SETTINGS).exists():  # a saved embedder was checked so once

@@ -70,6 +70,7 @@ from mmembed.training.data_vectors import Encoder, agreed, encoder_of, other_emb
 from mmembed.training.engines import engine_of, offer_on_cpu
 from mmembed.training.evaluation import DevSet, build_dev_set, evaluate
 from mmembed.training.gradcache import Encode, RandomState, Workers, contrastive_step
+from mmembed.training.guide_vectors import GuideVectors, guide_of, guide_vectors
 from mmembed.training.health import RECENT, SCALE, gradient_norms, judge, look_at, parts_of
 from mmembed.training.memory import optimizer_bytes, trained_parameters
 from mmembed.training.optimizers import Lion, optimizer_name, parameter_groups, refuse_idle_rates
@@ -168,6 +169,7 @@ class EmbedderTrainer(Trainer):
         self.collator = build_collator(
             config, preprocessor, args, size, shared, packed, graded, apart, predicted, positives_only
         )
+        self.collator.guides = self._guides(objective)
         self.refresh = self._refreshing(graded | positives_only)
 
     def _follow_the_engine(self) -> None:
@@ -205,6 +207,15 @@ class EmbedderTrainer(Trainer):
         found = group_sources(*of, encoder_of(model, self.preprocessor, device, budget, half))
         model.to(before).train(was_training)
         return found
+
+    def _guides(self, objective: Objective) -> dict[str, GuideVectors]:
+        """By source, the vectors of the objective's guide, where that is another embedder."""
+        name = guide_of(objective)
+        if name is None:
+            return {}
+        budget, half = self.halving.budget.chunk_tokens, torch.bfloat16 if self.args.bf16 else None
+        with other_embedder(name, self.args.device, self.preprocessor.media, budget, half) as encoder:
+            return dict(guide_vectors(self.train_sources, objective, encoder))
 
     def _refreshing(self, apart: frozenset[str]) -> Refresh | None:
         """What mines negatives while training; None without `data.mining`. ConfigError where no source takes any."""
@@ -245,6 +256,7 @@ class EmbedderTrainer(Trainer):
             *([] if self.teacher is None else [str(self.teacher)]),
             *([] if self.groups is None else describe(self.run_config, self.train_sources, self.groups)),
             *([] if self.refresh is None else [str(self.refresh)]),
+            *(f"guide of {name}: {guide_of(self.model.objective)}" for name in self.collator.guides),
         )
         lower = ", ".join(map(str, self.model.model.lower_layers))
         layers = (f"layers: vectors of {lower}, and of the last of {self.model.model.depth}",) if lower else ()

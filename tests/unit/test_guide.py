@@ -16,6 +16,7 @@ from mmembed.embeddings import Embeddings
 from mmembed.errors import ConfigError
 from mmembed.objectives import build_objective
 from mmembed.objectives.guide import Guide
+from mmembed.training.guide_vectors import check_guide, guide_of
 from tests.unit.test_contrastive import OWNER, RELEVANCE, embed, looped_loss, make_labels
 
 NAN = math.nan
@@ -100,9 +101,42 @@ def test_health_counts_what_the_guide_takes_out_apart_from_the_margin() -> None:
     assert float(view.masked["margin"]) == pytest.approx(float(taken) - expected)
 
 
+@pytest.mark.parametrize("dims", [None, [2]])
+def test_another_embedder_guides_with_vectors_of_its_own_size(dims) -> None:
+    """Also where the model's vectors are cut, or many an input: its own are whole."""
+    sides, guide = (embed(3, seed=4), embed(6, seed=5)), (embed(3, size=9, seed=6), embed(6, size=9, seed=7))
+    labels = make_labels(OWNER, RELEVANCE)
+    told = normalize(guide[0].vectors, dim=1) @ normalize(guide[1].vectors, dim=1).T
+    block = {"type": "infonce", "temperature": 0.5, "guide": {"model": "out"}}
+    objective = build_objective(block | ({} if dims is None else {"matryoshka": {"dims": dims}}))
+    assert guide_of(objective) == "out" and objective.teacher_momentum is None and "score" not in objective.reads
+    with pytest.raises(ConfigError, match="the labels of the batch hold no vectors of 'out'"):
+        objective(*sides, labels)
+    labels = dataclasses.replace(labels, guide=(guide[0].vectors, guide[1].vectors))
+    cut = slice(None) if dims is None else slice(dims[0])
+    expected = looped_loss(
+        sides[0].vectors[:, cut],
+        sides[1].vectors[:, cut],
+        OWNER,
+        RELEVANCE,
+        0.5,
+        lambda i, j: bool(told[i, j] > told[i, 2 * i]),
+    )
+    assert objective(*sides, labels)[0].item() == pytest.approx(expected, rel=1e-6)
+    several = [
+        Embeddings(normalize(one.vectors, dim=1)[:, None], torch.ones(len(one.vectors), 1).bool()) for one in sides
+    ]
+    if dims is None:
+        assert build_objective(block)(*several, labels)[0].item() == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("block", "message"),
     [
+        (
+            {"type": "infonce", "guide": {"model": "a", "momentum": 1}},
+            r"guide: model 'a' and a momentum are two guides",
+        ),
         ({"type": "infonce", "guide": {"margn": 0.1}}, r"guide: unknown option 'margn'; .*margin"),
         ({"type": "infonce", "guide": {"strategy": "percent"}}, r"guide.strategy: there is no 'percent'"),
         ({"type": "infonce", "guide": {"momentum": 0}}, r"guide.momentum: found 0"),
@@ -118,6 +152,22 @@ def test_two_guides_of_one_run_are_refused() -> None:
     blocks = [{"type": "infonce", "guide": {}}, {"type": "negative_queue", "momentum": 0.9}]
     with pytest.raises(ConfigError, match="give both the same momentum"):
         _ = build_objective(blocks, 8).teacher_momentum
+
+
+def test_a_guide_that_cannot_encode_the_data_beforehand_is_refused(tmp_path) -> None:
+    def check(source: dict, *guides: str) -> None:
+        objective = [{"type": "infonce", "guide": {"model": guide}} for guide in guides]
+        config = build_config({"data": {"train": [source]}, "objective": objective, "training": {"max_steps": 2}})
+        check_guide(config, build_objective(config.objective))
+
+    with pytest.raises(ConfigError, match=r"guide.model . data.train 'a' .streaming: .*give the guide a momentum"):
+        check({"path": "a", "streaming": True}, "mmembed-nano")
+    with pytest.raises(ConfigError, match=r"guide.model . data.train 'a' .pairs: "):
+        check({"path": "a", "pairs": "random_crops"}, "mmembed-nano")
+    with pytest.raises(ConfigError, match="guide.model: .* holds no embedder"):
+        check({"path": "a"}, str(tmp_path))
+    with pytest.raises(ConfigError, match="guides a and b, but a run has one"):
+        check({"path": "a"}, "a", "b")
 
 
 def test_a_guide_is_a_line_of_yaml() -> None:
