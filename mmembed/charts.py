@@ -80,7 +80,7 @@ def histogram(
     return {
         "width": width, "height": height, "left": left, "right": width - right, "bottom": height - bottom,
         "bar": round((width - left - right) / bins, 1), "series": bars,
-        "y_ticks": [(y(tick), f"{tick:.0%}") for tick in y_ticks],
+        "y_ticks": [(y(tick), f"{100 * tick:g} %") for tick in y_ticks],
         "x_ticks": [(x(tick), f"{tick:g}") for tick in nice_ticks(low, high) if low <= tick <= high],
     }  # fmt: skip
 

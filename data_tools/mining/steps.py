@@ -213,7 +213,8 @@ class SourceMiner:
             missing = list(shards.missing())
             if missing:
                 self.models.load(one, self.media)
-            with self._bar(f"encode {side}", len(digests), " contents", shards.complete) as bar:
+            what = f"encode {side}{' for the teacher' if name == 'teacher' else ''}"
+            with self._bar(what, len(digests), " contents", shards.complete) as bar:
                 for number, span in missing:
                     items = self.found.items(side, range(span.start, span.stop))
                     vectors = encoder.encode(items, role)
