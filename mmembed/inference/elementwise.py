@@ -32,6 +32,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 BLOCK = 2**17  # float32 numbers (512 KB) a core normalises at a time; 256 KB and 1 MB took 2 to 15 % longer
+ATTENTION = "mmembed_cpu"  # the name of ours in transformers
+FLASH = "is_flash_attention_requested"  # in transformers: if not, vision towers call their attention once a picture
 DTYPES = (torch.float32, torch.bfloat16)
 SCALES = (1e-6, 1e-3, 1.0, 30.0)  # of the rows of a probe: among small ones epsilon is seen, whatever it is
 ROTATED = 2**16  # the same for rotations, which hold two such blocks
@@ -355,9 +357,16 @@ def _made_of(
     if not ours:
         return None
     names = {**forward.__globals__, **ours}
+    if "apply_rotary_pos_emb_vision" in ours and FLASH in forward.__code__.co_names:
+        names[FLASH] = partial(_takes_pictures, names[FLASH])
     quick = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     quick.__kwdefaults__ = forward.__kwdefaults__
     return subclass(stock, Quick, {"forward": quick})
+
+
+def _takes_pictures(stock: Callable[[Any], bool], config: Any) -> bool:
+    """Whether an attention gets the patches of all pictures in one call, and their numbers, as FlashAttention does."""
+    return stock(config) or (config._attn_implementation == ATTENTION and not torch.is_grad_enabled())
 
 
 def _rotates(function: Any, name: str) -> bool:

@@ -5,11 +5,12 @@ import pickle
 
 import pytest
 import torch
-from families import FAMILIES, contents
+from families import FAMILIES, contents, picture
 from torch import nn
 
 from mmembed.content import to_content
 from mmembed.inference import elementwise
+from mmembed.inference.cpu import accelerate
 from mmembed.inference.elementwise import accelerate_elementwise, rms_norm
 from mmembed.models.embedding_model import EmbedderSettings, build_from_settings
 from mmembed.preprocess import Item
@@ -404,3 +405,31 @@ def test_families_give_the_stock_vectors_and_gradients(family_folder, monkeypatc
     assert torch.nn.functional.cosine_similarity(vectors(rough), stock_rough).min() > 0.999
     assert set(model.state_dict()) == names
     assert gradients() and all(torch.equal(one, stock_gradients[name]) for name, one in gradients().items())
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_pictures_of_one_size_are_attended_in_one_call(family_folder, monkeypatch, family):
+    """Neighbours alone; the vectors are those of a call for each. A gradient is the stock's."""
+    model, preprocessor = build_from_settings(EmbedderSettings(str(family_folder(family)), dtype="float32"))
+    sizes = [(64, 64), (64, 64), (64, 64), (96, 64), (64, 64)]
+    given = [Item(to_content({"image": picture(seed, *size)})) for seed, size in enumerate(sizes)]
+    batch, tower = preprocessor(given), model.eval().base.visual
+    with torch.no_grad():
+        stock = model(batch).vectors
+    calls, kernel = [], torch.nn.functional.scaled_dot_product_attention
+
+    def counted(query, *others, **options):
+        calls.append(tuple(query.shape[:1]))
+        return kernel(query, *others, **options)
+
+    accelerate(model.backbone)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    with torch.no_grad():
+        ours = model(batch).vectors
+        pictures = [count for (count,) in calls[: len(calls) - model.config.num_hidden_layers]]
+    torch.testing.assert_close(ours, stock, atol=1e-5, rtol=0)
+    if family != "qwen2_5_vl":  # whose layers attend in windows
+        assert pictures == [3, 1, 1] * len(tower.blocks)
+    calls.clear()
+    model(batch)
+    assert len(calls) >= 5 * len(tower.blocks)
