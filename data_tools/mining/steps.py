@@ -149,6 +149,7 @@ class SourceMiner:
             work,
         )
         self.known = np.concatenate([found.positives, found.barred], axis=1)  # (Q, P + B)
+        self._indexed = False  # by a lexical retriever
         self.rules = [MINERS.build(block) for block in config.rules]
         self._check()
 
@@ -352,7 +353,7 @@ class SourceMiner:
             search = self.config.search
             given = pair_scores(self.vectors[0][span], self.vectors[1], filled, similarity=search.similarity)
         else:
-            if not vars(self).get("_indexed"):
+            if not self._indexed:
                 self._index_words()
             assert isinstance(self.models.retriever, Lexical), "it has no vectors"
             items = self.found.items("queries", range(span.start, span.stop))

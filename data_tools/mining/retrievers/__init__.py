@@ -13,14 +13,13 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mmembed.content import CONTENT_KEYS, Role, Text, to_content
+from mmembed.content import Role, Text, to_content
 from mmembed.errors import MmembedError
 from mmembed.media import MediaStore
 from mmembed.registry import Registry
 from mmembed.search import Hits
 
 PROBE = "A red bus, 42 trains, 紅色."
-KINDS = tuple(key for key in CONTENT_KEYS if key in ("text", "image", "video", "audio"))
 
 
 @dataclass(frozen=True)
