@@ -379,7 +379,7 @@ def labels_of(name: str, objective: Objective, setting: Setting) -> BatchLabels:
     grades are read; all different golds where pairs are graded."""
     import torch
 
-    from mmembed.data.labels import BatchLabels, label_keys
+    from mmembed.data.labels import BatchLabels, label_keys, label_values
     from mmembed.objectives.pairs import GradedPairs
 
     queries, group = setting.queries, 1 if objective.many_vectors else setting.group
@@ -401,6 +401,7 @@ def labels_of(name: str, objective: Objective, setting: Setting) -> BatchLabels:
         source="random",
         scores=torch.rand(documents, generator=draw),
         label_keys=label_keys([[(CLASSES[query % len(CLASSES)],)] for query in range(queries)]),
+        label_values=label_values([[(CLASSES[query % len(CLASSES)],)] for query in range(queries)]),
     )
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mmembed.config.blocks import SourceConfig
 from mmembed.content import Audio, Content, Document, Example, Image, Role, Task, Text, Video
-from mmembed.data.labels import BatchLabels, label_keys
+from mmembed.data.labels import BatchLabels, label_keys, label_values
 from mmembed.data.prefixes import Group, group_by_prefix
 from mmembed.data.records import is_untrainable_pair
 from mmembed.errors import MediaError, MmembedError, RecordError
@@ -187,6 +187,7 @@ class Collator:
             scores=torch.tensor([math.nan if one.score is None else one.score for one in documents]),
             task=examples[0].task,
             label_keys=label_keys([example.labels for example in examples]),
+            label_values=label_values([example.labels for example in examples]),
             guide=None if guide is None else (guide(items[: len(examples)]), guide(items[len(examples) :])),
         )
         shares = self.share_prefix and source.name not in self.apart

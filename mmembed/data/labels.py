@@ -57,6 +57,8 @@ class BatchLabels:
     task: of the records.
     label_keys: (Q, L, D) int64, hashes of the names on each level of each query's label paths, see `label_keys`; 0
         where a path or a level is missing. None: no record has labels.
+    label_values: (Q,) float, the number that each query's first label is, see `label_values`. None: no record has
+        labels.
     taught: what a teacher encoder makes of the queries and of the documents, without gradients, for an objective with a
         `teacher_momentum`; None elsewhere.
     guide: (Q, G) and (D, G) float, vectors of the queries and of the documents by the objective's `guide_model`; on the
@@ -73,6 +75,7 @@ class BatchLabels:
     scores: Tensor | None = None
     task: Task = Task.RETRIEVAL
     label_keys: Tensor | None = None
+    label_values: Tensor | None = None
     taught: tuple[Embeddings, Embeddings] | None = None
     guide: tuple[Tensor, Tensor] | None = None
 
@@ -108,6 +111,27 @@ def label_keys(labels: Sequence[Sequence[Sequence[str]]]) -> Tensor | None:
         for column, path in enumerate(paths):
             keys[row, column, : len(path)] = torch.tensor([name_key(name) for name in path])
     return keys
+
+
+def label_values(labels: Sequence[Sequence[Sequence[str]]]) -> Tensor | None:
+    """Label paths of Q records -> (Q,) float32: the first one's last name as a number, NaN where it is none.
+
+    Returns None where no record has labels.
+
+    >>> label_values([[("3.5",)], [("age", "40")], [("old",)], []])
+    tensor([ 3.5000, 40.0000,     nan,     nan])
+    """
+    if not any(labels):
+        return None
+    return torch.tensor([_number(paths[0][-1]) if paths else math.nan for paths in labels], dtype=torch.float32)
+
+
+def _number(name: str) -> float:
+    try:
+        found = float(name)
+    except ValueError:
+        return math.nan
+    return found if math.isfinite(found) else math.nan
 
 
 def name_key(name: str) -> int:

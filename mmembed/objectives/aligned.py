@@ -8,6 +8,7 @@ method, `term`. Cost of the base: a sort of the keys, and (N, N) booleans.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar
@@ -66,6 +67,7 @@ class Pairs:
     enough: whether there are as many pairs as the objective needs; where not, the batch has a loss of 0.
     label_keys: (N, L, D) int64, the label paths of each pair as `BatchLabels.label_keys`, of an objective that takes
         them; else L and D are 0.
+    label_values: (N,) float, the number of each pair's label, of an objective that takes labels; else None.
     source: the name of the data source, for messages.
     taught: the teacher's vectors, of an objective that has one.
     """
@@ -84,6 +86,7 @@ class Pairs:
     left_out: float
     enough: bool
     label_keys: Tensor
+    label_values: Tensor | None
     source: str
     taught: Taught | None
 
@@ -171,6 +174,7 @@ class Aligned(Objective):
             left_out=1 - sum(counts) / max(with_any, 1),
             enough=sum(counts) >= self.least_pairs,
             label_keys=self._label_keys(labels, rows, counts),
+            label_values=self._label_values(labels, rows, counts),
             source=labels.source,
             taught=self._taught(labels, rows, views, index, counts),
         )
@@ -198,6 +202,14 @@ class Aligned(Objective):
             raise ConfigError(self._unlabelled(labels.source))
         missing = (0, deepest - keys.shape[2], 0, most - keys.shape[1])
         return gather_rows(functional.pad(keys, missing), counts)
+
+    def _label_values(self, labels: BatchLabels, rows: Tensor, counts: list[int]) -> Tensor | None:
+        """(N,) of all processes, NaN where a label is no number."""
+        if not self.takes_labels:
+            return None
+        values = labels.label_values
+        mine = torch.full(rows.shape, math.nan, device=rows.device) if values is None else values[rows]
+        return gather_rows(mine, counts)
 
     def _check_enough(self, queries: int, source: str) -> None:
         if queries < self.least_pairs:

@@ -346,6 +346,7 @@ class Estimate:
             query_keys=batch.labels.query_keys[:queries],
             positive_keys=batch.labels.positive_keys[:queries],
             label_keys=None if batch.labels.label_keys is None else batch.labels.label_keys[:queries],
+            label_values=None if batch.labels.label_values is None else batch.labels.label_values[:queries],
         )
         many = self.longest if self.model.pooling.multi_vector else 1
         of_batch = self.objective.part_for(labels.source, labels.task)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from mmembed.data.labels import BatchLabels, label_keys
+from mmembed.data.labels import BatchLabels, label_keys, label_values
 from mmembed.embeddings import Embeddings
 from mmembed.errors import ConfigError
 from mmembed.objectives import OBJECTIVES, Objective, build_objective
@@ -59,6 +59,7 @@ def labels(empty: bool = False, twins: bool = False, taught: Vectors | None = No
         positive_keys=both[:, :POSITIVES],
         source="letters",
         label_keys=label_keys([[(CLASSES[query % len(CLASSES)],)] for query in range(QUERIES)]),
+        label_values=label_values([[(CLASSES[query % len(CLASSES)],)] for query in range(QUERIES)]),
         taught=taught or teachers(),
     )
 

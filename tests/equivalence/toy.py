@@ -9,7 +9,7 @@ from torch import nn
 from mmembed.backbones.output_embedding import OutputEmbedding
 from mmembed.content import Task
 from mmembed.data.collate import Batch, plan_chunks
-from mmembed.data.labels import BatchLabels, label_keys
+from mmembed.data.labels import BatchLabels, label_keys, label_values
 from mmembed.embeddings import Embeddings
 from mmembed.preprocess import Row
 from mmembed.training.teacher import teacher_of
@@ -111,6 +111,7 @@ def make_batch(
         in_batch=in_batch and not graded,
         task=Task.STS if graded else Task.RETRIEVAL,
         label_keys=label_keys([[(str(query % 4),)] for query in chosen]),
+        label_values=label_values([[(str(query % 4),)] for query in chosen]),
     )
     chunks = plan_chunks(rows, chunk_tokens, chunk_rows)
     return Batch(count, count * per_query, chunks, torch.arange(len(rows)), labels)

@@ -36,6 +36,7 @@ from mmembed.objectives.negative_queue import against_queue
 from mmembed.objectives.rafa import random_alignment
 from mmembed.objectives.softmax import both_ways, info_nce
 from mmembed.objectives.supcon import supcon
+from mmembed.objectives.supremix import regression_contrast, regression_scores
 from mmembed.objectives.uniformity import potential
 from mmembed.objectives.whitened import whiten
 from tests.golden.case import (
@@ -424,6 +425,19 @@ def metrix(of: Entry) -> Iterator[Compared]:
     yield equal("pos", pull, of["expected"]["pos"])
     yield equal("neg", push, of["expected"]["neg"])
     yield from check(of, (pull + push).mean())
+
+
+@golden("supremix", "objective `supremix`: its terms")
+def supremix(of: Entry) -> Iterator[Compared]:
+    """The anchor's row; its mixture is of sample 2 (of 2 and 3 they are alike), which the draws have to choose."""
+    vectors, numbers = inputs(of, "z", "labels")
+    params, anchor = of["params"], of["params"].get("anchor", of["inputs"].get("anchor", 0))
+    draws = torch.zeros(4, 4, 4, dtype=torch.float64)
+    draws[:, :, 2] = 0.5
+    draws[3].fill_diagonal_(params["lam_neg"])
+    scores, weights, positive = regression_scores(vectors, numbers.detach(), torch.eye(4).bool(), draws)
+    row = [one[anchor : anchor + 1] for one in (scores / params["temperature"], weights, positive)]
+    yield from check(of, regression_contrast(*row).mean(), z=vectors)
 
 
 def one_positive(count: int) -> BatchLabels:

@@ -65,6 +65,9 @@ def test_labels_of_records_become_keys_of_their_paths(preprocessor):
     assert keys[0, 1, 1] == 0 and not keys[1].any() and not keys[2, 1].any()
     assert keys[2, 0, 0] not in (0, keys[0, 0, 0])
     assert collator(preprocessor)([example(1)]).labels.label_keys is None
+    values = collator(preprocessor)([example(0, labels=(("age", "40.5"),)), example(1)]).labels.label_values
+    assert values[0] == 40.5 and values[1].isnan()
+    assert collator(preprocessor)([example(1)]).labels.label_values is None
 
 
 @settings(max_examples=25, deadline=None)

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from mmembed.data.labels import BatchLabels, label_keys
+from mmembed.data.labels import BatchLabels, label_keys, label_values
 from mmembed.embeddings import Embeddings
 from mmembed.errors import ConfigError
 from mmembed.objectives import build_objective
+from mmembed.objectives.aligned import generator_at
 from mmembed.objectives.hydra import gated_similarity
 from mmembed.objectives.label_paths import Classes, path_keys, tree_similarities
 from tests.contract.options import write_vectors
@@ -45,6 +46,7 @@ def batch(labels=DIALOGS, seed: int = 0) -> tuple[Embeddings, Embeddings, BatchL
         keys.unsqueeze(1),
         source="letters",
         label_keys=label_keys(labels),
+        label_values=label_values(labels),
     )
     sides = [torch.randn(count, SIZE, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2)]
     return Embeddings(sides[0]), Embeddings(sides[1]), of
@@ -325,17 +327,75 @@ def test_soft_labels_refuse_labels_without_a_vector_and_several(folder) -> None:
         objective(*batch([[("a",)], []]))
 
 
-@pytest.mark.parametrize("name", ["tree_supcon", "mlcd"])
+def test_supremix_against_loops() -> None:
+    """Two records share a positive: whatever their numbers, they are no negatives, and mix with none of the other."""
+    numbers = [2.0, 1.0, 3.5, 2.0, 5.0, -1.0]
+    queries, documents, labels = batch(plain(*map(str, numbers)))
+    keys = labels.document_keys.clone()
+    keys[4] = keys[0]
+    labels = replace(labels, document_keys=keys, positive_keys=keys.unsqueeze(1))
+    objective = build_objective({"type": "supremix", "temperature": 0.5, "seed": 3}, SIZE)
+    draws = torch.rand(4, 12, 12, generator=generator_at(3, 0)).double()
+    z = functional.normalize(torch.cat([queries.vectors, documents.vectors]), dim=1)
+    y, twins, losses = numbers * 2, {0, 4, 6, 10}, []
+
+    def unit(vector: torch.Tensor) -> torch.Tensor:
+        return vector / vector.norm()
+
+    for i in range(12):
+        apart = [j for j in range(12) if j % 6 != i % 6 and not {i, j} <= twins]
+        alike = [j for j in range(12) if j != i and y[j] == y[i]]
+        unlike = [j for j in apart if y[j] != y[i]]
+        share = float(draws[3, i, i])
+        other = max(unlike, key=lambda j: draws[0, i, j])
+        negatives = [(abs(y[i] - y[j]), z[j]) for j in unlike]
+        negatives += [((1 - share) * abs(y[i] - y[other]), unit(share * z[i] + (1 - share) * z[other]))]
+        positives = [z[j] for j in alike]
+        below, above = [j for j in apart if y[j] < y[i]], [j for j in apart if y[j] > y[i]]
+        if below and above:
+            low, high = max(below, key=lambda j: draws[1, i, j]), max(above, key=lambda j: draws[2, i, j])
+            part = (y[high] - y[i]) / (y[high] - y[low])
+            assert part * y[low] + (1 - part) * y[high] == pytest.approx(y[i])
+            positives.append(unit(part * z[low] + (1 - part) * z[high]))
+        total = sum(torch.exp(z[i] @ p / 0.5) for p in positives)
+        total = total + sum(weight * torch.exp(z[i] @ n / 0.5) for weight, n in negatives)
+        losses.append(sum(total.log() - z[i] @ p / 0.5 for p in positives) / len(positives))
+    loss, metrics = objective(queries, documents, labels)
+    assert loss.item() == pytest.approx(float(sum(losses) / 12), rel=1e-5)
+    assert 0 < metrics["mixed_positives"] < 1
+
+
+def test_supremix_draws_anew_each_step_and_wants_numbers() -> None:
+    of = batch(plain("1", "2", "3", "4"))
+    objective = build_objective("supremix", SIZE)
+    gathered = objective.gather(*of)
+    first = objective.compare(gathered)[0].item()
+    assert objective.compare(gathered)[0].item() == first
+    objective.remember(gathered)
+    objective.commit()
+    assert objective.compare(gathered)[0].item() != first
+    for labels in (plain("1", "2", "old", "4"), plain("1", "2", "nan", "4"), [*plain("1", "2", "3"), []]):
+        with pytest.raises(
+            ConfigError, match="'supremix': source 'letters' has records whose first label is no number"
+        ):
+            objective(*batch(labels))
+
+
+@pytest.mark.parametrize("name", ["tree_supcon", "mlcd", "supremix"])
 def test_sources_without_labels_are_refused(name: str) -> None:
     """In a batch, and before one is made."""
+
+    def source_with(field: str) -> SimpleNamespace:
+        return SimpleNamespace(name="letters", fields={field}, source=SimpleNamespace(in_batch_negatives=True))
+
     queries, documents, labels = batch()
     message = f"'{name}' compares labels, source 'letters' has none"
     with pytest.raises(ConfigError, match=message):
         build_objective(name, SIZE)(queries, documents, replace(labels, label_keys=None))
     with pytest.raises(ConfigError, match=message):
-        build_objective(["uniformity", name]).check([SimpleNamespace(name="letters", fields={"negatives"})])
+        build_objective(["uniformity", name]).check([source_with("negatives")])
     for field in ("labels", "classes"):
-        build_objective(name).check([SimpleNamespace(name="letters", fields={field})])
+        build_objective(name).check([source_with(field)])
 
 
 def write(folder, vectors, names) -> None:
