@@ -104,12 +104,15 @@ def test_a_list_with_a_queue_trains_on_mined_negatives_too(config_file, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("mining", [MINING, BESIDE], ids=["in the process", "in another"])
-def test_two_processes_mine_what_one_does(config_file, tmp_path, mining):
-    common = [mining, *SAVED, "adapter.dropout=0"]
+@pytest.mark.parametrize(
+    ("strategy", "mining"), [("ddp", MINING), ("ddp", BESIDE), ("fsdp2", BESIDE), ("zero3", BESIDE)]
+)
+def test_two_processes_mine_what_one_does(config_file, tmp_path, strategy, mining):
+    """Also where the weights are divided, and by groups that the model has ordered."""
+    common = [mining, *SAVED, "adapter.dropout=0", "data.batch_order={type: similar, size: 4}"]
     assert main(command(config_file, tmp_path / "one", *common)) == 0
     half = "training.per_device_train_batch_size=2"
-    launch("ddp", "--config", str(config_file), *common, half, f"training.output_dir={tmp_path / 'two'}")
+    launch(strategy, "--config", str(config_file), *common, half, f"training.output_dir={tmp_path / 'two'}")
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-3)
     for step in (1, 4, 7):
         np.testing.assert_array_equal(mined_at(tmp_path / "one", step), mined_at(tmp_path / "two", step))
