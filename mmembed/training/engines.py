@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mmembed.errors import ConfigError
 from mmembed.training.gradcache import Backward, reduce_gradients
@@ -83,8 +84,9 @@ class Engine:
         yield
 
     def accumulating(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """DDP must not reduce by itself: processes may run another number of chunks, over other parameters."""
-        return self.accelerator.no_sync(model) if self.accelerator.num_processes > 1 else nullcontext()
+        """DDP must not reduce by itself: processes may run another number of chunks, over other parameters. It wraps a
+        model of one process too, where accelerate's own `no_sync` does nothing."""
+        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
     def backward(self, model: nn.Module, steps: bool) -> Backward | None:
         """How gradients go back into the model; None for plain autograd.

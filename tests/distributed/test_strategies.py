@@ -136,3 +136,10 @@ def test_one_trajectory(config_file, backbone, tmp_path, strategy):  # noqa: F81
     assert losses(two) == logged
     for name, tensor in weights(two).items():
         assert torch.equal(found[name], tensor), name
+
+
+def test_the_yaml_of_several_processes_trains_one(config_file, tmp_path):  # noqa: F811
+    """DDP wraps it all the same, and would reduce each chunk's gradient while the next one needs the same weights."""
+    assert main([*run_of(config_file, tmp_path, "one", 8), *LORA, *MANY]) == 0
+    launch("ddp", *run_of(config_file, tmp_path, "two", 8), *LORA, *MANY, processes=1)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
