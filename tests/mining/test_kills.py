@@ -77,8 +77,8 @@ def test_twenty_kills_over_the_shared_data(tmp_path):
         "root": str(DATA),
         "sources": sources,
         "retriever": "mmembed",
-        "search": {"depth": 20, "queries": 16},
-        "shard": 16,
+        "search": {"depth": 20, "queries": 4},
+        "shard": 4,
     }
     left, whole, killed = run_with_kills(tmp_path, tree, lives=20, seed=1)
     print(left)
