@@ -28,7 +28,7 @@ import torch
 
 from mmembed.backbones import Family, Layout
 from mmembed.backbones.shared_prefix import Prefix
-from mmembed.content import Audio, Content, Image, Role, Text, Video
+from mmembed.content import Audio, Content, Document, Example, Image, Role, Text, Video
 from mmembed.errors import ConfigError, MediaError, MmembedError
 from mmembed.prompts import PromptStyle, Rendered
 
@@ -50,6 +50,16 @@ class Item:
     content: Content
     role: Role = "document"
     instruction: str | None = None
+
+    @classmethod
+    def of_query(cls, example: Example) -> Item:
+        """A record's query, as training and what is decided by its vectors read it."""
+        return cls(example.query, "query", example.instruction)
+
+    @classmethod
+    def of_document(cls, document: Document, instruction: str | None) -> Item:
+        """A record's document, under its source's `document_instruction`."""
+        return cls(document.content, "document", instruction)
 
 
 @dataclass(frozen=True, slots=True)

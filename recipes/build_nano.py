@@ -72,9 +72,10 @@ def main() -> None:
     )
     processor = build_processor(tokenizer)
     picture_data = PictureData(options.data_root, work, pictures, tokenizer, processor, vectors, rows)
-    teacher = Teacher(device)
-    spans = SpanData(texts, tokenizer, teacher.tokenizer, text_data)
-    learnable = Data(text_data, pair_data, picture_data, spans, Judge(teacher, basis, HIDDEN))
+    learnable = Data(text_data, pair_data, picture_data)
+    if plan.span_share and options.only != "sights":
+        judge = Judge(Teacher(device), basis, HIDDEN)
+        learnable.spans, learnable.judge = SpanData(texts, tokenizer, judge.teacher.tokenizer, text_data), judge
 
     # -- 5. it learns to see, in a process of its own
     model = build_model(tokenizer, plan.seed)

@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 if __name__ == "__main__" and __package__ is None:  # run as a file: its folder is on the path, the repository is not
@@ -40,12 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads would spin beside the workers
+    overrides = [*options.overrides, *(["training.worst_batch_first=true"] * options.worst_batch_first)]
+    return exit_status(lambda: train(load_config(options.config, overrides)))
+
+
+def exit_status(run: Callable[[], object]) -> int:
+    """Of a command that trains: 0 when it ran to its end, 2 when it was refused, `TRY_AGAIN` when it was stopped."""
     try:
-        train(
-            load_config(
-                options.config, [*options.overrides, *(["training.worst_batch_first=true"] * options.worst_batch_first)]
-            )
-        )
+        run()
     except (Preempted, WorkerLost) as stop:
         print(f"stopped: {stop}", file=sys.stderr)
         return TRY_AGAIN

@@ -23,8 +23,8 @@ if __name__ == "__main__" and __package__ is None:  # run as a file: its folder 
 
 from mmembed.arguments import Parser
 from mmembed.config import load_config
-from mmembed.errors import ConfigError, MmembedError, Preempted, WorkerLost
-from recipes.train_embedder import TRY_AGAIN, train
+from mmembed.errors import ConfigError
+from recipes.train_embedder import exit_status, train
 
 logger = logging.getLogger("train_rounds")
 
@@ -37,15 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="win over the file: training.max_steps=10")
     options = parser.parse_args(arguments)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads would spin beside the workers
-    try:
-        train_rounds(options.config, options.overrides, options.rounds)
-    except (Preempted, WorkerLost) as stop:
-        print(f"stopped: {stop}", file=sys.stderr)
-        return TRY_AGAIN
-    except MmembedError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: train_rounds(options.config, options.overrides, options.rounds))
 
 
 def train_rounds(config: str, overrides: Sequence[str], rounds: int) -> Path:

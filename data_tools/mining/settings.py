@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from mmembed.config import load_blocks
-from mmembed.config.blocks import MediaLimitsConfig, Positive, SourceConfig, TypedBlock, block_type
+from mmembed.config.blocks import MediaLimitsConfig, Positive, SourceConfig, TypedBlock, block_type, check_type
 from mmembed.content import Task
 from mmembed.errors import ConfigError, MmembedError, nearest
 from mmembed.media_limits import MediaLimits
@@ -121,9 +121,7 @@ class MiningConfig(_Block):
     @field_validator("retriever", "teacher", "rules")
     @classmethod
     def _has_type(cls, value: Any) -> Any:
-        for block in value if isinstance(value, tuple) else (value,):
-            if isinstance(block, dict) and not isinstance(block.get("type"), str):
-                raise ConfigError("the block has no 'type'; write the name, or {type: name, ...options}")
+        check_type(*(value if isinstance(value, tuple) else (value,)))
         return value
 
     @model_validator(mode="after")

@@ -117,6 +117,13 @@ class SourceConfig(_Block):
     streaming: bool = False
     shuffle_buffer: Positive | None = None
 
+    @property
+    def unforeseen(self) -> str | None:
+        """Why its inputs are not known before the first step; None: they are."""
+        if self.streaming:
+            return "streaming: its records are not known"
+        return None if self.pairs is None else "pairs: they are drawn anew"
+
     @model_validator(mode="after")
     def _streamed(self) -> SourceConfig:
         if self.streaming and self.max_examples is not None:
@@ -203,17 +210,15 @@ class DataConfig(_Block):
     @field_validator("batch_order")
     @classmethod
     def _has_type(cls, value: TypedBlock | None) -> TypedBlock | None:
-        if isinstance(value, dict) and not isinstance(value.get("type"), str):
-            raise ConfigError("the block has no 'type'; write the name, or {type: name, ...options}")
+        check_type(value)
         return value
 
     @model_validator(mode="after")
     def _ordered(self) -> DataConfig:
         for key in ("batch_order", "mining"):
             for source in self.train if getattr(self, key) is not None else ():
-                if source.streaming or source.pairs is not None:
-                    what = "streaming: its records are not known" if source.streaming else "pairs: they are drawn anew"
-                    raise ConfigError(f"{key} + data.train '{source.name}' ({what}); remove one of them")
+                if source.unforeseen is not None:
+                    raise ConfigError(f"{key} + data.train '{source.name}' ({source.unforeseen}); remove one of them")
         if self.mining is not None and self.train_group_size == self.positives_per_query:
             raise ConfigError(
                 f"mining + train_group_size {self.train_group_size}: that leaves no room for negatives beside "
@@ -358,8 +363,7 @@ class EmbedderConfig(_Block):
             if isinstance(block, dict) and several and len(block) > 1:
                 others = ", ".join(f"'{key}'" for key in block if key != several)
                 raise ConfigError(f"beside '{several}' stands {others}; remove it, or write it into the entries")
-            if isinstance(block, dict) and not isinstance(block.get("type"), str):
-                raise ConfigError("the block has no 'type'; write the name, or {type: name, ...options}")
+            check_type(block)
         return value
 
     @model_validator(mode="after")
@@ -381,6 +385,13 @@ def objective_blocks(value: Any) -> list[Any]:
     if len(per_batch) == 1 and isinstance(per_batch[0], dict) and len(value) == 1:
         return [block for entry in per_batch[0].values() for block in objective_blocks(entry)]
     return [value]
+
+
+def check_type(*blocks: TypedBlock | None) -> None:
+    """Raises ConfigError where a block does not say what its options are of."""
+    for block in blocks:
+        if isinstance(block, dict) and not isinstance(block.get("type"), str):
+            raise ConfigError("the block has no 'type'; write the name, or {type: name, ...options}")
 
 
 def block_type(block: TypedBlock) -> str:

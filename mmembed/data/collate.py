@@ -157,8 +157,8 @@ class Collator:
         source = self.sources[examples[0].source]
         groups = [self._group(example) for example in examples]
         documents = [document for group in groups for document in group]
-        items = [Item(example.query, "query", example.instruction) for example in examples]
-        items += [Item(document.content, "document", source.document_instruction) for document in documents]
+        items = [Item.of_query(example) for example in examples]
+        items += [Item.of_document(document, source.document_instruction) for document in documents]
         origins = [example.where for example in examples]
         origins += [example.where for example, group in zip(examples, groups, strict=True) for _ in group]
         named = self._by_content([item.content for item in items], origins)

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mmembed.backbones import resolve_backbone
 from mmembed.config.blocks import EmbedderConfig, block_options, block_type
 from mmembed.data.batch_plan import linked_rows
 from mmembed.data.dataset import RecordDataset
@@ -30,9 +29,9 @@ from mmembed.errors import CheckpointError, ConfigError
 from mmembed.media import build_once, default_cache_dir
 from mmembed.mining import MINERS, Candidates, Miner
 from mmembed.mining.retrieval import retrieve
-from mmembed.models.folder import SETTINGS, read_tensors
+from mmembed.models.folder import read_tensors
 from mmembed.preprocess import Item
-from mmembed.training.data_vectors import Encoder, agreed, encode_all
+from mmembed.training.data_vectors import Encoder, agreed, check_embedder, encode_all
 
 logger = logging.getLogger(__name__)
 FILE, GROUPS = "batch_order.safetensors", "groups.npy"
@@ -70,9 +69,7 @@ def check_order(config: EmbedderConfig) -> None:
     assert rule is not None, "it has the model"
     if not isinstance(model, str):
         raise ConfigError(f"data.batch_order.model: found {model!r}; give a saved embedder, or a backbone")
-    folder = Path(resolve_backbone(model))
-    if folder.is_dir() and not any((folder / name).exists() for name in (SETTINGS, "config.json")):
-        raise ConfigError(f"data.batch_order.model: {model} holds no embedder; give a saved embedder, or a backbone")
+    check_embedder("data.batch_order.model", model)
 
 
 def group_sources(
@@ -135,12 +132,12 @@ def _of_source(source: RecordDataset, rule: Miner, seed: int, encoder: Encoder) 
 
         def query(number: int) -> tuple[Item, str]:
             example = source[number]
-            return Item(example.query, "query", example.instruction), example.where
+            return Item.of_query(example), example.where
 
         def positive(number: int) -> tuple[Item, str]:
             example = source[int(firsts[number])]
             document = max(example.documents, key=lambda one: one.relevance)
-            return Item(document.content, "document", source.source.document_instruction), example.where
+            return Item.of_document(document, source.source.document_instruction), example.where
 
         queries = encode_all(encoder, len(source), query, f"queries of {source.name}")
         positives = encode_all(encoder, len(firsts), positive, f"positives of {source.name}")

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -20,12 +20,14 @@ from numpy.typing import NDArray
 from torch.nn import functional
 from tqdm.auto import tqdm
 
+from mmembed.backbones import resolve_backbone
 from mmembed.data.collate import Chunk
 from mmembed.embeddings import Embeddings
-from mmembed.errors import MmembedError
+from mmembed.errors import ConfigError, MmembedError
 from mmembed.media import MediaStore
 from mmembed.models.checkpoint import load_checkpoint
 from mmembed.models.embedding_model import EmbeddingModel
+from mmembed.models.folder import SETTINGS
 from mmembed.models.probes import vectors_of
 from mmembed.objectives.aligned import mean_vector
 from mmembed.objectives.gather import world
@@ -76,17 +78,23 @@ def identity_of(model: EmbeddingModel, preprocessor: Preprocessor) -> str:
     return hashlib.sha256(settings.encode() + vectors_of(model, preprocessor).float().numpy().tobytes()).hexdigest()
 
 
-@contextmanager
+def check_embedder(key: str, name: str) -> None:
+    """Raises ConfigError where the folder that `key` names holds no embedder."""
+    folder = Path(resolve_backbone(name))
+    if folder.is_dir() and not any((folder / one).exists() for one in (SETTINGS, "config.json")):
+        raise ConfigError(f"{key}: {name} holds no embedder; give a saved embedder, or a backbone")
+
+
 def other_embedder(
     name: str, device: torch.device, media: MediaStore, token_budget: int, half: torch.dtype | None
-) -> Iterator[Encoder]:
-    """A saved embedder, or a bare backbone, until it is no longer needed.
+) -> Encoder:
+    """A saved embedder, or a bare backbone.
 
     Raises:
         CheckpointError: it cannot be loaded.
     """
     model, preprocessor = load_checkpoint(name, device=device, media=media)
-    yield encoder_of(model, preprocessor, device, token_budget, half)
+    return encoder_of(model, preprocessor, device, token_budget, half)
 
 
 def encoder_of(

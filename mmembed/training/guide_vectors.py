@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmembed.backbones import resolve_backbone
 from mmembed.config.blocks import EmbedderConfig
 from mmembed.content import Example
 from mmembed.data.collate import content_key
@@ -25,10 +24,9 @@ from mmembed.data.dataset import RecordDataset
 from mmembed.data.streaming import Source
 from mmembed.errors import ConfigError, MmembedError
 from mmembed.media import build_once, default_cache_dir
-from mmembed.models.folder import SETTINGS
 from mmembed.objectives import Objective
 from mmembed.preprocess import Item
-from mmembed.training.data_vectors import Encoder, agreed, encode_all
+from mmembed.training.data_vectors import Encoder, agreed, check_embedder, encode_all
 from mmembed.training.supply import named_parts
 
 KEYS, VECTORS = "keys.npy", "vectors.npy"
@@ -84,15 +82,12 @@ def check_guide(config: EmbedderConfig, objective: Objective) -> None:
     if model is None:
         return
     for source in config.data.train:
-        if source.streaming or source.pairs is not None:
-            what = "streaming: its records are not known" if source.streaming else "pairs: they are drawn anew"
+        if source.unforeseen is not None:
             raise ConfigError(
-                f"objective.guide.model + data.train '{source.name}' ({what}, and the guide encodes all inputs before "
-                "the first step); give the guide a momentum, or remove one of them"
+                f"objective.guide.model + data.train '{source.name}' ({source.unforeseen}, and the guide encodes all "
+                "inputs before the first step); give the guide a momentum, or remove one of them"
             )
-    folder = Path(resolve_backbone(model))
-    if folder.is_dir() and not any((folder / name).exists() for name in (SETTINGS, "config.json")):
-        raise ConfigError(f"objective.guide.model: {model} holds no embedder; give a saved embedder, or a backbone")
+    check_embedder("objective.guide.model", model)
 
 
 def guide_vectors(sources: Sequence[Source], objective: Objective, encoder: Encoder) -> Mapping[str, GuideVectors]:
@@ -134,7 +129,6 @@ def _encoded(source: RecordDataset, encoder: Encoder) -> Path:
 
 
 def _item(source: RecordDataset, example: Example, index: int) -> Item:
-    """As the collator has it."""
     if index < 0:
-        return Item(example.query, "query", example.instruction)
-    return Item(example.documents[index].content, "document", source.source.document_instruction)
+        return Item.of_query(example)
+    return Item.of_document(example.documents[index], source.source.document_instruction)

@@ -220,12 +220,12 @@ def _vectors(
 
     def query(number: int) -> tuple[Item, str]:
         example = source[number]
-        return Item(example.query, "query", example.instruction), example.where
+        return Item.of_query(example), example.where
 
     def document(number: int) -> tuple[Item, str]:
         row, index = corpus.place[number].tolist()
         example = source[row]
-        return Item(example.documents[index].content, "document", source.source.document_instruction), example.where
+        return Item.of_document(example.documents[index], source.source.document_instruction), example.where
 
     return (
         encode_all(encoder, len(source), query, f"queries of {source.name}"),
@@ -430,8 +430,7 @@ def main(folder: Path) -> None:
     chosen = {number: open_source(config.data.train[number], config.data, media) for number in request["sources"]}
     refresh = Refresh(config, mined_sources(chosen), request["seed"], folder)
     device, half = torch.device(config.data.mining.device), torch.bfloat16 if request["half"] else None
-    with other_embedder(str(folder / MODEL), device, media, request["token_budget"], half) as encoder:
-        refresh.mine_now(encoder, request["step"])
+    refresh.mine_now(other_embedder(str(folder / MODEL), device, media, request["token_budget"], half), request["step"])
     refresh.save(folder)
 
 

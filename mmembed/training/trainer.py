@@ -199,8 +199,7 @@ class EmbedderTrainer(Trainer):
         budget, half = self.halving.budget.chunk_tokens, torch.bfloat16 if self.args.bf16 else None
         of, name = (config, self.train_sources, graded, data_seed(self.args)), order_model(config)
         if name is not None:
-            with other_embedder(name, device, self.preprocessor.media, budget, half) as encoder:
-                return group_sources(*of, encoder)
+            return group_sources(*of, other_embedder(name, device, self.preprocessor.media, budget, half))
         model = self.model.model
         before, was_training = model.device, model.training
         model.to(device).eval()
@@ -214,8 +213,8 @@ class EmbedderTrainer(Trainer):
         if name is None:
             return {}
         budget, half = self.halving.budget.chunk_tokens, torch.bfloat16 if self.args.bf16 else None
-        with other_embedder(name, self.args.device, self.preprocessor.media, budget, half) as encoder:
-            return dict(guide_vectors(self.train_sources, objective, encoder))
+        encoder = other_embedder(name, self.args.device, self.preprocessor.media, budget, half)
+        return dict(guide_vectors(self.train_sources, objective, encoder))
 
     def _refreshing(self, apart: frozenset[str]) -> Refresh | None:
         """What mines negatives while training; None without `data.mining`. ConfigError where no source takes any."""

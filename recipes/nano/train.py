@@ -136,19 +136,20 @@ class Data:
     text: TextData
     pairs: PairData
     pictures: PictureData
-    spans: SpanData
-    judge: Judge  # of spans
+    spans: SpanData | None = None  # where the plan has a share of them
+    judge: Judge | None = None  # of spans
 
     def drawn_spans(self, seed: int, step: int, tokens: int, plan: Plan) -> SpanBatch | None:
         """The step's spans, where it is one of the plan's share."""
-        if np.random.default_rng([seed, step, 9]).random() < plan.span_share:
-            return self.spans.batch(seed, step, tokens)
-        return None
+        if self.spans is None or np.random.default_rng([seed, step, 9]).random() >= plan.span_share:
+            return None
+        return self.spans.batch(seed, step, tokens)
 
     def judged(self, batch: TextBatch | SpanBatch) -> TextBatch:
         """The texts, with the teacher's vectors of spans as it reads them now."""
         if isinstance(batch, TextBatch):
             return batch
+        assert self.judge is not None, "spans come with their judge"
         known = torch.arange(len(batch.lengths), device=batch.lengths.device)
         return replace(batch.texts, known=known, teacher=self.judge.vectors(batch.asked, batch.lengths))
 
