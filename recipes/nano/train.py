@@ -85,7 +85,7 @@ class Plan:
 
     @classmethod
     def of_device(cls, device: torch.device) -> "Plan":
-        """An hour of two CPU cores, or ten minutes of a GPU: larger batches, and spans."""
+        """An hour of two CPU cores, or some minutes of a GPU: larger batches, and spans."""
         return GPU_PLAN if device.type == "cuda" else cls()
 
     def of_stage(self, name: str) -> dict[str, float]:
