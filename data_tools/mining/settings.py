@@ -185,10 +185,15 @@ def _check_blocks(config: MiningConfig) -> None:
     for block in config.rules:
         rule, name = MINERS.build(block), block_type(block)
         if rule.role == "cluster":
-            raise ConfigError(f"rules: '{name}' makes clusters of pairs, not negatives; see docs/mining.md")
+            raise ConfigError(
+                f"rules: '{name}' makes clusters of pairs, not negatives; write it as data.batch_order of "
+                "the training run, or take owner_similarity, which chooses negatives in the same way"
+            )
         if rule.role != "filter" and rule.role in roles:
             raise ConfigError(f"rules: '{roles[rule.role]}' and '{name}' both {rule.role} the negatives; keep one")
         roles[rule.role] = name
+        if "owners" in rule.reads and block_type(config.retriever) == "bm25":
+            raise ConfigError(f"rules: '{name}' compares vectors of queries; retriever 'bm25' has none")
         if "clusters" in rule.reads and config.clusters is None:
             raise ConfigError(f"rules: '{name}' reads clusters; set clusters to how many there shall be")
     if config.clusters is not None and not any("clusters" in MINERS.build(one).reads for one in config.rules):

@@ -32,6 +32,7 @@ from mmembed.media import MediaStore
 from mmembed.mining import MINERS, Candidates, mine
 from mmembed.mining.debcse import shared_words
 from mmembed.mining.mcl import next_stage
+from mmembed.mining.owner_similarity import with_owners
 from mmembed.quantize import quantize
 from mmembed.search import FaissIndex, Hits, pair_scores, top_k
 
@@ -314,6 +315,11 @@ class SourceMiner:
             chosen_by = found.rescored(judged, known_judged[:, :count])
         if any("surface" in rule.reads for rule in self.rules):
             chosen_by = self._with_surface(chosen_by, span)
+        if any("owners" in rule.reads for rule in self.rules):
+            queries, similarity = self.vectors[0], config.search.similarity
+            chosen_by = with_owners(
+                chosen_by, queries[span], queries, self.found.positives, span.start, similarity=similarity
+            )
         for rule in self.rules:
             if rule.role == "filter":
                 lost = int((chosen_by.valid & ~rule.keep(chosen_by)).sum())

@@ -1,8 +1,9 @@
 """A claim as declared data: `declared/<name>.yaml` says what a paper states, which arms it compares, and on what.
 
 An arm is a tree of keys of a training config, laid over the claim's own `base`, over `declared/base.yaml`. Arms of one
-claim get the same budget: they may differ in attention, pooling, prompt, objective and in how a source is read or pairs
-are made of it, in nothing else, and that is checked. To add a claim, add a file.
+claim get the same budget: they may differ in attention, pooling, prompt, objective, in how a source is read or pairs
+are made of it, in which pairs meet in a batch and which negatives are mined (not in how many), in nothing else, and
+that is checked. To add a claim, add a file.
 """
 
 from __future__ import annotations
@@ -151,13 +152,15 @@ def check_matched(claim: Claim, path: Path) -> None:
 
 def _given(config: EmbedderConfig) -> Tree:
     sources = [source.model_dump(exclude=SOURCE_MAY_DIFFER) for source in config.data.train]
+    mining = None if config.data.mining is None else config.data.mining.negatives
     return {
         "model": config.model.model_dump(exclude={"attention"}),
         "adapter": config.adapter,
         "lengths": config.lengths,
         "training": config.training,
         "data.train": sources,
-        "data": config.data.model_dump(exclude={"train"}),
+        "data": config.data.model_dump(exclude={"train", "batch_order", "mining"}),
+        "data.mining": mining,
     }
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,7 @@ from mmembed.errors import ConfigError, MmembedError
 from mmembed.registry import Registry
 
 Role = Literal["filter", "pick", "fill", "cluster"]
-Field = Literal["positive_scores", "clusters", "surface"]
+Field = Literal["positive_scores", "clusters", "surface", "owners"]
 Rows = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 Floats = NDArray[np.float32]
@@ -48,6 +48,8 @@ class Candidates:
     contents: (N,) what is equal for rows of equal content.
     clusters: (N,) the cluster of each row.
     surface: (Q, C) float32 in [0, 1], how alike query and candidate look (DebCSE).
+    owners: (Q, C) float32, how similar the query is to another one whose positive the candidate is; -inf where it is
+        nobody's. See `mmembed.mining.owner_similarity.with_owners`.
     barred: (Q, B) rows that are not to be chosen, and about which nothing else is said: negatives that the query has
         already, documents that show its own picture; -1 where a query has fewer.
     """
@@ -62,6 +64,7 @@ class Candidates:
     clusters: NDArray[np.int64] | None = None
     surface: Floats | None = None
     barred: Rows | None = None
+    owners: Floats | None = None
 
     @classmethod
     def of(
@@ -142,8 +145,8 @@ class Candidates:
 
     def first(self, depth: int) -> Candidates:
         """The best `depth` of each query."""
-        surface = None if self.surface is None else self.surface[:, :depth]
-        return replace(self, rows=self.rows[:, :depth], scores=self.scores[:, :depth], surface=surface)
+        surface, owners = (None if one is None else one[:, :depth] for one in (self.surface, self.owners))
+        return replace(self, rows=self.rows[:, :depth], scores=self.scores[:, :depth], surface=surface, owners=owners)
 
     @property
     def valid(self) -> Mask:
@@ -258,7 +261,7 @@ def mine(candidates: Candidates, rules: Sequence[Miner], count: int, seed: int =
         raise MmembedError(f"mine: {count} negatives a query; ask for 1 at least")
     if candidates.corpus < count:
         raise MmembedError(f"mine: {count} negatives of a corpus of {candidates.corpus}; ask for fewer")
-    given = {name for name in ("positive_scores", "clusters", "surface") if vars(candidates)[name] is not None}
+    given = {name for name in get_args(Field) if vars(candidates)[name] is not None}
     by_role = check_rules(rules, given)
     kept = candidates.valid
     for rule in by_role["filter"]:

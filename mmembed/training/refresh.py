@@ -42,6 +42,7 @@ from mmembed.data.streaming import Source, open_source
 from mmembed.errors import CheckpointError, ConfigError, MmembedError
 from mmembed.media import build_once, default_cache_dir
 from mmembed.mining import MINERS, Miner, check_rules, mine
+from mmembed.mining.owner_similarity import with_owners
 from mmembed.mining.retrieval import retrieve
 from mmembed.models.folder import read_tensors
 from mmembed.objectives import Objective
@@ -86,7 +87,7 @@ class Mined:
 def rules_of(mining: MiningConfig) -> list[Miner]:
     """Raises ConfigError for rules that there are not, that do not go together, or that need what a run has not."""
     rules = [MINERS.build(one) for one in mining.rules]
-    check_rules(rules, frozenset({"positive_scores"}), "data.mining.rules")
+    check_rules(rules, frozenset({"positive_scores", "owners"}), "data.mining.rules")
     return rules
 
 
@@ -210,7 +211,10 @@ def _found(
             f"query, which leaves no {mining.negatives} negatives. Lower negatives, or remove the source"
         )
     candidates = retrieve(queries, documents, corpus.positives, depth, keys=corpus.queries, contents=corpus.contents)
-    return mine(candidates, rules_of(mining), mining.negatives, seed).astype(np.int32)
+    rules = rules_of(mining)
+    if any("owners" in rule.reads for rule in rules):
+        candidates = with_owners(candidates, queries, queries, corpus.positives)
+    return mine(candidates, rules, mining.negatives, seed).astype(np.int32)
 
 
 def _vectors(

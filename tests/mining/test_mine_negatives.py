@@ -284,6 +284,7 @@ def test_a_full_disk_keeps_what_is_complete(mining, tmp_path, capsys, limit, mon
         (["retriever.k1=0"], "found 0"),
         (["rules.0=top"], "did you mean 'top_k'"),
         (["rules=[saha]"], "'saha' makes clusters of pairs, not negatives"),
+        (["rules=[owner_similarity]"], "'owner_similarity' compares vectors of queries; retriever 'bm25' has none"),
         (["rules=[top_k, random]"], "'top_k' and 'random' both pick"),
         (["rules=[cluster_diverse]"], "reads clusters; set clusters"),
         (["retriever=mmembed", "clusters=5"], "clusters: no rule reads them"),

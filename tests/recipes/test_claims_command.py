@@ -45,7 +45,7 @@ def test_a_stopped_table_goes_on_with_what_is_missing(tmp_path, capsys):
     while not started.exists() and process.poll() is None and time.monotonic() < give_up:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    # 130, or death by SIGINT, which a shell shows as 130: Python chooses the latter when the interrupt came while it made
+    # 130, or death by SIGINT, which a shell shows as 130: Python chooses that where the interrupt came while it made
     # a dataclass or a named tuple of a module that is being imported
     assert process.wait(30) in (130, -signal.SIGINT)
     assert [json.loads(path.read_text())["arm"] for path in work.glob("results/*.json")] == ["one"]

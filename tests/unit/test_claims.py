@@ -126,6 +126,7 @@ def test_a_misspelt_claim_names_the_nearest(capsys):
         ("type: dcl}", "type: dcl}, lengths: {query_max_length: 8}", "differ in lengths"),
         ("type: dcl}", "type: dcl}, data: {train: [{path: odex, format: beir}]}", "differ in data.train"),
         ("type: dcl}", "type: dcl}, data: {train_group_size: 2}", "differ in data,"),
+        ("type: dcl}", "type: dcl}, data: {train_group_size: 2, mining: {}}", "differ in data"),
     ],
 )
 def test_a_claim_that_compares_unlike_things_is_refused(tmp_path, old, new, message):

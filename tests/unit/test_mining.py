@@ -13,6 +13,7 @@ from mmembed.errors import ConfigError, MmembedError
 from mmembed.mining import MINERS, Candidates, mine, uniform
 from mmembed.mining.debcse import positive_weights, shared_words
 from mmembed.mining.mcl import composite, next_stage
+from mmembed.mining.owner_similarity import OwnerSimilarity, with_owners
 from mmembed.mining.retrieval import retrieve
 from mmembed.mining.saha import SelfAware
 from mmembed.search import FaissIndex
@@ -266,6 +267,38 @@ def test_saha_leaves_the_most_similar_query_out():
     candidates = retrieve(queries, documents, np.array([[0], [1], [2]]), 3, similarity="dot", spare=False)
     assert SelfAware(1, 2).clusters(candidates, queries)[0].owners.tolist() == [2]
     assert SelfAware(1, 2, labels=True).clusters(candidates, queries)[0].owners.tolist() == [1]
+    candidates = with_owners(candidates, queries, queries, candidates.positives, similarity="dot")
+    assert mine(candidates, [OwnerSimilarity(2)], 1)[0].tolist() == [2]
+    assert mine(candidates, [OwnerSimilarity(2, labels=True)], 1)[0].tolist() == [1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    count=st.integers(2, 20),
+    documents=st.integers(3, 12),
+    pool=st.integers(1, 6),
+    labels=st.booleans(),
+    first=st.integers(0, 5),
+)
+def test_owner_similarity_against_loops(seed, count, documents, pool, labels, first):
+    random = np.random.default_rng(seed)
+    every = random.integers(-3, 4, (first + count, 3)).astype(np.float32)  # exact products, ties
+    corpus = random.integers(-3, 4, (documents, 3)).astype(np.float32)
+    positives = np.where(random.random((first + count, 2)) < 0.8, random.integers(0, documents, (first + count, 2)), -1)
+    queries = every[first:]
+    found = retrieve(queries, corpus, positives[first:], documents - 2, similarity="dot")
+    found = with_owners(found, queries, every, positives, first, similarity="dot")
+    chosen = mine(found, [OwnerSimilarity(pool, labels)], 3)
+    for query in range(count):
+        owned = []
+        for row, _ in listed(found, query):
+            owners = [one for one in range(len(every)) if row in positives[one] and one != first + query]
+            if owners:
+                owned.append((max(float(every[one] @ queries[query]) for one in owners), row))
+        owned = owned[:pool]
+        expected = [row for _, row in (owned if labels else sorted(owned, key=lambda pair: pair[0]))][:3]
+        assert [row for row in chosen[query].tolist() if row >= 0] == expected
 
 
 def test_refusals_of_saha(rng):
