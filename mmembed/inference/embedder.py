@@ -8,7 +8,7 @@ What makes it fast, in the order of what it gains on a CPU:
    and what the texts of a batch begin with in common, an instruction above all, goes through it once; on a CPU once
    for all batches that begin with it;
 4. on a CPU with several threads, a narrow model computes several batches at once, one thread each: its products are too
-   small to share between threads;
+   small to share between threads, except where matrix units leave little but the interpreter's lock to wait for;
 5. texts are tokenized in few calls, and threads open and resize images while the model computes;
 6. results go straight into one preallocated array, in the precision and dimension that were asked for.
 
@@ -19,6 +19,7 @@ at a time. Order is restored: row i of the result belongs to content i.
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -71,6 +72,7 @@ LEAST_TOKENS, BATCHES_A_THREAD = 1024, 4  # fewer tokens a batch where there are
 TOKEN_BUDGET = 16384  # on accelerators
 WINDOW = 16384  # contents tokenized together: bounds the memory for token ids, loses nothing measurable in padding
 KEPT_PREFIXES = 8  # at once: of a long prefix and a large model tens of megabytes each
+PASSIVE = os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive"  # idle threads sleep between two products
 PREPARED = 2  # batches prepared ahead of a model that computes one at a time
 
 
@@ -264,24 +266,38 @@ class Embedder:
     def _default_budget(self, rows: Sequence[Row]) -> int:
         if self.device.type != "cpu":
             return TOKEN_BUDGET
-        units = self.model.dtype == torch.bfloat16 and cpu_capabilities().get("amx_bf16")
-        budget = AMX_TOKENS if units and not any(row.images for row in rows) else CPU_TOKENS
-        if self._narrow and torch.get_num_threads() > 1:
-            share = sum(map(len, rows)) // (BATCHES_A_THREAD * torch.get_num_threads())
+        images = any(row.images for row in rows)
+        budget = AMX_TOKENS if self._units and not images else CPU_TOKENS
+        tokens = sum(map(len, rows))
+        if self._apart(images, min(budget, tokens // 2)):
+            share = tokens // (BATCHES_A_THREAD * torch.get_num_threads())
             budget = min(budget, max(LEAST_TOKENS, share))
         return budget
 
     @property
-    def _narrow(self) -> bool:
-        """Whether threads compute a batch each."""
-        return self.device.type == "cpu" and self.model.backbone.config.get_text_config().hidden_size <= NARROW
+    def _units(self) -> bool:
+        """Whether products go to matrix units of the CPU."""
+        return self.model.dtype == torch.bfloat16 and bool(cpu_capabilities().get("amx_bf16"))
+
+    def _apart(self, images: bool, tokens: int) -> bool:
+        """Whether threads compute a batch each, of so many tokens.
+
+        The layers of texts on matrix units (`mmembed.inference.decoder`) are short, and two threads that run them wait
+        for the interpreter's lock; products of a full batch that they share take 8 % less time where idle threads spin
+        (docs/log.md).
+        """
+        if torch.get_num_threads() == 1 or self.device.type != "cpu":
+            return False
+        narrow = self.model.backbone.config.get_text_config().hidden_size <= NARROW
+        full = self._units and not images and tokens > AMX_TOKENS // 2
+        return narrow and (PASSIVE or not full)
 
     def _batches(self, contents: Sequence[ContentLike], how: _How) -> Iterator[Batch]:
         """The vectors of each batch, wherever they were computed."""
         plan, prefixes = self._plan(contents, how), _Prefixes(self.model)
         head = list(islice(plan, torch.get_num_threads()))  # as many batches as could be computed at once
         batches = chain(head, plan)
-        if self._narrow and len(head) > 1:
+        if len(head) > 1 and self._apart(*_of_first(head)):
             yield from beside_each_other(batches, lambda one: self._compute(*self._prepare(*one), prefixes), len(head))
         else:  # batch after batch through the model, while threads prepare the next ones
             for prepared in ahead(batches, lambda one: self._prepare(*one), threads=PREPARED):
@@ -366,6 +382,12 @@ class _Prefixes:
                     del self._known[next(iter(self._known))]
                 self._known[name] = self._model.read_prefix(ids)
             return self._known[name]
+
+
+def _of_first(planned: Sequence[Planned]) -> tuple[bool, int]:
+    """Whether batches hold images, and the tokens of the first."""
+    rows = planned[0][1].rows
+    return any(row.images for _, chunk, _ in planned for row in chunk.rows), sum(map(len, rows))
 
 
 def _prefix(chunk: Chunk) -> tuple[int, ...]:

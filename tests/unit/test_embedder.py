@@ -98,6 +98,7 @@ def test_batches_beside_each_other(embedder, contents, alone, monkeypatch):
 def test_matrix_units_want_larger_batches_of_texts(family_folder, monkeypatch, amx, dtype, pictured, tokens):
     embedder = Embedder(*build_from_settings(EmbedderSettings(str(family_folder("qwen3_vl")), dtype=dtype)))
     monkeypatch.setattr(module, "cpu_capabilities", lambda: {"amx_bf16": amx})
+    monkeypatch.setattr(module.torch, "get_num_threads", lambda: 1)
     seen = []
     plan = module.plan_chunks
     monkeypatch.setattr(
@@ -106,6 +107,41 @@ def test_matrix_units_want_larger_batches_of_texts(family_folder, monkeypatch, a
     embedder.encode(["a", "b", *([{"image": picture(0)}] if pictured else [])])
     embedder.encode(["a"], token_budget=77)
     assert seen == [tokens, 77]
+
+
+@pytest.mark.parametrize(
+    ("passive", "amx", "images", "tokens", "apart"),
+    [
+        (False, True, False, 4096, False),
+        (False, True, False, 2000, True),
+        (False, True, True, 4096, True),
+        (False, False, False, 4096, True),
+        (True, True, False, 4096, True),
+    ],
+)
+def test_threads_share_full_batches_of_texts_on_matrix_units(
+    family_folder, monkeypatch, passive, amx, images, tokens, apart
+):
+    embedder = Embedder(*build_from_settings(EmbedderSettings(str(family_folder("qwen3")), dtype="bfloat16")))
+    monkeypatch.setattr(module, "cpu_capabilities", lambda: {"amx_bf16": amx})
+    monkeypatch.setattr(module, "PASSIVE", passive)
+    monkeypatch.setattr(module.torch, "get_num_threads", lambda: 2)
+    assert embedder._apart(images, tokens) == apart
+    monkeypatch.setattr(module, "NARROW", 8)
+    assert not embedder._apart(images, tokens)
+
+
+@pytest.mark.parametrize("passive", [False, True])
+def test_sharing_threads_changes_no_vector(embedder, contents, alone, monkeypatch, passive):
+    monkeypatch.setattr(type(embedder), "_units", True)
+    monkeypatch.setattr(module, "AMX_TOKENS", 40)
+    monkeypatch.setattr(module, "PASSIVE", passive)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        np.testing.assert_allclose(embedder.encode(contents), alone, atol=2e-6)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_windows_join(embedder, contents, alone, monkeypatch):
