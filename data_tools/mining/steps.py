@@ -8,10 +8,12 @@ choice itself is a function of candidates, rules and seed, and is made again eac
 from __future__ import annotations
 
 import json
+import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,9 @@ from mmembed.mining.mcl import next_stage
 from mmembed.mining.owner_similarity import with_owners
 from mmembed.quantize import quantize
 from mmembed.search import FaissIndex, Hits, pair_scores, top_k
+from mmembed.search.faiss_index import SEARCH_OPTIONS
 
+logger = logging.getLogger(__name__)
 FOUND = np.dtype([("row", "<i8"), ("score", "<f4")])
 SAME_MODEL = 0.999  # least cosine of the vectors of a fixed text, as of `mmembed.inference.encoding`
 PAIRS = 4096  # pairs that a teacher scores at a time; a kill loses so many at most
@@ -267,8 +271,30 @@ class SourceMiner:
             return None
         if search.index == "exact":
             return None
-        options = {"similarity": search.similarity, "device": search.device}
-        return FaissIndex(self.vectors[1], search.index, **options, **search.options)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"similarity": search.similarity, "device": search.device, **search.options}
+        make = partial(FaissIndex, self.vectors[1], search.index, **options)
+        return make() if search.index == "flat" else self._kept(make)  # a flat index is made as fast as it is read
+
+    def _kept(self, make: Callable[..., FaissIndex]) -> FaissIndex:
+        """The index that an earlier process built of the same, or else a new one, which is kept."""
+        search = self.config.search
+        options = {name: value for name, value in search.options.items() if name not in SEARCH_OPTIONS}
+        settings = [search.index, options, search.similarity, search.precision]
+        key = digest(self.models.of_retriever, settings, self.found.corpus_digests)
+        file = self.work / f"index-{key[:16]}.faiss"
+        if file.exists():
+            try:
+                return make(saved=file)
+            except MmembedError as error:
+                logger.warning("'%s': the index that was kept cannot be used: %s", self.title, error)
+        index = make()
+        for old in self.work.glob("*index-*.faiss*"):  # of other settings, or half written when a process was killed
+            old.unlink()
+        try:
+            index.save(file)
+        except OSError as error:  # a full disk: it is large, and the search does without
+            logger.warning("'%s': the index is not kept (%s), a kill would lose it", self.title, error)
+        return index
 
     def _index_words(self) -> None:
         retriever = self.models.retriever

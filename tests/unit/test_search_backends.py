@@ -59,6 +59,91 @@ def test_probes_that_find_too_little_are_filled_up():
     assert (found.indices[:, 1:] == -1).all() and np.isneginf(found.scores[:, 1:]).all()
 
 
+@pytest.mark.parametrize(("kind", "options"), [("ivf", {"lists": 20}), ("ivf", {}), ("hnsw", {"links": 8})])
+@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16", "int8"])
+def test_a_saved_index_is_the_index(data, tmp_path, monkeypatch, kind, options, precision):
+    pytest.importorskip("faiss")
+    queries, corpus = data
+    stored = quantize(corpus, precision)
+    built = FaissIndex(stored, kind, **options)
+    built.save(tmp_path / "a.faiss")
+    monkeypatch.setattr(FaissIndex, "_build", None)
+    opened = FaissIndex(stored, kind, saved=tmp_path / "a.faiss", **options)
+    for found, expected in zip(opened.top_k(queries, 10), built.top_k(queries, 10), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.faiss"]
+
+
+def test_probes_are_of_the_search_and_not_of_the_file(data, tmp_path):
+    pytest.importorskip("faiss")
+    queries, corpus = data
+    FaissIndex(corpus, "ivf", lists=20, probes=1).save(tmp_path / "a.faiss")
+    opened = FaissIndex(corpus, "ivf", saved=tmp_path / "a.faiss", lists=20, probes=20)
+    np.testing.assert_array_equal(opened.top_k(queries, 5).indices, top_k(queries, corpus, 5).indices)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "hnsw"}, "kind ivf, not hnsw"),
+        ({"kind": "flat"}, "kind ivf, not flat"),
+        ({"similarity": "dot"}, r"\(similarity cosine, not dot\)"),
+        ({"lists": 30}, r"\(lists 20, not 30\)"),
+        ({"corpus": np.s_[:1999]}, "count 2000, not 1999; vectors"),
+        ({"corpus": np.s_[:, :8]}, "size 24, not 8; vectors"),
+        ({"corpus": np.s_[::-1]}, r"\(vectors \w+, not \w+\)"),
+    ],
+)
+def test_an_index_of_something_else_is_refused(data, tmp_path, change, message):
+    pytest.importorskip("faiss")
+    corpus = data[1]
+    FaissIndex(corpus, "ivf", lists=20).save(tmp_path / "a.faiss")
+    settings = {"corpus": np.s_[:], "kind": "ivf", "lists": 20, **change}
+    if settings["kind"] != "ivf":
+        del settings["lists"]
+    settings["corpus"] = corpus[settings["corpus"]]
+    with pytest.raises(MmembedError, match=rf"a.faiss was built of something else .*{message}"):
+        FaissIndex(**settings, saved=tmp_path / "a.faiss")
+
+
+def test_a_broken_index_is_refused(data, tmp_path):
+    faiss = pytest.importorskip("faiss")
+    corpus, file = data[1], tmp_path / "a.faiss"
+    with pytest.raises(MmembedError, match="cannot be read"):
+        FaissIndex(corpus, "hnsw", saved=file)
+    FaissIndex(corpus, "hnsw").save(file)
+    whole = file.read_bytes()
+    for length in (0, 1, 500, len(whole) // 2, len(whole) - 5000, len(whole) - 300, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        with pytest.raises(MmembedError, match="was cut off"):
+            FaissIndex(corpus, "hnsw", saved=file)
+    file.write_bytes(whole[:1000] + whole[-1000:])
+    with pytest.raises(MmembedError, match="a.faiss is broken"):
+        FaissIndex(corpus, "hnsw", saved=file)
+    faiss.write_index(faiss.IndexFlatIP(24), str(file))
+    with pytest.raises(MmembedError, match="no index that `save` wrote"):
+        FaissIndex(corpus, "hnsw", saved=file)
+    with pytest.raises(MmembedError, match="a flat index has nothing to save"):
+        FaissIndex(corpus).save(file)
+
+
+def test_an_index_on_a_gpu_is_saved_as_one_of_a_cpu(data, tmp_path, monkeypatch):
+    """With stand-ins for what FAISS has on GPUs alone: a wrapper that cannot be written."""
+    faiss = pytest.importorskip("faiss")
+    queries, corpus = data
+    monkeypatch.setattr(faiss, "StandardGpuResources", lambda: None, raising=False)
+    monkeypatch.setattr(faiss, "index_cpu_to_gpu", lambda resources, number, index: [index], raising=False)
+    monkeypatch.setattr(faiss, "index_gpu_to_cpu", lambda index: index[0], raising=False)
+    there = FaissIndex(corpus, "ivf", device="cuda")
+    there.save(tmp_path / "a.faiss")
+    assert isinstance(FaissIndex(corpus, "ivf", device="cuda", saved=tmp_path / "a.faiss").index, list)
+    opened = FaissIndex(corpus, "ivf", saved=tmp_path / "a.faiss")
+    np.testing.assert_array_equal(opened.top_k(queries, 5).indices, FaissIndex(corpus, "ivf").top_k(queries, 5).indices)
+    monkeypatch.setattr(FaissIndex, "_build", None)  # refused before anything is built
+    with pytest.raises(MmembedError, match="HNSW has no GPU index"):
+        FaissIndex(corpus, "hnsw", device="cuda")
+
+
 def test_refusals_of_an_index(data, monkeypatch):
     queries, corpus = data
     with pytest.raises(MmembedError, match="did you mean 'hnsw'"):
