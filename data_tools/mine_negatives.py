@@ -86,6 +86,8 @@ def mine(config: MiningConfig, output: Path) -> str:
         reports.append(audit(config, source.title, found, mined, media, written))
         media_files += found.media_files()
         lines.append(f"{output / written['file']}: {written['records']:,} records, {written['negatives']:,} negatives")
+        if mined.clusters is not None:
+            lines[-1] += f", {mined.clusters['count']:,} clusters of {mined.clusters['stages']} stage(s)"
     write_report(config, reports, output)
     return "\n".join([*lines, f"{output / 'report.html'}: what was mined", *_training(config, output, media_files)])
 

@@ -66,6 +66,7 @@ def audit(
             "records_without": written["none"], "random": int(mined.filled.sum()),
         },
         "removed": mined.removed,
+        "clusters": mined.clusters,
         "scores": _compared(mined.known_scores[right], mined.scores[there]),
         "teacher_scores": None if judged is None or known_judged is None
         else _compared(known_judged[right], judged[there]),

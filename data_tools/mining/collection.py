@@ -43,7 +43,7 @@ from mmembed.media import MediaStore
 from mmembed.staging import put_in_place, staging
 
 logger = logging.getLogger(__name__)
-VERSION = 1  # of what is kept in the folder
+VERSION = 2  # of what is kept in the folder
 Rows = NDArray[np.int64]
 _WARNINGS = 5
 _EXAMPLES = 20  # of duplicates
@@ -58,6 +58,7 @@ class Collection:
         barred: (Q, B) rows that are no negatives to mine: labelled ones, and documents that are the query or show a
             picture of it.
         query_digests, corpus_digests: (Q,) and (N,) of 16 bytes: of everything a model sees.
+        corpus_keys: (N,) of 16 bytes: of what equal contents share, wherever they lie.
         summary: counts: records, queries, documents, duplicates, skipped, kinds of media with a place where one is.
     """
 
@@ -67,6 +68,7 @@ class Collection:
         with np.load(folder / "arrays.npz") as arrays:
             self.query_of: Rows = arrays["query_of"]
             self.query_digests, self.corpus_digests = arrays["query_digests"], arrays["corpus_digests"]
+            self.corpus_keys = arrays["corpus_keys"]
             self.positives = _padded(arrays["positive_starts"], arrays["positive_rows"])
             self.barred = _padded(arrays["barred_starts"], arrays["barred_rows"])
             self._documents = arrays["document_starts"], arrays["document_rows"]
@@ -202,6 +204,7 @@ class _Reader:
         arrays["query_of"] = np.array(query_of, np.int64)
         arrays["query_digests"] = np.frombuffer(b"".join(self.query_digests), "V16")
         arrays["corpus_digests"] = np.frombuffer(b"".join(self.corpus_digests), "V16")
+        arrays["corpus_keys"] = np.frombuffer(b"".join(self.rows), "V16")
         np.savez(work / "arrays.npz", **arrays)  # type: ignore[arg-type]
         with (work / "media.jsonl").open("w", encoding="utf-8") as listed:
             listed.writelines(json.dumps([name, *stamp]) + "\n" for name, stamp in self.files.items())

@@ -89,6 +89,7 @@ class MiningConfig(_Block):
     rules: filters, a pick, a fill of `mmembed.mining`.
     negatives: added to each record.
     clusters: k-means clusters of the corpus, for rules that read clusters.
+    earlier: outputs of mining runs with clusters, which are joined with those of this one (MCL's stages).
     teacher: what judges candidates beside the retriever; `rescore` says which: all `candidates`, by whose scores the
         rules then choose, or the `chosen` ones, for the report alone.
     scores: which scores the documents of the records get.
@@ -109,6 +110,7 @@ class MiningConfig(_Block):
     rules: tuple[TypedBlock, ...] = ({"type": "percent_of_positive", "percent": 5.0}, "random_fill")
     negatives: Positive = 7
     clusters: Positive | None = None
+    earlier: tuple[str, ...] = ()
     teacher: TypedBlock | None = None
     rescore: Literal["candidates", "chosen"] = "candidates"
     scores: Literal["none", "retriever", "teacher"] = "none"
@@ -142,6 +144,14 @@ class MiningConfig(_Block):
                 raise ConfigError(f"search.{key} has no effect with retriever 'bm25', which has no vectors; remove it")
             if self.clusters is not None:
                 raise ConfigError("clusters: retriever 'bm25' has no vectors to cluster; remove it")
+        if self.earlier and self.clusters is None:
+            raise ConfigError("earlier: its clusters are joined with those of this run; set clusters, or remove it")
+        folders = [Path(one).resolve() for one in self.earlier]
+        for one, folder in zip(self.earlier, folders, strict=True):
+            if folders.count(folder) > 1:
+                raise ConfigError(f"earlier: '{one}' is there twice; give each run once")
+            if folder == Path(self.output).resolve():
+                raise ConfigError(f"earlier: '{one}' is the output of this run; give runs before it")
         if self.clusters is not None and self.search.precision in ("int8", "binary", "bfloat16"):
             raise ConfigError(f"clusters + search.precision '{self.search.precision}': use float32 or float16")
         return self
@@ -197,4 +207,4 @@ def _check_blocks(config: MiningConfig) -> None:
         if "clusters" in rule.reads and config.clusters is None:
             raise ConfigError(f"rules: '{name}' reads clusters; set clusters to how many there shall be")
     if config.clusters is not None and not any("clusters" in MINERS.build(one).reads for one in config.rules):
-        raise ConfigError("clusters: no rule reads them; add cluster_diverse, or remove it")
+        raise ConfigError("clusters: no rule reads them; add cluster_diverse or mcl, or remove it")

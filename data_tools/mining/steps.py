@@ -25,6 +25,7 @@ from data_tools.mining.collection import Collection
 from data_tools.mining.retrievers import RETRIEVERS, Encoder, Item, Lexical, Retriever
 from data_tools.mining.settings import MiningConfig
 from data_tools.mining.shards import Shards, digest, write_whole
+from data_tools.mining.stages import joined, read_stage, remove_stage, write_stage
 from data_tools.mining.teachers import TEACHERS, PairTeacher, Teacher
 from data_tools.mining.teachers.embedder import EmbedderTeacher
 from mmembed.config.blocks import TypedBlock
@@ -58,6 +59,7 @@ class Mined:
     ranks: (Q, K) places among the candidates, from 0; -1 of what was filled.
     first: (Q,) the retriever's score of the best candidate.
     removed: by what how many candidates were no longer there to choose.
+    clusters: how many the rules saw, of how many stages, and how many documents each earlier one did not have.
     """
 
     negatives: Rows
@@ -71,6 +73,7 @@ class Mined:
     first: Floats
     positives: int
     removed: dict[str, int]
+    clusters: dict[str, Any] | None = None
 
     def least(self, scores: Floats) -> Floats:
         """(Q,) the lowest of the positives' scores, of `known_scores` or `known_judged`; NaN where there are none."""
@@ -157,6 +160,7 @@ class SourceMiner:
         self._indexed = False  # by a lexical retriever
         self.rules = [MINERS.build(block) for block in config.rules]
         self._check()
+        self.earlier = [read_stage(output, work.name, found.corpus_keys) for output in config.earlier]
 
     def _check(self) -> None:
         """Raises ConfigError: kinds of media that a model does not read, too small a corpus."""
@@ -198,7 +202,11 @@ class SourceMiner:
                 span = shards.span(number)
                 parts.append(self._choose(number, span, shards.read(number), clusters))
                 bar.update(span.stop - span.start)
-        return _joined(parts, self.found.positives.shape[1], config.negatives)
+        mined = _joined(parts, self.found.positives.shape[1], config.negatives)
+        if clusters is not None:
+            new = {output: count for output, (_, count) in zip(config.earlier, self.earlier, strict=True)}
+            mined.clusters = {"stages": 1 + len(new), "count": len(np.unique(clusters)), "new": new}
+        return mined
 
     # Vectors and search -----------------------------------------------------------------------------------------------
 
@@ -316,11 +324,16 @@ class SourceMiner:
         return hits, pair_scores(queries, corpus, self.known[span], similarity=search.similarity)
 
     def _clusters(self) -> Rows | None:
+        """Of all stages; those of this one are written for the runs after it."""
+        output, name = Path(self.config.output), self.work.name
         if self.config.clusters is None:
+            remove_stage(output, name)
             return None
         if len(self.found) < self.config.clusters:
             raise ConfigError(f"clusters: {self.config.clusters} of {len(self.found)} documents; give fewer")
-        return next_stage(self.vectors[1], self.config.seed, self.config.clusters)
+        own = next_stage(self.vectors[1], self.config.seed, self.config.clusters)
+        write_stage(output, name, self.found.corpus_keys, own)
+        return joined([*(numbers for numbers, _ in self.earlier), own])
 
     # The choice -------------------------------------------------------------------------------------------------------
 

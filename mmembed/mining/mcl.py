@@ -52,7 +52,11 @@ def composite(stages: Sequence[NDArray[np.int64]], count: int = CLUSTERS) -> NDA
 
     >>> composite([np.array([2, 7]), np.array([3, 1])]).tolist()
     [23, 71]
+
+    Raises MmembedError for a cluster that is not below `count`, and more stages than int64 can number.
     """
+    if int(count) ** len(stages) > 2**63:
+        raise MmembedError(f"mcl: numbers of {len(stages)} stages of {count} clusters exceed 64 bits; join fewer")
     joined = np.zeros_like(stages[0])
     for stage in stages:
         if stage.size and not 0 <= stage.min() <= stage.max() < count:

@@ -13,11 +13,12 @@ from data_tools.mine_negatives import main
 from tests.mining.conftest import DATA
 
 ROOT = Path(__file__).parents[2]
+WRITTEN = (".jsonl", ".json", ".html", ".npz")
 
 
 def written(folder):
     """The files of the output, as they are handed on."""
-    return {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix in (".jsonl", ".json", ".html")}
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix in WRITTEN}
 
 
 def run_with_kills(tmp_path, tree, lives, seed=0):
@@ -53,7 +54,9 @@ def check(left, whole, killed, output):
     assert shards == sorted(shards), shards  # nothing that was complete was computed again
 
 
-def test_a_few_kills(tmp_path, texts, family_folder):
+@pytest.mark.parametrize("staged", [False, True])
+def test_a_few_kills(tmp_path, texts, family_folder, staged):
+    """Exact search, or a graph and the clusters of two stages."""
     tree = {
         "root": str(texts),
         "sources": [{"path": "train.jsonl", "corpus": ["corpus.jsonl"]}],
@@ -62,6 +65,12 @@ def test_a_few_kills(tmp_path, texts, family_folder):
         "negatives": 3,
         "shard": 8,
     }
+    if staged:
+        tree |= {"rules": ["mcl", "random_fill"], "clusters": 3}
+        file, first = tmp_path / "first.yaml", str(tmp_path / "first")
+        file.write_text(yaml.safe_dump(tree))
+        assert main(["--config", str(file), f"output={first}", "seed=1"]) == 0
+        tree |= {"earlier": [first], "search": {**tree["search"], "index": "hnsw"}}
     left, whole, killed = run_with_kills(tmp_path, tree, lives=6)
     assert sum(one["killed"] for one in left) >= 3
     check(left, whole, killed, tmp_path / "killed")

@@ -288,6 +288,16 @@ def test_a_full_disk_keeps_what_is_complete(mining, tmp_path, capsys, limit, mon
         (["rules=[top_k, random]"], "'top_k' and 'random' both pick"),
         (["rules=[cluster_diverse]"], "reads clusters; set clusters"),
         (["retriever=mmembed", "clusters=5"], "clusters: no rule reads them"),
+        (["retriever=mmembed", "rules=[mcl]", "earlier=[runs/a]"], "earlier: its clusters are joined.*set clusters"),
+        (["retriever=mmembed", "clusters=5", "earlier=[runs/a]"], "clusters: no rule reads them; .* or mcl"),
+        (
+            ["retriever=mmembed", "clusters=5", "rules=[mcl]", "earlier=[runs/a, runs/../runs/a/]"],
+            "earlier: 'runs/a' is there twice",
+        ),
+        (
+            ["retriever=mmembed", "clusters=5", "rules=[mcl]", "output=runs/a", "earlier=[runs/b, runs/./a]"],
+            "earlier: 'runs/./a' is the output of this run",
+        ),
         (["search.precision=int8"], "search.precision has no effect with retriever 'bm25'"),
         (["retriever=mmembed", "search.index=hnsw", "search.options={probes: 3}"], "index 'hnsw' has no 'probes'"),
         (["negatives=11"], "negatives 11 is above search.depth 10"),

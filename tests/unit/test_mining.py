@@ -187,6 +187,9 @@ def test_stages_of_mcl(rng):
     assert len({*joined.tolist()}) == len({*zip(stage.tolist(), of.tolist(), strict=True)})
     with pytest.raises(MmembedError, match="10 clusters of 4 vectors"):
         next_stage(vectors[:4].astype(np.float32), seed=1)
+    assert composite([np.array([9]), *[np.array([0])] * 17], 10)[0] == 9 * 10**17
+    with pytest.raises(MmembedError, match="19 stages of 10 clusters exceed"):
+        composite([stage] * 19, 10)
     with pytest.raises(MmembedError, match="they should be below 3"):
         composite([np.array([0, 3])], 3)
     vectors[5] = np.nan
