@@ -1,4 +1,5 @@
-"""A digest of a model's files, by which its vectors are recognised as its own."""
+"""What the files of a model say before it is loaded: a digest, by which its vectors are recognised as its own, and
+whether it gives many vectors a content."""
 
 from __future__ import annotations
 
@@ -14,11 +15,7 @@ def model_digest(model: str) -> str:
 
     A name says nothing about weights that change behind it: the vector of a fixed text is compared as well.
     """
-    folder = Path(model)
-    if model == "mmembed-nano":
-        import mmembed
-
-        folder = Path(str(mmembed.__file__)).with_name("nano")
+    folder = model_folder(model)
     if not folder.is_dir():
         return f"name:{model}"
     digest = hashlib.blake2b(digest_size=16)
@@ -33,3 +30,24 @@ def model_digest(model: str) -> str:
                 content.seek(number * (size - SAMPLE) // (SAMPLES - 1))
                 digest.update(content.read(SAMPLE))
     return digest.hexdigest()
+
+
+def gives_many(model: str) -> bool:
+    """Whether a checkpoint folder names a pooling of many vectors. False of a name, which says nothing."""
+    from mmembed.config.blocks import block_type
+    from mmembed.models.folder import SETTINGS, read_settings
+    from mmembed.pooling import POOLINGS
+
+    folder = model_folder(model)
+    if not (folder / SETTINGS).exists():
+        return False
+    return POOLINGS.get(block_type(read_settings(folder)[0].pooling)).multi_vector
+
+
+def model_folder(model: str) -> Path:
+    """Where its files are, if it is no name."""
+    if model != "mmembed-nano":
+        return Path(model)
+    import mmembed
+
+    return Path(str(mmembed.__file__)).with_name("nano")

@@ -28,6 +28,8 @@ from data_tools.mining.shards import Shards, digest, write_whole
 from data_tools.mining.stages import joined, read_stage, remove_stage, write_stage
 from data_tools.mining.teachers import TEACHERS, PairTeacher, Teacher
 from data_tools.mining.teachers.embedder import EmbedderTeacher
+from data_tools.mining.teachers.late_interaction import LateInteraction
+from data_tools.mining.tokens import TokenStore
 from mmembed.config.blocks import TypedBlock
 from mmembed.content import Role
 from mmembed.errors import ConfigError, MmembedError
@@ -37,7 +39,7 @@ from mmembed.mining.debcse import shared_words
 from mmembed.mining.mcl import next_stage
 from mmembed.mining.owner_similarity import with_owners
 from mmembed.quantize import quantize
-from mmembed.search import FaissIndex, Hits, pair_scores, top_k
+from mmembed.search import FaissIndex, Hits, pair_scores, rescore_maxsim, top_k
 from mmembed.search.faiss_index import SEARCH_OPTIONS
 
 logger = logging.getLogger(__name__)
@@ -103,7 +105,7 @@ class Models:
         """Raises MmembedError where the model behind the same name has changed since the folder was begun."""
         one.load(media)
         encoder = one.encoder if isinstance(one, EmbedderTeacher) else one
-        if not isinstance(encoder, Encoder):
+        if not isinstance(encoder, Encoder | LateInteraction):
             return
         name = "teacher" if one is self.teacher else "retriever"
         state, now = json.loads(self._file(name).read_bytes()), encoder.probe()
@@ -158,6 +160,7 @@ class SourceMiner:
         )
         self.known = np.concatenate([found.positives, found.barred], axis=1)  # (Q, P + B)
         self._indexed = False  # by a lexical retriever
+        self._tokens: dict[str, TokenStore] = {}  # of queries and corpus, for a teacher of many vectors
         self.rules = [MINERS.build(block) for block in config.rules]
         self._check()
         self.earlier = [read_stage(output, work.name, found.corpus_keys) for output in config.earlier]
@@ -424,7 +427,6 @@ class SourceMiner:
         if self.taught is not None:
             queries, corpus = self.taught
             return pair_scores(queries[span], corpus, rows)
-        assert isinstance(teacher, PairTeacher), "a teacher scores pairs or gives vectors"
         size = max(1, PAIRS // max(1, rows.shape[1]))
         digests = self.found.query_digests[span], self.found.corpus_digests
         keys = []
@@ -435,26 +437,36 @@ class SourceMiner:
             )
         shards = Shards(self.work, name, len(rows), size, keys)
         missing = list(shards.missing())
-        if missing:
+        if missing and isinstance(teacher, LateInteraction):
+            left = np.full(rows.shape, -1)
+            for _, part_span in missing:
+                left[part_span] = rows[part_span]
+            self._encode_tokens(teacher, "queries", "query", span.start + np.flatnonzero((left >= 0).any(axis=1)))
+            self._encode_tokens(teacher, "corpus", "document", np.unique(left[left >= 0]))
+        elif missing:
+            assert teacher is not None, "there is one"
             self.models.load(teacher, self.media)
         with self._bar("teacher", int((rows >= 0).sum()), " pairs") as bar:
             done = set(range(len(keys))) - {number for number, _ in missing}
             bar.update(sum(int((rows[shards.span(number)] >= 0).sum()) for number in done))
             for number, part_span in missing:
                 part = rows[part_span]
-                queries_of = self.found.items(
-                    "queries", range(span.start + part_span.start, span.start + part_span.stop)
-                )
-                shards.write(number, self._score(teacher, queries_of, part))
+                places = range(span.start + part_span.start, span.start + part_span.stop)
+                shards.write(number, self._score(places, part))
                 bar.update(int((part >= 0).sum()))
         return np.array(shards.open())
 
-    def _score(self, teacher: PairTeacher, queries: Sequence[Item], rows: Rows) -> Floats:
+    def _score(self, places: range, rows: Rows) -> Floats:
+        """The teacher's scores of the queries at `places` (q,) with their rows (q, w)."""
+        teacher = self.models.teacher
+        if isinstance(teacher, LateInteraction):
+            return self._maxsim(places, rows)
+        assert isinstance(teacher, PairTeacher), "a teacher scores pairs or gives vectors"
         scores = np.full(rows.shape, np.nan, np.float32)
         of, place = np.nonzero(rows >= 0)
         if not len(of):
             return scores
-        documents = self.found.items("corpus", rows[of, place])
+        queries, documents = self.found.items("queries", places), self.found.items("corpus", rows[of, place])
         given = teacher.score([queries[query] for query in of.tolist()], documents)
         if given.shape != of.shape:
             raise MmembedError(
@@ -465,6 +477,40 @@ class SourceMiner:
             raise MmembedError(f"teacher: the score of {queries[of[bad]]} with {documents[bad]} is {given[bad]}")
         scores[of, place] = given
         return scores
+
+    def _encode_tokens(self, teacher: LateInteraction, side: str, role: Role, rows: Rows) -> None:
+        """Those of the rows that are not there."""
+        if side not in self._tokens:
+            self._tokens[side] = TokenStore(self.work / f"teacher-{side}-tokens", self.models.of_teacher)
+        store, keys = self._tokens[side], self._keys(side, rows)
+        missing = [(row, key) for row, key in zip(rows.tolist(), keys, strict=True) if key not in store]
+        if missing:
+            self.models.load(teacher, self.media)
+        size, done = self.config.shard, len(rows) - len(missing)
+        with self._bar(f"encode {side} for the teacher", len(rows), " contents", done) as bar:
+            for start in range(0, len(missing), size):
+                part = missing[start : start + size]
+                items = self.found.items(side, [row for row, _ in part])
+                store.add([key for _, key in part], teacher.encode(items, role))
+                bar.update(len(part))
+
+    def _maxsim(self, places: range, rows: Rows) -> Floats:
+        scores = np.full(rows.shape, np.nan, np.float32)
+        for number, key in enumerate(self._keys("queries", np.array(places))):
+            there = rows[number] >= 0
+            own, place = np.unique(rows[number, there], return_inverse=True)
+            if not len(own):
+                continue
+            documents = self._tokens["corpus"].take(self._keys("corpus", own))
+            hits = rescore_maxsim(self._tokens["queries"].take([key]), documents, np.arange(len(own))[None])
+            in_order = np.empty(len(own), np.float32)
+            in_order[hits.indices[0]] = hits.scores[0]
+            scores[number, there] = in_order[place]
+        return scores
+
+    def _keys(self, side: str, rows: Rows) -> list[bytes]:
+        digests = self.found.query_digests if side == "queries" else self.found.corpus_digests
+        return [one.tobytes() for one in digests[rows]]
 
     @contextmanager
     def _bar(self, what: str, total: int, unit: str, done: int = 0) -> Iterator[tqdm[Any]]:

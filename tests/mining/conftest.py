@@ -20,6 +20,19 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def save_multi_vector(backbone, folder, seed=0):
+    """A model of 24 dimensions a token and patch, with a head of random weights; returns its folder."""
+    import torch
+
+    from mmembed import Embedder
+    from mmembed.models.embedding_model import EmbedderSettings, build_from_settings
+
+    torch.manual_seed(seed)
+    settings = EmbedderSettings(str(backbone), dtype="float32", pooling={"type": "multi_vector", "dim": 24})
+    Embedder(*build_from_settings(settings)).save(folder)
+    return str(folder)
+
+
 @pytest.fixture
 def texts(tmp_path):
     """Folder with 30 records in `train.jsonl` and 60 more documents in `corpus.jsonl`."""

@@ -41,9 +41,9 @@ def main() -> None:
         last = number == job["lives"]
         how = "" if last else ("write", "time")[number % 2]
         status = life(job["arguments"], how, draw)
-        complete = sum(
-            len(file.read_bytes().split(b"\n")) - 2 for file in sorted(Path(job["output"]).glob("work/*/*.done"))
-        )
+        work = Path(job["output"]) / "work"
+        complete = sum(len(file.read_bytes().split(b"\n")) - 2 for file in work.glob("*/*.done"))
+        complete += len(list(work.glob("*/*/*.safetensors")))
         killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
         left.append({"how": how, "killed": killed, "status": os.waitstatus_to_exitcode(status), "shards": complete})
     print(json.dumps(left))

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from data_tools.mine_negatives import main
-from tests.mining.conftest import DATA
+from tests.mining.conftest import DATA, save_multi_vector
 
 ROOT = Path(__file__).parents[2]
 WRITTEN = (".jsonl", ".json", ".html", ".npz")
@@ -54,9 +54,9 @@ def check(left, whole, killed, output):
     assert shards == sorted(shards), shards  # nothing that was complete was computed again
 
 
-@pytest.mark.parametrize("staged", [False, True])
-def test_a_few_kills(tmp_path, texts, family_folder, staged):
-    """Exact search, or a graph and the clusters of two stages."""
+@pytest.mark.parametrize("what", ["plain", "stages", "late_interaction"])
+def test_a_few_kills(tmp_path, texts, family_folder, what):
+    """Exact search, a graph and the clusters of two stages, or a teacher of many vectors."""
     tree = {
         "root": str(texts),
         "sources": [{"path": "train.jsonl", "corpus": ["corpus.jsonl"]}],
@@ -65,12 +65,15 @@ def test_a_few_kills(tmp_path, texts, family_folder, staged):
         "negatives": 3,
         "shard": 8,
     }
-    if staged:
+    if what == "stages":
         tree |= {"rules": ["mcl", "random_fill"], "clusters": 3}
         file, first = tmp_path / "first.yaml", str(tmp_path / "first")
         file.write_text(yaml.safe_dump(tree))
         assert main(["--config", str(file), f"output={first}", "seed=1"]) == 0
         tree |= {"earlier": [first], "search": {**tree["search"], "index": "hnsw"}}
+    if what == "late_interaction":
+        model = save_multi_vector(family_folder("qwen3_vl"), tmp_path / "many")
+        tree |= {"retriever": "bm25", "teacher": {"type": what, "model": model}, "scores": "teacher"}
     left, whole, killed = run_with_kills(tmp_path, tree, lives=6)
     assert sum(one["killed"] for one in left) >= 3
     check(left, whole, killed, tmp_path / "killed")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.mining.model_files import model_digest
+from data_tools.mining.model_files import gives_many, model_digest, model_folder
 from data_tools.mining.retrievers import Encoder, Item
 from mmembed.content import Role
 from mmembed.errors import ConfigError, MmembedError
@@ -46,9 +46,23 @@ class MmembedModel(Encoder):
         self._embedder: Embedder | None = None
 
     def fingerprint(self) -> Any:
-        return [self.name, model_digest(self.model), self.dtype, self.truncate_dim, self.layers]
+        return [self.name, *self.settings(many=False)]
 
     def load(self, media: MediaStore) -> None:
+        self.open(media, many=False)
+
+    def encode(self, items: Sequence[Item], role: Role) -> NDArray[np.float32]:
+        vectors: NDArray[np.float32] = self.vectors(items, role)
+        return vectors
+
+    def settings(self, many: bool) -> list[Any]:
+        """What its vectors depend on. Raises ConfigError where a folder says that they are not `many` a content."""
+        if model_folder(self.model).is_dir():
+            self._check(gives_many(self.model), many)
+        return [model_digest(self.model), self.dtype, self.truncate_dim, self.layers]
+
+    def open(self, media: MediaStore, many: bool) -> None:
+        """See `load`. Raises ConfigError where it does not give `many` vectors a content."""
         from transformers.utils.logging import disable_progress_bar
 
         from mmembed.inference.embedder import Embedder
@@ -58,20 +72,16 @@ class MmembedModel(Encoder):
             self._embedder = Embedder.from_pretrained(
                 self.model, device=self.device, dtype=self.dtype, layers=self.layers, vision_cache=self.vision_cache
             )
-            if self._embedder.model.pooling.multi_vector:
-                raise ConfigError(
-                    f"retriever: {self.model} gives many vectors a content; search with a model of one vector"
-                )
+            self._check(self._embedder.model.pooling.multi_vector, many)
         self._embedder.preprocessor.media = media
 
-    def encode(self, items: Sequence[Item], role: Role) -> NDArray[np.float32]:
+    def vectors(self, items: Sequence[Item], role: Role) -> Any:
+        """(n, E), or a list of (T, E) where it gives many."""
         assert self._embedder is not None, "load it first"
         contents, instructions = [item.content for item in items], [item.instruction for item in items]
         options: dict[str, Any] = {"token_budget": self.token_budget, "truncate_dim": self.truncate_dim}
         try:
-            vectors: NDArray[np.float32] = self._embedder.encode(
-                contents, role=role, instruction=instructions, show_progress=False, **options
-            )
+            return self._embedder.encode(contents, role=role, instruction=instructions, show_progress=False, **options)
         except MmembedError:
             for item in items:  # find out which, and name it by its place in the data
                 try:
@@ -79,4 +89,16 @@ class MmembedModel(Encoder):
                 except MmembedError as error:
                     raise MmembedError(f"{item}: {error}; or set on_bad_record: skip") from error
             raise
-        return vectors
+
+    def _check(self, many: bool, wanted: bool) -> None:
+        if many and not wanted:
+            raise ConfigError(
+                f"retriever: {self.model} gives many vectors a content; search with a model of one vector, and let "
+                f"this one judge what is found: teacher={{type: late_interaction, model: {self.model}}}"
+            )
+        if wanted and not many:
+            raise ConfigError(
+                f"teacher 'late_interaction': {self.model} gives one vector a content; write "
+                f"teacher={{type: embedder, retriever: {{type: mmembed, model: {self.model}}}}}, or name a model with "
+                "pooling 'multi_vector'"
+            )

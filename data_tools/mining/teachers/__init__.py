@@ -1,7 +1,7 @@
 """What judges candidates beside the retriever: a file each. `type` of the config's `teacher` is the name.
 
 A `PairTeacher` scores pairs of a query and a document; an mmembed reranker is a file with this class. A teacher that is
-an embedder is compared by its vectors (`embedder.py`).
+an embedder is compared by its vectors (`embedder.py`, `late_interaction.py`).
 """
 
 from __future__ import annotations
