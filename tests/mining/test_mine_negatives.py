@@ -315,11 +315,11 @@ def test_a_wrong_config_is_refused_before_anything_is_read(mining, capsys, overr
 
 
 def test_the_config_of_the_documentation_is_read():
-    (text,) = re.findall(r"```yaml\n(output: .*?)```", (ROOT / "docs" / "mining.md").read_text(), flags=re.S)
+    texts = re.findall(r"```yaml\n(output: .*?)```", (ROOT / "docs" / "mining.md").read_text(), flags=re.S)
     (ROOT / "data" / "squad-en" / "corpus.jsonl").stat()
-    tree = yaml.safe_load(text)
-    assert set(tree) <= set(MiningConfig.model_fields)
-    _check_blocks(MiningConfig.model_validate(tree))
+    whole, *excerpts = map(yaml.safe_load, texts)
+    assert all(set(tree) <= set(MiningConfig.model_fields) for tree in (whole, *excerpts))
+    _check_blocks(MiningConfig.model_validate(whole))
 
 
 def test_files_and_data_that_are_not_there(mining, capsys):
