@@ -12,7 +12,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -415,11 +415,7 @@ class SourceMiner:
         queries = self.found.items("queries", range(span.start, span.stop))
         for query, place in np.argwhere(candidates.valid).tolist():
             surface[query, place] = shared_words(queries[query].text, texts[int(candidates.rows[query, place])])
-        return Candidates.of(
-            candidates.rows, candidates.scores, candidates.positives, candidates.corpus, keys=candidates.keys,
-            positive_scores=candidates.positive_scores, clusters=candidates.clusters, surface=surface,
-            barred=candidates.barred,
-        )  # fmt: skip
+        return replace(candidates, surface=surface)
 
     def _teach(self, name: str, span: slice, rows: Rows) -> Floats:
         """The teacher's scores of each query with its rows (q, w); NaN where a row is -1."""

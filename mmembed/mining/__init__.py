@@ -7,7 +7,7 @@
 A rule is one small file and of one role: a `filter` says which candidates may be chosen, a `pick` which of them are
 preferred (best score first where there is none), a `fill` where more come from when too few are left, a `cluster`
 groups queries whose positives are each other's negatives (`Miner.groups`). Filters see all candidates, so their order
-does not matter.
+does not matter. A fill brings nothing back that a filter keeps out by its score (`fillable`): a query has fewer then.
 
 Known positives, their copies, and copies of candidates are gone before any rule sees them. Random rules draw from
 (seed, key of the query, row), never from a place in an array: what is chosen for a query does not depend on the queries
@@ -50,6 +50,7 @@ class Candidates:
     surface: (Q, C) float32 in [0, 1], how alike query and candidate look (DebCSE).
     owners: (Q, C) float32, how similar the query is to another one whose positive the candidate is; -inf where it is
         nobody's. See `mmembed.mining.owner_similarity.with_owners`.
+    taught: whether the scores are a teacher's, so that they say nothing of rows that the search did not find.
     barred: (Q, B) rows that are not to be chosen, and about which nothing else is said: negatives that the query has
         already, documents that show its own picture; -1 where a query has fewer.
     """
@@ -65,6 +66,7 @@ class Candidates:
     surface: Floats | None = None
     barred: Rows | None = None
     owners: Floats | None = None
+    taught: bool = False
 
     @classmethod
     def of(
@@ -137,11 +139,12 @@ class Candidates:
 
     def rescored(self, scores: Floats, positive_scores: Floats | None = None) -> Candidates:
         """The same candidates with a teacher's scores (Q, C), in their order; of the positives (Q, P), too."""
-        return Candidates.of(
+        found = Candidates.of(
             self.rows, scores, self.positives, self.corpus,
             keys=self.keys, positive_scores=positive_scores, contents=self.contents, clusters=self.clusters,
             surface=self.surface, barred=self.barred,
         )  # fmt: skip
+        return replace(found, taught=True)
 
     def first(self, depth: int) -> Candidates:
         """The best `depth` of each query."""
@@ -188,12 +191,20 @@ class Miner:
         """Of a filter: (Q, C), which candidates may be chosen."""
         raise NotImplementedError
 
+    def ceiling(self, candidates: Candidates) -> NDArray[np.float64]:
+        """Of a filter: (Q, 1), the score above which it keeps nothing; infinite where it has no such bound."""
+        return np.full((len(candidates.rows), 1), np.inf)
+
     def prefer(self, candidates: Candidates, kept: Mask, seed: int) -> NDArray[np.float64]:
         """Of a pick: (Q, C), higher is chosen first, equal ones by their rank; -inf is not chosen."""
         raise NotImplementedError
 
-    def fill(self, candidates: Candidates, chosen: Rows, seed: int) -> Rows:
-        """Of a fill: (Q, count) with rows of the corpus in place of -1, where there are some."""
+    def fill(self, candidates: Candidates, chosen: Rows, open_to: Mask, seed: int) -> Rows:
+        """Of a fill: (Q, count) with rows of the corpus in place of -1, where there are some.
+
+        Args:
+            open_to: (Q,) the queries that are filled, see `fillable`.
+        """
         raise NotImplementedError
 
     @property
@@ -272,7 +283,31 @@ def mine(candidates: Candidates, rules: Sequence[Miner], count: int, seed: int =
     there = np.take_along_axis(kept, order, axis=1)
     chosen = np.full((len(kept), count), -1, np.int64)
     chosen[:, : order.shape[1]] = np.where(there, np.take_along_axis(candidates.rows, order, axis=1), -1)
-    return by_role["fill"][0].fill(candidates, chosen, seed) if by_role["fill"] else chosen
+    if not by_role["fill"]:
+        return chosen
+    return by_role["fill"][0].fill(candidates, chosen, fillable(candidates, by_role["filter"]), seed)
+
+
+def fillable(candidates: Candidates, filters: Sequence[Miner]) -> Mask:
+    """Which queries may get rows that the search did not find.
+
+    An exact search leaves nothing that scores above the last candidate, so where that is below the ceilings of all
+    filters (`Miner.ceiling`), so is every other row. A teacher's scores bound no row that it has not seen; there all
+    candidates have to be below, which is a sign, not a bound. A query without candidates is filled where no filter has
+    a ceiling.
+
+    Returns:
+        (Q,) of any filters.
+    """
+    if not filters:
+        return np.ones(len(candidates.rows), bool)
+    ceiling = np.min([rule.ceiling(candidates) for rule in filters], axis=0)[:, 0]  # (Q,)
+    scores = np.where(candidates.valid, candidates.scores, np.nan)
+    found = np.flatnonzero(candidates.valid.any(axis=1))
+    decides = np.full(len(candidates.rows), np.inf)
+    decides[found] = (np.nanmax if candidates.taught else np.nanmin)(scores[found], axis=1)
+    may: Mask = decides <= ceiling
+    return may
 
 
 def uniform(seed: int, keys: NDArray[np.uint64], rows: NDArray[np.int64]) -> NDArray[np.float64]:

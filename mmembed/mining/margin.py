@@ -9,6 +9,9 @@ When: the scale of the scores is known and alike for all queries; otherwise `per
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mmembed.mining import Candidates, Mask, Miner
 from mmembed.registry import Weight
 
@@ -28,4 +31,7 @@ class Margin(Miner):
         self.margin = margin
 
     def keep(self, candidates: Candidates) -> Mask:
-        return candidates.scores <= candidates.least_positive(self.name) - self.margin
+        return candidates.scores <= self.ceiling(candidates)
+
+    def ceiling(self, candidates: Candidates) -> NDArray[np.float64]:
+        return candidates.least_positive(self.name) - self.margin

@@ -12,6 +12,7 @@ When: the default guard against false negatives. It assumes scores that spread: 
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mmembed.mining import Candidates, Mask, Miner
 from mmembed.registry import Weight
@@ -32,5 +33,8 @@ class PercentOfPositive(Miner):
         self.percent = percent
 
     def keep(self, candidates: Candidates) -> Mask:
+        return candidates.scores <= self.ceiling(candidates)
+
+    def ceiling(self, candidates: Candidates) -> NDArray[np.float64]:
         positive = candidates.least_positive(self.name)  # (Q, 1)
-        return candidates.scores <= positive - np.abs(positive) * (self.percent / 100)
+        return positive - np.abs(positive) * (self.percent / 100)

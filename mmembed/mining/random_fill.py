@@ -2,10 +2,14 @@
 
     P(c) = 1 / N for any row c that is no known positive, not barred, no candidate, and no copy of one of them
 
-Candidates that filters removed are suspected positives, so none of them comes back. Rows are drawn until one is
-allowed; from a corpus in which hardly any is, in the order of a random permutation.
+Candidates that filters removed are suspected positives, so none of them comes back, and no row that the same filters
+would remove: beside `margin`, `percent_of_positive` and `threshold` with `most` a query is filled only where its last
+candidate passes them, since what the search did not find scores at most as much. Elsewhere, where the positive ranks
+below `depth`, it has fewer negatives; a greater depth fills more. This holds for exact search: an approximate index
+may miss rows that score higher, and a teacher has not scored any of them (`mmembed.mining.fillable`). Rows are drawn
+until one is allowed; from a corpus in which hardly any is, in the order of a random permutation.
 
-When: every record needs the same number of negatives.
+When: records need as many negatives as can be had.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from mmembed.mining import Candidates, Miner, Rows, uniform
+from mmembed.mining import Candidates, Mask, Miner, Rows, uniform
 
 DRAWS = 64  # before all rows of the corpus are tried
 
@@ -24,9 +28,9 @@ class RandomFill(Miner):
     name = "random_fill"
     role = "fill"
 
-    def fill(self, candidates: Candidates, chosen: Rows, seed: int) -> Rows:
+    def fill(self, candidates: Candidates, chosen: Rows, open_to: Mask, seed: int) -> Rows:
         filled = chosen.copy()
-        for query in np.flatnonzero((chosen < 0).any(axis=1)):
+        for query in np.flatnonzero((chosen < 0).any(axis=1) & open_to):
             places = np.flatnonzero(chosen[query] < 0)
             rows = [candidates.rows[query], candidates.positives[query]]
             rows += [] if candidates.barred is None else [candidates.barred[query]]

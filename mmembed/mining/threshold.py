@@ -3,7 +3,7 @@
     kept = { c : least <= s(q, c) <= most }
 
 TopK-Abs of NV-Retriever (arXiv 2407.15831): one bar for all queries, which is too high for some and too low for others.
-`least` leaves out what is too easy.
+`least` leaves out what is too easy; a fill may bring such rows.
 
 When: a calibrated teacher (a reranker's probability), whose scores mean the same for all queries.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mmembed.errors import ConfigError
 from mmembed.mining import Candidates, Mask, Miner
@@ -37,4 +38,7 @@ class Threshold(Miner):
             raise ConfigError(f"mining.threshold: least {least} is above most {most}; nothing would be left")
 
     def keep(self, candidates: Candidates) -> Mask:
-        return (candidates.scores <= np.float64(self.most)) & (candidates.scores >= np.float64(self.least))
+        return (candidates.scores <= self.ceiling(candidates)) & (candidates.scores >= np.float64(self.least))
+
+    def ceiling(self, candidates: Candidates) -> NDArray[np.float64]:
+        return np.full((len(candidates.rows), 1), self.most)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmembed.errors import ConfigError
-from mmembed.mining import MINERS, Candidates, Miner, mine
+from mmembed.mining import MINERS, Candidates, Miner, mine, uniform
 
 OPTIONS = {
     "threshold": {"most": 0.5, "least": -0.5},
@@ -33,7 +33,7 @@ def drawn(seed: int, queries: int = 6, found: int = 12, corpus: int = 30, conten
     positives = np.argsort(random.random((queries, corpus)), axis=1)[:, :3]
     positives[:, 1:][random.random((queries, 2)) < 0.5] = -1
     scores = random.integers(-9, 10, rows.shape).astype(np.float32) / 10  # with ties
-    return Candidates.of(
+    found = Candidates.of(
         rows,
         scores,
         positives,
@@ -44,11 +44,20 @@ def drawn(seed: int, queries: int = 6, found: int = 12, corpus: int = 30, conten
         clusters=random.integers(0, 4, corpus),
         surface=random.random(rows.shape).astype(np.float32),
     )
+    return owned(found)
+
+
+def owned(candidates: Candidates) -> Candidates:
+    """With owners, of most candidates, that follow from query and row."""
+    drawn = uniform(9, candidates.keys, candidates.rows).astype(np.float32)
+    return replace(candidates, owners=np.where(candidates.valid & (drawn > 0.3), drawn, -np.inf))
 
 
 def some(candidates: Candidates, order: np.ndarray) -> Candidates:
     """Some of the queries."""
-    per_query = {name: vars(candidates)[name][order] for name in ("rows", "scores", "positives", "keys", "surface")}
+    per_query = {
+        name: vars(candidates)[name][order] for name in ("rows", "scores", "positives", "keys", "surface", "owners")
+    }
     return replace(candidates, positive_scores=candidates.positive_scores[order], **per_query)
 
 
@@ -61,7 +70,7 @@ def test_a_rule_has_the_method_of_its_role(name: str) -> None:
 
 @pytest.mark.parametrize("name", RULES)
 def test_a_rule_asks_for_what_it_reads(name: str) -> None:
-    rule, bare = RULES[name], replace(drawn(0), positive_scores=None, clusters=None, surface=None)
+    rule, bare = RULES[name], replace(drawn(0), positive_scores=None, clusters=None, surface=None, owners=None)
     if rule.role == "cluster":
         with pytest.raises(ConfigError, match="groups of pairs, not negatives.*data.batch_order"):
             mine(drawn(0), [rule], 2)
@@ -115,7 +124,7 @@ def test_neither_places_nor_neighbours_matter(name: str, seed: int, data) -> Non
         clusters=candidates.clusters,
         surface=candidates.surface[:, mixed],
     )
-    np.testing.assert_array_equal(mine(again, [RULES[name]], 4, seed), chosen)
+    np.testing.assert_array_equal(mine(owned(again), [RULES[name]], 4, seed), chosen)
 
 
 @settings(max_examples=30, deadline=None)

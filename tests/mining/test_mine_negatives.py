@@ -161,7 +161,7 @@ def test_scores_of_all_documents(mining, tmp_path, texts, scores):
     rows = [*read_lines(items)[:30], {"id": "n"}, *read_lines(items)[30:89]]
     write_lines(items, rows)
     teacher = {"teacher": {"type": "embedder", "retriever": vectors}} if scores == "teacher" else {}
-    rules = [{"type": "threshold", "most": -100.0}, "random_fill"]  # nothing that was found: all are filled
+    rules = [{"type": "rank_window", "first": 10}, "random_fill"]  # nothing that was found: all are filled
     assert run(mining(scores=scores, rules=rules, **teacher)) == 0
     written = [document for one in read_lines(tmp_path / "out" / "train.jsonl") for document in one["documents"]]
     assert len(written) == 30 * 4 + 1 and all(isinstance(one["score"], float) for one in written)

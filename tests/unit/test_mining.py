@@ -40,6 +40,10 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
+def unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
 def listed(candidates: Candidates, query: int) -> list[tuple[int, float]]:
     """(row, score) of a query's candidates, best first."""
     valid = candidates.valid[query]
@@ -124,6 +128,65 @@ def test_a_teachers_scores_order_anew(rng):
     rescored = candidates.rescored(np.array([[0.1, 0.3, 0.2]]), np.array([[0.25]]))
     assert rescored.rows.tolist() == [[4, 5, 3]]
     assert mine(rescored, [MINERS.build({"type": "margin", "margin": 0.01})], 3).tolist() == [[5, 3, -1]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    depth=st.integers(1, 12),
+    blocks=st.sampled_from(
+        [
+            [{"type": "margin", "margin": 0.1}],
+            [{"type": "percent_of_positive", "percent": 5.0}],
+            [{"type": "threshold", "most": 0.3, "least": 0.2}],
+            [
+                {"type": "threshold", "most": 0.5},
+                {"type": "margin", "margin": 0.0},
+                {"type": "rank_window", "first": 3},
+            ],
+        ]
+    ),
+)
+def test_a_fill_brings_nothing_back_that_scores_above_a_filters_bound(seed, depth, blocks):
+    """Whatever ranks the positive has: of all rows that are chosen, those beyond the candidates included."""
+    random = np.random.default_rng(seed)
+    corpus, queries = random.standard_normal((60, 3)).astype(np.float32), random.standard_normal((30, 3))
+    positives = random.integers(0, 60, (30, 1))
+    candidates = retrieve(queries.astype(np.float32), corpus, positives, depth)
+    rules = [MINERS.build(block) for block in blocks]
+    chosen = mine(candidates, [*rules, MINERS.build("random_fill")], 8)
+    scores = np.take_along_axis(unit(queries) @ unit(corpus).T, np.maximum(chosen, 0), axis=1)
+    least = candidates.positive_scores.astype(np.float64)
+    for block in blocks:
+        most = {
+            "margin": least - block.get("margin", 0),
+            "percent_of_positive": least - abs(least) * 0.05,
+            "threshold": np.full_like(least, block.get("most", 1)),
+            "rank_window": np.ones_like(least),
+        }[block["type"]]
+        assert (scores <= most + 1e-6)[chosen >= 0].all()
+    last = candidates.scores[:, -1:]
+    whole = (last <= np.min([rule.ceiling(candidates) for rule in rules], axis=0))[:, 0]
+    assert (chosen[whole] >= 0).all(), "where the last candidate passes, there are enough"
+
+
+def test_a_window_or_a_cluster_bounds_no_score_and_all_are_filled(rng):
+    corpus = rng.standard_normal((50, 4)).astype(np.float32)
+    clusters = np.arange(50)  # a positive's holds nothing else
+    candidates = retrieve(corpus[:9], corpus, np.arange(9)[:, None], 6, clusters=clusters)
+    fill = MINERS.build("random_fill")
+    drawn = mine(candidates, [MINERS.build({"type": "rank_window", "first": 6}), fill], 5, seed=3)
+    assert (drawn >= 0).all() and not (drawn[:, :, None] == candidates.rows[:, None]).any()
+    for rule in ("mcl", {"type": "threshold", "least": 2.0}, {"type": "threshold", "most": 1.1, "least": 1.01}):
+        np.testing.assert_array_equal(mine(candidates, [MINERS.build(rule), fill], 5, seed=3), drawn)
+
+
+def test_a_teacher_that_doubts_a_candidate_says_nothing_of_rows_it_has_not_seen():
+    found = Candidates.of(np.array([[1, 2]] * 2), np.array([[0.9, 0.8]] * 2), np.array([[0]] * 2), 9)
+    taught = found.rescored(np.array([[0.9, 0.1], [0.2, 0.1]]), np.array([[0.5], [0.5]]))
+    chosen = mine(taught, [MINERS.build("margin"), MINERS.build("random_fill")], 4)
+    assert chosen[0].tolist() == [2, -1, -1, -1]
+    assert chosen[1, :2].tolist() == [1, 2] and (chosen[1, 2:] > 2).all()
 
 
 def test_clusters_take_turns():
