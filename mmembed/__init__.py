@@ -1,4 +1,4 @@
-"""mmembed turns a decoder LLM or multimodal LLM into an embedder.
+"""mmembed turns a decoder LLM or multimodal LLM into an embedder or a reranker.
 
     from mmembed import Embedder
     embedder = Embedder.from_pretrained("mmembed-nano")
@@ -15,6 +15,7 @@ from mmembed.version import __version__
 if TYPE_CHECKING:
     from mmembed.config import load_config as load_config
     from mmembed.config.blocks import EmbedderConfig as EmbedderConfig
+    from mmembed.config.blocks import RerankerConfig as RerankerConfig
     from mmembed.content import Audio as Audio
     from mmembed.content import Content as Content
     from mmembed.content import Document as Document
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from mmembed.content import Video as Video
     from mmembed.errors import MmembedError as MmembedError
     from mmembed.inference.embedder import Embedder as Embedder
+    from mmembed.inference.reranker import Reranker as Reranker
     from mmembed.media import MediaLimits as MediaLimits
     from mmembed.media import MediaStore as MediaStore
     from mmembed.search import top_k as top_k
@@ -37,8 +39,10 @@ _HOMES = {
     "Text": "content",
     "Video": "content",
     "Embedder": "inference.embedder",
+    "Reranker": "inference.reranker",
     "top_k": "search",
     "EmbedderConfig": "config.blocks",
+    "RerankerConfig": "config.blocks",
     "load_config": "config",
     "MediaLimits": "media",
     "MediaStore": "media",

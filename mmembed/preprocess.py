@@ -45,11 +45,13 @@ Side = Literal["left", "right"]
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """What is embedded: content in its role, under an instruction."""
+    """What is embedded: content in its role, under an instruction. With a `document` it is a pair, whose query is the
+    content: what a reranker judges."""
 
     content: Content
     role: Role = "document"
     instruction: str | None = None
+    document: Content | None = None
 
     @classmethod
     def of_query(cls, example: Example) -> Item:
@@ -61,6 +63,11 @@ class Item:
         """A record's document, under its source's `document_instruction`."""
         return cls(document.content, "document", instruction)
 
+    @classmethod
+    def of_pair(cls, example: Example, document: Document) -> Item:
+        """A record's query with one of its documents."""
+        return cls(example.query, "query", example.instruction, document.content)
+
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
@@ -71,8 +78,11 @@ class Lengths:
     min_pixels: int | None = None
     max_pixels: int | None = None
 
-    def of(self, role: Role) -> int:
-        return self.query_max_length if role == "query" else self.document_max_length
+    def of(self, item: Item) -> int:
+        """Text tokens of an input; a pair has those of both."""
+        if item.document is not None:
+            return self.query_max_length + self.document_max_length
+        return self.query_max_length if item.role == "query" else self.document_max_length
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +234,7 @@ class Preprocessor:
             encodings = self._encode(layouts, needs_offsets=bool(predict))
             for item, encoding, (layout, images, sizes, chat) in zip(piece, encodings, written, strict=True):
                 texts = None if not predict else layout.texts if item.role in predict else ()
-                rows.append(self._row(encoding, layout, images, sizes, chat, self.limits.of(item.role), texts))
+                rows.append(self._row(encoding, layout, images, sizes, chat, self.limits.of(item), texts))
         return rows
 
     def shareable(self, row: Row) -> int:
@@ -295,7 +305,10 @@ class Preprocessor:
     def _write(self, item: Item) -> tuple[Layout, tuple[Image, ...], tuple[tuple[int, int], ...], bool]:
         """The prompt of one item, its images, their sizes, and whether it is a chat."""
         instruction = None if item.instruction is None else self._escape(item.instruction)
-        rendered = self.prompt.render(item.content, item.role, instruction)
+        if item.document is None:
+            rendered = self.prompt.render(item.content, item.role, instruction)
+        else:
+            rendered = self.prompt.render_pair(item.content, item.document, instruction)
         parts, images = self._parts(rendered.content)
         sizes = tuple(self.media.size(image) for image in images)
         if images and not self.family.multimodal:
@@ -442,8 +455,12 @@ def _changed(image: Image, how: str) -> MediaError:
 
 def check_template(prompt: PromptStyle, processor: Any, model_type: str) -> None:
     """Raises ConfigError where a style writes a chat and the backbone has no template for it."""
+    probe = (Text("content"),)
     roles: tuple[Role, ...] = ("query", "document")
-    chats = any(prompt.render((Text("content"),), role, "instruction").chat for role in roles)
+    if prompt.reads_pairs:
+        chats = prompt.render_pair(probe, probe, "instruction").chat
+    else:
+        chats = any(prompt.render(probe, role, "instruction").chat for role in roles)
     if chats and processor.chat_template is None:
         raise ConfigError(
             f"prompt: the style '{prompt.name}' writes a chat, and the backbone '{model_type}' has no chat template; "
@@ -497,7 +514,8 @@ class _ChatLayouts:
 
     def _shape(self, rendered: Rendered, images: tuple[bool, ...]) -> list[str]:
         """The template's output for this kind of conversation, split at sentinels and image tokens."""
-        key = (rendered.system, bool(rendered.prefix), bool(rendered.suffix), rendered.add_generation_prompt, images)
+        flags = (bool(rendered.prefix), bool(rendered.suffix), rendered.add_generation_prompt)
+        key = (rendered.system, *flags, *sorted(rendered.template.items()), images)
         if key not in self._shapes:
             self._shapes[key] = list(self._split(self._render(rendered, images)))
         return self._shapes[key]
@@ -516,8 +534,10 @@ class _ChatLayouts:
             user, system = "".join(slots), rendered.system
         messages = [{"role": "system", "content": system}] if rendered.system else []
         messages.append({"role": "user", "content": user})
+        known = str(self.processor.chat_template)
+        options = {name: value for name, value in rendered.template.items() if name in known}
         return self.processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=rendered.add_generation_prompt
+            messages, tokenize=False, add_generation_prompt=rendered.add_generation_prompt, **options
         )
 
     def _split(self, text: str) -> Iterator[str]:

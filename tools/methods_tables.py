@@ -26,6 +26,7 @@ from eval.claims import page
 from eval.claims.declaration import read_claims
 from mmembed.data.format_base import FORMATS
 from mmembed.data.pair_base import PAIR_MAKERS
+from mmembed.heads import HEADS
 from mmembed.losses import LOSSES, Loss
 from mmembed.mining import MINERS, Miner
 from mmembed.objectives import OBJECTIVES, Objective, build_objective
@@ -75,6 +76,7 @@ class Family:
 FAMILIES = {
     "poolings": Family(POOLINGS, "pooling", "Poolings"),
     "prompts": Family(PROMPTS, "prompt", "Prompts"),
+    "heads": Family(HEADS, "head", "Heads of rerankers"),
     "losses": Family(LOSSES, "objective", "Losses"),
     "objectives": Family(OBJECTIVES, "objective", "Objectives"),
     "pair_makers": Family(PAIR_MAKERS, "pairs", "Makers of pairs"),

@@ -91,9 +91,14 @@ class OutputEmbedding(nn.Module):
         return float(tokens * width * size * states), copied + logits
 
 
-def check_predictable(family: Family, name_or_path: str, revision: str | None = None) -> None:
+def check_predictable(
+    family: Family, name_or_path: str, revision: str | None = None, what: str = "objective 'captioning'"
+) -> None:
     """Refuses a backbone whose tokens cannot be predicted from the hidden states of an embedder. Reads no weights, and
     looks for the output embedding only in files that are on this machine.
+
+    Args:
+        what: needs it, for messages.
 
     Raises:
         ConfigError: attention is bidirectional, the logits of this decoder are not known to be W h, or there is no
@@ -102,32 +107,34 @@ def check_predictable(family: Family, name_or_path: str, revision: str | None = 
     text = family.config.get_text_config()
     if not family.causal:
         raise ConfigError(
-            "objective 'captioning': under bidirectional attention a token has seen those it is to predict; set "
-            "model.attention: causal, or remove the objective"
+            f"{what}: under bidirectional attention a token has seen those it is to predict; set "
+            "model.attention: causal, or remove it"
         )
     if text.model_type not in KNOWN_DECODERS or vars(text).get("final_logit_softcapping") is not None:
         raise ConfigError(
-            f"objective 'captioning': how the decoder '{text.model_type}' makes logits of hidden states has not been "
-            f"compared with its own loss; use one of {', '.join(KNOWN_DECODERS)}, or remove the objective"
+            f"{what}: how the decoder '{text.model_type}' makes logits of hidden states has not been "
+            f"compared with its own loss; use one of {', '.join(KNOWN_DECODERS)}, or remove it"
         )
     if not family.config.tie_word_embeddings:
-        _find(name_or_path, revision, download=False)
+        _find(name_or_path, revision, download=False, what=what)
 
 
 def load_output_embedding(
-    family: Family, name_or_path: str, revision: str | None, dtype: torch.dtype
+    family: Family,
+    name_or_path: str,
+    revision: str | None,
+    dtype: torch.dtype,
+    what: str = "objective 'captioning'",
 ) -> OutputEmbedding:
     """The output embedding of a backbone that `check_predictable` accepts. Raises ConfigError as that."""
     from safetensors import safe_open
 
-    check_predictable(family, name_or_path, revision)
+    check_predictable(family, name_or_path, revision, what)
     if family.config.tie_word_embeddings:
         return OutputEmbedding(None)
-    found = _find(name_or_path, revision, download=True)
+    found = _find(name_or_path, revision, download=True, what=what)
     if found is None:
-        raise ConfigError(
-            f"objective 'captioning': no safetensors of '{name_or_path}' with its output embedding are here"
-        )
+        raise ConfigError(f"{what}: no safetensors of '{name_or_path}' with its output embedding are here")
     file, name = found
     with safe_open(file, "pt") as tensors:
         return OutputEmbedding(tensors.get_tensor(name).to(dtype))
@@ -224,7 +231,7 @@ def _slices(tokens: int, vocabulary: int) -> list[slice]:
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
-def _find(name_or_path: str, revision: str | None, download: bool) -> tuple[str, str] | None:
+def _find(name_or_path: str, revision: str | None, download: bool, what: str) -> tuple[str, str] | None:
     """The safetensors file of an untied output embedding, and its name there; None where no weights are at hand.
 
     Raises:
@@ -254,9 +261,9 @@ def _find(name_or_path: str, revision: str | None, download: bool) -> tuple[str,
     found = [name for name in files if name == _NAME or name.endswith("." + _NAME)]
     if len(found) != 1:
         raise ConfigError(
-            f"objective 'captioning': '{name_or_path}' does not tie its output embedding to the input's, and holds "
-            f"{len(found)} tensors called '{_NAME}'. An embedder is saved without it: start from the language "
-            "model that it was made of, or remove the objective"
+            f"{what}: '{name_or_path}' does not tie its output embedding to the input's, and holds {len(found)} "
+            f"tensors called '{_NAME}'. An embedder is saved without it: start from the language model that it was "
+            "made of, or remove it"
         )
     file = local(files[found[0]])
     return None if file is None else (file, found[0])

@@ -17,23 +17,27 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from mmembed.config.arguments import training_argument_names
-from mmembed.config.blocks import EmbedderConfig
+from mmembed.config.blocks import EmbedderConfig, RerankerConfig
 from mmembed.errors import ConfigError, nearest
 
 Block = TypeVar("Block", bound=BaseModel)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> EmbedderConfig:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), kind: type[EmbedderConfig] = EmbedderConfig
+) -> EmbedderConfig:
     """Reads and validates a run.
 
     Args:
         path: a YAML file.
+        kind: of an embedder, or of a reranker.
         overrides: `a.b=value` strings; the value is YAML (`training.learning_rate=1e-4`). They win over the file.
 
     Raises:
         ConfigError: with the file, the key, what was found, and the nearest key or the remedy.
     """
-    return build_config(_read_file(Path(path), "recipes/configs/embedder"), overrides, where=str(path))
+    examples = "recipes/configs/reranker" if issubclass(kind, RerankerConfig) else "recipes/configs/embedder"
+    return build_config(_read_file(Path(path), examples), overrides, where=str(path), kind=kind)
 
 
 def load_blocks(kind: type[Block], path: str | Path, overrides: Sequence[str] = (), examples: str = "docs") -> Block:
@@ -55,7 +59,12 @@ def load_blocks(kind: type[Block], path: str | Path, overrides: Sequence[str] = 
         raise ConfigError(f"{path}: {error}") from None
 
 
-def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "config") -> EmbedderConfig:
+def build_config(
+    tree: Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    where: str = "config",
+    kind: type[EmbedderConfig] = EmbedderConfig,
+) -> EmbedderConfig:
     """As load_config, from a mapping. `where` opens the error messages."""
     try:
         canonical = _translate(tree)
@@ -68,9 +77,9 @@ def build_config(tree: Mapping[str, Any], overrides: Sequence[str] = (), where: 
                 "same_dataset_within_batch: false is not offered: a batch holds one source (negatives of "
                 "another task teach a shortcut)"
             )
-        return EmbedderConfig.model_validate(canonical)
+        return kind.model_validate(canonical)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{where}: {_explain(item, EmbedderConfig)}" for item in error.errors())) from None
+        raise ConfigError("\n".join(f"{where}: {_explain(item, kind)}" for item in error.errors())) from None
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
 

@@ -342,7 +342,7 @@ class TrainingConfig(_Block):
 
 
 class EmbedderConfig(_Block):
-    """A training run of an embedder."""
+    """A training run of an embedder. `head` is a reranker's."""
 
     model: ModelConfig = ModelConfig()
     adapter: AdapterConfig = AdapterConfig()
@@ -354,6 +354,7 @@ class EmbedderConfig(_Block):
     data: DataConfig = DataConfig()
     objective: TypedBlock | tuple[TypedBlock, ...] = "contrastive"
     training: TrainingConfig = TrainingConfig()
+    head: TypedBlock | None = None
 
     @field_validator("pooling", "prompt", "objective")
     @classmethod
@@ -375,6 +376,26 @@ class EmbedderConfig(_Block):
     def hash(self) -> str:
         """Identifies the run in checkpoints: sha256 of the canonical JSON, first 16 hex digits."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:16]
+
+
+class RerankerConfig(EmbedderConfig):
+    """A training run of a reranker: an embedder of pairs of a query and a document, whose vector is the logits of
+    `head`. A pair may take the text tokens of `lengths.query_max_length` and `document_max_length` together."""
+
+    pooling: Literal["last_token"] = "last_token"
+    normalize: Literal[False] = False
+    projection: None = None
+    prompt: TypedBlock = "judge"
+    objective: TypedBlock | tuple[TypedBlock, ...] = "ranking"
+    head: TypedBlock | None = "yes_no"
+
+    @field_validator("head")
+    @classmethod
+    def _has_head(cls, value: TypedBlock | None) -> TypedBlock:
+        if value is None:
+            raise ConfigError("a reranker needs one: yes_no or linear")
+        check_type(value)
+        return value
 
 
 def objective_blocks(value: Any) -> list[Any]:
@@ -448,10 +469,36 @@ def _objective_clashes(config: EmbedderConfig, block: TypedBlock) -> list[str]:
     return clashes
 
 
+def _head_clashes(config: EmbedderConfig) -> list[str]:
+    """What an embedder has and a reranker does not, and the other way round."""
+    if not isinstance(config, RerankerConfig):
+        return [] if config.head is None else ["head: is a reranker's; train it with recipes/train_reranker.py"]
+    clashes = [
+        f"data.{key}: compares vectors of queries and documents, and a reranker has none; mine the negatives before "
+        "(python -m data_tools.mine_negatives), or remove it"
+        for key in ("mining", "batch_order")
+        if getattr(config.data, key) is not None
+    ]
+    for source in config.data.train:
+        if source.pairs is not None:
+            clashes.append(f"data source '{source.name}': pairs that are made have no negatives to rank; remove it")
+        if source.document_instruction is not None:
+            clashes.append(
+                f"data source '{source.name}': document_instruction has no effect, a pair has one instruction; set "
+                "instruction"
+            )
+        if "in_batch_negatives" in source.model_fields_set:
+            clashes.append(
+                f"data source '{source.name}': in_batch_negatives has no effect, a query meets its own documents "
+                "alone; remove it"
+            )
+    return clashes
+
+
 def _clashes(config: EmbedderConfig) -> list[str]:
     """Combinations that cannot work, found before weights are loaded."""
     adapter, arguments = config.adapter.type, config.training.arguments
-    clashes = wrong_values(arguments) + _stream_clashes(config)
+    clashes = wrong_values(arguments) + _stream_clashes(config) + _head_clashes(config)
     if adapter in PROMPT_TYPES and config.model.attention == "bidirectional":
         clashes.append(
             f"adapter.type '{adapter}' + model.attention 'bidirectional': virtual tokens live in the "

@@ -124,6 +124,8 @@ class Collator:
         predicted: by source, the roles whose texts its objective's language-model loss predicts.
         positives_only: names of sources whose objective takes no negatives: none are drawn, nor encoded.
         guides: by source, what gives the vectors of another embedder of its inputs.
+        judges: inputs are pairs of a query and one of its documents, for a reranker; a query stands at the place of its
+            first pair.
     """
 
     def __init__(
@@ -142,7 +144,9 @@ class Collator:
         predicted: Mapping[str, Collection[Role]] | None = None,
         positives_only: Collection[str] = (),
         guides: Mapping[str, Callable[[Sequence[Item]], Tensor]] | None = None,
+        judges: bool = False,
     ) -> None:
+        self.judges = judges
         self.guides: Mapping[str, Callable[[Sequence[Item]], Tensor]] = dict(guides or {})
         self.preprocessor, self.sources = preprocessor, sources
         self.graded, self.apart = frozenset(graded), frozenset(apart)
@@ -157,15 +161,19 @@ class Collator:
         source = self.sources[examples[0].source]
         groups = [self._group(example) for example in examples]
         documents = [document for group in groups for document in group]
-        items = [Item.of_query(example) for example in examples]
-        items += [Item.of_document(document, source.document_instruction) for document in documents]
-        origins = [example.where for example in examples]
-        origins += [example.where for example, group in zip(examples, groups, strict=True) for _ in group]
-        named = self._by_content([item.content for item in items], origins)
+        owners = [query for query, group in enumerate(groups) for _ in group]
+        origins = [examples[query].where for query in owners]
+        if self.judges:
+            items = [Item.of_pair(examples[query], one) for query, one in zip(owners, documents, strict=True)]
+        else:
+            items = [Item.of_query(example) for example in examples]
+            items += [Item.of_document(document, source.document_instruction) for document in documents]
+            origins = [*(example.where for example in examples), *origins]
+        named = self._by_content([(*item.content, *(item.document or ())) for item in items], origins)
         keys = [content_key(content) for content in named]
-        distinct: dict[tuple[int, str, str | None], int] = {}
+        distinct: dict[tuple[int, int, str, str | None], int] = {}
         place = [
-            distinct.setdefault((key, item.role, item.instruction), len(distinct))
+            distinct.setdefault((key, len(item.content), item.role, item.instruction), len(distinct))
             for key, item in zip(keys, items, strict=True)
         ]
         first = {position: index for index, position in reversed(list(enumerate(place)))}
@@ -175,14 +183,16 @@ class Collator:
         rows = tokenize(self.preprocessor, [items[index] for index in chosen], where, roles)
         if self.preprocessor.features is not None:
             rows = [replace(row, digests=_digests(named[index])) for row, index in zip(rows, chosen, strict=True)]
+        if self.judges:
+            place = [place[owners.index(query)] for query in range(len(examples))] + place
         guide = self.guides.get(source.name)
         labels = BatchLabels(
-            owner=torch.tensor([query for query, group in enumerate(groups) for _ in group]),
+            owner=torch.tensor(owners),
             relevance=torch.tensor([document.relevance for document in documents]),
             document_keys=torch.tensor([document_keys(document) for document in documents]),
             query_keys=torch.tensor([content_key(example.query) for example in examples]),
             positive_keys=_positive_keys(examples),
-            in_batch=source.in_batch_negatives and examples[0].source not in self.graded,
+            in_batch=source.in_batch_negatives and examples[0].source not in self.graded and not self.judges,
             source=examples[0].source,
             scores=torch.tensor([math.nan if one.score is None else one.score for one in documents]),
             task=examples[0].task,

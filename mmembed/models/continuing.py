@@ -20,6 +20,7 @@ from mmembed.models.checkpoint import load_checkpoint, read_adapter, read_head
 from mmembed.models.embedding_model import (
     EmbedderSettings,
     EmbeddingModel,
+    block_of,
     build_embedding_model,
     build_from_settings,
     settings_of,
@@ -48,7 +49,8 @@ def build_for_training(cfg: EmbedderConfig, media: MediaStore | None = None) -> 
         saved, _ = read_settings(folder)
         whole = saved.adapter_type == "none"  # the folder holds the backbone itself
         base = settings.name_or_path if whole else saved.name_or_path
-        model, preprocessor = build_from_settings(replace(settings, name_or_path=base, revision=saved.revision), media)
+        of_base = replace(settings, name_or_path=base, revision=saved.revision, head=saved.head)
+        model, preprocessor = build_from_settings(of_base, media, fresh=False)
         if whole:
             read_head(folder / POOLING, model)
         else:
@@ -106,7 +108,7 @@ def inherit_settings(cfg: EmbedderConfig) -> EmbedderConfig:
         held = saved.adapter or {"type": "none"}
         unusual = {key: value for key, value in held.items() if key == "type" or value != usual[key]}
         tree["adapter"] = unusual | tree.get("adapter", {})
-    merged = build_config(tree, where=name)
+    merged = build_config(tree, where=name, kind=type(cfg))
     for key, value, wanted in _differences(saved, settings_of(merged), adapter=not renewed):
         raise ConfigError(
             f"{key}: {wanted!r}, but '{name}' was saved with {value!r}; remove the key to go on from its weights, or "
@@ -176,6 +178,7 @@ def _differences(
     for key in ("attention", "revision", "normalize", "projection"):
         where = f"model.{key}" if key in ("attention", "revision") else key
         yield from _unequal(where, vars(saved)[key], vars(settings)[key])
+    yield from _unequal("head", *(None if one.head is None else block_of(one.head) for one in (saved, settings)))
     for pair in _unequal("pooling", *(_spelt_out(one.pooling) for one in (saved, settings))):
         yield pair[0], saved.pooling, settings.pooling
     if not adapter or saved.adapter_type == settings.adapter_type == "none":

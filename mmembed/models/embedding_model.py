@@ -22,13 +22,14 @@ from mmembed.backbones import NANO, Backbone, Family, load_backbone
 from mmembed.backbones.adapters import adapted, apply_adapter, quantization_of, run
 from mmembed.backbones.attention import prepare
 from mmembed.backbones.layers import check_layers, decoder_of, keep_layers, last_and_lower, watch
-from mmembed.backbones.output_embedding import OutputEmbedding
+from mmembed.backbones.output_embedding import OutputEmbedding, load_output_embedding
 from mmembed.backbones.packed import AttentionKernel, Packed, no_kernel, unknown
 from mmembed.backbones.patches import in_dtype
 from mmembed.backbones.shared_prefix import Prefix, SharedPrefix, flatten, unflatten
 from mmembed.config.blocks import PROMPT_TYPES
 from mmembed.embeddings import Embeddings, Layer
 from mmembed.errors import ConfigError, MmembedError
+from mmembed.heads import HEADS, Head
 from mmembed.pooling import POOLINGS, Pooling
 from mmembed.preprocess import Lengths, ModelInputs, Preprocessor, StoredImages
 from mmembed.prompts import PROMPTS
@@ -41,12 +42,16 @@ if TYPE_CHECKING:
     from mmembed.media import MediaStore
 
 
+WORDS = "head 'yes_no'"
+
+
 @dataclass
 class EmbedderSettings:
     """Everything that defines an embedder beside its weights, as plain JSON data.
 
     `attention: None` keeps the backbone's own. Blocks are as in the config; `adapter` None is no adapter.
-    `layers` are the lower ones whose vectors were trained, too.
+    `layers` are the lower ones whose vectors were trained, too. With a `head` it is a reranker: vectors are the head's
+    logits of pairs, and neither normalised nor projected; `head["ids"]` are the tokens of its words.
     `trust_remote_code` is the user's word in this process: it is neither written to a checkpoint nor read from one.
     """
 
@@ -64,6 +69,7 @@ class EmbedderSettings:
     prompt: str | dict[str, Any] = "plain"
     lengths: dict[str, Any] = field(default_factory=lambda: asdict(Lengths()))
     layers: tuple[int, ...] = ()
+    head: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self.freeze, self.layers = tuple(self.freeze), tuple(self.layers)  # JSON has lists
@@ -402,24 +408,31 @@ def settings_of(cfg: EmbedderConfig) -> EmbedderSettings:
         pooling=cfg.pooling,
         normalize=cfg.normalize,
         projection=cfg.projection,
+        head=None if cfg.head is None else {"type": cfg.head} if isinstance(cfg.head, str) else dict(cfg.head),
         prompt=cfg.prompt,
         lengths=cfg.lengths.model_dump(mode="json"),
     )
 
 
 def build_from_settings(
-    settings: EmbedderSettings, media: MediaStore | None = None, dtype: str | torch.dtype | None = None
+    settings: EmbedderSettings,
+    media: MediaStore | None = None,
+    dtype: str | torch.dtype | None = None,
+    fresh: bool = True,
 ) -> tuple[EmbeddingModel, Preprocessor]:
     """Builds an embedder from plain settings; pooling, projection and adapter are freshly initialised.
 
     Args:
         dtype: overrides the settings' dtype.
+        fresh: a head of words takes their output embeddings from the backbone; False where saved ones are read later.
 
     Raises:
         ConfigError: an unknown name or option, or a combination that cannot work.
     """
     prompt = PROMPTS.build(settings.prompt)  # names are checked before weights are loaded
     POOLINGS.build(settings.pooling, hidden_size=8)
+    if settings.head is not None:
+        HEADS.build(block_of(settings.head), hidden_size=8)
     backbone = load_backbone(
         settings.name_or_path,
         revision=settings.revision,
@@ -429,7 +442,38 @@ def build_from_settings(
         trust_remote_code=settings.trust_remote_code,
         quantization=quantization_of(settings.adapter),
     )
-    return assemble(backbone, settings, prompt=prompt, media=media)
+    model, preprocessor = assemble(backbone, settings, prompt=prompt, media=media)
+    if fresh and isinstance(model.projection, Head) and model.projection.words:
+        ids = word_ids(model.projection, preprocessor.tokenizer)
+        model.settings = replace(model.settings, head={**(settings.head or {}), "ids": list(ids)})
+        output = load_output_embedding(model.family, settings.name_or_path, settings.revision, model.dtype, WORDS)
+        tied = cast("torch.Tensor", model.base.get_input_embeddings().weight)
+        weight = tied if output.weight is None else output.weight
+        with torch.no_grad():
+            model.projection.weight.copy_(weight[list(ids)])
+    return model, preprocessor
+
+
+def block_of(head: dict[str, Any]) -> dict[str, Any]:
+    """What builds a head, of settings that also say which tokens its words are."""
+    return {key: value for key, value in head.items() if key != "ids"}
+
+
+def word_ids(head: Head, tokenizer: Any) -> tuple[int, ...]:
+    """The token of each word of a head. Raises ConfigError where one is several tokens, or none."""
+    found = []
+    for word in head.words:
+        ids = tokenizer.encode(word, add_special_tokens=False)
+        if len(ids) != 1 or tokenizer.decode(ids) != word:
+            pieces = tokenizer.convert_ids_to_tokens(ids)
+            raise ConfigError(
+                f"head '{head.name}': '{word}' is not one token of this tokenizer, but {len(ids)} ({pieces}); name "
+                "words that are, or take head: linear"
+            )
+        found += ids
+    if len(set(found)) != len(found):
+        raise ConfigError(f"head '{head.name}': {' and '.join(map(repr, head.words))} are the same token")
+    return tuple(found)
 
 
 def assemble(
@@ -445,8 +489,10 @@ def assemble(
     last = vars(type(pooling))["name"] == "last_token"
     append_eos = prompt.append_eos if prompt.append_eos is not None else last
     module = apply_adapter(backbone, settings.adapter or {"type": "none"}, settings.freeze)
-    projection = None
-    if settings.projection is not None:
+    projection: nn.Linear | None = None
+    if settings.head is not None:
+        projection = HEADS.build(block_of(settings.head), hidden_size=pooling.embedding_size)
+    elif settings.projection is not None:
         projection = nn.Linear(pooling.embedding_size, settings.projection, bias=False)
     device = next(backbone.model.parameters()).device
     model = EmbeddingModel(module, backbone.family, pooling, projection, settings.normalize, settings).to(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import PIL.Image
@@ -71,6 +72,8 @@ def vectors_of(
     if model.family.multimodal:
         picture = PIL.Image.linear_gradient("L").resize((96, 64)).convert("RGB")
         items.append(Item((Image(picture),)))
+    if model.settings.head is not None:
+        items = [replace(item, role="query", document=items[0].content) for item in items]
     was_training = model.training
     inputs = preprocessor(items).to(model.eval().device)
     vectors = _vectors(forward or model, inputs)

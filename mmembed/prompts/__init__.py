@@ -7,8 +7,9 @@ serves; it is saved with the model. One file per style; `PROMPTS.build({"type": 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from mmembed.content import Content, Role
 from mmembed.registry import Registry
@@ -25,6 +26,7 @@ class Rendered:
         system: the system turn (chat only).
         chat: write it through the backbone's chat template, as the user's turn.
         add_generation_prompt: end with the assistant's header (chat only).
+        template: variables of the chat template; one that knows them not leaves them.
     """
 
     content: Content
@@ -33,6 +35,7 @@ class Rendered:
     system: str | None = None
     chat: bool = False
     add_generation_prompt: bool = False
+    template: Mapping[str, Any] = field(default_factory=dict)
 
 
 class PromptStyle:
@@ -45,12 +48,17 @@ class PromptStyle:
     """
 
     name: ClassVar[str]
+    reads_pairs: ClassVar[bool] = False  # of a query and a document, as a reranker does
 
     def __init__(self, mask_instruction: bool = True, append_eos: bool | None = None) -> None:
         self.mask_instruction, self.append_eos = mask_instruction, append_eos
 
     def render(self, content: Content, role: Role, instruction: str | None) -> Rendered:
         """The pieces of one input. `role` is `query` or `document`."""
+        raise NotImplementedError
+
+    def render_pair(self, query: Content, document: Content, instruction: str | None) -> Rendered:
+        """The pieces of a query with a document, for styles that read pairs."""
         raise NotImplementedError
 
 

@@ -23,7 +23,7 @@ from mmembed.errors import ConfigError
 from mmembed.objectives import Objective
 from mmembed.objectives.relations import Relations
 from mmembed.preprocess import Preprocessor, Row
-from mmembed.prompts import PROMPTS, PromptStyle
+from mmembed.prompts import PROMPTS, PromptStyle, Rendered
 from mmembed.training.batches import sources_apart
 from mmembed.training.memory import gradient_bytes, optimizer_bytes, trained_parameters
 from mmembed.training.supply import check_supply, named_parts, shortages
@@ -109,6 +109,7 @@ def batch_report(
         tasks = ", ".join(sorted(task.value for task in dataset.tasks))
         each = f" of {rows} queries" if len(set(plan.batch_sizes)) > 1 else ""
         kind = "graded pairs" if part.pairs else f"in-batch negatives {'on' if source.in_batch_negatives else 'off'}"
+        kind = "each query with its own documents" if part.judges else kind
         lines.append(
             f"  {dataset.name}: {_extent(dataset)} ({tasks}), {batches:,} of {len(plan):,} batches an "
             f"epoch{each}, {kind}"
@@ -308,7 +309,11 @@ def _unwritten(prompt: PromptStyle, multimodal: bool) -> dict[str, str]:
     """Field -> why prompt and backbone do not use it."""
     unused = {}
     probe = (Text("content"),)
-    if prompt.render(probe, "query", "instruction") == prompt.render(probe, "query", None):
+    given: list[Rendered] = [
+        prompt.render_pair(probe, probe, told) if prompt.reads_pairs else prompt.render(probe, "query", told)
+        for told in ("instruction", None)
+    ]
+    if given[0] == given[1]:
         unused["instruction"] = "the prompt style does not write"
     if not multimodal:
         unused |= {"image": "this text backbone cannot read", "video": "this text backbone cannot read"}

@@ -124,6 +124,7 @@ def build_collator(
         apart=apart,
         predicted=predicted,
         positives_only=positives_only,
+        judges=config.head is not None,
     )
 
 
@@ -132,5 +133,6 @@ def chunk_tokens(config: EmbedderConfig) -> int:
     training = config.training
     if training.chunk_rows is not None or training.grad_cache is True:
         return training.token_budget
-    longest = max(config.lengths.query_max_length, config.lengths.document_max_length)
+    limits = (config.lengths.query_max_length, config.lengths.document_max_length)
+    longest = max(limits) if config.head is None else sum(limits)
     return max(training.token_budget // CHUNKS_A_BUDGET, min(longest, training.token_budget))

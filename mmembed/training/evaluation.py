@@ -8,8 +8,10 @@ kept sparsely and scores made a block of queries at a time: memory is that of th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,10 +51,10 @@ class DevSet:
         """Whether a query meets its judged documents only."""
         return self.task in (Task.RERANKING, Task.STS)
 
-    def block(self, rows: range) -> tuple[np.ndarray, np.ndarray]:
-        """relevance (R, C) float32 and valid (R, C) bool of some queries."""
+    def block(self, rows: range, own_only: bool) -> tuple[np.ndarray, np.ndarray]:
+        """relevance (R, C) float32 and valid (R, C) bool of some queries, with all documents or `own_only`."""
         relevance = np.zeros((len(rows), len(self.documents)), dtype=np.float32)
-        valid = np.full(relevance.shape, not self.own_only)
+        valid = np.full(relevance.shape, not own_only)
         for place, row in enumerate(rows):
             columns, grades = self.judged[row]
             relevance[place, columns], valid[place, columns] = grades, True
@@ -108,9 +110,12 @@ def evaluate(
     metrics: dict[str, float] = {}
     for dev in dev_sets:
         how = (encode, preprocessor, token_budget, share_prefix, packed)
-        queries = embed_items(dev.queries, dev.where, *how)
-        documents = embed_items(dev.documents, dev.where[len(dev.queries) :], *how)
-        values = _measure(dev, queries, documents, similarity(dev))
+        if preprocessor.prompt.reads_pairs:
+            values = _measure(dev, _judge(dev, *how), own_only=True)
+        else:
+            queries = embed_items(dev.queries, dev.where, *how)
+            documents = embed_items(dev.documents, dev.where[len(dev.queries) :], *how)
+            values = _measure(dev, functools.partial(_compare, queries, documents, similarity(dev)), dev.own_only)
         for key, value in values.items():
             metrics[f"{dev.name}_{key}"] = value
             found.setdefault(key, []).append(value)
@@ -121,12 +126,35 @@ def _measures(task: Task) -> tuple[str, ...]:
     return ("spearman",) if task is Task.STS else ("ndcg_at_10", "recall_at_10")
 
 
-def _measure(dev: DevSet, queries: Embeddings, documents: Embeddings, similarity: Similarity) -> dict[str, float]:
+def _compare(queries: Embeddings, documents: Embeddings, similarity: Similarity, rows: range) -> np.ndarray:
+    """(R, C) of some queries with all documents."""
+    scores: np.ndarray = similarity(queries.rows(torch.tensor(rows)), documents).float().numpy()
+    return scores
+
+
+def _judge(dev: DevSet, *how: Any) -> Callable[[range], np.ndarray]:
+    """A reranker's scores of each query's judged documents."""
+    owners = [(row, int(column)) for row, (columns, _) in enumerate(dev.judged) for column in columns]
+    items = [replace(dev.queries[row], document=dev.documents[column].content) for row, column in owners]
+    logits = embed_items(items, [dev.where[row] for row, _ in owners], *how).vectors  # (N, L)
+    found = (logits[:, 0] - logits[:, 1] if logits.shape[1] > 1 else logits[:, 0]).float().numpy()
+    starts = np.cumsum([0, *(len(columns) for columns, _ in dev.judged)])
+
+    def scores(rows: range) -> np.ndarray:
+        table = np.zeros((len(rows), len(dev.documents)), np.float32)
+        for place, row in enumerate(rows):
+            table[place, dev.judged[row][0]] = found[starts[row] : starts[row + 1]]
+        return table
+
+    return scores
+
+
+def _measure(dev: DevSet, score: Callable[[range], np.ndarray], own_only: bool) -> dict[str, float]:
     ndcg, recall, scored, graded = [], [], [], []
     for start in range(0, len(dev.queries), BLOCK):
         rows = range(start, min(start + BLOCK, len(dev.queries)))
-        scores = similarity(queries.rows(torch.tensor(rows)), documents).float().numpy()  # (R, C)
-        relevance, valid = dev.block(rows)  # (R, C) each
+        scores = score(rows)  # (R, C)
+        relevance, valid = dev.block(rows, own_only)  # (R, C) each
         if dev.task is Task.STS:
             scored.append(scores[valid])
             graded.append(relevance[valid])

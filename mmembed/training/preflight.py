@@ -28,8 +28,9 @@ from mmembed.config.blocks import LORA_TYPES, EmbedderConfig, TypedBlock, block_
 from mmembed.data.format_base import FORMATS
 from mmembed.data.pair_base import PAIR_MAKERS, maker_of
 from mmembed.errors import ConfigError, nearest
+from mmembed.heads import HEADS
 from mmembed.models.continuing import backbone_of
-from mmembed.models.embedding_model import settings_of
+from mmembed.models.embedding_model import WORDS, settings_of, word_ids
 from mmembed.models.folder import SETTINGS
 from mmembed.models.randomness import draws
 from mmembed.objectives import Objective, build_objective
@@ -56,7 +57,13 @@ def preflight(config: EmbedderConfig) -> Objective:
     _check_attention(config.model.attn_implementation)
     _check_scheduler(config.training.arguments)
     POOLINGS.check(config.pooling)
-    PROMPTS.build(config.prompt)
+    if config.head is not None:
+        HEADS.check(config.head)
+    if PROMPTS.build(config.prompt).reads_pairs != (config.head is not None):
+        raise ConfigError(
+            f"prompt '{block_type(config.prompt)}': "
+            + ("a reranker reads pairs; take judge" if config.head is not None else "reads pairs, as a reranker does")
+        )
     objective = build_objective(config.objective)
     _check_objective(config, objective)
     for source in (*config.data.train, *config.data.dev):
@@ -121,6 +128,13 @@ def _check_objective(config: EmbedderConfig, objective: Objective) -> None:
     pooling = config.pooling if isinstance(config.pooling, str) else str(config.pooling["type"])
     several = POOLINGS.get(pooling).multi_vector
     for part in named_parts(objective):
+        if part.judges != (config.head is not None):
+            raise ConfigError(
+                f"objective '{part.title}' compares vectors, and a reranker gives logits of pairs: write {{type: "
+                f"ranking, loss: {part.title}}}, or another of the losses"
+                if config.head is not None
+                else f"objective '{part.title}' reads the logits of a reranker; train it with recipes/train_reranker.py"
+            )
         if part.many_vectors not in (None, several):
             wanted = (
                 "several vectors an input: use pooling 'multi_vector'" if part.many_vectors else "one vector an input"
@@ -254,6 +268,10 @@ def _check_backbone(config: EmbedderConfig) -> None:
         attention=model.attention,
     )
     check_template(PROMPTS.build(config.prompt), backbone.processor, backbone.config.model_type)
+    if config.head is not None:
+        head = HEADS.build(config.head, hidden_size=8)
+        if word_ids(head, backbone.family.tokenizer):
+            check_predictable(backbone.family, model.name_or_path, model.revision, WORDS)
     text = backbone.config.get_text_config()
     with torch.device("meta"):
         pooling = POOLINGS.build(config.pooling, hidden_size=text.hidden_size)

@@ -432,7 +432,7 @@ class EmbedderTrainer(Trainer):
                 rounds=max(gather_counts(len(batch.chunks), self.args.device)) if self.engine.lockstep else None,
                 workers=self._workers(batch),
                 guard=self.halving.guard,
-                observe=functools.partial(self._observe, batch) if self._logs_this_step else None,
+                observe=functools.partial(self._observe, batch) if self._monitors else None,
                 teacher=None if self.teacher is None else self._taught_by,
                 may_overflow=self.args.fp16,
             )
@@ -443,6 +443,11 @@ class EmbedderTrainer(Trainer):
         assert self.teacher is not None, "asked for where there is one"
         with self.teacher.in_place():
             yield functools.partial(self._encode, self.model)
+
+    @property
+    def _monitors(self) -> bool:
+        """Whether the health monitors look at this step's vectors; logits of pairs say nothing to them."""
+        return self._logs_this_step and self.run_config.head is None
 
     @property
     def _logs_this_step(self) -> bool:

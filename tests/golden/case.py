@@ -32,7 +32,6 @@ LOSS, GRADIENT = "loss", "gradient of "
 
 # (slug, how the entry's name begins) -> why no case computes it
 NOT_COVERED = {
-    ("gmr", ""): "a loss of a reranker's yes and no logits, which is not built",
     ("blockrank", ""): "an in-context reranker, which is not built",
     (
         "codiemb",
@@ -109,7 +108,7 @@ def golden(slug: str, by: str | Callable[[Entry], str], *names: str, trains: boo
 
 def every_case() -> list[Case]:
     """In the order of the file."""
-    from tests.golden import contrastive, mining, scores, single, vectors  # noqa: F401  (they declare)
+    from tests.golden import contrastive, mining, rerank, scores, single, vectors  # noqa: F401  (they declare)
 
     order = [id(entry) for entries in GOLDEN.values() for entry in entries]
     return sorted(_CASES, key=lambda case: order.index(id(case.entry)))

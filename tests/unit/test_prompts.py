@@ -54,7 +54,23 @@ def test_pieces_of_a_batch_are_tokenized_as_the_whole(family_folder, monkeypatch
 
 
 def test_every_style_is_listed() -> None:
-    assert set(EXPECTED) == set(PROMPTS.classes())
+    of_pairs = {name for name, style in PROMPTS.classes().items() if style.reads_pairs}
+    assert set(EXPECTED) == set(PROMPTS.classes()) - of_pairs and of_pairs == {"judge"}
+
+
+def test_a_pair_is_written_letter_by_letter(family_folder) -> None:
+    system = (
+        "Judge whether the Document meets the requirements based on the Query and the Instruct provided. Note that "
+    )
+    system += 'the answer can only be "a" or "b".'
+    for family in ("qwen3", "qwen3_vl"):
+        preprocessor = preprocessor_of(
+            family_folder(family), {"type": "judge", "words": ["a", "b"]}, pooling="last_token"
+        )
+        (row,) = preprocessor.tokenize([Item(to_content("a bus"), "query", "Find it", to_content("The cat"))])
+        user = "<Instruct>: Find it\n<Query>: a bus\n<Document>: The cat"
+        assert preprocessor.tokenizer.decode(row.ids) == SYSTEM.format(system) + HEAD + user + TAIL
+        assert row.hidden == ()
 
 
 @pytest.mark.parametrize("style", sorted(EXPECTED))

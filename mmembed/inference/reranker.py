@@ -1,0 +1,159 @@
+"""Pairs of a query and a document in, scores out: the public way to use a trained reranker.
+
+Batches, threads, kernels and the order of results are the embedder's (`mmembed.inference.embedder`), whose vectors are
+the logits here. The documents of a query begin with the same tokens, instruction and query, which are computed once for
+all of them where the backbone allows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mmembed.errors import MmembedError, nearest
+from mmembed.heads import Head
+from mmembed.inference.devices import check_device
+from mmembed.inference.embedder import Embedder, item_of, resolve_dtype
+from mmembed.models.checkpoint import load_checkpoint
+from mmembed.models.embedding_model import EmbeddingModel
+from mmembed.preprocess import Item, Preprocessor
+
+if TYPE_CHECKING:
+    from mmembed.content import ContentLike
+    from mmembed.media import MediaStore
+
+Pair = tuple["ContentLike", "ContentLike"]
+Scale = Literal["probability", "logit"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """A document of `Reranker.rank`: its place among those given, and its score."""
+
+    index: int
+    score: float
+
+
+class _Pairs(Sequence[Item]):
+    """Pairs as the inputs of a model, made when they are asked for."""
+
+    def __init__(self, pairs: Sequence[Pair], instruction: str | None) -> None:
+        self.pairs, self.instruction = pairs, instruction
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: Any) -> Any:
+        query, document = (item_of(one, "query", self.instruction) for one in self.pairs[index])
+        return Item(query.content, "query", query.instruction, document.content)
+
+    def __iter__(self) -> Iterator[Item]:
+        return (self[index] for index in range(len(self)))
+
+
+class Reranker:
+    """A trained reranker with the preprocessing it was trained with.
+
+    Args:
+        model: is put into evaluation mode.
+        preprocessor: the one the model was trained with.
+
+    Raises:
+        MmembedError: the model is an embedder.
+    """
+
+    def __init__(self, model: EmbeddingModel, preprocessor: Preprocessor) -> None:
+        if not isinstance(model.projection, Head):
+            raise MmembedError(
+                f"'{model.settings.name_or_path}' is an embedder: it has no head that scores pairs; load it with "
+                "Embedder, or train a reranker with recipes/train_reranker.py"
+            )
+        self.model, self.preprocessor, self._head = model, preprocessor, model.projection
+        self._encoder = Embedder(model, preprocessor)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
+        media: MediaStore | None = None,
+        trust_remote_code: bool = False,
+    ) -> Reranker:
+        """Loads a folder that `recipes/train_reranker.py` wrote. Arguments and errors as of `Embedder.from_pretrained`.
+
+        Raises:
+            MmembedError: the folder is of an embedder, or a bare backbone.
+        """
+        check_device(None if device is None else str(device))
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model, preprocessor = load_checkpoint(
+            path, resolve_dtype(dtype, place), place, trust_remote_code=trust_remote_code
+        )
+        model.merge_adapter()
+        if media is not None:
+            preprocessor.media = media
+        return cls(model, preprocessor)
+
+    def score(
+        self,
+        pairs: Sequence[Pair],
+        *,
+        instruction: str | None = None,
+        scale: Scale = "probability",
+        token_budget: int | None = None,
+        share_prefix: Literal["auto", "off"] = "auto",
+        show_progress: bool | None = None,
+    ) -> NDArray[np.float32]:
+        """Scores of pairs, in their order.
+
+        Args:
+            pairs: (query, document) each; either may be anything that `Embedder.encode` takes. A query may bring its
+                own `instruction`.
+            instruction: of all queries that bring none; None: the prompt's.
+            scale: "probability" of being relevant, or the "logit" behind it: no pair of either is 0 or 1 by rounding.
+            token_budget, share_prefix, show_progress: as of `Embedder.encode`. Give the documents of a query one behind
+                another or not: pairs of one query are found.
+
+        Returns:
+            (N,) float32.
+
+        Raises:
+            MmembedError: an option is unknown, or a pair cannot be scored; the message begins with its index.
+        """
+        if scale not in ("probability", "logit"):
+            raise MmembedError(f"scale: there is no '{scale}'; {nearest(scale, ['probability', 'logit'])}")
+        if any(isinstance(pair, str | bytes) or len(pair) != 2 for pair in pairs):
+            raise MmembedError("pairs: give (query, document) each")
+        logits = self._encoder.encode(
+            _Pairs(pairs, instruction),
+            token_budget=token_budget,
+            share_prefix=share_prefix,
+            output="torch",
+            show_progress=show_progress,
+        )  # (N, L)
+        found = self._head.difference(logits)
+        scores: NDArray[np.float32] = (torch.sigmoid(found) if scale == "probability" else found).numpy()
+        return scores
+
+    def rank(
+        self, query: ContentLike, documents: Sequence[ContentLike], top_k: int | None = None, **options: Any
+    ) -> list[Ranked]:
+        """The documents of one query, best first; equal scores in the order given.
+
+        Args:
+            top_k: keep so many; None keeps all.
+            options: of `score`.
+        """
+        if top_k is not None and top_k < 1:
+            raise MmembedError(f"top_k: {top_k}; give at least 1")
+        scores = self.score([(query, document) for document in documents], **options)
+        order = np.argsort(-scores, kind="stable")[:top_k]
+        return [Ranked(int(index), float(scores[index])) for index in order]

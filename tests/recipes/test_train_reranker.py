@@ -1,0 +1,239 @@
+"""Rerankers through the real command and API, on a tiny vision-language model: training, resume, scores, refusals."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmembed import Embedder, Reranker
+from mmembed.config import build_config, load_config
+from mmembed.config.blocks import RerankerConfig
+from mmembed.errors import ConfigError, MmembedError
+from mmembed.models.embedding_model import build_embedding_model
+from mmembed.preprocess import Item
+from recipes import train_embedder
+from recipes.train_reranker import main
+from tests.runs import losses
+
+INSTRUCTION = "Given a search query, retrieve relevant passages that answer the query"
+
+
+@pytest.fixture
+def config_file(tmp_path, backbone, data):
+    """Four steps of 4 queries with two documents each; every third positive has a picture."""
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"""
+model: {{name_or_path: {backbone}, dtype: float32}}
+head: {{type: yes_no, words: [a, b]}}
+prompt: {{type: judge, words: [a, b]}}
+adapter: {{type: lora, r: 4, alpha: 8, dropout: 0.0}}
+lengths: {{query_max_length: 200, document_max_length: 100}}
+objective: sft
+data:
+  root: {data}
+  train_group_size: 2
+  train: [{{path: mixed.jsonl}}]
+  dev: [{{path: dev.jsonl, name: dev}}]
+training:
+  output_dir: {tmp_path / "out"}
+  per_device_train_batch_size: 4
+  max_steps: 4
+  learning_rate: 1e-2
+  warmup_steps: 0
+  logging_steps: 1
+  save_strategy: "no"
+  token_budget: 4096
+  disable_tqdm: true
+"""
+    )
+    return path
+
+
+def run(config_file, *overrides):
+    assert main(["--config", str(config_file), *overrides]) == 0
+
+
+def weights(folder):
+    return load_file(Path(folder) / "adapter_model.safetensors")
+
+
+def test_main_job(config_file, tmp_path, data, capsys):
+    run(config_file, "training.max_steps=12", "training.eval_strategy=steps", "training.eval_steps=6")
+    out = tmp_path / "out"
+    report = capsys.readouterr().out
+    assert "each query with its own documents" in report and "1.0 hard negatives a query" in report
+    assert "begin alike" in report, "a query's documents share its tokens"
+    found = losses(out)
+    assert len(found) == 12 and found[0] == pytest.approx(np.log(2), abs=0.4) and found[-1] < found[0]
+    final = json.loads((out / "metrics.json").read_text())
+    assert 0.5 <= final["final_dev_ndcg_at_10"] <= 1
+    described = json.loads((out / "mmembed.json").read_text())["settings"]
+    assert described["head"]["words"] == ["a", "b"] and len(described["head"]["ids"]) == 2
+
+    reranker = Reranker.from_pretrained(out, dtype="float32", device="cpu")
+    records = [json.loads(line) for line in (data / "mixed.jsonl").read_text().splitlines()[:6]]
+
+    def there(content):
+        parts = content if isinstance(content, list) else [content]
+        return [{"image": str(data / part["image"])} if isinstance(part, dict) else part for part in parts]
+
+    pairs = [(one["query"], there(document["content"])) for one in records for document in one["documents"]]
+    together = reranker.score(pairs, scale="logit")
+    apart = reranker.score(pairs, scale="logit", share_prefix="off")
+    alone = np.array([reranker.score([pair], scale="logit")[0] for pair in pairs])
+    np.testing.assert_allclose(together, apart, atol=1e-4)
+    np.testing.assert_allclose(together, alone, atol=1e-4)
+    probabilities = reranker.score(pairs)
+    np.testing.assert_allclose(probabilities, 1 / (1 + np.exp(-together)), atol=1e-6)
+    ranked = reranker.rank(records[0]["query"], [content for _, content in pairs], top_k=3)
+    own = reranker.score([(records[0]["query"], content) for _, content in pairs])
+    assert [one.index for one in ranked] == np.argsort(-own, kind="stable")[:3].tolist()
+    assert [one.score for one in ranked] == sorted((one.score for one in ranked), reverse=True)
+    told = reranker.score([({"text": records[0]["query"], "instruction": "Other"}, "a bus")])
+    assert told != reranker.score([(records[0]["query"], "a bus")])
+
+
+def test_the_logits_are_those_of_the_language_model(config_file):
+    """What transformers' own model says of the two words behind the prompt."""
+    from transformers import AutoModelForImageTextToText
+
+    model, preprocessor = build_embedding_model(load_config(config_file, (), RerankerConfig))
+    pair = Item(_text("a red bus"), "query", None, _text("the bus is red"))
+    (row,) = preprocessor.tokenize([pair])
+    text = preprocessor.tokenizer.decode(row.ids)
+    assert f"<Instruct>: {INSTRUCTION}\n<Query>: a red bus\n<Document>: the bus is red" in text
+    assert 'can only be "a" or "b"' in text and text.endswith("<|im_start|>assistant\n")
+    inputs = preprocessor.collate([row])
+    with torch.no_grad():
+        found = model.eval()(inputs).vectors[0]
+        whole = AutoModelForImageTextToText.from_pretrained(model.settings.name_or_path, dtype=torch.float32).eval()
+        logits = whole(input_ids=inputs.tensors["input_ids"]).logits[0, -1]
+    ids = model.settings.head["ids"]
+    torch.testing.assert_close(found, logits[ids], atol=2e-5, rtol=0)
+    assert not model.projection.weight.requires_grad
+
+
+def _text(text):
+    from mmembed.content import to_content
+
+    return to_content(text)
+
+
+def test_chunks_and_shared_prefixes_change_no_gradient(config_file, tmp_path):
+    for name, overrides in (
+        ("whole", ["training.share_prefix=off"]),
+        ("shared", []),
+        ("chunks", ["training.token_budget=300", "training.grad_cache=true"]),
+    ):
+        run(
+            config_file,
+            f"training.output_dir={tmp_path / name}",
+            "objective={type: ranking, loss: infonce}",
+            *overrides,
+        )
+    for name in ("shared", "chunks"):
+        np.testing.assert_allclose(losses(tmp_path / name), losses(tmp_path / "whole"), atol=2e-5)
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(config_file, tmp_path, stop_in_step):
+    run(config_file, f"training.output_dir={tmp_path / 'whole'}")
+    stop_in_step(3)
+    assert main(["--config", str(config_file)]) == train_embedder.TRY_AGAIN
+    run(config_file)
+    ours, whole = weights(tmp_path / "out"), weights(tmp_path / "whole")
+    assert all(torch.equal(ours[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        "{type: ranking, loss: infonce, score: yes}",
+        "{type: ranking, loss: listnet}",
+        "ranknet",
+        "{type: lambdarank, k: 10}",
+        "listmle",
+        "{type: weight_direction, weight: contrastive, direction: sft}",
+        "[{type: sft}, {type: ranking, loss: infonce, weight: 0.5}]",
+    ],
+)
+@pytest.mark.parametrize("head", ["yes_no", "linear"])
+def test_every_objective_trains(config_file, tmp_path, objective, head):
+    block = [] if head == "yes_no" else ["head=linear"]
+    run(config_file, f"objective={objective.replace('yes', repr('yes'))}", "training.max_steps=2", *block)
+    assert all(np.isfinite(losses(tmp_path / "out")))
+    scores = Reranker.from_pretrained(tmp_path / "out", dtype="float32", device="cpu").score([("a", "b"), ("a", "c")])
+    assert scores.shape == (2,) and np.isfinite(scores).all()
+
+
+def test_distillation_follows_the_teacher(config_file, tmp_path, data):
+    records = [json.loads(line) for line in (data / "text.jsonl").read_text().splitlines()]
+    for number, record in enumerate(records):
+        record["documents"][0]["score"], record["documents"][1]["score"] = 2.0 + number % 3, -1.0
+    (tmp_path / "taught.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
+    train = f"data.train=[{{path: {tmp_path / 'taught.jsonl'}}}]"
+    run(config_file, "objective={type: ranking, loss: margin_mse}", train, "training.max_steps=20")
+    found = losses(tmp_path / "out")
+    assert found[-1] < found[0] / 2
+
+
+def test_full_training_and_a_second_stage(config_file, tmp_path):
+    run(config_file, "adapter={type: none}")
+    first = Reranker.from_pretrained(tmp_path / "out", dtype="float32", device="cpu")
+    second = ["model={name_or_path: " + str(tmp_path / "out") + "}", f"training.output_dir={tmp_path / 'second'}"]
+    run(config_file, "adapter={type: none}", *second, "training.learning_rate=1e-7", "training.max_steps=1")
+    again = Reranker.from_pretrained(tmp_path / "second", dtype="float32", device="cpu")
+    pair = [("a red bus", "the bus")]
+    np.testing.assert_allclose(first.score(pair), again.score(pair), atol=1e-4)
+
+
+def test_long_documents_are_cut_and_said(config_file, capsys):
+    run(config_file, "lengths={query_max_length: 150, document_max_length: 10}", "training.max_steps=1")
+    assert "are cut to fit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["head={type: yes_no, words: [yes, no]}"], "heads.yes_no.words: found .*True, False"),
+        (["head={type: yes_no, words: [yes it is, b]}"], "'yes it is' is not one token of this tokenizer, but"),
+        (["head={type: yes_no, words: [a, a]}"], "are the same token"),
+        (["head={type: yes_no, words: [a]}"], 'give two words, quoted: ."yes", "no".'),
+        (["head=null"], "a reranker needs one"),
+        (["objective=contrastive"], "compares vectors, and a reranker gives logits of pairs"),
+        (["prompt=plain"], "a reranker reads pairs; take judge"),
+        (["pooling=mean"], "pooling"),
+        (["data.mining={}"], "data.mining: compares vectors"),
+        (["data.train_group_size=1"], "raise data.train_group_size above data.positives_per_query"),
+        (["data.train=[{path: pictures.jsonl}]"], "mine negatives|relevance 0"),
+        (["model.attention=bidirectional"], "head 'yes_no': under bidirectional attention"),
+        (["data.train=[{path: text.jsonl, in_batch_negatives: true}]"], "in_batch_negatives has no effect"),
+    ],
+)
+def test_what_cannot_be_is_refused(config_file, capsys, overrides, message):
+    assert main(["--config", str(config_file), *overrides]) == 2
+    import re
+
+    assert re.search(message, capsys.readouterr().err), message
+
+
+def test_embedders_and_rerankers_are_told_apart(config_file, tmp_path, backbone):
+    run(config_file, "training.max_steps=1")
+    with pytest.raises(MmembedError, match="is a reranker: it scores pairs; load it with Reranker"):
+        Embedder.from_pretrained(tmp_path / "out")
+    with pytest.raises(MmembedError, match="is an embedder: it has no head"):
+        Reranker.from_pretrained(backbone)
+    reranker = Reranker.from_pretrained(tmp_path / "out", device="cpu")
+    with pytest.raises(MmembedError, match=r"contents\[1\].*empty text"):
+        reranker.score([("a", "b"), ("a", " ")])
+    with pytest.raises(MmembedError, match="pairs: give"):
+        reranker.score(["ab"])
+    with pytest.raises(MmembedError, match="scale: there is no 'odds'"):
+        reranker.score([("a", "b")], scale="odds")
+    with pytest.raises(ConfigError, match="head: is a reranker's"):
+        build_config({"head": "yes_no"})
+    with pytest.raises(ConfigError, match="reads the logits of a reranker"):
+        train_embedder.train(build_config({"objective": "sft", "data": {"train": [{"path": "nowhere"}]}}))
