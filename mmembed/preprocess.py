@@ -258,7 +258,8 @@ class Preprocessor:
         side: Side = padding_side or "right"
         filler = int(self.touch_vision and self.family.multimodal and not any(row.images for row in rows))
         if filler:
-            (dummy,) = self.tokenize([Item((Image(PIL.Image.new("RGB", (64, 64), (200, 100, 50))),))])
+            picture = (Image(PIL.Image.new("RGB", (64, 64), (200, 100, 50))),)
+            (dummy,) = self.tokenize([Item(picture, document=picture if self.prompt.reads_pairs else None)])
             rows = [*rows, replace(dummy, ids=[*rows[0].ids[:shared], *dummy.ids], hidden=())]
         longest = max(len(row) for row in rows)
         ids = np.full((len(rows), longest), self.tokenizer.pad_token_id, dtype=np.int64)  # (B, T)

@@ -24,9 +24,9 @@ def in_two_processes(module, *arguments, timeout=180):
     return done
 
 
-def launch(strategy, *arguments, timeout=300, succeeds=True, processes=2):
+def launch(strategy, *arguments, timeout=300, succeeds=True, processes=2, command="recipes/train_embedder.py"):
     """`accelerate launch` with the shipped YAML of a strategy: two processes, gloo, one thread each."""
-    command = [
+    launched = [
         sys.executable,
         "-m",
         "accelerate.commands.launch",
@@ -36,8 +36,8 @@ def launch(strategy, *arguments, timeout=300, succeeds=True, processes=2):
         str(processes),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command += ["recipes/train_embedder.py", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    launched += [command, *arguments]
+    done = subprocess.run(launched, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
     assert (done.returncode == 0) == succeeds, done.stdout[-2000:] + done.stderr[-5000:]
     return done
 

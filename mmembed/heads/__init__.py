@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from mmembed.registry import Registry
 
 
-class Head(nn.Linear):
-    """Base of the heads: (B, H) -> (B, L) logits, without bias.
+class Head(nn.Module):
+    """Base of the heads: (B, H) -> (B, L) logits, without bias. Weights that are not trained are a buffer, which no
+    engine divides.
 
     logits: L.
     words: of which the weights are the backbone's own output embeddings; none: the weights are fresh.
@@ -24,8 +27,16 @@ class Head(nn.Linear):
     logits: ClassVar[int]
 
     def __init__(self, hidden_size: int, trained: bool) -> None:
-        super().__init__(hidden_size, self.logits, bias=False)
-        self.requires_grad_(trained)
+        super().__init__()
+        weight = torch.randn(self.logits, hidden_size) * hidden_size**-0.5  # (L, H)
+        self.weight: Tensor
+        if trained:
+            self.weight = nn.Parameter(weight)
+        else:
+            self.register_buffer("weight", weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return functional.linear(hidden, self.weight)
 
     @property
     def words(self) -> tuple[str, ...]:

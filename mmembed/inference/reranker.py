@@ -43,14 +43,16 @@ class Ranked:
 class _Pairs(Sequence[Item]):
     """Pairs as the inputs of a model, made when they are asked for."""
 
-    def __init__(self, pairs: Sequence[Pair], instruction: str | None) -> None:
+    def __init__(self, pairs: Sequence[Pair], instruction: str | Sequence[str | None] | None) -> None:
         self.pairs, self.instruction = pairs, instruction
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: Any) -> Any:
-        query, document = (item_of(one, "query", self.instruction) for one in self.pairs[index])
+        told = self.instruction
+        told = told if told is None or isinstance(told, str) else told[index]
+        query, document = (item_of(one, "query", told) for one in self.pairs[index])
         return Item(query.content, "query", query.instruction, document.content)
 
     def __iter__(self) -> Iterator[Item]:
@@ -106,7 +108,7 @@ class Reranker:
         self,
         pairs: Sequence[Pair],
         *,
-        instruction: str | None = None,
+        instruction: str | Sequence[str | None] | None = None,
         scale: Scale = "probability",
         token_budget: int | None = None,
         share_prefix: Literal["auto", "off"] = "auto",
@@ -117,7 +119,7 @@ class Reranker:
         Args:
             pairs: (query, document) each; either may be anything that `Embedder.encode` takes. A query may bring its
                 own `instruction`.
-            instruction: of all queries that bring none; None: the prompt's.
+            instruction: of all queries that bring none, or one a pair; None: the prompt's.
             scale: "probability" of being relevant, or the "logit" behind it: no pair of either is 0 or 1 by rounding.
             token_budget, share_prefix, show_progress: as of `Embedder.encode`. Give the documents of a query one behind
                 another or not: pairs of one query are found.
@@ -130,6 +132,8 @@ class Reranker:
         """
         if scale not in ("probability", "logit"):
             raise MmembedError(f"scale: there is no '{scale}'; {nearest(scale, ['probability', 'logit'])}")
+        if not (instruction is None or isinstance(instruction, str)) and len(instruction) != len(pairs):
+            raise MmembedError(f"instruction: {len(instruction)} instructions for {len(pairs)} pairs; give one each")
         if any(isinstance(pair, str | bytes) or len(pair) != 2 for pair in pairs):
             raise MmembedError("pairs: give (query, document) each")
         logits = self._encoder.encode(

@@ -93,7 +93,7 @@ class EmbeddingModel(nn.Module):
         backbone: PreTrainedModel | PeftModel,
         family: Family,
         pooling: Pooling,
-        projection: nn.Module | None,
+        projection: nn.Linear | Head | None,
         normalize: bool,
         settings: EmbedderSettings,
     ) -> None:
@@ -116,6 +116,8 @@ class EmbeddingModel(nn.Module):
     @property
     def embedding_size(self) -> int:
         """E, the size of a vector."""
+        if isinstance(self.projection, Head):
+            return self.projection.logits
         return self.projection.out_features if isinstance(self.projection, nn.Linear) else self.pooling.embedding_size
 
     @property
@@ -489,7 +491,7 @@ def assemble(
     last = vars(type(pooling))["name"] == "last_token"
     append_eos = prompt.append_eos if prompt.append_eos is not None else last
     module = apply_adapter(backbone, settings.adapter or {"type": "none"}, settings.freeze)
-    projection: nn.Linear | None = None
+    projection: nn.Linear | Head | None = None
     if settings.head is not None:
         projection = HEADS.build(block_of(settings.head), hidden_size=pooling.embedding_size)
     elif settings.projection is not None:

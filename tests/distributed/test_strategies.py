@@ -143,3 +143,34 @@ def test_the_yaml_of_several_processes_trains_one(config_file, tmp_path):  # noq
     assert main([*run_of(config_file, tmp_path, "one", 8), *LORA, *MANY]) == 0
     launch("ddp", *run_of(config_file, tmp_path, "two", 8), *LORA, *MANY, processes=1)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
+
+
+RERANKER = """
+model: {{name_or_path: {backbone}, dtype: float32}}
+head: {{type: yes_no, words: [a, b]}}
+prompt: {{type: judge, words: [a, b]}}
+adapter: {{type: lora, r: 4, alpha: 8, dropout: 0.0}}
+lengths: {{query_max_length: 200, document_max_length: 100}}
+objective: {{type: ranking, loss: infonce}}
+data: {{root: {data}, train_group_size: 2, train: [{{path: mixed.jsonl}}], dev: [{{path: dev.jsonl, name: dev}}]}}
+training: {{per_device_train_batch_size: 4, max_steps: 3, warmup_steps: 0, logging_steps: 1, save_strategy: "no",
+  token_budget: 512, disable_tqdm: true, adam_epsilon: 1, learning_rate: 1e-2, lr_scheduler_type: constant}}
+"""
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero3", "fsdp2"])
+def test_a_reranker_has_one_trajectory(backbone, data, tmp_path, strategy):  # noqa: F811
+    """Of pairs with and without pictures; the saved head is whole."""
+    from recipes import train_reranker
+
+    path = tmp_path / "run.yaml"
+    path.write_text(RERANKER.format(backbone=backbone, data=data))
+    whole, divided = ["--config", str(path), f"training.output_dir={tmp_path / 'one'}"], tmp_path / "two"
+    assert train_reranker.main(whole) == 0
+    arguments = ["--config", str(path), f"training.output_dir={divided}", "training.per_device_train_batch_size=2"]
+    launch(strategy, *arguments, command="recipes/train_reranker.py")
+    assert losses(divided) == pytest.approx(losses(tmp_path / "one"), abs=2e-4)
+    ours, theirs = weights(divided), weights(tmp_path / "one")
+    assert ours.keys() == theirs.keys() and any(name.startswith("pooling") for name in ours)
+    for name, one in theirs.items():
+        torch.testing.assert_close(ours[name], one, atol=2e-4, rtol=0, msg=name)

@@ -215,3 +215,41 @@ def test_a_picture_that_an_endpoint_can_not_take(tmp_path):
     model.load(MediaStore(tmp_path))
     with pytest.raises(MmembedError, match="sends texts and pictures"):
         model._parts(Item({"video": ["a.png"]}, None, None, "x:1"), "")
+
+
+@pytest.mark.parametrize("rescore", ["candidates", "chosen"])
+def test_a_reranker_as_teacher(mining, tmp_path, texts, rescore, capsys):
+    """Its scores are those of Reranker itself, of texts and of a picture among the documents."""
+    from mmembed import Embedder, Reranker
+    from mmembed.models.checkpoint import save_checkpoint
+    from mmembed.models.embedding_model import EmbedderSettings, build_from_settings
+
+    settings = EmbedderSettings(
+        "mmembed-nano", dtype="float32", pooling="last_token", normalize=False,
+        prompt={"type": "judge", "words": ["ok", "no"]}, head={"type": "yes_no", "words": ["ok", "no"]},
+    )  # fmt: skip
+    folder = tmp_path / "judge"
+    save_checkpoint(folder, *build_from_settings(settings))
+    records = read_lines(texts / "train.jsonl")
+    PIL.Image.new("RGB", (48, 48), (200, 30, 30)).save(texts / "red.png")
+    records[0]["documents"][0]["content"] = [{"image": "red.png"}, "a red square"]
+    records[1]["instruction"] = "Find the colour"
+    write_lines(texts / "train.jsonl", records[:6])
+    block = {"type": "reranker", "model": str(folder), "dtype": "float32"}
+    changes = {"teacher": block, "rescore": rescore, "scores": "teacher", "retriever": "mmembed"}
+    assert main(["--config", str(mining(**changes))]) == 0
+    judge = Reranker.from_pretrained(folder, dtype="float32", device="cpu")
+    mined = read_lines(tmp_path / "out" / "train.jsonl")
+    assert not all(isinstance(one["content"], str) for one in mined[0]["documents"])
+    for record in mined:
+        pairs = [(record["query"], document["content"]) for document in record["documents"]]
+        scores = [document["score"] for document in record["documents"]]
+        expected = judge.score(pairs, scale="logit", instruction=record.get("instruction"))
+        assert scores == pytest.approx(expected.tolist(), abs=1e-4)
+        if rescore == "candidates":
+            assert scores[1:] == sorted(scores[1:], reverse=True)
+    embedder = tmp_path / "embedder"
+    Embedder(*build_from_settings(EmbedderSettings("mmembed-nano", dtype="float32"))).save(embedder)
+    changed = mining(**{**changes, "teacher": {**block, "model": str(embedder)}}, output=str(tmp_path / "other"))
+    assert main(["--config", str(changed)]) == 2
+    assert "is no folder of a reranker" in capsys.readouterr().err
