@@ -66,12 +66,30 @@ def with_owners(
         similarity: of two queries.
     """
     owner, column = np.nonzero(positives >= 0)
-    owned = positives[owner, column]  # (pairs,) rows of the corpus
+    numbers = first + np.arange(len(candidates.rows))
+    return with_owning(candidates, queries, every_query, owner, positives[owner, column], numbers, similarity)
+
+
+def with_owning(
+    candidates: Candidates,
+    queries: Vectors,
+    every_query: Vectors,
+    owner: Rows,
+    owned: Rows,
+    numbers: Rows,
+    similarity: Similarity = "cosine",
+) -> Candidates:
+    """`with_owners` of a list instead of a table, which thousands of positives of one query would widen for all.
+
+    Args:
+        owner, owned: (K,) a query of all, and a row of the corpus that it owns.
+        numbers: (Q,) which of all queries the Q ones are.
+    """
     by_row = np.argsort(owned, kind="stable")
     starts = np.searchsorted(owned[by_row], np.arange(candidates.corpus + 1))
     rows, owner = candidates.rows, owner[by_row]
     many = np.where(candidates.valid, np.diff(starts)[rows], 0)  # (Q, C) owners of each candidate
-    here = first + np.arange(len(rows))[:, None]
+    here = numbers[:, None]
     found = np.full(rows.shape, -np.inf, np.float32)
     for nth in range(int(many.max(initial=0))):
         table = np.full(rows.shape, -1, np.int64)  # the nth owner of each candidate

@@ -25,6 +25,7 @@ def retrieve(
     keys: NDArray[np.uint64] | None = None,
     contents: NDArray[np.int64] | None = None,
     clusters: NDArray[np.int64] | None = None,
+    barred: Rows | None = None,
     spare: bool = True,
     index: FaissIndex | None = None,
     **search: Any,
@@ -35,9 +36,9 @@ def retrieve(
         queries, corpus, similarity, dim: as `mmembed.search.top_k` takes them.
         positives: (Q, P) rows of the known positives, -1 where a query has fewer.
         depth: candidates a query, at most.
-        keys, contents, clusters: as `Candidates.of` takes them.
-        spare: search P rows deeper, so that `depth` are left without the positives. Copies (`contents`) can still
-            leave fewer.
+        keys, contents, clusters, barred: as `Candidates.of` takes them.
+        spare: search P rows deeper, and as many more as are barred, so that `depth` are left without these. Copies
+            (`contents`) can still leave fewer.
         index: search in this one, which is over `corpus`; None: exact search.
         search: `device`, `products`, `corpus_rows`, `block_bytes`, `show_progress` of exact search.
 
@@ -50,7 +51,8 @@ def retrieve(
     positives = np.asarray(positives, np.int64)
     if positives.ndim != 2:
         raise MmembedError(f"mining: positives of shape {positives.shape}; give (Q, P), -1 where a query has fewer")
-    size, wanted = len(Stored(corpus, similarity, "corpus", dim)), depth + (positives.shape[1] if spare else 0)
+    known = positives.shape[1] + (0 if barred is None else barred.shape[1])
+    size, wanted = len(Stored(corpus, similarity, "corpus", dim)), depth + (known if spare else 0)
     if size < wanted:
         raise MmembedError(
             f"mining: {depth} candidates beside {wanted - depth} known positives of a corpus of {size}; ask for "
@@ -66,5 +68,6 @@ def retrieve(
     found = Candidates.of(
         hits.indices, hits.scores, positives, size,
         keys=keys, positive_scores=positive_scores, contents=contents, clusters=clusters,
+        barred=barred,
     )  # fmt: skip
     return found.first(depth)

@@ -24,8 +24,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,13 @@ from numpy.typing import NDArray
 from mmembed.config.blocks import DataConfig, EmbedderConfig, MiningConfig
 from mmembed.content import Document, Example
 from mmembed.data.batch_plan import Draw
-from mmembed.data.collate import KNOWN_POSITIVES, content_key, document_keys
+from mmembed.data.collate import content_key, document_keys
 from mmembed.data.dataset import MixedDataset, RecordDataset, media_store
 from mmembed.data.streaming import Source, open_source
 from mmembed.errors import CheckpointError, ConfigError, MmembedError
 from mmembed.media import build_once, default_cache_dir
 from mmembed.mining import MINERS, Miner, check_rules, mine
-from mmembed.mining.owner_similarity import with_owners
+from mmembed.mining.owner_similarity import with_owning
 from mmembed.mining.retrieval import retrieve
 from mmembed.models.folder import read_tensors
 from mmembed.objectives import Objective
@@ -52,6 +52,7 @@ from mmembed.training.supply import named_parts
 
 FILE, REQUEST, MODEL, LOG, FOLDER = "mined.safetensors", "request.json", "model", "log.txt", "mining"
 POLL = 0.2  # seconds
+CELLS = 2**22  # candidates and known positives that are in memory at a time
 OF_LAUNCHERS = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_")
 
 
@@ -59,21 +60,41 @@ OF_LAUNCHERS = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "T
 class Corpus:
     """The documents of one source, each distinct content once.
 
+    Of M distinct queries; some have one positive, others thousands, so these are a list and no table.
+
     place: (C, 2) the record that a document is of, and its number there.
-    positives: (N, P) the documents that are no negatives of a record: positives of its query, known from any record,
-        and the query's own content; -1 where there are fewer.
     contents: (C,) equal for documents of one id.
-    queries: (N,) keys of the queries.
+    query: (N,) which of the distinct queries a record asks.
+    keys: (M,) of the queries.
+    own: (M,) the document that is the query's own content, -1 where there is none.
+    starts: (M + 1,) `positives` of query m begin at starts[m] and end before starts[m + 1].
+    positives: (K,) documents, known from any record of the query.
     """
 
     place: NDArray[np.int32]
-    positives: NDArray[np.int64]
     contents: NDArray[np.int64]
-    queries: NDArray[np.uint64]
+    query: NDArray[np.int64]
+    keys: NDArray[np.uint64]
+    own: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    positives: NDArray[np.int64]
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(self.contents.tobytes() + self.positives.tobytes()).hexdigest()
+        arrays = (self.contents, self.query, self.own, self.starts, self.positives)
+        return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
+
+    @property
+    def known(self) -> NDArray[np.int64]:
+        """(N,) how many positives the query of a record has."""
+        return np.diff(self.starts)[self.query]
+
+    def positives_of(self, records: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(n,) records -> (n, P) documents, -1 where a query has fewer."""
+        starts, known = self.starts[self.query[records]], self.known[records]  # (n,) each
+        places = np.arange(known.max(initial=0))  # (P,)
+        there = places < known[:, None]  # (n, P)
+        return np.where(there, self.positives[np.where(there, starts[:, None] + places, 0)], -1)
 
 
 @dataclass(frozen=True)
@@ -141,28 +162,28 @@ def corpus_of(source: RecordDataset) -> Corpus:
         place: list[tuple[int, int]] = []
         identity: list[int] = []
         answers: dict[int, dict[int, None]] = {}  # query -> documents
+        asked: list[int] = []
         for row in range(len(source)):
             example = source[row]
-            known = answers.setdefault(content_key(example.query), {})
+            asked.append(content_key(example.query))
+            known = answers.setdefault(asked[-1], {})
             for index, document in enumerate(example.documents):
                 content, same_as = document_keys(document)
                 number = numbers.setdefault(content, len(place))
                 if number == len(place):
                     place.append((row, index))
                     identity.append(same_as)
-                if document.relevance > 0 and len(known) < KNOWN_POSITIVES:
+                if document.relevance > 0:
                     known[number] = None
-        queries = [content_key(source[row].query) for row in range(len(source))]
-        for key, known in answers.items():
-            if key in numbers:  # the query's own content
-                known[numbers[key]] = None
-        own = [list(answers[key]) for key in queries]
-        width = max(map(len, own))
+        distinct = {key: query for query, key in enumerate(answers)}
         arrays: dict[str, NDArray[Any]] = {
             "place": np.array(place, np.int32),
-            "positives": np.array([row + [-1] * (width - len(row)) for row in own], np.int64),
             "contents": np.array(identity, np.int64),
-            "queries": np.array(queries, np.int64).view(np.uint64),
+            "query": np.array([distinct[key] for key in asked], np.int64),
+            "keys": np.array(list(answers), np.int64).view(np.uint64),
+            "own": np.array([numbers.get(key, -1) for key in answers], np.int64),
+            "starts": np.cumsum([0, *map(len, answers.values())]),
+            "positives": np.array([number for known in answers.values() for number in known], np.int64),
         }
         for name, array in arrays.items():
             np.save(work / f"{name}.npy", array)
@@ -170,7 +191,7 @@ def corpus_of(source: RecordDataset) -> Corpus:
 
     code = hashlib.sha256(Path(__file__).read_bytes() + source.fingerprint.encode()).hexdigest()[:24]
     folder = build_once(default_cache_dir() / "mining" / code, build)
-    return Corpus(*(np.load(folder / f"{name}.npy") for name in ("place", "positives", "contents", "queries")))
+    return Corpus(**{field.name: np.load(folder / f"{field.name}.npy") for field in fields(Corpus)})
 
 
 def mine_sources(
@@ -203,18 +224,43 @@ def _found(
     seed: int,
 ) -> NDArray[np.int32]:
     """(N, count) documents of one source."""
-    known = corpus.positives.shape[1]
-    depth = min(mining.depth, len(documents) - known)
-    if depth < 1 or len(documents) < mining.negatives:
+    known = corpus.known
+    if len(documents) < mining.negatives or known.min() >= len(documents):
         raise MmembedError(
-            f"data.mining: source '{name}' has {len(documents)} documents, up to {known} of them positives of one "
-            f"query, which leaves no {mining.negatives} negatives. Lower negatives, or remove the source"
+            f"data.mining: source '{name}' has {len(documents)} documents, at least {known.min()} of them positives of "
+            f"each query, which leaves no {mining.negatives} negatives. Lower negatives, or remove the source"
         )
-    candidates = retrieve(queries, documents, corpus.positives, depth, keys=corpus.queries, contents=corpus.contents)
     rules = rules_of(mining)
-    if any("owners" in rule.reads for rule in rules):
-        candidates = with_owners(candidates, queries, queries, corpus.positives)
-    return mine(candidates, rules, mining.negatives, seed).astype(np.int32)
+    reads_owners = any("owners" in rule.reads for rule in rules)
+    each = queries[np.unique(corpus.query, return_index=True)[1]] if reads_owners else queries  # (M, E) distinct ones
+    owner = np.repeat(np.arange(len(corpus.own)), np.diff(corpus.starts))  # (K,)
+    found = np.empty((len(queries), mining.negatives), np.int32)
+    for records in _alike(known, mining.depth):
+        positives, numbers = corpus.positives_of(records), corpus.query[records]
+        candidates = retrieve(
+            queries[records], documents, positives, min(len(documents), mining.depth + positives.shape[1] + 1),
+            keys=corpus.keys[numbers], contents=corpus.contents, barred=corpus.own[numbers, None], spare=False,
+        ).first(mining.depth)  # fmt: skip
+        if reads_owners:
+            candidates = with_owning(candidates, queries[records], each, owner, corpus.positives, numbers)
+        found[records] = mine(candidates, rules, mining.negatives, seed)
+    return found
+
+
+def _alike(known: NDArray[np.int64], depth: int) -> Iterator[NDArray[np.int64]]:
+    """Records in groups whose searches are of about one depth and whose tables hold about `CELLS`.
+
+    >>> [group.tolist() for group in _alike(np.array([1, 90, 1, 2, 80]), depth=10)]
+    [[0, 2, 3], [4, 1]]
+    """
+    order = np.argsort(known, kind="stable")
+    widths = depth + known[order]
+    start = 0
+    while start < len(order):
+        stop = int(np.searchsorted(widths, 2 * widths[start], "right"))
+        stop = min(stop, start + max(1, CELLS // int(widths[stop - 1])))
+        yield order[start:stop]
+        start = stop
 
 
 def _vectors(

@@ -56,10 +56,11 @@ def letters(corpus, numbers) -> set[str]:
 
 def test_the_corpus_holds_each_content_once_and_knows_all_positives_of_a_query(source) -> None:
     corpus = corpus_of(source)
-    known = [letters(corpus, row) for row in corpus.positives.tolist()]
-    assert known == [{"a", "d"}, {"b"}, {"c"}, {"a", "d"}, {"f", "e"}, {"e", "a"}]  # `e` is a query, too
+    known = [letters(corpus, row) for row in corpus.positives_of(np.arange(6)).tolist()]
+    assert known == [{"a", "d"}, {"b"}, {"c"}, {"a", "d"}, {"f"}, {"e", "a"}]
+    assert [letters(corpus, [row]) for row in corpus.own[corpus.query].tolist()] == [*[set()] * 4, {"e"}, set()]
     assert corpus.contents[2] == corpus.contents[3] and len({*corpus.contents.tolist()}) == 7  # one class
-    assert corpus.queries[0] == corpus.queries[3]
+    assert corpus.query.tolist() == [0, 1, 2, 0, 3, 4] and corpus.known.tolist() == [2, 1, 1, 2, 1, 2]
 
 
 def vectors(monkeypatch, source, seed=0, size=6):
@@ -79,14 +80,90 @@ def test_what_is_mined_is_the_nearest_that_answers_no_such_query(source, monkeyp
     assert mined.step == 7 and mined.rows.keys() == {3}
     scores = queries @ documents.T
     for query, row in enumerate(mined.rows[3].tolist()):
-        positives = {number for number in corpus.positives[query].tolist() if number >= 0}
-        barred = {corpus.contents[number] for number in positives}
+        gone = [*corpus.positives_of(np.array([query]))[0].tolist(), int(corpus.own[corpus.query[query]])]
+        barred = {corpus.contents[number] for number in gone if number >= 0}
         allowed = [number for number in range(len(documents)) if corpus.contents[number] not in barred]
         best: list[int] = []
         for number in sorted(allowed, key=lambda one: -scores[query, one]):
             if corpus.contents[number] not in {corpus.contents[one] for one in best}:
                 best.append(number)
         assert row == best[:2]
+
+
+def source_of(tmp_path, records) -> RecordDataset:
+    (tmp_path / "some.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
+    config = build_config({"data": {"train": [{"path": "some.jsonl"}]}})
+    return RecordDataset(config.data.train[0], root=tmp_path, cache_dir=tmp_path / "cache")
+
+
+def names(source, corpus, numbers) -> list[str]:
+    places = [corpus.place[number].tolist() for number in numbers if number >= 0]
+    return [source[row].documents[index].content[0].text for row, index in places]
+
+
+@pytest.mark.parametrize("cells", [module.CELLS, 40])
+def test_no_positive_of_a_query_with_hundreds_is_its_negative(tmp_path, monkeypatch, cells) -> None:
+    """Two records share 150 positives, nearest to their query; the others' are searched as deep as before."""
+    monkeypatch.setattr(module, "CELLS", cells)
+    halves = [[{"content": f"p{number}"} for number in range(start, start + 75)] for start in (0, 75)]
+    records = [{"query": "many", "documents": half} for half in halves]
+    records += [{"query": f"q{number}", "documents": [{"content": f"d{number}"}]} for number in range(30)]
+    source = source_of(tmp_path, [records[2], *records[:2], *records[3:]])
+    corpus, depths = corpus_of(source), []
+    assert corpus.known.tolist() == [1, 150, 150, *[1] * 29] and len(corpus.positives) == 180
+    generator = np.random.default_rng(0)
+    queries = generator.normal(size=(32, 8)).astype(np.float32)
+    documents = generator.normal(size=(180, 8)).astype(np.float32)
+    many = [place for place, name in enumerate(names(source, corpus, range(180))) if name.startswith("p")]
+    queries[2] = queries[1]
+    documents[many] = queries[1] + documents[many] / 9
+    monkeypatch.setattr(module, "_vectors", lambda *of: (queries, documents))
+    retrieve = module.retrieve
+    monkeypatch.setattr(module, "retrieve", lambda *given, **more: depths.append(given[3]) or retrieve(*given, **more))
+    mining = MiningConfig(rules=("top_k",), depth=20, negatives=8)
+    rows = mine_sources(mining, {0: source}, {0: corpus}, Encoder(None, None, 0, ""), 0, 0).rows[0]
+    assert (rows >= 0).all() and (rows[1] == rows[2]).all()
+    for record, row in enumerate(rows):
+        found = names(source, corpus, row)
+        assert not any(name.startswith("p") for name in found) or record not in (1, 2)
+        assert not {document.content[0].text for document in source[record].documents} & {*found}
+    assert sorted({*depths}) == [22, 171] and (len(depths) > 2) is (cells == 40)
+
+
+def test_a_query_all_of_whose_documents_are_answers_keeps_its_own(tmp_path, monkeypatch) -> None:
+    records = [{"query": "all", "documents": [{"content": one} for one in "abcd"]}, *RECORDS[1:3]]
+    records[1] = {"query": "q1", "documents": [{"content": "b"}]}
+    source = source_of(tmp_path, records)
+    corpus = corpus_of(source)
+    generator = np.random.default_rng(0)
+    found = generator.normal(size=(3, 4)).astype(np.float32), generator.normal(size=(4, 4)).astype(np.float32)
+    monkeypatch.setattr(module, "_vectors", lambda *of: found)
+    mining = MiningConfig(rules=("top_k",), depth=4, negatives=3)
+    rows = mine_sources(mining, {0: source}, {0: corpus}, Encoder(None, None, 0, ""), 0, 0).rows[0]
+    assert (rows < 0).tolist() == [[True] * 3, [False] * 3, [False] * 3]
+    every = source_of(tmp_path, [records[0], {"query": "q", "documents": [{"content": one} for one in "dcba"]}])
+    with pytest.raises(MmembedError, match="has 4 documents, at least 4 of them positives of each query"):
+        mine_sources(mining, {0: every}, {0: corpus_of(every)}, Encoder(None, None, 0, ""), 0, 0)
+
+
+def test_a_document_that_shows_a_query_is_nobodys_for_that(tmp_path, monkeypatch) -> None:
+    """`x0` .. are queries, and documents that answer none: owner_similarity chooses positives of others alone."""
+    records = [
+        {"query": f"q{one}", "documents": [{"content": f"d{one}"}, {"content": f"x{one}", "relevance": 0}]}
+        for one in range(6)
+    ]
+    records += [{"query": f"x{one}", "documents": [{"content": f"e{one}"}]} for one in range(6)]
+    source = source_of(tmp_path, records)
+    corpus, generator = corpus_of(source), np.random.default_rng(1)
+    found = [generator.normal(size=(count, 8)).astype(np.float32) for count in (12, 18)]
+    monkeypatch.setattr(module, "_vectors", lambda *of: found)
+    mining = MiningConfig(rules=("owner_similarity",), depth=12, negatives=8)
+    rows = mine_sources(mining, {0: source}, {0: corpus}, Encoder(None, None, 0, ""), 0, 0).rows[0]
+    chosen = [names(source, corpus, row) for row in rows]
+    assert not any(name.startswith("x") for row in chosen for name in row)
+    mining = MiningConfig(rules=("top_k",), depth=18, negatives=16)
+    rows = mine_sources(mining, {0: source}, {0: corpus}, Encoder(None, None, 0, ""), 0, 0).rows[0]
+    assert [{*names(source, corpus, rows[6 + one])} & {f"x{one}", f"e{one}"} for one in range(6)] == [set()] * 6
 
 
 def test_mined_ones_take_the_place_of_a_records_own(source) -> None:
