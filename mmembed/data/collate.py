@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     import PIL.Image
 
 UNPACKED = 2  # budgets that the last hidden states of a packed chunk may take: these are padded again, for the pooling
-KNOWN_POSITIVES = 64  # at most so many positives of a query are compared with each candidate
 
 
 @dataclass(frozen=True)
@@ -412,8 +411,7 @@ def _update_image(digest: hashlib.blake2b, image: Image) -> None:
 def _positive_keys(examples: Sequence[Example]) -> Tensor:
     """(Q, P, 2): rows with fewer positives repeat their first; one without, the query itself, which never counts."""
     keys = [
-        [document_keys(document) for document in example.documents if document.relevance > 0][:KNOWN_POSITIVES]
-        for example in examples
+        [document_keys(document) for document in example.documents if document.relevance > 0] for example in examples
     ]
     keys = [row or [(content_key(one.query),) * 2] for row, one in zip(keys, examples, strict=True)]
     width = max(len(row) for row in keys)

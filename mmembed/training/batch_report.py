@@ -29,6 +29,7 @@ from mmembed.training.memory import gradient_bytes, optimizer_bytes, trained_par
 from mmembed.training.supply import check_supply, named_parts, shortages
 
 APART = "the pairs differ by dropout, each input has masks of its own"
+WIDE = 2**26  # bytes of known positives of a batch that are worth a word
 LABELLED_TASKS = (Task.CLASSIFICATION, Task.CLUSTERING)
 
 
@@ -126,7 +127,7 @@ def batch_report(
             )
     lines += _batch_lines(config, plan, first, objective, preprocessor, accumulation, lockstep)
     _, _, emptied = count_cut([first])
-    warnings += prompt_alone(emptied, config)
+    warnings += prompt_alone(emptied, config) + many_positives(first, plan.world_size)
     apart = first.labels.source in sources_apart(datasets)
     lines.append("  " + _sharing(first, unshared or (APART if apart else None)))
     predicts = objective.part_for(first.labels.source, first.labels.task).predicts
@@ -209,6 +210,19 @@ def prompt_alone(emptied: int, config: EmbedderConfig) -> list[str]:
         f"the prompt alone fills the limit of {emptied:,} inputs: nothing is left of their texts; raise "
         f"lengths.query_max_length ({lengths.query_max_length}) or document_max_length "
         f"({lengths.document_max_length}), or shorten the instruction"
+    ]
+
+
+def many_positives(batch: Batch, processes: int) -> list[str]:
+    """A warning where one query has so many positives that telling them from in-batch negatives takes much memory."""
+    queries, positives, _ = batch.labels.positive_keys.shape
+    size = batch.labels.positive_keys.nbytes * processes
+    if size < WIDE:
+        return []
+    return [
+        f"a query of the first batch ('{batch.labels.source}') has {positives:,} positives: to mask them among the "
+        f"in-batch negatives each process holds as many for each of {queries * processes:,} queries, "
+        f"{size / 2**20:,.0f} MB a few times; divide such records, or lower training.per_device_train_batch_size"
     ]
 
 

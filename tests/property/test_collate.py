@@ -17,6 +17,7 @@ from mmembed.data.collate import Collator, content_key, document_keys, plan_chun
 from mmembed.errors import RecordError
 from mmembed.media import MediaStore
 from mmembed.models.embedding_model import EmbedderSettings, build_from_settings
+from mmembed.objectives.relations import Relations
 from mmembed.preprocess import Row
 
 PICTURE = Image("picture.png")
@@ -116,6 +117,16 @@ def test_labels_carry_what_a_teacher_said_and_the_task(preprocessor):
     torch.testing.assert_close(labels.scores, torch.tensor([-3.5, math.nan, 2.0]), equal_nan=True)
     assert labels.task is Task.RERANKING
     assert labels.to("cpu").scores.shape == labels.owner.shape
+
+
+def test_any_of_a_querys_positives_is_no_negative_of_it(preprocessor):
+    """However many it has: here the last of 100 is another query's positive, in the batch."""
+    many, other = example(0, positives=100, negatives=0), example(1, negatives=0)
+    last = dataclasses.replace(other, documents=(many.documents[-1],))
+    seed = next(seed for seed in range(9) if collator(preprocessor, seed=seed)._group(many) != [many.documents[-1]])
+    labels = collator(preprocessor, seed=seed)([many, last, example(2, negatives=0)]).labels
+    valid = Relations.gather(labels, across=False).matrix(slice(None), slice(None), mask_duplicates=True)[1]
+    assert valid.tolist() == [[True, False, True], [True] * 3, [True] * 3]
 
 
 def graded(*relevances, where="f:1", task=Task.STS):

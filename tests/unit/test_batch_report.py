@@ -17,7 +17,7 @@ from mmembed.errors import ConfigError
 from mmembed.losses import LOSSES, Scores
 from mmembed.objectives import build_objective
 from mmembed.preprocess import Row
-from mmembed.training.batch_report import _batch_lines, check_sources
+from mmembed.training.batch_report import _batch_lines, check_sources, many_positives
 
 ROOT = Path(__file__).parents[2]
 NUMBERS = itertools.count()
@@ -132,3 +132,12 @@ def test_the_report_counts_negatives_that_a_query_meets(across, in_batch, remote
     own = 2.0 if in_batch else 0.0
     assert f"1.0 hard negatives a query, {own} in-batch negatives of this process (" in line
     assert f") and {remote} of others at most" in line
+
+
+def test_thousands_of_positives_of_one_query_are_named_with_what_they_cost():
+    keys = torch.zeros(64, 40_000, 2, dtype=torch.long)
+    labels = BatchLabels(torch.zeros(0), torch.zeros(0), keys[0, :0], keys[:, 0, 0], keys, True, "some")
+    batch = Batch(64, 0, (), torch.zeros(64, dtype=torch.long), labels)
+    (warning,) = many_positives(batch, 2)
+    assert "'some') has 40,000 positives" in warning and "of 128 queries, 78 MB a few times" in warning
+    assert many_positives(batch, 1) == []
