@@ -6,13 +6,13 @@
 A round is a run of `recipes.train_embedder` whose config has `data.mining`: it starts from the last round's embedder,
 which mines before the first step, and goes on from its weights. `training.output_dir` holds a folder a round, `round-1`
 and so on; the last is the result. The same command again passes over finished rounds and goes on in the one that was
-stopped. Exit status: 0 done, 2 refused, 75 stopped: start the same command again.
+stopped; a command with other settings, or over other records, than a finished round had is refused. Exit status: 0
+done, 2 refused, 75 stopped: start the same command again.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -23,10 +23,9 @@ if __name__ == "__main__" and __package__ is None:  # run as a file: its folder 
 
 from mmembed.arguments import Parser
 from mmembed.config import load_config
+from mmembed.config.blocks import EmbedderConfig
 from mmembed.errors import ConfigError
 from recipes.train_embedder import exit_status, train
-
-logger = logging.getLogger("train_rounds")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,6 +44,7 @@ def train_rounds(config: str, overrides: Sequence[str], rounds: int) -> Path:
 
     Raises:
         ConfigError: no rounds, or a config that mines nothing.
+        CheckpointError: a round is finished, and was made with other settings or records.
     """
     whole = load_config(config, overrides)
     if rounds < 1:
@@ -55,11 +55,39 @@ def train_rounds(config: str, overrides: Sequence[str], rounds: int) -> Path:
     for number in range(1, rounds + 1):
         start = [] if number == 1 else [f"model.name_or_path={folder}"]
         folder = Path(whole.training.output_dir, f"round-{number}")
-        if (folder / "metrics.json").exists():  # written last
-            logger.info("round %d of %d is done: %s", number, rounds, folder)
-            continue
-        train(load_config(config, [*overrides, *start, f"training.output_dir={folder}"]))
+        of_round = load_config(config, [*overrides, *start, f"training.output_dir={folder}"])
+        done = (folder / "metrics.json").exists()  # written last
+        if done:
+            check_done(of_round, folder)
+        else:
+            train(of_round)
+        say(f"round {number} of {rounds} {'was done before' if done else 'is done'}: {folder}")
+    say(f"the result: {folder}")
     return folder
+
+
+def check_done(config: EmbedderConfig, folder: Path) -> None:
+    """Raises CheckpointError where the run that ended in `folder` had other settings or records."""
+    from mmembed.data.dataset import media_store
+    from mmembed.data.streaming import open_source
+    from mmembed.models.continuing import inherit_settings
+    from mmembed.training.arguments import training_arguments
+    from mmembed.training.checkpoints import check_finished
+
+    args, config = training_arguments(config), inherit_settings(config)
+    seed = args.seed if args.data_seed is None else args.data_seed
+    media = media_store(config.data)
+    with args.main_process_first(desc="reading the data"):
+        sources = [open_source(source, config.data, media, seed) for source in config.data.train]
+    check_finished(
+        folder, config, args, [{"name": one.name, "rows": one.size, "digest": one.digest()} for one in sources]
+    )
+
+
+def say(line: str) -> None:
+    """Prints it once, whatever the number of processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -110,13 +110,36 @@ def check_same_data(checkpoint: Path, sources: Sequence[dict[str, Any]], config:
     Raises:
         CheckpointError: with the source, and what to do; a warning where the checkpoint was asked for by its path.
     """
-    lines = []
-    for old, new in zip(read_run(checkpoint)["sources"], sources, strict=False):  # their number is of the config
-        if old["rows"] != new["rows"]:
-            lines.append(f"data source '{new['name']}': {_rows(old)} in the checkpoint, {_rows(new)} now")
-        elif old["digest"] != new["digest"]:
-            lines.append(f"data source '{new['name']}': its records are others than they were, or in another order")
-    _refuse(checkpoint, lines, named=_asked(config) not in _WORDS)
+    _refuse(checkpoint, _other_data(read_run(checkpoint)["sources"], sources), named=_asked(config) not in _WORDS)
+
+
+def check_finished(
+    folder: Path, config: EmbedderConfig, args: TrainingArguments, sources: Sequence[dict[str, Any]]
+) -> None:
+    """Refuses to take the result of a run for that of another one: what decides a trajectory has to be what it was.
+
+    Args:
+        folder: of a run that has ended.
+        config, args: of the run that would be there now, `inherit_settings` applied.
+        sources: name, rows and digest of each, as `training_run.json` has them.
+
+    Raises:
+        CheckpointError: with what differs.
+    """
+    saved, run = read_run(folder), describe_run(config, args)
+    lines = _other_settings(saved["config"], run["config"])
+    rows, own = saved["global_batch_size"], saved.get("of_sources", {})
+    batches = {"all sources": (rows, run["global_batch_size"])} | {
+        f"'{name}'": (own.get(name, rows), run["of_sources"].get(name, run["global_batch_size"]))
+        for name in sorted(own.keys() | run["of_sources"].keys())
+    }
+    lines += [f"a batch of {of}: {old} rows then, {new} now" for of, (old, new) in batches.items() if old != new]
+    lines += _other_data(saved["sources"], sources)
+    if lines:
+        raise CheckpointError(
+            f"{folder}: is finished, under other settings:\n  " + "\n  ".join(lines) + "\nSet these back, give another "
+            "training.output_dir, or delete the folder, and those that follow from it, to train it anew"
+        )
 
 
 def last_checkpoint(output_dir: str | Path) -> Path:
@@ -203,15 +226,30 @@ def _chosen(config: EmbedderConfig, args: TrainingArguments) -> Path | None:
             "with; start another run from it (model.name_or_path) in another training.output_dir"
         )
     _check_batches(found, saved, run)
-    before, now = _flat(saved["config"]), _flat(run["config"])
-    lines = [
-        f"{key}: {before.get(key, '(not set)')!r} in the checkpoint, {now.get(key, '(not set)')!r} now"
+    _refuse(found, _other_settings(saved["config"], run["config"]), named=asked not in _WORDS)
+    logger.info("going on from %s", found)
+    return found
+
+
+def _other_settings(saved: dict[str, Any], run: dict[str, Any]) -> list[str]:
+    """What of two configs differs and decides a trajectory, a line each; batches are compared as rows."""
+    before, now = _flat(saved), _flat(run)
+    return [
+        f"{key}: {before.get(key, '(not set)')!r} then, {now.get(key, '(not set)')!r} now"
         for key in sorted(before.keys() | now.keys())
         if key not in _FREE and not _OWN_BATCH.fullmatch(key) and before.get(key) != now.get(key)
     ]
-    _refuse(found, lines, named=asked not in _WORDS)
-    logger.info("going on from %s", found)
-    return found
+
+
+def _other_data(saved: Sequence[dict[str, Any]], sources: Sequence[dict[str, Any]]) -> list[str]:
+    """Which sources hold other records; their number is of the config."""
+    lines = []
+    for old, new in zip(saved, sources, strict=False):
+        if old["rows"] != new["rows"]:
+            lines.append(f"data source '{new['name']}': {_rows(old)} then, {_rows(new)} now")
+        elif old["digest"] != new["digest"]:
+            lines.append(f"data source '{new['name']}': its records are others than they were, or in another order")
+    return lines
 
 
 def _refuse(checkpoint: Path, lines: Sequence[str], named: bool) -> None:

@@ -163,8 +163,8 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(config_file, d
         return capsys.readouterr().err
 
     found = refusal("training.max_steps=4", "objective.temperature={value: 0.2, learn: true}")
-    assert "training.max_steps: 2 in the checkpoint, 4 now" in found
-    assert "objective.temperature.value: 0.1 in the checkpoint, 0.2 now" in found and "output_dir: " not in found
+    assert "training.max_steps: 2 then, 4 now" in found
+    assert "objective.temperature.value: 0.1 then, 0.2 now" in found and "output_dir: " not in found
     assert "training.output_dir" in found and f"resume_from_checkpoint={out / 'checkpoint-2'}" in found
     found = refusal("training.per_device_train_batch_size=4")
     assert "8 rows (1 processes x 8), now it would have 4 (1 x 4)" in found
@@ -174,7 +174,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs(config_file, d
     text.write_text("\n".join(lines[1:25]) + "\n")
     assert "others than they were" in refusal()
     text.write_text("\n".join(lines[:25]) + "\n")
-    assert "24 records in the checkpoint, 25 records now" in refusal()
+    assert "24 records then, 25 records now" in refusal()
     text.write_text("\n".join(lines[:24]) + "\n")
     allowed = ["training.logging_steps=2", "training.save_total_limit=2", "training.save_steps=1"]
     assert main(command(config_file, out, *train, *allowed)) == 0
@@ -188,7 +188,7 @@ def test_a_named_checkpoint_goes_on_under_new_settings_with_a_warning(config_fil
     named = f"training.resume_from_checkpoint={out / 'checkpoint-2'}"
     assert main(command(config_file, out, *SAVED, "training.max_steps=3", named)) == 0
     assert len(losses(out)) == 3
-    assert "training.max_steps: 2 in the checkpoint, 3 now" in caplog.text
+    assert "training.max_steps: 2 then, 3 now" in caplog.text
 
 
 def test_weights_alone_are_nothing_to_go_on_from_but_a_stop_saves_all(config_file, tmp_path, stop_in_step, capsys):

@@ -19,7 +19,7 @@ def rounds(config_file, folder, *more: str) -> int:
     return main(["--config", str(config_file), "--rounds", "2", *SHORT, f"training.output_dir={folder}", *more])
 
 
-def test_a_round_begins_where_the_one_before_ended_and_mines_with_it(config_file, tmp_path, stop_in_step):
+def test_a_round_begins_where_the_one_before_ended_and_mines_with_it(config_file, tmp_path, stop_in_step, capsys):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert rounds(config_file, whole) == 0
     first, second = whole / "round-1", whole / "round-2"
@@ -34,8 +34,33 @@ def test_a_round_begins_where_the_one_before_ended_and_mines_with_it(config_file
         pair = [load_file(folder / name / "adapter_model.safetensors") for folder in (whole, stopped)]
         assert same(*pair), name
     before = (second / "adapter_model.safetensors").stat().st_mtime_ns
-    assert rounds(config_file, whole) == 0
+    capsys.readouterr()
+    assert rounds(config_file, whole, "training.logging_steps=3") == 0
     assert (second / "adapter_model.safetensors").stat().st_mtime_ns == before, "nothing is left to do"
+    said = capsys.readouterr().out.splitlines()
+    assert said[-3:] == [
+        f"round 1 of 2 was done before: {first}",
+        f"round 2 of 2 was done before: {second}",
+        f"the result: {second}",
+    ]
+    refused_where_a_finished_round_was_another(config_file, whole, capsys)
+
+
+def refused_where_a_finished_round_was_another(config_file, whole, capsys) -> None:
+    """By setting, batch and record; a round that is not there yet does not hide those that are."""
+    for changes, said in (
+        (["training.learning_rate=0.5", "training.output_dir=" + str(whole)], "training.learning_rate: "),
+        (["data.mining.depth=7", "--rounds", "3"], "data.mining.depth: 8 then, 7 now"),
+        (["training.per_device_train_batch_size=2"], "a batch of all sources: 8 rows then, 2 now"),
+        (
+            ["data.train=[{path: text.jsonl, max_examples: 39}]"],
+            "data source 'text.jsonl': 40 records then, 39 records",
+        ),
+    ):
+        assert rounds(config_file, whole, *changes) == 2
+        error = capsys.readouterr().err
+        assert f"{whole / 'round-1'}: is finished, under other settings:\n  " in error and said in error
+        assert "output_dir:" not in error and not (whole / "round-3").exists()
 
 
 def test_rounds_that_would_mine_nothing_are_refused(config_file, tmp_path, capsys):
