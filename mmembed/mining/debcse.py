@@ -6,7 +6,8 @@
 
 Miao et al., "DebCSE" (arXiv 2309.07396): pairs drawn by a simple rule are biased, by words and length for example, so
 each is weighted by the inverse of how likely that rule is to draw it: negatives that share words with the query and
-mean something else weigh most, and positives that share none and mean the same (`positive_weights`). The equations
+mean something else weigh most, and positives that share none and mean the same. Those are drawn of the candidates of
+sentences without labels by `positive_weights`, a function for scripts (docs/mining.md has one). The equations
 are our reading of the abstract; no code is released. `shared_words` is a surface similarity; any in [0, 1] will do.
 
 When: texts, similarity tasks, and embedders that go by shared words.
@@ -44,9 +45,23 @@ class DebCse(Miner):
         return drawn / np.maximum(weights, 1e-9)  # what shares nothing comes last
 
 
-def positive_weights(scores: Floats, surface: Floats, floor: float = 0.1) -> NDArray[np.float64]:
-    """Of candidates for positives, (Q, C): meaning / max(surface, floor)."""
-    return _ratio(_meaning(scores, np.ones(scores.shape, bool)), surface.astype(np.float64), floor)
+def positive_weights(candidates: Candidates, floor: float = 0.1) -> NDArray[np.float64]:
+    """How much each candidate weighs as a positive: meaning / max(surface, floor).
+
+    Args:
+        candidates: with `surface`; their scores must be cosines.
+        floor: no weight is above 1 / floor.
+
+    Returns:
+        (Q, C), 0 behind the last candidate.
+
+    Raises:
+        MmembedError: candidates without a surface, or scores that are no cosines.
+    """
+    if candidates.surface is None:
+        raise MmembedError("mining.debcse: the candidates have no surface; give it to Candidates.of")
+    weights = _ratio(_meaning(candidates.scores, candidates.valid), candidates.surface, floor)
+    return np.where(candidates.valid, weights, 0.0)
 
 
 def shared_words(left: str, right: str) -> float:

@@ -4,7 +4,8 @@ L = mean_{i, j} lambda d_ij + (1 - lambda) max(0, margin - d_ij),   d_ij = | q_i
 m_ij = lambda p_i + (1 - lambda) p_j on the unit sphere,   lambda ~ Beta(2, 2), one a step
 
 (arXiv 2106.04990; the mixing of embeddings and its loss are read in the released code, whose distances are those of
-pytorch-metric-learning: unit vectors, Euclidean.) j are the pairs that are no match of i. The mixtures lie where no
+pytorch-metric-learning: unit vectors, Euclidean.) j are the pairs that are no match of i; with `hardest` k, those of
+them whose positives are the k nearest to q_i, as the paper mines negatives to mix. The mixtures lie where no
 sample is, so that the space between a positive and a negative has an order too. There the term has weight 0.4 beside
 the margin loss of the samples themselves; here it stands beside any objective: `[{type: infonce}, {type: metrix,
 weight: 0.4}]`. Mixing of inputs and of features, which the paper has as well, is not here: texts have no mean. Lambda
@@ -22,6 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mmembed.objectives.aligned import Aligned, Pairs, generator_at
+from mmembed.registry import Positive
 
 
 class Metrix(Aligned):
@@ -29,6 +31,7 @@ class Metrix(Aligned):
 
     Args:
         margin: distance from which on a negative share repels no more, 0.5 in the released code.
+        hardest: negatives a query that are mixed, the nearest ones; None: all of the batch.
         seed: of the shares.
     """
 
@@ -37,9 +40,11 @@ class Metrix(Aligned):
     least_pairs = 2
     step: Tensor
 
-    def __init__(self, margin: Annotated[float, Field(gt=0)] = 0.5, seed: int = 0) -> None:
+    def __init__(
+        self, margin: Annotated[float, Field(gt=0)] = 0.5, hardest: Positive | None = None, seed: int = 0
+    ) -> None:
         super().__init__()
-        self.margin, self.seed = margin, seed
+        self.margin, self.hardest, self.seed = margin, hardest, seed
         self.register_buffer("step", torch.zeros(1, dtype=torch.long))
 
     def term(self, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
@@ -47,7 +52,7 @@ class Metrix(Aligned):
         share = float(drawn.median())
         distances = mixed_distances(*pairs.unit, share)  # (N, N)
         pull, push = pull_and_push(distances, share, self.margin)
-        others = ~pairs.same
+        others = ~pairs.same if self.hardest is None else nearest(*pairs.unit, ~pairs.same, self.hardest)
         loss = ((pull + push) * others).sum() / others.sum().clamp_min(1)
         return loss, {"mixed_distance": ((distances * others).sum() / others.sum().clamp_min(1)).detach()}
 
@@ -73,6 +78,17 @@ def mixed_distances(queries: Tensor, positives: Tensor, share: float) -> Tensor:
     tiny = torch.finfo(products.dtype).eps
     cosines = products / lengths.clamp_min(tiny).sqrt()
     return _root(2 - 2 * cosines)
+
+
+def nearest(queries: Tensor, positives: Tensor, others: Tensor, count: int) -> Tensor:
+    """Of the pairs `others` (N, N) of each query, the `count` whose positives are most similar to it.
+
+    >>> nearest(torch.eye(2)[:1], torch.tensor([[1.0, 0], [0.6, 0.8], [0, 1]]), torch.tensor([[0, 1, 1]]) > 0, 1)
+    tensor([[False,  True, False]])
+    """
+    similarities = (queries.detach() @ positives.detach().T).masked_fill(~others, -torch.inf)  # (N, N)
+    best = similarities.topk(min(count, similarities.shape[1]), dim=1).indices
+    return others & torch.zeros_like(others).scatter_(1, best, True)
 
 
 def pull_and_push(distances: Tensor, share: float, margin: float) -> tuple[Tensor, Tensor]:

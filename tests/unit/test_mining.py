@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -233,10 +235,27 @@ def test_debcse_weighs_surface_against_meaning():
     first = mine(candidates, [MINERS.build("debcse")], 1)[:, 0]
     weights = surface / ((1 + cosines) / 2)  # 1.0 and 1 / 3
     assert (first == 0).mean() == pytest.approx(weights[0] / weights.sum(), abs=0.02)
-    np.testing.assert_allclose(positive_weights(np.array([[0.6, 0.6]]), np.array([[0.4, 0.0]])), [[2.0, 8.0]])
     assert shared_words("", "") == 0 and shared_words("Red BUS", "bus red") == 1
     with pytest.raises(MmembedError, match="search by cosine"):
         mine(candidates.rescored(candidates.scores * 9), [MINERS.build("debcse")], 1)
+
+
+def test_positives_weigh_by_meaning_over_surface():
+    some = np.array([[5, 6, -1]]), np.array([[0.6, 0.6, 0.0]]), np.array([[0]])
+    candidates = Candidates.of(*some, 9, surface=np.array([[0.4, 0.0, 0.0]]))
+    np.testing.assert_allclose(positive_weights(candidates), [[2.0, 8.0, 0.0]])
+    with pytest.raises(MmembedError, match="have no surface; give it to Candidates.of"):
+        positive_weights(Candidates.of(*some, 9))
+
+
+def test_the_example_of_positives_on_the_page_of_mining(rng):
+    page = (Path(__file__).parents[2] / "docs" / "mining.md").read_text(encoding="utf-8")
+    code = page.split("## DebCSE's positives")[1].split("```python\n")[1].split("```")[0]
+    vectors = rng.standard_normal((5, 8)).astype(np.float32)
+    names = {"embedder": SimpleNamespace(encode=lambda sentences: vectors[: len(sentences)])}
+    exec(code, names)
+    assert names["weights"].shape == (5, 4) and (names["weights"] > 0).all()
+    assert (names["positives"] != names["own"]).all() and (names["positives"] >= 0).all()
 
 
 def test_stages_of_mcl(rng):

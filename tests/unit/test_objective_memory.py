@@ -107,22 +107,23 @@ def test_known_positives_in_the_queue_do_not_mix() -> None:
     assert objective(queries, documents, labels)[0] == 0
 
 
-def test_metrix_against_loops() -> None:
-    """Pairs that share a positive are no match to mix with."""
+@pytest.mark.parametrize("hardest", [None, 2, 99])
+def test_metrix_against_loops(hardest) -> None:
+    """Pairs that share a positive are no match to mix with; of the others the nearest `hardest` are mixed."""
     queries, documents, labels = batch(negatives=0)
     keys = labels.document_keys.clone()
     keys[1] = keys[0]
     twins = replace(labels, document_keys=keys, positive_keys=keys.unsqueeze(1))
-    objective = build_objective({"type": "metrix", "margin": 1.0}, 8)
+    objective = build_objective({"type": "metrix", "margin": 1.0, "hardest": hardest}, 8)
     share = torch.rand(3, generator=torch.Generator().manual_seed(0)).median().item()
     q, p = (functional.normalize(one.vectors, dim=1) for one in (queries, documents))
     losses = []
     for i in range(5):
-        for j in range(5):
-            if i != j and {i, j} != {0, 1}:
-                mixed = functional.normalize(share * p[i] + (1 - share) * p[j], dim=0)
-                distance = (q[i] - mixed).norm().item()
-                losses.append(share * distance + (1 - share) * max(0.0, 1.0 - distance))
+        others = [j for j in range(5) if i != j and {i, j} != {0, 1}]
+        for j in sorted(others, key=lambda j: -float(q[i] @ p[j]))[:hardest]:
+            mixed = functional.normalize(share * p[i] + (1 - share) * p[j], dim=0)
+            distance = (q[i] - mixed).norm().item()
+            losses.append(share * distance + (1 - share) * max(0.0, 1.0 - distance))
     assert objective(queries, documents, twins)[0].item() == pytest.approx(sum(losses) / len(losses), abs=1e-5)
     first = step(objective, (queries, documents, twins))[0]
     assert step(objective, (queries, documents, twins))[0] != first  # another share
