@@ -79,7 +79,7 @@ class MediaStore:
         self.also = tuple(Path(folder) for folder in also)
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         folders = self.also if self.root is None else (self.root, *self.also)
-        self._allowed = tuple(folder.resolve() for folder in folders)
+        self._allowed = tuple(dict.fromkeys(folder.resolve() for folder in folders))
         self._sizes: dict[str, tuple[int, int]] = {}
         self._tables: dict[Path, _PictureTable] = {}
 
@@ -247,7 +247,8 @@ class MediaStore:
                 kind="outside the media folders",
             )
         if not is_file:
-            message = f"{_label(source)}: there is no such file ({path}); check the path and the media root"
+            there = "" if str(path) == source else f" ({path})"
+            message = f"{_label(source)}: there is no such file{there}; check the path and the media root"
             raise MediaError(message, kind="missing")
         return resolved
 

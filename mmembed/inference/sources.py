@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmembed.content import CONTENT_KEYS
-from mmembed.data.format_base import read_json_lines
+from mmembed.data.format_base import COMPRESSED, read_json_lines
 from mmembed.data.records import check_unicode, content_to_json, parse_content, parse_record, parse_string
 from mmembed.errors import MmembedError, RecordError, nearest
 
@@ -26,12 +26,14 @@ _LINE_KEYS = (*CONTENT_KEYS, "id", "_id", "title")
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One thing to encode. `content` is JSON content: paths of media, not pixels."""
+    """One thing to encode. `content` is JSON content: paths of media, not pixels. Without `named`, its id is its place
+    in the source."""
 
     id: str
     content: Any
     where: str
     instruction: str | None = None
+    named: bool = True
 
     def summary(self) -> dict[str, Any]:
         """What a person needs to recognise it: `text` and `image` where it has them."""
@@ -68,6 +70,8 @@ def count_entries(source: str | Path, field: Field = "documents") -> int | None:
     path = Path(source)
     if path.is_dir():
         return len(_image_files(path))
+    if path.suffix in COMPRESSED:
+        return None
     with path.open("rb") as lines:
         if field == "documents" and b'"documents"' in next(lines, b""):
             return None
@@ -127,9 +131,12 @@ def _read_lines(path: Path, field: Field) -> Iterator[Entry | RecordError]:
 def _of_record(row: Mapping[str, Any], where: str, field: Field, number: int) -> list[Entry]:
     example = parse_record(row, where)
     if field == "query":
-        return [Entry(example.id or str(number), content_to_json(example.query), where, example.instruction)]
+        name, content = example.id or str(number), content_to_json(example.query)
+        return [Entry(name, content, where, example.instruction, example.id is not None)]
     return [
-        Entry(document.id or f"{number}.{index}", content_to_json(document.content), where)
+        Entry(
+            document.id or f"{number}.{index}", content_to_json(document.content), where, named=document.id is not None
+        )
         for index, document in enumerate(example.documents)
     ]
 
@@ -155,4 +162,5 @@ def _of_line(row: dict[str, Any], where: str, number: int, has_table: bool) -> E
     name = str(row.get("id", row.get("_id", number)))
     check_unicode(name, "the id", where)
     instruction = parse_string(row, "instruction", where)
-    return Entry(name, content["text"] if content.keys() == {"text"} else content, where, instruction)
+    plain = content["text"] if content.keys() == {"text"} else content
+    return Entry(name, plain, where, instruction, "id" in row or "_id" in row)

@@ -11,25 +11,27 @@ When: the default guard against false negatives. It assumes scores that spread: 
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from mmembed.mining import Candidates, Mask, Miner
-from mmembed.registry import Weight
 
 
 class PercentOfPositive(Miner):
     """Candidates that score some percent less than the positive.
 
     Args:
-        percent: 5 by NV-Retriever.
+        percent: 5 by NV-Retriever; 0 to 100.
     """
 
     name = "percent_of_positive"
     role = "filter"
     reads = frozenset({"positive_scores"})
 
-    def __init__(self, percent: Weight = 5.0) -> None:
+    def __init__(self, percent: Annotated[float, Field(ge=0, le=100)] = 5.0) -> None:
         self.percent = percent
 
     def keep(self, candidates: Candidates) -> Mask:

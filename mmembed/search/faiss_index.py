@@ -40,7 +40,7 @@ class FaissIndex:
         corpus: (N, W) vectors, as `mmembed.search.top_k` takes them.
         kind: "flat" (exact), "ivf" (clusters) or "hnsw" (a graph; built on one thread, so that two are the same).
         similarity, dim: as `top_k` takes them.
-        device: "cpu", or "cuda" for FAISS built for GPUs (flat and IVF).
+        device: "cpu", or "cuda" or "cuda:1" for FAISS built for GPUs (flat and IVF).
         saved: a file of `save` to read, instead of building: of the same corpus and options (`probes` may differ).
         options: of IVF: `lists` (default 4 sqrt(N)), `probes` (default lists / 16). Of HNSW: `links` (default 32),
             `effort` of building and search (default 128).
@@ -73,13 +73,12 @@ class FaissIndex:
         if not len(self.rows):
             raise MmembedError("faiss: a corpus without vectors")
         self.options, self.device = self._complete(options), device
-        if device != "cpu":
-            self._check_gpu()
+        gpu = None if device == "cpu" else check_gpu(kind, device)
         self.index = self._build() if saved is None else self._read(Path(saved))
         if kind == "ivf":
             self.index.nprobe = self.options["probes"]
-        if device != "cpu":
-            self.index = self.faiss.index_cpu_to_gpu(self.faiss.StandardGpuResources(), 0, self.index)
+        if gpu is not None:
+            self.index = self.faiss.index_cpu_to_gpu(self.faiss.StandardGpuResources(), gpu, self.index)
 
     def save(self, path: str | Path) -> None:
         """Writes the index, of a GPU too as one of a CPU: the whole file or none.
@@ -177,11 +176,21 @@ class FaissIndex:
         origin = {"kind": self.kind, "similarity": self.similarity, "size": self.rows.size, "count": count, **options}
         return {**origin, "vectors": blake2b(rows.tobytes(), digest_size=8).hexdigest()}
 
-    def _check_gpu(self) -> None:
-        if "StandardGpuResources" not in vars(self.faiss):
-            raise MmembedError("faiss: this build is for CPUs only; pip install faiss-gpu-cu12, or device 'cpu'")
-        if self.kind == "hnsw":
-            raise MmembedError("faiss: HNSW has no GPU index; take 'flat' or 'ivf', or device 'cpu'")
+
+def check_gpu(kind: Kind, device: str) -> int:
+    """The number of the GPU that "cuda" or "cuda:1" names.
+
+    Raises:
+        MmembedError: another device, FAISS not for GPUs, an index that has none.
+    """
+    name, _, number = device.partition(":")
+    if name != "cuda" or not (number or "0").isdecimal():
+        raise MmembedError(f"faiss: there is no device '{device}'; give 'cpu' or 'cuda'")
+    if "StandardGpuResources" not in vars(_faiss()):
+        raise MmembedError("faiss: this build is for CPUs only; pip install faiss-gpu-cu12, or device 'cpu'")
+    if kind == "hnsw":
+        raise MmembedError("faiss: HNSW has no GPU index; take 'flat' or 'ivf', or device 'cpu'")
+    return int(number or 0)
 
 
 def _origin_of(path: Path) -> dict[str, Any]:

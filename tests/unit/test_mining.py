@@ -86,7 +86,7 @@ def by_loops(block: dict, candidates: Candidates, query: int) -> list[int]:
             {"type": "margin", "margin": 0.1},
             {"type": "margin", "margin": 0.0},
             {"type": "percent_of_positive", "percent": 5.0},
-            {"type": "percent_of_positive", "percent": 150.0},
+            {"type": "percent_of_positive", "percent": 100.0},
             {"type": "threshold", "most": 0.4, "least": -0.3},
             {"type": "rank_window", "first": 2, "last": 5},
             {"type": "mcl"},
