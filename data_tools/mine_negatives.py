@@ -6,6 +6,8 @@ A run that was killed, at any moment, goes on where it was when the same command
 and a teacher's scores are kept in shards below OUTPUT/work (`data_tools.mining.shards`), each under a digest of what it
 depends on: contents, model, settings. One process at a time works in an output folder; the lock of one that died is
 free. The records of each source are put in place whole. docs/mining.md has the config.
+
+Exit status: 0 done, 2 refused, 130 stopped by Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
@@ -14,12 +16,15 @@ import errno
 import json
 import logging
 import os
+import re
 import shlex
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mmembed.arguments import Parser
 from mmembed.errors import MmembedError
@@ -29,6 +34,7 @@ if TYPE_CHECKING:
     from data_tools.mining.settings import MiningConfig, MiningSource
     from data_tools.mining.steps import Mined
 
+FRAGMENTS = 1 << 16  # documents whose JSON is kept while records are written, in case another record has them
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -40,7 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the config; they win over the file")
     options = parser.parse_intermixed_args(arguments)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(OwnKeys("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
         from data_tools.mining.settings import load_mining
 
@@ -59,8 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "disk space there, then the same command goes on"
             ) from error
     except MmembedError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {own_keys(str(error))}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -100,38 +111,45 @@ def write(config: MiningConfig, source: MiningSource, found: Collection, mined: 
     counts = {"file": file.name, "records": 0, "negatives": 0, "short": 0, "none": 0}
     with staging(file) as staged:
         with staged.open("wb") as lines:
-            for record in _records(config, found, mined, counts):
-                lines.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            lines.writelines(_records(config, found, mined, counts))
             lines.flush()
             os.fsync(lines.fileno())
         os.replace(staged, file)
     return counts
 
 
-def _records(config: MiningConfig, found: Collection, mined: Mined, counts: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _records(config: MiningConfig, found: Collection, mined: Mined, counts: dict[str, Any]) -> Iterator[bytes]:
+    """Lines of JSON. What is mined is put into a record as text: documents are encoded once, not once a record."""
     by_teacher = config.scores == "teacher"
     scores, known_scores = (mined.judged, mined.known_judged) if by_teacher else (mined.scores, mined.known_scores)
     assert scores is not None and known_scores is not None, "checked with the config"
+    encode, scored = json.JSONEncoder(ensure_ascii=False).encode, config.scores != "none"
+
+    @lru_cache(FRAGMENTS)
+    def fragment(row: int) -> tuple[str, str]:
+        """What stands before and behind the score of a document."""
+        (item,) = found.items("corpus", [row])
+        head = f'{{"content": {encode(item.content)}, "relevance": 0.0'
+        return head, f', "id": {encode(item.id)}}}' if item.id is not None and found.named[row] else "}"
+
     for number, (record, rows) in enumerate(found.records()):
         query = int(found.query_of[number])
         chosen = [place for place, row in enumerate(mined.negatives[query].tolist()) if row >= 0]
-        if config.scores != "none":
+        if scored:
             known = dict(zip(mined.known[query].tolist(), known_scores[query].tolist(), strict=True))
             for document, row in zip(record["documents"], rows.tolist(), strict=True):
                 document["score"] = known[row]
-        ids = {document.get("id") for document in record["documents"]}
-        for place, item in zip(chosen, found.items("corpus", mined.negatives[query, chosen]), strict=True):
-            document = {"content": item.content, "relevance": 0.0}
-            if config.scores != "none":
-                document["score"] = float(scores[query, place])
-            if item.id is not None and item.id not in ids:  # of another file it may name another document
-                document["id"] = item.id
-            record["documents"].append(document)
+        documents = [encode(document) for document in record["documents"]]
+        for place in chosen:
+            head, tail = fragment(int(mined.negatives[query, place]))
+            documents.append(f'{head}, "score": {float(scores[query, place])!r}{tail}' if scored else head + tail)
         counts["records"] += 1
         counts["negatives"] += len(chosen)
         counts["short"] += len(chosen) < config.negatives
         counts["none"] += not chosen
-        yield record
+        texts = {key: encode(value) for key, value in record.items() if key != "documents"}
+        texts["documents"] = f"[{', '.join(documents)}]"
+        yield f"{{{', '.join(f'{encode(key)}: {texts[key]}' for key in record)}}}\n".encode()
 
 
 @contextmanager
@@ -160,12 +178,38 @@ def only_one(output: Path) -> Iterator[None]:
 
 def _training(config: MiningConfig, output: Path, media: list[str]) -> list[str]:
     """What to train with: the overrides that name these records and the folder of their media."""
-    sources = ", ".join(f"{{path: {source.file}.jsonl}}" for source in config.sources)
+    sources = ", ".join(_source(source) for source in config.sources)
     overrides = [f"data.root={output.absolute()}", f"data.train=[{sources}]"]
     if media:
         overrides.append(f"data.media_root={os.path.commonpath([str(Path(file).parent) for file in media])}")
     return [f"train on them with: {shlex.join(overrides)}"]
 
 
+def _source(source: MiningSource) -> str:
+    """As training reads it: instructions of queries stand in the records, that of documents does not."""
+    if source.document_instruction is None:
+        return f"{{path: {source.file}.jsonl}}"
+    instruction = json.dumps(source.document_instruction, ensure_ascii=False)
+    return f"{{path: {source.file}.jsonl, document_instruction: {instruction}}}"
+
+
+def own_keys(message: str) -> str:
+    """A message of parts that training shares, with the keys that a config of mining has."""
+    message = re.sub(r"(?<![\w./-])data\.(on_bad_record|media_limits|media_root|root)\b", r"\1", message)
+    return re.sub(r" \(--[\w-]+ of a command, MediaLimits in Python\)", "", message)
+
+
+class OwnKeys(logging.Formatter):
+    """Of warnings that those parts give."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return own_keys(super().format(record))
+
+
+def _stop(*_: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _stop)  # as Ctrl-C
     sys.exit(main())

@@ -1,8 +1,9 @@
 """What was mined, to judge before training on it: report.json and report.html beside the records.
 
-A negative is suspected to be false where a judge scores it at least as high as the lowest of its query's positives. The
-judge is the teacher; without one it is the retriever itself, which then only says what its own rules let through. The
-page is one file: charts are SVG, pictures are inlined as small JPEGs.
+A negative is suspected to be false where a judge scores it at least as high as the lowest of its query's positives;
+every one that is written is judged. The judge is the teacher; without one it is the retriever. Where the rules chose by
+the judge's scores, too, it only says what they let through, and the page says so. The page is one file: charts are SVG,
+pictures are inlined as small JPEGs.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ TEMPLATE = Path(__file__).with_name("report_template.html")
 THUMBNAIL = 132  # pixels of the longer side
 TEXT = 280  # characters of a text that is shown
 SHOWN = 4  # pictures a content
+SAMPLES = 4  # of all that was mined, spread over the queries
 BINS = 40
 PERCENTILES = (5, 25, 50, 75, 95)
 Floats = NDArray[np.float32]
@@ -40,27 +42,33 @@ Floats = NDArray[np.float32]
 def audit(
     config: MiningConfig, title: str, found: Collection, mined: Mined, media: MediaStore, written: dict[str, Any]
 ) -> dict[str, Any]:
-    """The entry of a source in report.json; `shown` holds its examples with pictures, for the page alone."""
+    """The entry of a source in report.json; `shown` and `sampled` hold examples with pictures, for the page alone."""
     there = mined.negatives >= 0
     judged, known_judged = mined.judged, mined.known_judged
     judge = "teacher" if judged is not None else "retriever"
     negative_judged, known = (mined.scores, mined.known_scores) if judged is None else (judged, known_judged)
     assert known is not None, "a judge scores positives, too"
     gap = negative_judged - mined.least(known)[:, None]  # (Q, K) >= 0: suspected
-    counted = there & np.isfinite(gap)
-    suspected = counted & (gap >= 0)
+    suspected = there & (gap >= 0)
     own_gap = (mined.scores - mined.least(mined.known_scores)[:, None])[there]
     ranks = mined.ranks[there & (mined.ranks >= 0)]
     least_sure = np.where(suspected, gap, -np.inf)
     worst = np.argsort(-least_sure.max(axis=1), kind="stable")[: config.examples]  # the worst one of a query
     shown = [(query, int(least_sure[query].argmax())) for query in worst.tolist() if suspected[query].any()]
     examples = [_example(found, mined, query, place, negative_judged, known) for query, place in shown]
+    samples = [
+        _example(found, mined, query, int(there[query].argmax()), negative_judged, known)
+        for query in _spread_out(there)
+    ]
     right = (mined.known >= 0) & (np.arange(mined.known.shape[1]) < mined.positives)  # (Q, P + B)
     return {
         "source": title,
         **{key: found.summary[key] for key in ("records", "queries", "documents")},
         "skipped": found.summary["skipped"],
-        "duplicates": {"removed": found.summary["duplicates"], "examples": found.summary["duplicate_examples"]},
+        "duplicates": {
+            "removed": found.summary["duplicates"], "examples": found.summary["duplicate_examples"],
+            "negatives_left_out": found.summary["left_out"],
+        },
         "negatives": {
             "written": written["negatives"], "chosen": int(there.sum()), "records_short": written["short"],
             "records_without": written["none"], "random": int(mined.filled.sum()),
@@ -77,17 +85,20 @@ def audit(
             "positive_first": _share(mined.least(mined.known_scores) > mined.first),
         },
         "false_negatives": {
-            "judge": judge, "judged": int(counted.sum()), "suspected": int(suspected.sum()),
-            "rate": _share(suspected[counted]), "queries": int(suspected.any(axis=1).sum()),
+            "judge": judge, "judge_chose": judged is None or config.rescore == "candidates",
+            "judged": int(there.sum()), "suspected": int(suspected.sum()),
+            "rate": _share(suspected[there]), "queries": int(suspected.any(axis=1).sum()),
             "examples": [_plain(one) for one in examples],
         },
+        "samples": [_plain(one) for one in samples],
         "shown": [_pictured(one, media) for one in examples],
+        "sampled": [_pictured(one, media) for one in samples],
     }  # fmt: skip
 
 
 def write_report(config: MiningConfig, sources: Sequence[dict[str, Any]], output: Path) -> None:
     """Writes report.json and report.html."""
-    plain = [{key: value for key, value in source.items() if key != "shown"} for source in sources]
+    plain = [{key: value for key, value in source.items() if key not in ("shown", "sampled")} for source in sources]
     settings = config.model_dump(mode="json", include={"retriever", "search", "rules", "teacher", "negatives", "seed"})
     report = {"settings": settings, "sources": plain}
     write_whole(output / "report.json", (json.dumps(report, ensure_ascii=False, indent=1) + "\n").encode())
@@ -128,6 +139,13 @@ def _example(found: Collection, mined: Mined, query: int, place: int, judged: Fl
         "positive": items[0], "positive_score": float(own[positive]),
         "negative": items[1], "negative_score": float(judged[query, place]), "rank": int(mined.ranks[query, place]) + 1,
     }  # fmt: skip
+
+
+def _spread_out(there: NDArray[np.bool_]) -> list[int]:
+    """Some queries with negatives, at equal distances."""
+    queries = np.flatnonzero(there.any(axis=1))
+    places = np.linspace(0, len(queries) - 1, min(SAMPLES, len(queries))).astype(np.int64)
+    return queries[places].tolist()
 
 
 def _plain(example: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ class _Block(BaseModel):
 class MiningSource(_Block):
     """Records to mine for. Their documents are the corpus, and what is in `corpus` beside them.
 
-    path, format, options, name, instruction, task, max_examples: as of a training source.
+    path, format, options, name, instruction, document_instruction, task, max_examples: as of a training source.
     corpus: `.jsonl` files of documents (a corpus.jsonl of BEIR, lines of content, records) and folders of pictures,
         relative to `root`.
     """
@@ -32,9 +32,15 @@ class MiningSource(_Block):
     options: dict[str, Any] = Field(default_factory=dict)
     name: str = ""
     instruction: str | None = None
+    document_instruction: str | None = None
     task: Task | None = None
     max_examples: Positive | None = None
     corpus: tuple[str, ...] = ()
+
+    @field_validator("corpus", mode="before")
+    @classmethod
+    def _lists(cls, value: Any) -> Any:
+        return _listed(value)
 
     @property
     def title(self) -> str:
@@ -95,7 +101,7 @@ class MiningConfig(_Block):
     scores: which scores the documents of the records get.
     shard: contents encoded at a time; a kill loses so many at most.
     seed: of rules that draw, and of k-means.
-    examples: shown in the report, of each source.
+    examples: suspected false negatives that the report shows, of each source; it shows some of all negatives besides.
     overwrite: put vectors of this retriever in the place of those of another, and these scores of those of another
         teacher.
     """
@@ -119,6 +125,11 @@ class MiningConfig(_Block):
     seed: int = Field(default=0, ge=0)
     examples: int = Field(default=12, ge=0)
     overwrite: bool = False
+
+    @field_validator("sources", "rules", "earlier", mode="before")
+    @classmethod
+    def _lists(cls, value: Any) -> Any:
+        return _listed(value)
 
     @field_validator("retriever", "teacher", "rules")
     @classmethod
@@ -165,6 +176,12 @@ class MiningConfig(_Block):
         return (Path(path) if self.root is None else Path(self.root) / path).absolute()
 
 
+def _listed(value: Any) -> Any:
+    if isinstance(value, str | dict):
+        raise ConfigError(f"found {value!r}; write a list: [{value if isinstance(value, str) else '{...}'}]")
+    return value
+
+
 def load_mining(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> MiningConfig:
     """Reads and checks a config with its blocks. Raises ConfigError; loads no weights."""
     config = load_blocks(MiningConfig, path, overrides, "recipes/configs/mining")
@@ -188,6 +205,8 @@ def _check_blocks(config: MiningConfig) -> None:
             raise ConfigError(f"search.options: index '{index}' has no '{key}'; {hint}")
     if index != "exact" and importlib.util.find_spec("faiss") is None:
         raise ConfigError(f"search.index '{index}': faiss is not installed; pip install faiss-cpu, or use exact")
+    if config.search.device != "cpu":
+        _check_device(config.search)
     RETRIEVERS.build(config.retriever)
     if config.teacher is not None:
         TEACHERS.build(config.teacher)
@@ -208,3 +227,15 @@ def _check_blocks(config: MiningConfig) -> None:
             raise ConfigError(f"rules: '{name}' reads clusters; set clusters to how many there shall be")
     if config.clusters is not None and not any("clusters" in MINERS.build(one).reads for one in config.rules):
         raise ConfigError("clusters: no rule reads them; add cluster_diverse or mcl, or remove it")
+
+
+def _check_device(search: SearchConfig) -> None:
+    from mmembed.inference.devices import check_device
+    from mmembed.search.faiss_index import check_gpu
+
+    try:
+        check_device(search.device)
+        if search.index != "exact":
+            check_gpu(search.index, search.device)
+    except MmembedError as error:
+        raise ConfigError(f"search.device '{search.device}': {error}") from None

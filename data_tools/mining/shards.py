@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 
 from mmembed.errors import MmembedError
 
+_SORTED = json.JSONEncoder(sort_keys=True)  # kept: json.dumps with an option builds one at every call
+
 
 class Shards:
     """An array (N, W) of which every row belongs to one shard.
@@ -152,7 +154,7 @@ def digest(*parts: Any) -> str:
         if isinstance(part, np.ndarray):
             encoded = f"{part.dtype.str}{part.shape}".encode() + np.ascontiguousarray(part).tobytes()
         else:
-            encoded = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode()
+            encoded = part if isinstance(part, bytes) else _SORTED.encode(part).encode()
         state.update(len(encoded).to_bytes(8, "little") + encoded)
     return state.hexdigest()
 

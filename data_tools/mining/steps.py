@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +36,7 @@ from mmembed.mining import MINERS, Candidates, mine
 from mmembed.mining.debcse import shared_words
 from mmembed.mining.mcl import next_stage
 from mmembed.mining.owner_similarity import with_owners
+from mmembed.progress import bar
 from mmembed.quantize import quantize
 from mmembed.search import FaissIndex, Hits, pair_scores, rescore_maxsim, top_k
 from mmembed.search.faiss_index import SEARCH_OPTIONS
@@ -88,7 +87,7 @@ class Models:
     """Retriever and teacher of a run, loaded when something has to be computed with them.
 
     Args:
-        folder: holds what they were when its shards were computed.
+        folder: holds what they were when its shards were computed; without shards it is free for others.
 
     Raises:
         MmembedError: there is no such model, or the folder holds what another one computed.
@@ -98,6 +97,8 @@ class Models:
         self.config, self.folder = config, folder
         self.retriever: Retriever = RETRIEVERS.build(config.retriever)
         self.teacher: Teacher | None = None if config.teacher is None else TEACHERS.build(config.teacher)
+        self._states: dict[str, dict[str, Any]] = {}
+        self._noted: dict[str, bytes] = {}  # what the folder says
         self.of_retriever = self._recognise("retriever", config.retriever, self.retriever)
         self.of_teacher = "" if self.teacher is None else self._recognise("teacher", config.teacher, self.teacher)
 
@@ -108,32 +109,40 @@ class Models:
         if not isinstance(encoder, Encoder | LateInteraction):
             return
         name = "teacher" if one is self.teacher else "retriever"
-        state, now = json.loads(self._file(name).read_bytes()), encoder.probe()
+        state, now = self._states[name], encoder.probe()
         if now is None:
             return
         if not np.isfinite(now).all():
             raise MmembedError(f"{name}: the vector of a fixed text holds NaN or infinity; load the model in float32")
         before = None if state["probe"] is None else np.array(state["probe"])
         if before is None:
-            write_whole(self._file(name), json.dumps({**state, "probe": [round(float(x), 6) for x in now]}).encode())
+            state["probe"] = [round(float(x), 6) for x in now]
         elif before.shape != now.shape or before @ now < SAME_MODEL * np.linalg.norm(before) * np.linalg.norm(now):
             raise MmembedError(
                 f"{self.folder}: holds vectors of another {name} ({len(before)} dimensions) than {state['block']} is "
                 f"now ({len(now)} dimensions); choose another output, or delete {self.folder}"
             )
 
+    def keep(self, name: str) -> None:
+        """Notes whose shards the folder holds. To be called when one is complete."""
+        state = json.dumps(self._states[name]).encode()
+        if state != self._noted.get(name):
+            write_whole(self._file(name), state)
+            self._noted[name] = state
+
     def _recognise(self, name: str, block: TypedBlock | None, one: Retriever | Teacher) -> str:
         found, file = digest(one.fingerprint()), self._file(name)
+        self._states[name] = {"fingerprint": found, "block": block, "probe": None}
         if file.exists():
-            state = json.loads(file.read_bytes())
+            noted = file.read_bytes()
+            state = json.loads(noted)
             if state["fingerprint"] == found:
-                return found
-            if not self.config.overwrite:
+                self._states[name], self._noted[name] = state, noted
+            elif not self.config.overwrite:
                 raise MmembedError(
                     f"{self.folder}: was computed by another {name} ({state['block']}; now {block}, or its files have "
                     "changed); choose another output, or set overwrite: true to compute it again"
                 )
-        write_whole(file, json.dumps({"fingerprint": found, "block": block, "probe": None}).encode())
         return found
 
     def _file(self, name: str) -> Path:
@@ -177,6 +186,10 @@ class SourceMiner:
                         f"{what} '{one.name}' reads {', '.join(sorted(one.reads))}; {side} of '{self.title}' have "
                         f"{kind} (first at {kinds[kind]}): choose another {what}"
                     )
+        if self.config.clusters is not None and len(self.found) < self.config.clusters:
+            raise ConfigError(
+                f"'{self.title}': clusters {self.config.clusters} of {len(self.found)} documents; give fewer"
+            )
         left = len(self.found) - (self.known >= 0).sum(axis=1)
         least, depth = int(left.min()), self.config.search.depth
         if least < depth:
@@ -200,11 +213,11 @@ class SourceMiner:
         clusters = self._clusters()
         shards = self._search()
         parts = []
-        with self._bar("choose", shards.rows, " queries") as bar:
+        with self._bar("choose", shards.rows, " queries") as shown:
             for number in range(len(shards.keys)):
                 span = shards.span(number)
                 parts.append(self._choose(number, span, shards.read(number), clusters))
-                bar.update(span.stop - span.start)
+                shown.update(span.stop - span.start)
         mined = _joined(parts, self.found.positives.shape[1], config.negatives)
         if clusters is not None:
             new = {output: count for output, (_, count) in zip(config.earlier, self.earlier, strict=True)}
@@ -231,7 +244,7 @@ class SourceMiner:
             if missing:
                 self.models.load(one, self.media)
             what = f"encode {side}{' for the teacher' if name == 'teacher' else ''}"
-            with self._bar(what, len(digests), " contents", shards.complete) as bar:
+            with self._bar(what, len(digests), " contents", shards.complete) as shown:
                 for number, span in missing:
                     items = self.found.items(side, range(span.start, span.stop))
                     vectors = encoder.encode(items, role)
@@ -241,7 +254,9 @@ class SourceMiner:
                             f"search.precision 'binary': {vectors.shape[1]} dimensions are no multiple of 8"
                         )
                     shards.write(number, quantize(vectors, precision))
-                    bar.update(len(items))
+                    self.models.keep(name)
+                    shown.update(len(items))
+            self.models.keep(name)  # an earlier process may have died before it did
             made.append(shards.open())
         if made[0].shape[1] != made[1].shape[1]:
             raise MmembedError(
@@ -264,7 +279,7 @@ class SourceMiner:
         ]
         shards = Shards(self.work, "found", len(self.known), search.queries, keys)
         missing = list(shards.missing())
-        with self._bar("search", shards.rows, " queries", shards.complete) as bar:
+        with self._bar("search", shards.rows, " queries", shards.complete) as shown:
             index = self._index() if missing else None
             for number, span in missing:
                 hits, known_scores = self._find(index, span, wanted)
@@ -272,7 +287,9 @@ class SourceMiner:
                 table["row"] = np.concatenate([hits.indices, self.known[span]], axis=1)
                 table["score"] = np.concatenate([hits.scores, known_scores], axis=1)
                 shards.write(number, table)
-                bar.update(span.stop - span.start)
+                self.models.keep("retriever")
+                shown.update(span.stop - span.start)
+        self.models.keep("retriever")
         return shards
 
     def _index(self) -> FaissIndex | None:
@@ -332,8 +349,6 @@ class SourceMiner:
         if self.config.clusters is None:
             remove_stage(output, name)
             return None
-        if len(self.found) < self.config.clusters:
-            raise ConfigError(f"clusters: {self.config.clusters} of {len(self.found)} documents; give fewer")
         own = next_stage(self.vectors[1], self.config.seed, self.config.clusters)
         write_stage(output, name, self.found.corpus_keys, own)
         return joined([*(numbers for numbers, _ in self.earlier), own])
@@ -374,7 +389,7 @@ class SourceMiner:
         own_judged = None
         if judged is not None:
             own_judged = _taken(judged, ranks)
-            if config.scores == "teacher":
+            if filled.any():  # no rule has asked the teacher about them
                 more = self._teach(f"filled-{number:05d}", span, np.where(filled, negatives, -1))
                 own_judged = np.where(filled, more, own_judged)
         elif self.models.teacher is not None:
@@ -442,14 +457,16 @@ class SourceMiner:
         elif missing:
             assert teacher is not None, "there is one"
             self.models.load(teacher, self.media)
-        with self._bar("teacher", int((rows >= 0).sum()), " pairs") as bar:
+        with self._bar("teacher", int((rows >= 0).sum()), " pairs") as shown:
             done = set(range(len(keys))) - {number for number, _ in missing}
-            bar.update(sum(int((rows[shards.span(number)] >= 0).sum()) for number in done))
+            shown.update(sum(int((rows[shards.span(number)] >= 0).sum()) for number in done))
             for number, part_span in missing:
                 part = rows[part_span]
                 places = range(span.start + part_span.start, span.start + part_span.stop)
                 shards.write(number, self._score(places, part))
-                bar.update(int((part >= 0).sum()))
+                self.models.keep("teacher")
+                shown.update(int((part >= 0).sum()))
+        self.models.keep("teacher")
         return np.array(shards.open())
 
     def _score(self, places: range, rows: Rows) -> Floats:
@@ -483,12 +500,13 @@ class SourceMiner:
         if missing:
             self.models.load(teacher, self.media)
         size, done = self.config.shard, len(rows) - len(missing)
-        with self._bar(f"encode {side} for the teacher", len(rows), " contents", done) as bar:
+        with self._bar(f"encode {side} for the teacher", len(rows), " contents", done) as shown:
             for start in range(0, len(missing), size):
                 part = missing[start : start + size]
                 items = self.found.items(side, [row for row, _ in part])
                 store.add([key for _, key in part], teacher.encode(items, role))
-                bar.update(len(part))
+                self.models.keep("teacher")
+                shown.update(len(part))
 
     def _maxsim(self, places: range, rows: Rows) -> Floats:
         scores = np.full(rows.shape, np.nan, np.float32)
@@ -508,15 +526,8 @@ class SourceMiner:
         digests = self.found.query_digests if side == "queries" else self.found.corpus_digests
         return [one.tobytes() for one in digests[rows]]
 
-    @contextmanager
-    def _bar(self, what: str, total: int, unit: str, done: int = 0) -> Iterator[tqdm[Any]]:
-        """A bar with rate and time left; in a log file a line every half a minute."""
-        seconds = 0.1 if sys.stderr.isatty() else 30.0
-        with tqdm(
-            desc=f"{self.title}: {what}", total=total, initial=done, unit=unit, mininterval=seconds, delay=1.0,
-            file=sys.stderr,
-        ) as bar:  # fmt: skip
-            yield bar
+    def _bar(self, what: str, total: int, unit: str, done: int = 0) -> tqdm[Any]:
+        return bar(f"{self.title}: {what}", total, unit, done, delay=1.0)
 
 
 def _check_finite(vectors: Floats, items: Sequence[Item], name: str) -> None:

@@ -1,6 +1,7 @@
 """The command, in this process, on made-up texts: what it writes, what it keeps, what it refuses."""
 
 import json
+import logging
 import os
 import re
 import resource
@@ -16,7 +17,7 @@ import PIL.Image
 import pytest
 import yaml
 
-from data_tools.mine_negatives import main, only_one
+from data_tools.mine_negatives import OwnKeys, main, only_one, own_keys
 from data_tools.mining.retrievers import RETRIEVERS, Item
 from data_tools.mining.settings import MiningConfig, _check_blocks, load_mining
 from mmembed.errors import ConfigError, MmembedError
@@ -209,6 +210,70 @@ def test_a_model_that_is_another_is_named_and_replaced_only_when_told(mining, tm
     assert run(mining(retriever={"type": "bm25", "k1": 2.0})) == 0
 
 
+@pytest.mark.parametrize("name", ["retriever", "teacher"])
+def test_a_model_that_computed_nothing_leaves_the_folder_free(mining, tmp_path, capsys, name):
+    """A typo in the first run; and one under `overwrite`, which would have replaced shards and did not get there."""
+    changes = {"retriever": precomputed(tmp_path)}
+    wrong = {"type": "mmembed", "model": "runs/ther is none"}
+    typo = {"retriever": wrong} if name == "retriever" else {"teacher": {"type": "embedder", "retriever": wrong}}
+    right = changes if name == "retriever" else {**changes, "teacher": {"type": "embedder", "retriever": "mmembed"}}
+    assert "ther is none" in refused(capsys, mining(**{**changes, **typo}))
+    assert run(mining(**right)) == 0
+    assert "ther is none" in refused(capsys, mining(**{**changes, **typo}), "overwrite=true")
+    assert run(mining(**right)) == 0
+    error = refused(capsys, mining(**{**changes, **typo}))
+    assert f"was computed by another {name} (" in error and "ther is none" in error
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda one: one.name)
+def test_a_stop_says_that_the_same_command_goes_on(mining, tmp_path, number):
+    file = mining(retriever=precomputed(tmp_path))
+    code = """
+import runpy, sys
+from data_tools.mining.retrievers.vectors import Vectors
+def wait(self, items, role):
+    import time
+    print("encoding", flush=True)
+    time.sleep(60)
+Vectors.encode = wait
+sys.argv = ["mine_negatives", *sys.argv[1:]]
+runpy.run_module("data_tools.mine_negatives", run_name="__main__")
+"""
+    started = subprocess.Popen(
+        [sys.executable, "-c", code, "--config", str(file)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert started.stdout.readline() == "encoding\n"
+        started.send_signal(number)
+        _, error = started.communicate(timeout=60)
+    finally:
+        started.kill()
+    assert started.returncode == 130
+    assert error.endswith("\nstopped; the same command goes on\n") and "Traceback" not in error
+    assert run(file) == 0
+
+
+def test_progress_in_a_log_file_is_a_line_every_half_a_minute(mining, tmp_path, texts, capsys, monkeypatch):
+    """Bars of records and corpora have a total, and draw as often as the others."""
+    from tqdm import tqdm
+
+    shown = []
+
+    class Noted(tqdm):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            shown.append((self.desc, self.total, self.mininterval))
+
+    monkeypatch.setattr("mmembed.progress.tqdm", Noted)
+    monkeypatch.setenv("MMEMBED_CACHE", str(tmp_path / "cache"))
+    assert run(mining(retriever=precomputed(tmp_path))) == 0
+    totals = {what: total for what, total, _ in shown}
+    assert totals["read train.jsonl"] == 30 and totals["read corpus.jsonl"] == 60
+    assert f"reading {texts / 'train.jsonl'}" in totals
+    assert {seconds for *_, seconds in shown} == {30.0} and len(shown) == 7
+
+
 def test_two_processes_on_one_folder(mining, tmp_path, capsys):
     out = tmp_path / "out"
     hold = f"""
@@ -307,6 +372,13 @@ def test_a_full_disk_keeps_what_is_complete(mining, tmp_path, capsys, limit, mon
         (["sources=[]"], "sources: found"),
         (["retriever={type: openai, url: localhost, model: m}"], "give an http or https address"),
         (["sources=[{path: a}, {path: a.jsonl}]"], "would be written to 'a.jsonl'"),
+        (["rules=top"], r"rules: found 'top'; write a list: \[top\]"),
+        (["rules={type: top_k}"], r"rules: found {'type': 'top_k'}; write a list: \[{...}\]"),
+        (["sources.0.corpus=a.jsonl"], r"sources.0.corpus: found 'a.jsonl'; write a list: \[a.jsonl\]"),
+        (["rules=[{type: percent_of_positive, percent: 500}]"], "percent: found 500"),
+        (["retriever=mmembed", "search.device=gpu"], "search.device 'gpu': device: 'gpu' is not there; known: cpu"),
+        (["retriever=mmembed", "search.device=cuda:70"], "search.device 'cuda:70': device: .* is not there"),
+        (["retriever=mmembed", "search.device=mps", "search.index=flat"], "search.device 'mps': "),
     ],
 )
 def test_a_wrong_config_is_refused_before_anything_is_read(mining, capsys, overrides, message):
@@ -326,6 +398,55 @@ def test_files_and_data_that_are_not_there(mining, capsys):
     assert "there is no such file" in refused(capsys, "nowhere.yaml")
     assert "check the path" in refused(capsys, mining(), "sources.0.path=nowhere.jsonl")
     assert "corpus: there is no" in refused(capsys, mining(), "sources.0.corpus=[nowhere.jsonl]")
+
+
+def test_advice_names_keys_of_this_command(mining, texts, capsys, tmp_path):
+    error = refused(capsys, mining(), "sources.0.path=nowhere.jsonl")
+    assert "check the path, or set root" in error
+    records = read_lines(texts / "train.jsonl")
+    PIL.Image.new("RGB", (40, 40)).save(texts / "0.png")
+    PIL.Image.new("RGB", (40, 40)).save(tmp_path / "1.png")
+    records[3]["query"] = {"image": "0.png"}
+    write_lines(texts / "train.jsonl", records)
+    file = mining(retriever="mmembed")
+    error = refused(capsys, file, "media_limits.max_pixels_decoded=99")
+    assert "raise media_limits.max_pixels_decoded. To go on without such records set on_bad_record: skip" in error
+    records[3]["query"] = {"image": "../1.png"}
+    write_lines(texts / "train.jsonl", records)
+    error = refused(capsys, file)
+    assert "or set media_root to a folder that holds all media" in error
+    warning = logging.LogRecord("x", logging.WARNING, "x.py", 1, "skipped %s", ("a; set data.on_bad_record: x",), None)
+    assert OwnKeys("%(message)s").format(warning) == "skipped a; set on_bad_record: x"
+    assert own_keys("look into /data.root and my/data.root") == "look into /data.root and my/data.root"
+
+
+def test_the_path_of_a_picture_stands_there_once(mining, texts, capsys):
+    records = read_lines(texts / "train.jsonl")
+    records[3]["query"] = {"image": "none.png"}
+    write_lines(texts / "train.jsonl", records)
+    error = refused(capsys, mining(retriever="mmembed"))
+    assert "there is no such file" in error and error.count(str(texts / "none.png")) == 1
+    write_lines(texts / "train.jsonl", records[:3])
+    (texts / "pictures").mkdir()
+    (texts / "pictures" / "bad.png").write_bytes(b"no")
+    error = refused(capsys, mining(retriever="mmembed"), "sources.0.corpus=[pictures]")
+    assert "not a readable image" in error and error.count(str(texts / "pictures" / "bad.png")) == 1
+
+
+def test_too_many_clusters_name_the_source_before_anything_is_encoded(mining, tmp_path, capsys):
+    changes = {"retriever": precomputed(tmp_path), "clusters": 500, "rules": ["cluster_diverse"]}
+    assert "'train.jsonl': clusters 500 of 90 documents; give fewer" in refused(capsys, mining(**changes))
+    assert not list((tmp_path / "out" / "work").rglob("*.rows"))
+
+
+def test_a_teacher_reads_what_its_embedder_reads(mining, texts, capsys):
+    from data_tools.mining.teachers import TEACHERS
+
+    sounds = {"type": "vectors", "queries": "a", "corpus": "b"}
+    for retriever in ("mmembed", {"type": "sentence_transformers", "model": "x"}, sounds):
+        teacher = TEACHERS.build({"type": "embedder", "retriever": retriever})
+        assert teacher.reads == RETRIEVERS.build(retriever).reads
+    assert "audio" not in TEACHERS.build("embedder").reads and "audio" in teacher.reads
 
 
 def test_a_corpus_smaller_than_the_depth(mining, capsys):

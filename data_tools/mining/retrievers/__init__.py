@@ -40,6 +40,8 @@ class Item:
     @property
     def text(self) -> str:
         """Its texts, joined by spaces."""
+        if isinstance(self.content, str):
+            return self.content
         return " ".join(part.text for part in to_content(self.content) if isinstance(part, Text))
 
     def __str__(self) -> str:

@@ -13,6 +13,7 @@ from data_tools.mining.model_files import model_digest
 from data_tools.mining.retrievers import Encoder, Item
 from mmembed.content import Image, Role, Text, to_content
 from mmembed.errors import ConfigError, MmembedError
+from mmembed.inference.devices import check_device
 from mmembed.media import MediaStore
 from mmembed.registry import Positive
 
@@ -53,6 +54,7 @@ class SentenceTransformerModel(Encoder):
     def load(self, media: MediaStore) -> None:
         self._media = media
         if self._model is None:
+            check_device(self.device)
             self._model = load_class("SentenceTransformer")(
                 self.model, device=self.device, local_files_only=True, trust_remote_code=self.trust_remote_code
             )

@@ -21,7 +21,7 @@ class Teacher:
     """Base of all. See `Retriever`."""
 
     name: ClassVar[str]
-    reads: ClassVar[frozenset[str]] = frozenset({"text"})
+    reads: frozenset[str] = frozenset({"text"})
 
     def fingerprint(self) -> Any:
         """What its scores depend on, as JSON. Raises MmembedError where there is no such model."""

@@ -15,6 +15,7 @@ from data_tools.mining.retrievers import Item, text_alone
 from data_tools.mining.retrievers.sentence_transformer import load_class
 from data_tools.mining.teachers import PairTeacher
 from mmembed.errors import ConfigError, MmembedError
+from mmembed.inference.devices import check_device
 from mmembed.media import MediaStore
 from mmembed.registry import Positive
 
@@ -52,6 +53,7 @@ class CrossEncoderTeacher(PairTeacher):
     def load(self, media: MediaStore) -> None:
         if self._model is not None:
             return
+        check_device(self.device)
         self._model = load_class("CrossEncoder")(
             self.model,
             device=self.device,

@@ -18,13 +18,12 @@ class EmbedderTeacher(Teacher):
     """
 
     name: ClassVar[str] = "embedder"
-    reads: ClassVar[frozenset[str]] = frozenset({"text", "image", "video", "audio"})
 
     def __init__(self, retriever: str | dict[str, Any] = "mmembed") -> None:
         built = RETRIEVERS.build(retriever)
         if not isinstance(built, Encoder):
             raise ConfigError(f"teacher.retriever: '{built.name}' has no vectors; name an embedder")
-        self.encoder = built
+        self.encoder, self.reads = built, built.reads
 
     def fingerprint(self) -> Any:
         return [self.name, self.encoder.fingerprint()]

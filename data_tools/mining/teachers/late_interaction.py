@@ -37,7 +37,7 @@ class LateInteraction(Teacher):
     """
 
     name: ClassVar[str] = "late_interaction"
-    reads: ClassVar[frozenset[str]] = MmembedModel.reads
+    reads = MmembedModel.reads
 
     def __init__(
         self,
