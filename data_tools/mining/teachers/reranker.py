@@ -29,7 +29,7 @@ class RerankerTeacher(PairTeacher):
     """
 
     name: ClassVar[str] = "reranker"
-    reads: ClassVar[frozenset[str]] = frozenset({"text", "image", "video"})
+    reads = frozenset({"text", "image", "video"})
 
     def __init__(
         self,
