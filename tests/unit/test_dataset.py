@@ -175,6 +175,18 @@ def test_the_cache_follows_the_file_and_the_settings(tmp_path):
     assert build(tmp_path, SourceConfig(path="r.jsonl", instruction="i"))[0].instruction == "i"
 
 
+def test_the_mapped_file_is_one_of_datasets(tmp_path):
+    """Written and read through pyarrow alone, it is what `datasets` maps, too."""
+    from datasets import Dataset
+
+    write(tmp_path / "r.jsonl", record("a"), record("b"))
+    data = build(tmp_path)
+    (entry,) = (tmp_path / "cache" / "records").glob("*/records.arrow")
+    table = Dataset.from_file(str(entry))
+    assert table.column_names == ["record", "where", "query_key", "positive_key"] and len(table) == len(data) == 2
+    assert [json.loads(row)["query"] for row in table["record"]] == ["a", "b"]
+
+
 def test_the_cache_follows_the_pictures_and_the_code_that_reads_them(tmp_path, monkeypatch):
     """A picture that was good when it was checked and is broken now is found again, not trusted."""
     PIL.Image.effect_noise((50, 50), 90).save(tmp_path / "a.png")

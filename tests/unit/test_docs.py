@@ -39,8 +39,9 @@ def test_methods_tables_are_current():
     "page", sorted(set((ROOT / "docs" / "methods").glob("*.md")) - {COMBINATIONS}), ids=lambda page: page.stem
 )
 def test_the_line_of_yaml_of_every_method_is_its_defaults(page):
-    entries = re.findall(r"^## (\w+)\n.*?```yaml\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S | re.M)
-    assert len(entries) >= 5
+    text = page.read_text(encoding="utf-8")
+    entries = re.findall(r"^## (\w+)\n.*?```yaml\n(.*?)```", text, flags=re.S | re.M)
+    assert len(entries) == len(re.findall(r"^## ", text, flags=re.M)) > 1
     for name, text in entries:
         tree = yaml.load(text, _Loader)
         normalize = tree.pop("normalize", True)
