@@ -14,17 +14,28 @@ contenders have the same threads and the same vectors in memory, and give the sa
     mine          8 negatives a query, 5 percent below the positive, among the best 50, as a data set of texts
                   peer   sentence_transformers.util.mine_hard_negatives with cached vectors, a row as it comes and one
                          with use_faiss=True
+    command       the same from files to files, whole processes with their imports: python -m data_tools.mine_negatives
+                  that has computed nothing before, its vectors in folders of `mmembed encode`
+                  peer   a process that reads the same texts, calls mine_hard_negatives with cached vectors, and writes
+                         JSON lines (benchmarks.mining_peer), as it comes and with use_faiss=True
     curve         top_k over a file of up to 2 million documents that is mapped, never loaded
 
 Peak memory is of anonymous pages, above what the process holds with its vectors loaded, in a fresh process a contender;
-a mapped file's pages are the system's to take back. Goals: faster than FAISS flat, 3 times mine_hard_negatives, 1 GB
-above the vectors; in the curve at least .8 of the speed of the smallest corpus, and memory within 128 MB of its.
+a mapped file's pages are the system's to take back; of `command` it is that of the whole process. Goals: faster than
+FAISS flat, 3 times mine_hard_negatives, 1 GB; in the curve at least .8 of the speed of the smallest corpus, and memory
+within 128 MB of its.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -33,17 +44,45 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks._common import Row, best_setting, compare, environment, parser, peak_mb_of, set_up, show
+from benchmarks._common import (
+    DATA,
+    Row,
+    alternate,
+    best_setting,
+    compare,
+    environment,
+    parser,
+    peak_mb_of,
+    set_up,
+    show,
+)
 
 SIZE, K, NEGATIVES, DEPTH, PERCENT = 256, 10, 8, 50, 5.0
-ROWS = ("search", "semantic", "mine", "curve")
+ROWS = ("search", "semantic", "mine", "command", "curve")
+MINING = ("mine", "command")  # a row each setting of the peer
 SETTINGS: dict[str, tuple[Any, ...]] = {
     "search": ((4096, 1024), (1024, 1024), (4096, 8192)),
     "semantic": (512, 2048, 8192),
     "mine": (False, True),  # use_faiss
+    "command": (False, True),
 }
-GOALS = {"search": 1.0, "semantic": 1.0, "mine": 3.0}
-PEERS = {"search": "FAISS IndexFlatIP", "semantic": "semantic_search", "mine": "mine_hard_negatives"}
+GOALS = {"search": 1.0, "semantic": 1.0, "mine": 3.0, "command": 3.0}
+PEERS = {
+    "search": "FAISS IndexFlatIP",
+    "semantic": "semantic_search",
+    "mine": "mine_hard_negatives",
+    "command": "process of mine_hard_negatives",
+}
+IMPORTS = {
+    "ours": "import data_tools.mining.audit, data_tools.mining.collection, data_tools.mining.steps",
+    "peer": "import benchmarks.mining_peer",
+}
+PEER_OPTIONS = {
+    "num_negatives": NEGATIVES,
+    "range_max": DEPTH,
+    "relative_margin": PERCENT / 100,
+    "size": SIZE,
+}
 MOST_MB = 1024
 FLAT_MB = 128
 LINEAR = 0.8
@@ -83,13 +122,15 @@ def main() -> None:
 
 
 def measure(row: str, folder: Path, rounds: int, threads: int) -> list[Row]:
-    """Against the peer with the fastest of its settings; `mine` against each."""
+    """Against the peer with the fastest of its settings; rows of mining against each."""
     given = load(folder)
     contenders = contenders_of(row, given, threads)
     settings = SETTINGS[row]
     check(row, contenders["ours"](0), contenders["peer"](0))
-    places = [settings.index(best_setting(lambda one: contenders["peer"](settings.index(one)), settings))]
-    places = list(range(len(settings))) if row == "mine" else places
+    places = list(range(len(settings)))
+    if row not in MINING:
+        places = [settings.index(best_setting(lambda one: contenders["peer"](settings.index(one)), settings))]
+    imported = imports(rounds, threads) if row == "command" else {}
     shared = ["--threads", str(threads), "--folder", str(folder)]
     queries, documents = len(given["queries"]), len(given["documents"])
     found = []
@@ -99,18 +140,28 @@ def measure(row: str, folder: Path, rounds: int, threads: int) -> list[Row]:
             for name in ("ours", "peer")
         }
         one = compare(
-            f"{row}{'_faiss' if row == 'mine' and settings[place] else ''}_{queries}x{documents}x{SIZE}",
+            f"{row}{'_faiss' if row in MINING and settings[place] else ''}_{queries}x{documents}x{SIZE}",
             "queries/s",
             queries,
             {name: partial(run, place) for name, run in contenders.items()},
             rounds,
-            peer_name=f"{PEERS[row]}, {'use_faiss=' if row == 'mine' else ''}{settings[place]}",
+            peer_name=f"{PEERS[row]}, {'use_faiss=' if row in MINING else ''}{settings[place]}",
             goal_to_peer=GOALS[row],
             peak_mb=peaks,
+            warm_up=row != "command",  # `check` ran it
         )
         one.meets = one.meets and peaks["ours"] <= MOST_MB
+        if row == "command" and one.ours and one.peer:
+            ours, peer = (queries / speed - imported[name] for name, speed in (("ours", one.ours), ("peer", one.peer)))
+            one.details |= {"import_seconds": imported, "ratio_without_imports": round(peer / ours, 3)}
         found.append(one)
     return found
+
+
+def imports(rounds: int, threads: int) -> dict[str, float]:
+    """Seconds that a process takes of which nothing is left but its imports."""
+    runs = {name: partial(process, ["-c", code], threads) for name, code in IMPORTS.items()}
+    return {name: round(statistics.median(times), 2) for name, times in alternate(runs, rounds, warm_up=False).items()}
 
 
 def curve(folder: Path, queries: int, sizes: list[int], threads: int) -> list[Row]:
@@ -149,11 +200,13 @@ def check(row: str, ours: Any, peer: Any) -> None:
     """Raises SystemExit unless both found the same: scores to 2e-6, and rows but for ties within that."""
     import numpy as np
 
-    if row == "mine":
-        same = np.mean([left == right for left, right in zip(ours, peer, strict=True)])
+    if row in MINING:
+        ours, peer = (read_mined(one) if isinstance(one, Path) else one for one in (ours, peer))
+        same = np.mean([left == right for left, right in zip(ours, peer, strict=False)])
         if len(ours) == len(peer) and same >= 0.999:
             return
-        raise SystemExit(f"mine: {same:.2%} of the records are the same; the timing would mean nothing")
+        found = f"{len(ours)} records and {len(peer)}, {same:.2%} of the records are the same"
+        raise SystemExit(f"{row}: {found}; the timing would mean nothing")
     difference = float(np.abs(ours.scores - peer.scores).max())
     same = float((ours.indices == peer.indices).mean())
     if difference > 2e-6 or same < 0.999:
@@ -174,6 +227,8 @@ def contenders_of(row: str, given: dict[str, Any], threads: int) -> dict[str, Ca
         return {"ours": ours, "peer": faiss_flat(given, threads), "limit": product(given)}
     if row == "semantic":
         return {"ours": ours, "peer": semantic_search(given)}
+    if row == "command":
+        return commands(given, threads)
     return {"ours": mined(given), "peer": mine_hard_negatives(given)}
 
 
@@ -260,42 +315,69 @@ def mined(given: dict[str, Any]) -> Callable[[int], Any]:
 
 
 def mine_hard_negatives(given: dict[str, Any]) -> Callable[[int], Any]:
-    import hashlib
+    from benchmarks import mining_peer
 
-    import numpy as np
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models
-
-    import mmembed.backbones.torchvision_shim  # noqa: F401  (before sentence-transformers)
-
-    from sentence_transformers import SentenceTransformer, util  # isort: skip
-    from sentence_transformers.sentence_transformer.modules import StaticEmbedding  # isort: skip
-
-    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
-    model = SentenceTransformer(
-        modules=[StaticEmbedding(words, embedding_dim=SIZE)], device="cpu", similarity_fn_name="dot"
-    )
     texts, asked = texts_of(given)
-    data = Dataset.from_dict({"anchor": asked, "positive": texts[: len(asked)]})
-    cache = given["folder"] / "cache"
-    cache.mkdir(exist_ok=True)
-    for name, listed, vectors in (("query", asked, given["queries"]), ("corpus", texts, given["documents"])):
-        key = repr((model.model_card_data.base_model or "", None, None, listed)).encode()
-        np.save(cache / f"{name}_embeddings_{hashlib.sha256(key, usedforsecurity=False).hexdigest()}.npy", vectors)
+    keep_vectors(given)
 
-    def run(setting: int) -> Dataset:
+    def run(setting: int) -> Any:
         said = io.StringIO()
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
-            found = util.mine_hard_negatives(
-                data, model, corpus=texts, num_negatives=NEGATIVES, range_max=DEPTH, relative_margin=PERCENT / 100,
-                sampling_strategy="top", output_format="n-tuple", cache_folder=str(cache),
-                use_faiss=SETTINGS["mine"][setting], verbose=True,
+            found = mining_peer.mined(
+                asked, texts[: len(asked)], texts, given["folder"] / "cache", use_faiss=SETTINGS["mine"][setting],
+                verbose=True, **PEER_OPTIONS,
             )  # fmt: skip
-        if said.getvalue().count("[Cache] Loaded") != 2:
-            raise SystemExit("mine_hard_negatives did not take the cached vectors")
+        took_the_vectors(said.getvalue())
         return found
 
     return run
+
+
+def keep_vectors(given: dict[str, Any]) -> None:
+    """Where the peer finds them."""
+    from benchmarks import mining_peer
+
+    texts, asked = texts_of(given)
+    mining_peer.keep(given["folder"] / "cache", "query", asked, given["queries"])
+    mining_peer.keep(given["folder"] / "cache", "corpus", texts, given["documents"])
+
+
+def took_the_vectors(said: str) -> None:
+    if said.count("[Cache] Loaded") != 2:
+        raise SystemExit("mine_hard_negatives did not take the cached vectors")
+
+
+def commands(given: dict[str, Any], threads: int) -> dict[str, Callable[[int], Path]]:
+    """Processes that give the file of their records. Each begins without anything that another one computed."""
+    folder = given["folder"]
+    write_sources(given)
+    keep_vectors(given)
+    output, lines = folder / "mined", folder / "peer.jsonl"
+
+    def ours(setting: int) -> Path:
+        for old in (output, folder / "mmembed-cache"):
+            shutil.rmtree(old, ignore_errors=True)
+        process(["-m", "data_tools.mine_negatives", "--config", str(folder / "mining.yaml")], threads, folder)
+        return output / "records.jsonl"
+
+    def peer(setting: int) -> Path:
+        use_faiss = str(SETTINGS["command"][setting])
+        took_the_vectors(process(["-m", "benchmarks.mining_peer", str(folder), str(lines), use_faiss], threads, folder))
+        return lines
+
+    return {"ours": ours, "peer": peer}
+
+
+def process(arguments: list[str], threads: int, folder: Path | None = None) -> str:
+    """Runs python to its end; returns what it said. Raises SystemExit where it fails."""
+    cache = {} if folder is None else {"MMEMBED_CACHE": str(folder / "mmembed-cache")}
+    environment = {**os.environ, **cache, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=DATA.parent, env=environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)} ended with status {done.returncode}: {done.stderr[-2000:]}")
+    return done.stdout
 
 
 # Data -----------------------------------------------------------------------------------------------------------------
@@ -332,6 +414,52 @@ def texts_of(given: dict[str, Any]) -> tuple[list[str], list[str]]:
     return texts, [f"query {place}" for place in range(len(given["queries"]))]
 
 
+def write_sources(given: dict[str, Any]) -> None:
+    """Texts and vectors as files, for both commands, and their settings."""
+    folder = given["folder"]
+    texts, asked = texts_of(given)
+    names = {"queries": [f"q{row}" for row in range(len(asked))], "documents": [f"d{row}" for row in range(len(texts))]}
+    records = [
+        {"query": query, "documents": [{"content": text, "id": name}], "id": own}
+        for query, text, name, own in zip(asked, texts, names["documents"], names["queries"], strict=False)
+    ]
+    write_lines(folder / "records.jsonl", records)
+    lines = [{"id": name, "text": text} for name, text in zip(names["documents"], texts, strict=True)]
+    write_lines(folder / "corpus.jsonl", lines)
+    for side, listed in (("queries", asked), ("documents", texts)):
+        encoded = folder / f"{side}.enc"
+        encoded.mkdir(exist_ok=True)
+        (encoded / "vectors.npy").unlink(missing_ok=True)
+        (encoded / "vectors.npy").symlink_to(folder / f"{side}.npy")
+        items = [{"id": name, "text": text} for name, text in zip(names[side], listed, strict=True)]
+        write_lines(encoded / "items.jsonl", items)
+        (encoded / "encoding.json").write_text(json.dumps({"model": "random", "size": SIZE, "count": len(listed)}))
+    config = {
+        "output": str(folder / "mined"),
+        "root": str(folder),
+        "sources": [{"path": "records.jsonl", "corpus": ["corpus.jsonl"]}],
+        "retriever": {"type": "vectors", "queries": f"{folder}/queries.enc", "corpus": f"{folder}/documents.enc"},
+        "search": {"depth": DEPTH, "similarity": "dot"},
+        "rules": [{"type": "percent_of_positive", "percent": PERCENT}],
+        "negatives": NEGATIVES,
+    }
+    (folder / "mining.yaml").write_text(json.dumps(config))  # JSON is YAML
+    (folder / "peer.json").write_text(json.dumps(PEER_OPTIONS))
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_mined(path: Path) -> list[list[str]]:
+    """Query, positive and negatives of each record, of either file."""
+    with path.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    if "documents" not in rows[0]:
+        return [list(row.values()) for row in rows]
+    return [[row["query"], *(document["content"] for document in row["documents"])] for row in rows]
+
+
 def search_file(folder: Path, size: int) -> object:
     import numpy as np
 
@@ -344,14 +472,18 @@ def search_file(folder: Path, size: int) -> object:
 
 
 def peak_of(contender: str, row: str, setting: int, folder: Path, threads: int) -> int:
-    """MB of anonymous pages that a run takes above those of its vectors."""
+    """MB of anonymous pages that a run takes above those of its vectors; of `command`, that its process has."""
     import numpy as np
 
     from mmembed.search import top_k
 
     small = np.ones((256, SIZE), np.float32)
     top_k(small, small, 2, similarity="dot")  # kernels and pools are there
-    if row == "curve":
+    if row == "command":
+        run = commands(load(folder), threads)[contender]
+        with sampled(of_children) as peak:
+            run(setting)
+    elif row == "curve":
         with sampled() as peak:
             search_file(folder, setting)
     else:
@@ -362,13 +494,18 @@ def peak_of(contender: str, row: str, setting: int, folder: Path, threads: int) 
 
 
 @contextlib.contextmanager
-def sampled() -> Iterator[list[int]]:
-    """kB of anonymous pages above those at the start, at most, looked at every 5 ms."""
-    start, peak, stop = anonymous(), [0], threading.Event()
+def sampled(held: Callable[[], int] | None = None) -> Iterator[list[int]]:
+    """kB of anonymous pages above those at the start, at most, looked at every 5 ms.
+
+    Args:
+        held: what is looked at; None: `anonymous` of this process.
+    """
+    held = held or anonymous
+    start, peak, stop = held(), [0], threading.Event()
 
     def look() -> None:
         while not stop.wait(0.005):
-            peak[0] = max(peak[0], anonymous() - start)
+            peak[0] = max(peak[0], held() - start)
 
     watcher = threading.Thread(target=look, daemon=True)
     watcher.start()
@@ -379,9 +516,19 @@ def sampled() -> Iterator[list[int]]:
         watcher.join()
 
 
-def anonymous() -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1])
+def anonymous(process: str = "self") -> int:
+    """0 of a process that has ended."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return int(next((line for line in status.splitlines() if line.startswith("RssAnon")), "RssAnon: 0").split()[1])
+
+
+def of_children() -> int:
+    """Of all processes that this one has started."""
+    lists = [task.joinpath("children").read_text().split() for task in Path("/proc/self/task").iterdir()]
+    return sum(anonymous(child) for children in lists for child in children)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ def test_rows_of_a_small_run(monkeypatch, capsys, tmp_path):
 
     pytest.importorskip("sentence_transformers")
     monkeypatch.setattr(mining, "peak_mb_of", lambda module, arguments: 7)
+    only = ["--only", "search", "semantic", "mine", "curve"]
     sizes = ["--queries", "100", "--documents", "700", "--curve", "700", "900", "--folder", str(tmp_path)]
-    monkeypatch.setattr("sys.argv", ["mining", "--json", "--rounds", "1", "--threads", "1", *sizes])
+    monkeypatch.setattr("sys.argv", ["mining", "--json", "--rounds", "1", "--threads", "1", *only, *sizes])
     mining.main()
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
     names = ["search", "semantic", "mine", "mine_faiss", "curve"]
@@ -26,6 +27,39 @@ def test_rows_of_a_small_run(monkeypatch, capsys, tmp_path):
     assert rows["search_100x700x256"]["limit"] > 0
     assert rows["mine_100x700x256"]["goal_to_peer"] == 3.0
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_whole_processes_mine_the_same_and_say_what_their_imports_take(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("faiss")
+    import mmembed.backbones.torchvision_shim  # noqa: F401
+
+    pytest.importorskip("sentence_transformers")
+    sizes = ["--queries", "100", "--documents", "700", "--folder", str(tmp_path)]
+    monkeypatch.setattr(
+        "sys.argv", ["mining", "--json", "--rounds", "1", "--threads", "1", "--only", "command", *sizes]
+    )
+    mining.main()
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert list(rows) == ["command_100x700x256", "command_faiss_100x700x256"]
+    for row in rows.values():
+        assert row["goal_to_peer"] == 3.0 and 100 < row["peak_mb_ours"] < row["peak_mb_peer"]
+        said = row["details"]
+        assert 0 < said["import_seconds"]["ours"] < said["import_seconds"]["peer"] and "ratio_without_imports" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_of_either_command_are_compared(tmp_path):
+    ours, peer = tmp_path / "ours.jsonl", tmp_path / "peer.jsonl"
+    documents = [{"content": "p"}, {"content": "n", "relevance": 0.0}]
+    mining.write_lines(ours, [{"query": "q", "documents": documents}])
+    mining.write_lines(peer, [{"anchor": "q", "positive": "p", "negative_1": "n"}])
+    mining.check("command", ours, peer)
+    mining.write_lines(peer, [{"anchor": "q", "positive": "p", "negative_1": "m"}])
+    with pytest.raises(SystemExit, match="command: 1 records and 1, 0.00% of the records"):
+        mining.check("command", ours, peer)
+    with pytest.raises(SystemExit, match="ended with status 3: no"):
+        mining.process(["-c", "import sys; print('no', file=sys.stderr); sys.exit(3)"], 1)
 
 
 def test_contenders_that_find_other_rows_stop_it():
