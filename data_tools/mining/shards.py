@@ -154,7 +154,8 @@ def digest(*parts: Any) -> str:
         if isinstance(part, np.ndarray):
             encoded = f"{part.dtype.str}{part.shape}".encode() + np.ascontiguousarray(part).tobytes()
         else:
-            encoded = part if isinstance(part, bytes) else _SORTED.encode(part).encode()
+            plain = b"null" if part is None else part
+            encoded = plain if isinstance(plain, bytes) else _SORTED.encode(plain).encode()
         state.update(len(encoded).to_bytes(8, "little") + encoded)
     return state.hexdigest()
 

@@ -366,7 +366,7 @@ import re, sys, time
 from pathlib import Path
 from mmembed.config.blocks import SourceConfig
 from mmembed.data.dataset import RecordDataset
-import pandas, pyarrow  # which building loads
+import pyarrow
 def held(key):  # MB; anonymous memory: mapped file pages are the system's to take back
     return int(re.search(rf"{key}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 before_peak, before = held("VmHWM"), held("RssAnon")
