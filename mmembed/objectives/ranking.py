@@ -5,7 +5,8 @@ L = mean_i loss( s_i, r_i ),  s_ij = z_ij / tau,  z = z_yes - z_no, or z_yes alo
 A reranker reads a query with a document and gives logits, (D, L) for the D documents of a batch; those of a query are
 its row of Scores (Q, K), and no other query's documents are in it. So supervised fine-tuning (`sft`), contrastive
 training (`infonce`), list-wise losses and distillation differ in the loss alone (GMR, arXiv 2510.14824): the same head,
-template, groups and data. Nothing is gathered from other processes. Cost: (Q, K).
+template, groups and data. Nothing is gathered from other processes: a loss that compares rows (`wasserstein`) sees
+those of its own. Cost: (Q, K).
 
 When: a reranker (`recipes/train_reranker.py`); `loss` says which.
 """

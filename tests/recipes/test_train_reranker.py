@@ -13,6 +13,7 @@ from mmembed.config import build_config, load_config
 from mmembed.config.blocks import RerankerConfig
 from mmembed.errors import ConfigError, MmembedError
 from mmembed.models.embedding_model import build_embedding_model
+from mmembed.objectives import build_objective
 from mmembed.preprocess import Item
 from recipes import train_embedder
 from recipes.train_reranker import main
@@ -218,6 +219,12 @@ def test_what_cannot_be_is_refused(config_file, capsys, overrides, message):
     import re
 
     assert re.search(message, capsys.readouterr().err), message
+
+
+@pytest.mark.parametrize("path", sorted(Path("recipes/configs/reranker").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_are_read(path):
+    config = load_config(path, (), RerankerConfig)
+    assert build_objective(config.objective).judges and config.training.arguments["learning_rate"] <= 1e-3
 
 
 def test_embedders_and_rerankers_are_told_apart(config_file, tmp_path, backbone):
