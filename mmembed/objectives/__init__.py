@@ -265,6 +265,8 @@ def build_objective(block: ObjectiveBlock, embedding_size: int | None = None, de
             raise ConfigError(f"{where}: found {named!r}; give the number of a layer, or middle")
         layer = layer_number(cast("Layer", named), depth, where)
         objective = _build_named(f"objective[{number}]", options, embedding_size, depth)
+        if layer is not None and objective.judges:
+            raise ConfigError(f"{where}: '{options['type']}' reads the logits of the last layer; remove the layer")
         if layer is not None and objective.layers:
             raise ConfigError(f"{where}: the part has matryoshka.layers, too; keep one of them")
         name = str(options["type"])
@@ -321,6 +323,8 @@ def _build_one(block: str | Mapping[str, Any], embedding_size: int | None, depth
     objective.written = frozenset(options)
     if matryoshka is None:
         return objective
+    if objective.judges:
+        raise ConfigError(f"objective '{name}': logits of pairs cannot be cut to be shorter; remove matryoshka")
     if not objective.compares:
         raise ConfigError(f"objective '{name}': looks at no vectors, so matryoshka has nothing to cut; remove it there")
     return nested(objective, matryoshka, embedding_size, depth)

@@ -1,7 +1,8 @@
 """What every objective promises, asked of each that is registered: a new file is picked up by itself.
 
 What an objective computes is tested beside it, in tests/unit and tests/golden. One that looks at no vectors promises
-nothing about them: `captioning`, whose tests are in tests/equivalence/test_captioning.py.
+nothing about them: `captioning`, whose tests are in tests/equivalence/test_captioning.py. Those of rerankers read
+logits of pairs: tests/unit/test_ranking_losses.py asks the same of them.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from tests.equivalence.toy import SIZE, ToyEncoder, gradients, make_batch, relat
 from tests.runs import in_two_processes
 
 Vectors = tuple[Embeddings, Embeddings]
-BLOCKS: dict[str, dict[str, object]] = {name: block(name) for name, cls in OBJECTIVES.classes().items() if cls.compares}
-for cls in OBJECTIVES.classes().values():  # those that can have a teacher, both ways
+OF_VECTORS = {name: cls for name, cls in OBJECTIVES.classes().items() if cls.compares and not cls.judges}
+BLOCKS: dict[str, dict[str, object]] = {name: block(name) for name in OF_VECTORS}
+for cls in OF_VECTORS.values():  # those that can have a teacher, both ways
     if "momentum" in inspect.signature(cls).parameters:
         taught = inspect.signature(cls).parameters["momentum"].default is None
         name = f"{cls.name} {'with' if taught else 'without'} a teacher"

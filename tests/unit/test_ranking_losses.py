@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mmembed.embeddings import Embeddings
 from mmembed.errors import ConfigError
 from mmembed.losses import LOSSES, Scores
-from mmembed.objectives import build_objective
+from mmembed.objectives import OBJECTIVES, build_objective
 from tests.golden.case import labels_of
 
 
@@ -128,7 +128,31 @@ def test_one_is_the_gradient_of_the_loss_that_it_is_made_of():
         assert torch.allclose(gradients[0], gradients[1] * factor, atol=1e-12), name
 
 
+JUDGES = [{"type": name} for name, cls in OBJECTIVES.classes().items() if cls.judges]
+JUDGES += [{"type": "ranking", "loss": name} for name in ("infonce", "ranknet", "lambdarank", "listmle", "listnet")]
+
+
+@pytest.mark.parametrize("block", JUDGES, ids=str)
+@pytest.mark.parametrize("kind", ["equal", "bfloat16", "float16", "autocast", "no positive"])
+def test_every_ranking_objective_is_finite(block, kind):
+    labels = labels_of(3, 12, 4, in_batch=False)
+    if kind == "no positive":
+        labels.relevance[4:8] = 0
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(kind, torch.float32)
+    logits = (torch.zeros(12, 2) if kind == "equal" else torch.randn(12, 2)).to(dtype).requires_grad_()
+    objective = build_objective(block)
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+        loss, metrics = objective(Embeddings(logits[::4]), Embeddings(logits), labels)
+    loss.backward()
+    assert loss.isfinite() and logits.grad.isfinite().all() and (kind == "equal" or logits.grad.abs().sum() > 0)
+    assert all(value.isfinite() and not value.requires_grad for value in metrics.values())
+
+
 def test_what_a_ranking_objective_refuses():
+    with pytest.raises(ConfigError, match="logits of pairs cannot be cut"):
+        build_objective({"type": "sft", "matryoshka": {"dims": [1]}})
+    with pytest.raises(ConfigError, match="reads the logits of the last layer"):
+        build_objective([{"type": "sft"}, {"type": "sft", "layer": 1}])
     with pytest.raises(ConfigError, match="score: there is no 'both'; known: difference, yes"):
         build_objective({"type": "ranking", "score": "both"})
     with pytest.raises(ConfigError, match="weight: there is no 'two'"):
