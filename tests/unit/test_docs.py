@@ -16,6 +16,7 @@ from mmembed.data.dataset import RecordDataset, locate, media_store
 from mmembed.data.format_base import FORMATS
 from mmembed.data.pair_base import PAIR_MAKERS
 from mmembed.data.records import parse_record
+from mmembed.heads import HEADS
 from mmembed.mining import MINERS
 from mmembed.objectives import build_objective
 from mmembed.pooling import POOLINGS
@@ -53,10 +54,10 @@ def test_the_line_of_yaml_of_every_method_is_its_defaults(page):
             built = build_objective([*beside, block | folder] if beside else block | folder, embedding_size=256)
             assert normalize is not built.wants_lengths  # which the preflight holds against each other
         else:
-            registries = {"pooling": POOLINGS, "prompt": PROMPTS, "pairs": PAIR_MAKERS}
+            registries = {"pooling": POOLINGS, "prompt": PROMPTS, "pairs": PAIR_MAKERS, "head": HEADS}
             registry = registries.get(key, MINERS)
             assert key in registries or key in ("rules", "batch_order")
-            given = {"hidden_size": 64} if key == "pooling" else {}
+            given = {"hidden_size": 64} if key in ("pooling", "head") else {}
             registry.build(block, **given)
 
 
