@@ -13,6 +13,7 @@ resume.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -183,7 +184,8 @@ class Collator:
         if self.preprocessor.features is not None:
             rows = [replace(row, digests=_digests(named[index])) for row, index in zip(rows, chosen, strict=True)]
         if self.judges:
-            place = [place[owners.index(query)] for query in range(len(examples))] + place
+            firsts = itertools.accumulate(map(len, groups[:-1]), initial=0)  # every query has a document
+            place = [place[one] for one in firsts] + place
         guide = self.guides.get(source.name)
         labels = BatchLabels(
             owner=torch.tensor(owners),

@@ -42,10 +42,10 @@ class Head(nn.Module):
     def words(self) -> tuple[str, ...]:
         return ()
 
-    @staticmethod
-    def difference(logits: Tensor) -> Tensor:
-        """(..., L) -> (...): the log-odds of being relevant."""
-        raise NotImplementedError
+
+def log_odds(logits: Tensor) -> Tensor:
+    """(..., L) -> (...): of being relevant; the difference of two logits, or the one that there is."""
+    return logits[..., 0] if logits.shape[-1] == 1 else logits[..., 0] - logits[..., 1]
 
 
 HEADS: Registry[Head] = Registry("mmembed.heads", Head, given=("hidden_size",))

@@ -7,8 +7,6 @@ When: the backbone has no output embedding, no two words that are one token each
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from mmembed.heads import Head
 
 
@@ -20,7 +18,3 @@ class LinearHead(Head):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__(hidden_size, trained=True)
-
-    @staticmethod
-    def difference(logits: Tensor) -> Tensor:
-        return logits[..., 0]

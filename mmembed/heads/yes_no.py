@@ -15,8 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from mmembed.heads import Head
 from mmembed.prompts.judge import two_words
 
@@ -40,7 +38,3 @@ class YesNo(Head):
     @property
     def words(self) -> tuple[str, ...]:
         return self._words
-
-    @staticmethod
-    def difference(logits: Tensor) -> Tensor:
-        return logits[..., 0] - logits[..., 1]

@@ -7,7 +7,7 @@ all of them where the backbone allows it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from mmembed.errors import MmembedError, nearest
-from mmembed.heads import Head
+from mmembed.heads import Head, log_odds
 from mmembed.inference.devices import check_device
 from mmembed.inference.embedder import Embedder, item_of, resolve_dtype
 from mmembed.models.checkpoint import load_checkpoint
@@ -55,9 +55,6 @@ class _Pairs(Sequence[Item]):
         query, document = (item_of(one, "query", told) for one in self.pairs[index])
         return Item(query.content, "query", query.instruction, document.content)
 
-    def __iter__(self) -> Iterator[Item]:
-        return (self[index] for index in range(len(self)))
-
 
 class Reranker:
     """A trained reranker with the preprocessing it was trained with.
@@ -76,7 +73,7 @@ class Reranker:
                 f"'{model.settings.name_or_path}' is an embedder: it has no head that scores pairs; load it with "
                 "Embedder, or train a reranker with recipes/train_reranker.py"
             )
-        self.model, self.preprocessor, self._head = model, preprocessor, model.projection
+        self.model, self.preprocessor = model, preprocessor
         self._encoder = Embedder(model, preprocessor)
 
     @classmethod
@@ -143,7 +140,7 @@ class Reranker:
             output="torch",
             show_progress=show_progress,
         )  # (N, L)
-        found = self._head.difference(logits)
+        found = log_odds(logits)
         scores: NDArray[np.float32] = (torch.sigmoid(found) if scale == "probability" else found).numpy()
         return scores
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from mmembed.data.labels import BatchLabels
 from mmembed.embeddings import Embeddings
 from mmembed.errors import ConfigError
+from mmembed.heads import log_odds
 from mmembed.losses import LOSSES, Distilled, Loss, Scores
 from mmembed.objectives import Objective
 from mmembed.objectives.temperature import Temperature
@@ -117,9 +118,7 @@ def judged(logits: Tensor, labels: BatchLabels) -> Judged:
 
 def read(logits: Tensor, score: Read) -> Tensor:
     """(..., L) -> (...). The one logit of a linear head is its score, whatever is asked for."""
-    if logits.shape[-1] == 1 or score == "yes":
-        return logits[..., 0]
-    return logits[..., 0] - logits[..., 1]
+    return logits[..., 0] if score == "yes" else log_odds(logits)
 
 
 @torch.no_grad()

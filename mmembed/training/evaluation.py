@@ -23,6 +23,7 @@ from mmembed.data.collate import Chunk, document_keys, plan_chunks, tokenize
 from mmembed.data.dataset import RecordDataset
 from mmembed.embeddings import Embeddings
 from mmembed.errors import ConfigError
+from mmembed.heads import log_odds
 from mmembed.metrics import ndcg_at_k, rank_by_score, recall_at_k, spearman
 from mmembed.objectives.gather import gather_counts, gather_embeddings, gather_rows, world
 from mmembed.preprocess import Item, Preprocessor
@@ -137,7 +138,7 @@ def _judge(dev: DevSet, *how: Any) -> Callable[[range], np.ndarray]:
     owners = [(row, int(column)) for row, (columns, _) in enumerate(dev.judged) for column in columns]
     items = [replace(dev.queries[row], document=dev.documents[column].content) for row, column in owners]
     logits = embed_items(items, [dev.where[row] for row, _ in owners], *how).vectors  # (N, L)
-    found = (logits[:, 0] - logits[:, 1] if logits.shape[1] > 1 else logits[:, 0]).float().numpy()
+    found = log_odds(logits).float().numpy()
     starts = np.cumsum([0, *(len(columns) for columns, _ in dev.judged)])
 
     def scores(rows: range) -> np.ndarray:
