@@ -18,9 +18,7 @@ from numpy.typing import NDArray
 
 from mmembed.errors import MmembedError, nearest
 from mmembed.heads import Head, log_odds
-from mmembed.inference.devices import check_device
-from mmembed.inference.embedder import Embedder, item_of, resolve_dtype
-from mmembed.models.checkpoint import load_checkpoint
+from mmembed.inference.embedder import Embedder, item_of, load_merged
 from mmembed.models.embedding_model import EmbeddingModel
 from mmembed.preprocess import Item, Preprocessor
 
@@ -91,12 +89,7 @@ class Reranker:
         Raises:
             MmembedError: the folder is of an embedder, or a bare backbone.
         """
-        check_device(None if device is None else str(device))
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model, preprocessor = load_checkpoint(
-            path, resolve_dtype(dtype, place), place, trust_remote_code=trust_remote_code
-        )
-        model.merge_adapter()
+        model, preprocessor = load_merged(path, device, dtype, trust_remote_code)
         if media is not None:
             preprocessor.media = media
         return cls(model, preprocessor)
