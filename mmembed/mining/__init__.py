@@ -114,19 +114,14 @@ class Candidates:
             _check_finite("a positive", positive_scores, positives)
         if surface is not None:
             _check_finite("the surface of a candidate", surface, rows)
-        number = np.arange(corpus) if contents is None else np.unique(contents, return_inverse=True)[1]  # (N,)
-        valid = rows >= 0
-        order = np.lexsort((rows, np.where(valid, -scores, np.inf)), axis=1)  # (Q, C)
+        order = np.lexsort((rows, np.where(rows >= 0, -scores, np.inf)), axis=1)  # (Q, C)
         rows, scores = np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)
-        valid = rows >= 0
-        query, place = np.nonzero(valid)
-        of_query = query * (corpus + 1) + number[rows[query, place]]
-        gone = np.concatenate([positives, barred], axis=1)  # (Q, P + B)
-        query_of, column = np.nonzero(gone >= 0)
-        known = query_of * (corpus + 1) + number[gone[query_of, column]]
-        first = np.zeros(len(of_query), bool)
-        first[np.unique(of_query, return_index=True)[1]] = True  # the best of equal ones
-        valid[query, place] = first & ~np.isin(of_query, known)
+        number = np.arange(corpus) if contents is None else np.unique(contents, return_inverse=True)[1]  # (N,)
+        numbers = np.where(rows >= 0, number[rows], -1)  # (Q, C)
+        valid = (rows >= 0) & _first_of_equal(numbers)
+        for gone in np.concatenate([positives, barred], axis=1).T:  # (Q,)
+            some = np.flatnonzero(gone >= 0)
+            valid[some] &= numbers[some] != number[gone[some], None]
         front = np.argsort(~valid, axis=1, kind="stable")  # (Q, C)
         rows = np.take_along_axis(np.where(valid, rows, -1), front, axis=1)
         scores = np.take_along_axis(np.where(valid, scores, np.float32(-np.inf)), front, axis=1)
@@ -308,6 +303,16 @@ def fillable(candidates: Candidates, filters: Sequence[Miner]) -> Mask:
     decides[found] = (np.nanmax if candidates.taught else np.nanmin)(scores[found], axis=1)
     may: Mask = decides <= ceiling
     return may
+
+
+def _first_of_equal(numbers: NDArray[np.int64]) -> Mask:
+    """(Q, C): whether none before it in its row is equal."""
+    first = np.ones(numbers.shape, bool)
+    ordered = np.sort(numbers, axis=1)
+    for query in np.flatnonzero((ordered[:, 1:] == ordered[:, :-1]).any(axis=1)):
+        first[query] = False
+        first[query, np.unique(numbers[query], return_index=True)[1]] = True
+    return first
 
 
 def uniform(seed: int, keys: NDArray[np.uint64], rows: NDArray[np.int64]) -> NDArray[np.float64]:

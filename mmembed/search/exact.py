@@ -16,6 +16,11 @@ even that keeps too many, they are scored at once and k of them kept.
 Most of a block is below L - B: the largest of each 8 rows is compared with it, not each row, as 16-bit integers
 (positive bfloat16 numbers are ordered as their bits are).
 
+L is low as long as few rows were seen. So the first block of a large corpus is made of rows from all over it, S of N,
+and tells what L will be in the end: its r-th best product - B, where r is 3 standard deviations above the k S / N rows
+that it should have of the best k. What lies below this guess is dropped as well. At the end the k-th best score says
+whether that was right; the queries of which it was not, one in a thousand, are searched again without a guess.
+
     time    O(Q N E) multiply-adds, plus O(Q k log(N / k)) candidates
     memory  blocks of scores and of the corpus, one a thread, and O(Q (E + k)); independent of N
 
@@ -25,6 +30,7 @@ Ties are broken by the smaller row. Neither block sizes nor threads nor the prec
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -50,7 +56,8 @@ DENSE = 64  # where one row in so many is a candidate, a float32 product costs l
 GROUP = 8  # rows of the corpus whose largest score is compared
 HIT_GROUPS = 1 << 16  # groups that are looked into at a time
 SCORED = 512  # pairs that are scored at a time; 4,096 took a fifth longer
-JOINED = 8  # parts whose candidates are scored together, so that a row is read once for all of them
+JOINED = 24  # parts whose candidates are scored together, at most, so that a row is read once for all of them
+SAMPLED = 4  # blocks of a corpus, at least, of which one is taken from all over it
 QUERY_BYTES = 512 << 20  # queries and candidates of a pass over the corpus
 FEW = 64  # queries for which converting the corpus to bfloat16 costs more than it saves
 SMALLEST = 2.0**-126  # matrix units take smaller numbers for 0
@@ -106,7 +113,6 @@ def top_k(
     on_cpu = device.type == "cpu"
     pass_rows = max(1, QUERY_BYTES // (8 * left.size + 16 * _budget(k)))
     size = corpus_rows or (CORPUS_ROWS if on_cpu else GPU_CORPUS_ROWS)
-    blocks = range(0, len(right), size)
     passes = range(0, len(left), pass_rows)
     with tqdm(
         total=len(passes) * len(right), desc="search", unit=" rows", delay=1.0, disable=not show_progress
@@ -117,16 +123,35 @@ def top_k(
             block = block_bytes or (BLOCK_BYTES if on_cpu else GPU_BLOCK_BYTES)
             at = slice(first, first + len(asked))
             try:
-                found = _Search(asked, right, k, narrow, device, block).run(blocks, progress)
+                found = _searched(asked, right, k, narrow, device, block, size, progress)
             except _BoundBroken:
                 if not narrow:
                     raise MmembedError(
                         "search: float32 products round more than float32; set torch.backends.fp32_precision to 'ieee'"
                     ) from None
                 logger.warning("search: bfloat16 products are less exact than they should be here; float32 instead")
-                found = _Search(asked, right, k, False, device, block).run(blocks, progress)
+                found = _searched(asked, right, k, False, device, block, size, progress)
             hits.scores[at], hits.indices[at] = found
     return hits
+
+
+def _searched(
+    queries: NDArray[np.float32],
+    corpus: Rows,
+    k: int,
+    narrow: bool,
+    device: torch.device,
+    block_bytes: int,
+    rows: int,
+    progress: tqdm[Any],
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Scores (Q, k) and rows (Q, k); `rows` of the corpus are read at a time."""
+    scores, found, missed = _Search(queries, corpus, k, narrow, device, block_bytes, rows).run(progress)
+    if missed.any():
+        progress.total = (progress.total or 0) + len(corpus)
+        again = _Search(queries[missed], corpus, k, narrow, device, block_bytes, rows, guess=False)
+        scores[missed], found[missed], _ = again.run(progress)
+    return scores, found
 
 
 def has_units(device: torch.device) -> bool:
@@ -143,9 +168,9 @@ class _BoundBroken(Exception):
 
 @dataclass
 class _Block:
-    """Rows of the corpus from `start` on, centred: (n, E), and in bfloat16 where that is wanted."""
+    """Rows of the corpus, rising, centred: (n, E), and in bfloat16 where that is wanted."""
 
-    start: int
+    rows: NDArray[np.int64]  # (n,)
     plain: Tensor
     narrow: Tensor | None
     length: float  # of the longest centred row, at least
@@ -165,6 +190,8 @@ class _Part:
     bound: Floats = field(init=False)  # (q,) B of the candidates
     least: Floats = field(init=False)  # (q,) L
     needed: Floats = field(init=False)  # (q,) what a later row has to reach; a tie loses against the smaller row
+    guess: Floats = field(init=False)  # (q,) products below it are dropped, although some may be among the best k
+    least_sure: Floats = field(init=False)  # (q,) nothing that the guess dropped scores above this
     longest: float = 0.0  # of the rows so far, centred
     enough: int = 0  # candidates that may wait before they are pruned
     seen: int = 0  # rows since candidates were settled
@@ -176,6 +203,7 @@ class _Part:
         count = len(self.queries)
         self.bound = np.zeros(count)
         self.least, self.needed = np.full(count, -np.inf), np.full(count, -np.inf)
+        self.guess, self.least_sure = np.full(count, -np.inf), np.full(count, -np.inf)
 
     @property
     def narrow(self) -> bool:
@@ -198,25 +226,55 @@ class _Part:
         self.columns, self.rows, self.values = [], [], []
         return drained
 
-    def raise_least(self, best: Floats, narrow: bool) -> None:
+    def raise_least(self, best: Floats) -> None:
         """`best` (q,): k products of other rows each reach it; -inf where there are no k."""
-        rounded = np.abs(best) * 2.0**-8 if narrow else 0.0
-        self.least = np.maximum(self.least, np.where(np.isneginf(best), best, best - rounded - self.bound))
+        self.least = np.maximum(self.least, best - self._rounded(np.maximum(best, -(LARGEST**2))) - self.bound)
         self.needed = np.maximum(self.needed, self.least)
 
+    def raise_bound(self, bound: Floats) -> None:
+        self.bound = np.maximum(self.bound, bound)
+        guessed = np.isfinite(self.guess)
+        dropped = self.guess[guessed]
+        self.least_sure[guessed] = np.maximum(
+            self.least_sure[guessed], dropped + self._rounded(dropped) + self.bound[guessed]
+        )
+
+    def _rounded(self, products: Floats) -> Floats:
+        """How far rounding to bfloat16 moved them, at most."""
+        return np.abs(products) * (2.0**-8 * self.narrow)
+
+    def guess_from(self, best: Floats) -> None:
+        """`best` (q,): products that the k-th best score should not be below."""
+        self.guess = best - 1.01 * (self._rounded(best) + self.bound)  # a score of `best` is sure, then
+        self.raise_bound(self.bound)
+
     def floor(self, scores: Tensor) -> Tensor:
-        """(q,) in the dtype of `scores` (n, q), rounded down: no product below it is among the best k."""
-        return _rounded_down(self.needed - self.bound, scores.dtype == torch.bfloat16).to(scores.device, scores.dtype)
+        """(q,) in the dtype of `scores` (n, q), rounded down: products below it are dropped."""
+        floor = np.maximum(self.needed - self.bound, self.guess)
+        return _rounded_down(floor, scores.dtype == torch.bfloat16).to(scores.device, scores.dtype)
 
 
 class _Search:
     """One pass over the corpus with queries (Q, E)."""
 
     def __init__(
-        self, queries: NDArray[np.float32], corpus: Rows, k: int, narrow: bool, device: torch.device, block_bytes: int
+        self,
+        queries: NDArray[np.float32],
+        corpus: Rows,
+        k: int,
+        narrow: bool,
+        device: torch.device,
+        block_bytes: int,
+        rows: int,
+        guess: bool = True,
     ) -> None:
         self.queries, self.corpus, self.k, self.narrow = queries, corpus, k, narrow
         self.device, self.block_bytes = device, block_bytes
+        self.rows = min(rows, len(corpus))
+        self.stride = len(corpus) // self.rows  # of the rows of the first block, where it is a sample
+        expected = k * self.rows / len(corpus)  # rows of it that are among the best k
+        self.rank = math.ceil(expected + 3 * math.sqrt(expected)) + 1
+        self.sampled = guess and self.stride >= SAMPLED and self.rank < min(k, self.rows)
         sample = corpus.take(np.arange(0, len(corpus), max(1, len(corpus) // 1024)))
         with np.errstate(invalid="ignore", over="ignore"):
             mean = sample.astype(np.float64).mean(axis=0).astype(np.float32)  # (E,)
@@ -228,26 +286,44 @@ class _Search:
         self.loose = 0.0 if torch.get_float32_matmul_precision() == "highest" else 2.0**-7
         self.buffers: deque[Tensor] = deque()
 
-    def run(self, starts: range, progress: tqdm[Any]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Scores (Q, k) and rows (Q, k)."""
+    def run(self, progress: tqdm[Any]) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.bool_]]:
+        """Scores (Q, k), rows (Q, k), and the queries (Q,) of which some of these may be wrong: the guess was."""
         threads = torch.get_num_threads()
-        parts = list(self._cut(min(starts.step, len(self.corpus)), threads))
+        parts = list(self._cut(threads))
         workers = min(threads, len(parts)) if self.device.type == "cpu" else 1
-        for block in ahead(starts, partial(self._read, rows=starts.step), 1):
+        for number, block in enumerate(ahead(self._spans(), self._read, 1)):
             if workers > 1:
                 for _ in beside_each_other(parts, partial(self._take, block=block), workers):
                     pass
             else:
                 for part in parts:
                     self._take(part, block)
-            progress.update(len(block.plain))
-        groups = [parts[first : first + JOINED] for first in range(0, len(parts), JOINED)]
-        found = [one for group in ahead(groups, self._results, min(threads, len(groups))) for one in group]
-        return np.concatenate([scores for scores, _ in found]), np.concatenate([rows for _, rows in found])
+            if self.sampled and number == 0:
+                for part in parts:
+                    part.needed = part.least.copy()  # smaller rows are still to come
+            progress.update(len(block.rows))
+        count = -(-len(parts) // (JOINED * workers)) * workers
+        groups = [parts[len(parts) * one // count : len(parts) * (one + 1) // count] for one in range(count)]
+        found = [one for group in ahead(groups, self._results, min(threads, count)) for one in group]
+        scores, rows, missed = zip(*found, strict=True)
+        return np.concatenate(scores), np.concatenate(rows), np.concatenate(missed)
 
-    def _cut(self, rows: int, threads: int) -> Iterator[_Part]:
+    def _spans(self) -> Iterator[NDArray[np.int64]]:
+        """The rows of each block, rising: a sample of all, then the others in their order."""
+        size, step = len(self.corpus), self.rows
+        if self.sampled:
+            yield np.arange(self.rows) * self.stride
+            step = self.rows * self.stride // (self.stride - 1)
+        for start in range(0, size, step):
+            rows = np.arange(start, min(start + step, size))
+            if self.sampled:
+                rows = rows[(rows % self.stride != 0) | (rows >= self.rows * self.stride)]
+            if len(rows):
+                yield rows
+
+    def _cut(self, threads: int) -> Iterator[_Part]:
         """Queries in parts whose scores with a block fit; two parts at least a thread."""
-        fit = max(1, self.block_bytes // ((2 if self.narrow else 4) * rows))
+        fit = max(1, self.block_bytes // ((2 if self.narrow else 4) * self.rows))
         share = -(-len(self.queries) // (2 * threads)) if self.device.type == "cpu" else fit
         step = min(fit, max(share, FEW))
         for first in range(0, len(self.queries), step):
@@ -261,8 +337,14 @@ class _Search:
                 error = np.sqrt(((wide - given.double().numpy()) ** 2).sum(axis=1))
             yield _Part(first, queries, given.to(self.device), length, error, wide @ self.mean.astype(np.float64))
 
-    def _read(self, start: int, rows: int) -> _Block:
-        plain = torch.from_numpy(self.corpus.read(start, min(start + rows, len(self.corpus))) - self.mean)  # (n, E)
+    def _read(self, rows: NDArray[np.int64]) -> _Block:
+        first, last = int(rows[0]), int(rows[-1])
+        if last - first < 2 * len(rows):
+            given = self.corpus.read(first, last + 1)
+            given = given if len(given) == len(rows) else given[rows - first]
+        else:
+            given = self.corpus.take(rows, checked=True)
+        plain = torch.from_numpy(given - self.mean)  # (n, E)
         length = float(torch.linalg.vector_norm(plain, dim=1).max()) * 1.01  # norms in float32, rounded differences
         _check_length(length)
         narrow, error = None, 0.0
@@ -270,22 +352,21 @@ class _Search:
             narrow = plain.bfloat16()
             error = float(torch.linalg.vector_norm(plain - narrow.float(), dim=1).max()) * 1.01
             narrow = narrow.to(self.device)
-        return _Block(start, plain.to(self.device), narrow, length, error)
+        return _Block(rows, plain.to(self.device), narrow, length, error)
 
     # Candidates -------------------------------------------------------------------------------------------------------
 
     def _take(self, part: _Part, block: _Block) -> None:
         """The rows of a block that may be among the best k of the part's queries become candidates."""
         part.longest = max(part.longest, block.length)
-        part.bound = np.maximum(part.bound, self._bound(part, block))
-        part.seen += len(block.plain)
+        part.raise_bound(self._bound(part, block))
+        part.seen += len(block.rows)
         scores, buffer = self._product(part, block)  # (n, q)
         maxima = self._maxima(part, scores)  # (G, q)
         groups, columns = _places(_reach(maxima, part.floor(scores)))  # (c,) each, groups rising
         for start in range(0, len(groups), HIT_GROUPS):
-            self._look(
-                part, scores, groups[start : start + HIT_GROUPS], columns[start : start + HIT_GROUPS], block.start
-            )
+            looked = groups[start : start + HIT_GROUPS]
+            self._look(part, scores, looked, columns[start : start + HIT_GROUPS], block.rows)
             if part.waiting <= min(part.enough, len(part.queries) * _budget(self.k)):
                 continue
             self._prune(part)
@@ -293,11 +374,11 @@ class _Search:
             if part.waiting <= len(part.queries) * _budget(self.k) * 3 // 4:
                 continue
             if part.narrow and part.waiting * DENSE > part.seen * len(part.queries):
-                self._widen(part, block.start)
+                self._widen(part, block)
                 self._keep(buffer)
                 self._take(part, block)
                 return
-            self._settle(part)
+            self._settle(part, reached=int(block.rows[int(looked[-1]) * GROUP]))
         self._keep(buffer)
 
     def _bound(self, part: _Part, block: _Block) -> Floats:
@@ -331,30 +412,35 @@ class _Search:
         """The largest of each group of rows, (G, q), right where it is above the floor; finds the first floor."""
         bits = scores.dtype == torch.bfloat16
         maxima = _group_maxima(scores, bits)
-        if np.isneginf(part.least).any() and len(scores) >= self.k:
-            best = self._kth(scores, maxima)
+        rank = self.rank if self.sampled else self.k
+        if np.isneginf(part.guess if self.sampled else part.least).any() and len(scores) >= rank:
+            best = self._best_but(rank, scores, maxima)
             if bits and not best.min() > 0:  # negative numbers are not ordered as their bits are
                 bits, maxima = False, _group_maxima(scores, False)
-                best = self._kth(scores, maxima)
-            part.raise_least(best, scores.dtype == torch.bfloat16)
+                best = self._best_but(rank, scores, maxima)
+            if self.sampled:
+                part.guess_from(best)
+                part.enough = 2 * self.k * len(part.queries)
+            else:
+                part.raise_least(best)
         if bits and not (part.floor(scores) > 0).all():
             maxima = _group_maxima(scores, False)
         return maxima
 
-    def _kth(self, scores: Tensor, maxima: Tensor) -> Floats:
-        """(q,) numbers that k of the scores reach, each."""
-        among = maxima if len(maxima) >= self.k else scores
+    def _best_but(self, rank: int, scores: Tensor, maxima: Tensor) -> Floats:
+        """(q,) numbers that `rank` of the scores reach, each."""
+        among = maxima if len(maxima) >= rank else scores
         coarse = len(maxima) // GROUP * GROUP
-        if coarse >= 4 * GROUP * self.k:  # nearly as high a number, found in an eighth of the time
+        if coarse >= 4 * GROUP * rank:  # nearly as high a number, found in an eighth of the time
             among = maxima[:coarse].view(-1, GROUP, maxima.shape[1]).amax(1)
         values = among.T.float().contiguous()  # (q, n)
         if values.device.type != "cpu":
-            return values.topk(self.k, dim=1).values[:, -1].double().cpu().numpy()
-        place = values.shape[1] - self.k
+            return values.topk(rank, dim=1).values[:, -1].double().cpu().numpy()
+        place = values.shape[1] - rank
         return np.partition(values.numpy(), place, axis=1)[:, place].astype(np.float64)  # twice as fast as topk
 
-    def _look(self, part: _Part, scores: Tensor, groups: Tensor, columns: Tensor, start: int) -> None:
-        """Adds what is above the floor in these groups (c,) of these columns (c,)."""
+    def _look(self, part: _Part, scores: Tensor, groups: Tensor, columns: Tensor, rows: NDArray[np.int64]) -> None:
+        """Adds what is above the floor in these groups (c,) of these columns (c,); the block's rows are `rows`."""
         width = scores.shape[1]
         places = torch.arange(GROUP, device=scores.device) * width + (groups * (GROUP * width) + columns).unsqueeze(1)
         there = places < scores.numel()  # (c, GROUP); the last group may be short
@@ -362,52 +448,62 @@ class _Search:
         above = values >= part.floor(scores).take(columns).unsqueeze(1)
         hit = (above & there).view(-1).nonzero().squeeze(1)  # (h,)
         found = places.view(-1).take(hit).cpu().numpy()
-        part.add(found % width, found // width + start, values.view(-1).take(hit).float().cpu().numpy())
+        part.add(found % width, rows[found // width], values.view(-1).take(hit).float().cpu().numpy())
 
     def _prune(self, part: _Part) -> None:
         """Raises L to what the candidates say, and drops those below."""
         columns, rows, values = part.drain()
-        order = np.argsort(_by_column_and_value(columns, values))
+        keys = np.sort(_by_column_and_value(columns, values))
         counts = np.bincount(columns, minlength=len(part.queries))  # (q,)
         full = np.flatnonzero(counts >= self.k)
         best = np.full(len(part.queries), -np.inf)
-        best[full] = values[order[(counts.cumsum() - counts)[full] + self.k - 1]]
-        part.raise_least(best, part.narrow)
+        best[full] = _value_of(keys[(counts.cumsum() - counts)[full] + self.k - 1], full)
+        part.raise_least(best)
         floor = _rounded_down(part.least - part.bound, part.narrow).numpy()
         kept = values >= floor[columns]
         part.add(columns[kept], rows[kept], values[kept])
 
-    def _widen(self, part: _Part, start: int) -> None:
-        """The part goes on in float32, from row `start` on."""
+    def _widen(self, part: _Part, block: _Block) -> None:
+        """The part goes on in float32, from the beginning of this block on."""
         columns, rows, values = part.drain()
-        before = rows < start
+        before = ~np.isin(rows, block.rows)
         part.add(columns[before], rows[before], values[before])
         part.needed = part.least.copy()  # rows that are found again must not lose against themselves
-        self._settle(part)
+        self._settle(part, reached=int(block.rows[0]))
         part.given, part.error = torch.from_numpy(part.queries).to(self.device), np.zeros(len(part.queries))
         part.bound = np.zeros(len(part.queries))
 
-    def _settle(self, *parts: _Part) -> list[tuple[NDArray[np.float32], NDArray[np.int64]]]:
-        """Scores all candidates and keeps the best k of each query: scores and rows, by query and score."""
+    def _settle(self, *parts: _Part, reached: int) -> list[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+        """Scores all candidates and keeps the best k of each query: scores and rows, by query and score.
+
+        Rows of later candidates are `reached` at least.
+        """
         drained = [part.drain() for part in parts]
         columns = np.concatenate([part.first + one[0] for part, one in zip(parts, drained, strict=True)])
         scores = self._score(columns, np.concatenate([rows for _, rows, _ in drained]))
         ends = np.cumsum([len(rows) for _, rows, _ in drained])
         of_parts = np.split(scores, ends[:-1])
-        return [self._best(part, *one, found) for part, one, found in zip(parts, drained, of_parts, strict=True)]
+        return [
+            self._best(part, *one, found, reached) for part, one, found in zip(parts, drained, of_parts, strict=True)
+        ]
 
     def _score(self, columns: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """(n,) the scores of queries with rows. Rows are read in one direction, each once."""
         order = np.argsort(rows)
-        rows = rows[order]
-        scores, new = np.empty(len(rows), np.float32), np.ones(len(rows), bool)
+        rows, columns = rows[order], columns[order]
+        found, new = np.empty(len(rows), np.float32), np.ones(len(rows), bool)
         new[1:] = rows[1:] != rows[:-1]
         new[::SCORED] = True
+        left, right = np.empty((2, min(SCORED, len(rows)), self.queries.shape[1]), np.float32)
         for start in range(0, len(rows), SCORED):
             span = slice(start, start + SCORED)
-            at, first = order[span], new[span]
-            found = self.corpus.take(rows[span][first])[first.cumsum() - 1]
-            scores[at] = score(self.queries[columns[at]], found)
+            first = new[span]
+            queries, taken = left[: len(first)], right[: len(first)]
+            self.queries.take(columns[span], axis=0, out=queries, mode="clip")  # checked modes take a copy
+            self.corpus.take(rows[span][first]).take(first.cumsum() - 1, axis=0, out=taken, mode="clip")
+            found[span] = score(queries, taken)
+        scores = np.empty_like(found)
+        scores[order] = found
         return scores
 
     def _best(
@@ -417,32 +513,49 @@ class _Search:
         rows: NDArray[np.int64],
         values: NDArray[np.float32],
         scores: NDArray[np.float32],
+        reached: int,
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Keeps the best k of each query. Candidates came by row, so a stable order leaves ties to the smaller one."""
+        """Keeps the best k of each query, of equal ones the smaller rows."""
         centred = scores - part.offset[columns]
         if (np.abs(values - centred) > part.bound[columns] + np.abs(values) * 2.0**-8 * part.narrow).any():
             raise _BoundBroken
-        order = np.argsort(_by_column_and_value(columns, scores), kind="stable")
+        order = _ordered(_by_column_and_value(columns, scores), rows)
         counts = np.bincount(columns, minlength=len(part.queries))  # (q,)
         places = np.arange(len(order)) - (counts.cumsum() - counts)[columns[order]]
         order = order[places < self.k]
         columns, rows, scores = columns[order], rows[order], scores[order]
         part.add(columns, rows, centred[order].astype(np.float32))
         full = counts >= self.k
-        last = np.full(len(part.queries), -np.inf, np.float32)
-        last[full] = scores[np.minimum(counts, self.k).cumsum()[full] - 1]
+        last, row = np.full(len(part.queries), -np.inf, np.float32), np.zeros(len(part.queries), np.int64)
+        place = np.minimum(counts, self.k).cumsum()[full] - 1
+        last[full], row[full] = scores[place], rows[place]
         part.least = np.maximum(part.least, last - part.offset)
         above = np.where(part.length > 0, np.nextafter(last, np.float32(np.inf)), np.float32(np.inf))
+        above = np.where(row < reached, above, last)  # of equal ones the smaller row is better
         part.needed = np.maximum(part.needed, np.where(full, above - part.offset, -np.inf))
         part.seen = 0
         return scores, rows
 
-    def _results(self, parts: list[_Part]) -> list[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+    def _results(self, parts: list[_Part]) -> list[tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.bool_]]]:
         for part in parts:
             if part.waiting:
                 self._prune(part)
-        found = self._settle(*parts)
-        return [(scores.reshape(-1, self.k), rows.reshape(-1, self.k)) for scores, rows in found]
+        found = self._settle(*parts, reached=len(self.corpus))
+        return [self._filled(part, *one) for part, one in zip(parts, found, strict=True)]
+
+    def _filled(
+        self, part: _Part, scores: NDArray[np.float32], rows: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.bool_]]:
+        """Scores (q, k), rows (q, k), and the queries (q,) that a guess may have cost some of them."""
+        missed = part.least < part.least_sure
+        if len(scores) == len(part.queries) * self.k:
+            return scores.reshape(-1, self.k), rows.reshape(-1, self.k), missed
+        counts = np.bincount(part.columns[-1], minlength=len(part.queries))
+        whole = counts == self.k
+        table = np.zeros((len(counts), self.k), np.float32), np.zeros((len(counts), self.k), np.int64)
+        there = np.repeat(whole, counts)
+        table[0][whole], table[1][whole] = scores[there].reshape(-1, self.k), rows[there].reshape(-1, self.k)
+        return *table, missed | ~whole
 
 
 def _budget(k: int) -> int:
@@ -498,3 +611,16 @@ def _by_column_and_value(columns: NDArray[np.int64], values: NDArray[np.float32]
     bits = values.view(np.int32).astype(np.int64)
     rising = np.where(bits < 0, -(bits & 0x7FFFFFFF), bits)  # ordered as the values are
     return (columns << 33) - rising
+
+
+def _value_of(keys: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.float32]:
+    """The values of such integers."""
+    rising = (columns << 33) - keys
+    return np.where(rising < 0, -rising | -0x80000000, rising).astype(np.int32).view(np.float32)
+
+
+def _ordered(keys: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The order of keys, of equal ones by their row. Sorts once where no two are equal, which is nearly always."""
+    order = np.argsort(keys)
+    found = keys[order]
+    return np.lexsort((rows, keys)) if (found[1:] == found[:-1]).any() else order

@@ -6,6 +6,7 @@ order that depends on the dimensions alone, then rounded to float32. It costs .2
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -58,19 +59,19 @@ class Rows:
 
     def read(self, start: int, stop: int) -> NDArray[np.float32]:
         """Rows start to stop -> (n, E). Raises MmembedError where one holds NaN or infinity."""
-        return self._prepare(self.stored[start:stop], start)
+        return self._prepare(self.stored[start:stop], range(start, stop))
 
-    def take(self, index: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The rows at `index` (n,) -> (n, E)."""
-        return self._prepare(self.stored[index], None)
+    def take(self, index: NDArray[np.int64], *, checked: bool = False) -> NDArray[np.float32]:
+        """The rows at `index` (n,) -> (n, E). Raises, where it is `checked`, as `read`."""
+        return self._prepare(self.stored[index], index if checked else None)
 
-    def _prepare(self, stored: NDArray[Any], start: int | None) -> NDArray[np.float32]:
+    def _prepare(self, stored: NDArray[Any], rows: Sequence[int] | NDArray[np.int64] | None) -> NDArray[np.float32]:
         vectors = decode(stored, self.dim)
         if self.similarity == "cosine" and stored.dtype.kind != "i" and stored.dtype != np.uint8:
             with np.errstate(invalid="ignore", over="ignore"):  # refused below
                 vectors = unit_rows(np.ascontiguousarray(vectors))  # sums of a row do not depend on the array's layout
-        if start is not None and not np.isfinite(vectors).all():
-            row = start + int(np.flatnonzero(~np.isfinite(vectors).all(axis=-1))[0])
+        if rows is not None and not np.isfinite(vectors).all():
+            row = rows[int(np.flatnonzero(~np.isfinite(vectors).all(axis=-1))[0])]
             raise MmembedError(
                 f"search: row {row} of the {self.name} holds NaN or infinity; encode it again in float32"
             )

@@ -113,9 +113,9 @@ def test_products_are_within_the_bound(seed, size, scale):
     queries, corpus = queries.astype(np.float32), corpus.astype(np.float32)
     for narrow in (True, False):
         rows = exact.Rows(corpus, "dot", "corpus")
-        search = exact._Search(queries, rows, 5, narrow, torch.device("cpu"), 1 << 20)
-        block = search._read(0, len(corpus))
-        for start, part in zip((0, 64), search._cut(len(corpus), 1), strict=True):
+        search = exact._Search(queries, rows, 5, narrow, torch.device("cpu"), 1 << 20, len(corpus))
+        block = search._read(np.arange(len(corpus)))
+        for start, part in zip((0, 64), search._cut(1), strict=True):
             part.longest = block.length
             found = search._product(part, block)[0].double().numpy().T  # (q, n)
             wide = part.queries.astype(np.float64) @ (corpus.astype(np.float64) - search.mean.astype(np.float64)).T
@@ -142,8 +142,50 @@ def test_a_device_that_rounds_more_than_it_says_is_found_out(rng, monkeypatch, c
 
 
 def test_all_rows_equal_come_in_order():
-    hits = top_k(np.ones((3, 8), np.float32), np.ones((5000, 8), np.float32), 100, corpus_rows=512)
-    np.testing.assert_array_equal(hits.indices, np.tile(np.arange(100), (3, 1)))
+    for products in ("float32", "bfloat16"):
+        ones = np.ones((3, 8), np.float32), np.ones((5000, 8), np.float32)
+        hits = top_k(*ones, 100, corpus_rows=512, products=products)
+        np.testing.assert_array_equal(hits.indices, np.tile(np.arange(100), (3, 1)))
+
+
+@pytest.mark.parametrize("near", ["sampled", "others", "half"])
+@pytest.mark.parametrize("products", ["bfloat16", "float32"])
+def test_a_wrong_guess_is_found_out(near, products, rng, monkeypatch):
+    """Where the first block, rows from all over the corpus, says nothing about the others."""
+    again = []
+    monkeypatch.setattr(
+        exact, "_Search", lambda *given, _search=exact._Search, **options: again.append((len(given[0]), options)) or _search(*given, **options)
+    )  # fmt: skip
+    queries, corpus = rng.standard_normal((90, 32)).astype(np.float32), rng.standard_normal((4000, 32))
+    center = queries.mean(axis=0)
+    of_sample = np.arange(4000) % 8 == 0  # 500 of 4,000 rows
+    corpus[{"sampled": of_sample, "others": ~of_sample, "half": np.arange(4000) < 2000}[near]] += 8 * center
+    corpus = corpus.astype(np.float32)
+    queries += center
+    if near == "half":
+        queries[45:] -= 4 * center
+    hits = top_k(queries, corpus, 40, similarity="dot", products=products, corpus_rows=500)
+    scores = np.stack([np.einsum("e,ne->n", one, corpus, dtype=np.float64) for one in queries])
+    np.testing.assert_array_equal(hits.indices, full_sort_of(scores.astype(np.float32), 40))
+    redone = sum(count for count, options in again if options == {"guess": False})
+    assert redone > 60 if near == "sampled" else redone < 10
+
+
+def test_a_guess_leaves_fewer_candidates(rng, monkeypatch):
+    """That is what it is for: exact scores are taken of two thirds as many pairs, and nothing is sorted on the way."""
+    queries, corpus = (rng.standard_normal((count, 64)).astype(np.float32) for count in (100, 20000))
+    looked = []
+    add = exact._Part.add
+    monkeypatch.setattr(exact._Part, "add", lambda part, *found: looked.append(len(found[0])) or add(part, *found))
+    counts = {}
+    for sampled in (exact.SAMPLED, 10**9):
+        monkeypatch.setattr(exact, "SAMPLED", sampled)
+        looked.clear()
+        hits = top_k(queries, corpus, 50, corpus_rows=2500)
+        counts[sampled] = sum(looked), hits
+    (few, hits), (many, expected) = counts.values()
+    assert few < 0.7 * many
+    np.testing.assert_array_equal(hits.indices, expected.indices)
 
 
 def test_cosine_does_not_depend_on_length(rng):
