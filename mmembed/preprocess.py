@@ -19,7 +19,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import repeat
+from itertools import groupby, repeat
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -44,14 +44,30 @@ Side = Literal["left", "right"]
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where the document of a pair stands among those that an in-context reranker reads together.
+
+    Attributes:
+        list: which list it is of; its items have the same query and instruction, and stand one behind another.
+        number: its name in the prompt, from 1.
+        answer: the numbers of the relevant documents, best first, where the answer is to be predicted.
+    """
+
+    list: int
+    number: int
+    answer: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Item:
     """What is embedded: content in its role, under an instruction. With a `document` it is a pair, whose query is the
-    content: what a reranker judges."""
+    content: what a reranker judges; with a `place`, one of a list."""
 
     content: Content
     role: Role = "document"
     instruction: str | None = None
     document: Content | None = None
+    place: Place | None = None
 
     @classmethod
     def of_query(cls, example: Example) -> Item:
@@ -64,9 +80,9 @@ class Item:
         return cls(document.content, "document", instruction)
 
     @classmethod
-    def of_pair(cls, example: Example, document: Document) -> Item:
+    def of_pair(cls, example: Example, document: Document, place: Place | None = None) -> Item:
         """A record's query with one of its documents."""
-        return cls(example.query, "query", example.instruction, document.content)
+        return cls(example.query, "query", example.instruction, document.content, place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +102,25 @@ class Lengths:
 
 
 @dataclass(frozen=True, slots=True)
+class Tail:
+    """What stands behind the documents of a list (`mmembed.backbones.block_attention`).
+
+    Attributes:
+        list: which list it is of.
+        prefix: tokens of block 0, with which each row of the list begins.
+        ids: of the last block.
+        signals: places there, of the tokens whose attention scores the documents.
+        predicted: tokens at its end that a language-model loss predicts.
+    """
+
+    list: int
+    prefix: int
+    ids: tuple[int, ...]
+    signals: tuple[int, ...]
+    predicted: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One tokenized input.
 
@@ -96,6 +131,7 @@ class Row:
         predicted: ranges of tokens that a language-model loss predicts: those with any character of the content's
             texts. None where such a loss looks at no input of the batch.
         cut: the share of the content's text tokens that a length limit took off; 1: only the prompt is left of them.
+        tail: of a document of a list, whose rows go through the model together.
     """
 
     ids: Sequence[int]
@@ -105,6 +141,7 @@ class Row:
     digests: tuple[bytes, ...] = ()
     predicted: tuple[Range, ...] | None = None
     cut: float = 0.0
+    tail: Tail | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -143,6 +180,7 @@ class ModelInputs:
         lengths: tokens of each row, where the model is to compute no padding (`mmembed.backbones.packed`); else empty.
         predicted: (B, T) bool, true on tokens that a language-model loss predicts; None where there is no such loss.
         prefix: the `shared` tokens, where they went through the model before (`EmbeddingModel.read_prefix`).
+        tail: what stands behind rows that are the documents of one list.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -155,6 +193,7 @@ class ModelInputs:
     lengths: tuple[int, ...] = ()
     predicted: torch.Tensor | None = None
     prefix: Prefix | None = None
+    tail: Tail | None = None
 
     def __len__(self) -> int:
         return len(self.pool_mask) - self.filler
@@ -226,6 +265,8 @@ class Preprocessor:
         Args:
             predict: roles whose texts a language-model loss predicts: rows say which tokens those are.
         """
+        if self.prompt.reads_lists:
+            return [row for _, some in groupby(items, _list_of) for row in self._list_rows(list(some), bool(predict))]
         rows = []
         for start in range(0, len(items), PIECE):
             piece = items[start : start + PIECE]
@@ -256,10 +297,13 @@ class Preprocessor:
         `packed` tells the model to compute nothing of the padding; the tensors are the same.
         """
         side: Side = padding_side or "right"
+        tail = rows[0].tail
+        if tail is not None:
+            shared = tail.prefix
         filler = int(self.touch_vision and self.family.multimodal and not any(row.images for row in rows))
         if filler:
             picture = (Image(PIL.Image.new("RGB", (64, 64), (200, 100, 50))),)
-            (dummy,) = self.tokenize([Item(picture, document=picture if self.prompt.reads_pairs else None)])
+            dummy = self._picture_row(picture)
             rows = [*rows, replace(dummy, ids=[*rows[0].ids[:shared], *dummy.ids], hidden=())]
         longest = max(len(row) for row in rows)
         ids = np.full((len(rows), longest), self.tokenizer.pad_token_id, dtype=np.int64)  # (B, T)
@@ -299,7 +343,51 @@ class Preprocessor:
         lengths = tuple(map(len, rows)) if packed and padding else ()
         told = None if predicted is None else torch.from_numpy(predicted)
         pool_mask = torch.from_numpy(pooled)
-        return ModelInputs(tensors, pool_mask, padding, real_tokens, filler, shared, stored, lengths, told)
+        return ModelInputs(tensors, pool_mask, padding, real_tokens, filler, shared, stored, lengths, told, tail=tail)
+
+    def _picture_row(self, picture: Content) -> Row:
+        """Any input with this picture."""
+        if self.prompt.reads_lists:
+            (row,) = self.tokenize([Item((Text("query"),), document=picture, place=Place(0, 1))])
+            assert row.tail is not None, "it is of a list"
+            return replace(row, ids=row.ids[row.tail.prefix :])
+        (row,) = self.tokenize([Item(picture, document=picture if self.prompt.reads_pairs else None)])
+        return row
+
+    def _list_rows(self, items: Sequence[Item], predict: bool) -> list[Row]:
+        """The documents of one list: rows that begin with block 0, and know the last block.
+
+        Blocks are encoded apart, so that no token belongs to two of them.
+        """
+        prompt, first = self.prompt, items[0]
+        if any(not isinstance(part, Text) for part in first.content):
+            raise MmembedError(
+                "query: an in-context reranker repeats it behind the documents and reads texts there; give a query of "
+                "text, or take a reranker of pairs"
+            )
+        instruction = None if first.instruction is None else self._escape(first.instruction)
+        before, behind = self._chats.frame(prompt.system) if prompt.chat else ("", "")
+        opened, closed = prompt.render_list(first.content, instruction)
+        opened, closed = replace(opened, prefix=before + opened.prefix), replace(closed, suffix=closed.suffix + behind)
+        documents = []
+        for item in items:
+            assert item.document is not None and item.place is not None, "a prompt of lists reads documents of lists"
+            documents.append(prompt.render_listed(item.document, item.place.number))
+        written = [self._lay_out(replace(one, chat=False)) for one in (opened, closed, *documents)]
+        answer = "" if first.place is None or first.place.answer is None else prompt.answer(first.place.answer)
+        layouts = [layout for layout, _, _, _ in written]
+        encodings = self._encode([*layouts, Layout(prompt.opening, (), 0), Layout(answer, (), 0)], needs_offsets=True)
+        limits = [self.limits.query_max_length] * 2 + [self.limits.document_max_length] * len(documents)
+        rows = [
+            self._row(encoding, layout, images, sizes, True, limit)
+            for encoding, (layout, images, sizes, _), limit in zip(encodings, written, limits, strict=False)
+        ]
+        start = [] if prompt.chat else self._start
+        block, last = [*start, *rows[0].ids], [*rows[1].ids, *encodings[-2].ids]
+        told = encodings[-1].ids if predict else []
+        signals = tuple(range(len(last) - prompt.signals, len(last)))
+        tail = Tail(_list_of(first), len(block), (*last, *told), signals, len(told))
+        return [replace(row, ids=[*block, *row.ids], tail=tail) for row in rows[2:]]
 
     # Writing ----------------------------------------------------------------------------------------------------------
 
@@ -307,9 +395,10 @@ class Preprocessor:
         """The prompt of one item, its images, their sizes, and whether it is a chat."""
         instruction = None if item.instruction is None else self._escape(item.instruction)
         if item.document is None:
-            rendered = self.prompt.render(item.content, item.role, instruction)
-        else:
-            rendered = self.prompt.render_pair(item.content, item.document, instruction)
+            return self._lay_out(self.prompt.render(item.content, item.role, instruction))
+        return self._lay_out(self.prompt.render_pair(item.content, item.document, instruction))
+
+    def _lay_out(self, rendered: Rendered) -> tuple[Layout, tuple[Image, ...], tuple[tuple[int, int], ...], bool]:
         parts, images = self._parts(rendered.content)
         sizes = tuple(self.media.size(image) for image in images)
         if images and not self.family.multimodal:
@@ -450,6 +539,13 @@ class Preprocessor:
         return picture
 
 
+def _list_of(item: Item) -> int:
+    """The list that an item is of."""
+    if item.place is None:
+        raise MmembedError("an in-context reranker reads lists of documents; score them with Reranker")
+    return item.place.list
+
+
 def _changed(image: Image, how: str) -> MediaError:
     return MediaError(f"image: {image.source!r:.80}: {how}; the file changed meanwhile, start again")
 
@@ -458,7 +554,9 @@ def check_template(prompt: PromptStyle, processor: Any, model_type: str) -> None
     """Raises ConfigError where a style writes a chat and the backbone has no template for it."""
     probe = (Text("content"),)
     roles: tuple[Role, ...] = ("query", "document")
-    if prompt.reads_pairs:
+    if prompt.reads_lists:
+        chats = prompt.chat
+    elif prompt.reads_pairs:
         chats = prompt.render_pair(probe, probe, "instruction").chat
     else:
         chats = any(prompt.render(probe, role, "instruction").chat for role in roles)
@@ -512,6 +610,12 @@ class _ChatLayouts:
             tuple(words),
             tuple(media),
         )
+
+    def frame(self, system: str | None) -> tuple[str, str]:
+        """What the template writes in front of the user's text, and behind it."""
+        rendered = Rendered((), system=system, chat=True, add_generation_prompt=True)
+        before, behind = self._render(rendered, (False,)).split(self.TEXT.format(0))
+        return before, behind
 
     def _shape(self, rendered: Rendered, images: tuple[bool, ...]) -> list[str]:
         """The template's output for this kind of conversation, split at sentinels and image tokens."""

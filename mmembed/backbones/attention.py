@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from mmembed.backbones.block_attention import Blocks, attend_blocks
 from mmembed.backbones.packed import Packed, attend_packed
 from mmembed.backbones.shared_prefix import Kernel, SharedPrefix, attend_behind, masked_attention
 
@@ -61,6 +62,12 @@ def attend(
         return attend_packed(packed_sequences, query, key, value, dropout, scaling, **options), None
     if follows(module, shared_prefix):
         assert shared_prefix is not None
+        if isinstance(shared_prefix, Blocks):
+            layer = vars(module).get("layer_idx")
+            found = attend_blocks(
+                shared_prefix, layer, query, key, value, dropout, scaling, prefix_kernel, **options
+            )  # fmt: skip
+            return found, None
         return attend_behind(shared_prefix, query, key, value, dropout, scaling, prefix_kernel, **options), None
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options

@@ -29,7 +29,7 @@ from mmembed.data.labels import BatchLabels, label_keys, label_values
 from mmembed.data.prefixes import Group, group_by_prefix
 from mmembed.data.records import is_untrainable_pair
 from mmembed.errors import MediaError, MmembedError, RecordError
-from mmembed.preprocess import Item, ModelInputs, Preprocessor, Row
+from mmembed.preprocess import Item, ModelInputs, Place, Preprocessor, Row
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -58,7 +58,8 @@ class Chunk:
         """What is shared, and rows times the rest of the longest; of a packed chunk its tokens."""
         if self.packed:
             return sum(map(len, self.rows))
-        return self.shared + len(self.rows) * (max(len(row) for row in self.rows) - self.shared)
+        tail = 0 if self.rows[0].tail is None else len(self.rows[0].tail.ids)
+        return self.shared + len(self.rows) * (max(len(row) for row in self.rows) - self.shared) + tail
 
     @property
     def saved_tokens(self) -> int:
@@ -125,7 +126,7 @@ class Collator:
         positives_only: names of sources whose objective takes no negatives: none are drawn, nor encoded.
         guides: by source, what gives the vectors of another embedder of its inputs.
         judges: inputs are pairs of a query and one of its documents, for a reranker; a query stands at the place of its
-            first pair.
+            first pair. Where the prompt reads lists, the documents of a query are one, in an order drawn for it.
     """
 
     def __init__(
@@ -164,16 +165,18 @@ class Collator:
         owners = [query for query, group in enumerate(groups) for _ in group]
         origins = [examples[query].where for query in owners]
         if self.judges:
-            items = [Item.of_pair(examples[query], one) for query, one in zip(owners, documents, strict=True)]
+            places = self._places(groups)
+            pairs = zip(owners, documents, places, strict=True)
+            items = [Item.of_pair(examples[query], one, place) for query, one, place in pairs]
         else:
             items = [Item.of_query(example) for example in examples]
             items += [Item.of_document(document, source.document_instruction) for document in documents]
             origins = [*(example.where for example in examples), *origins]
         named = self._by_content([(*item.content, *(item.document or ())) for item in items], origins)
         keys = [content_key(content) for content in named]
-        distinct: dict[tuple[int, int, str, str | None], int] = {}
+        distinct: dict[tuple[int, int, str, str | None, Place | None], int] = {}
         place = [
-            distinct.setdefault((key, len(item.content), item.role, item.instruction), len(distinct))
+            distinct.setdefault((key, len(item.content), item.role, item.instruction, item.place), len(distinct))
             for key, item in zip(keys, items, strict=True)
         ]
         first = {position: index for index, position in reversed(list(enumerate(place)))}
@@ -205,6 +208,17 @@ class Collator:
         limits = [self.preprocessor.shareable(row) for row in rows] if shares else None
         chunks = plan_chunks(rows, self.chunk_tokens, self.chunk_rows, where, limits, self.packed)
         return Batch(len(examples), len(documents), chunks, torch.tensor(place), labels)
+
+    def _places(self, groups: Sequence[Sequence[Document]]) -> list[Place | None]:
+        """Of each document in its query's list, with the list's answer; None where the prompt reads no lists."""
+        if not self.preprocessor.prompt.reads_lists:
+            return [None for group in groups for _ in group]
+        places: list[Place | None] = []
+        for number, group in enumerate(groups):
+            best_first = sorted(range(len(group)), key=lambda one: -group[one].relevance)
+            answer = tuple(one + 1 for one in best_first if group[one].relevance > 0)
+            places += [Place(number, one + 1, answer) for one in range(len(group))]
+        return places
 
     def _by_content(self, contents: Sequence[Content], where: Sequence[str]) -> list[Content]:
         """Contents with the digest of each picture in place of its source: one picture under two names is one input.
@@ -255,7 +269,10 @@ class Collator:
         group = _draw(positives, self.positives_per_query, generator)
         if example.source in self.positives_only:
             return group
-        return group + _draw(negatives, self.train_group_size - self.positives_per_query, generator)
+        group += _draw(negatives, self.train_group_size - self.positives_per_query, generator)
+        if self.preprocessor.prompt.reads_lists:
+            generator.shuffle(group)  # or the answer would always be the first
+        return group
 
     @staticmethod
     def _pairs(example: Example) -> list[Document]:
@@ -307,7 +324,11 @@ def plan_chunks(
         shareable: of each row, how many first tokens it may share with others; None shares nothing.
         packed: rows without media that share nothing go through the model without padding, and none is counted as long
             as the rows would fit `UNPACKED` budgets with it.
+
+    The documents of a list are a chunk, whatever its size.
     """
+    if rows and rows[0].tail is not None:
+        return _lists(rows, where)
     chunks: list[tuple[int, list[int], bool]] = []  # shared prefix, rows, packed
     for pictured in (False, True):
         alike = [index for index, row in enumerate(rows) if bool(row.images) == pictured]
@@ -338,6 +359,25 @@ def plan_chunks(
         )
         for shared, chunk, without_padding in chunks
     )
+
+
+def _lists(rows: Sequence[Row], where: Sequence[str]) -> tuple[Chunk, ...]:
+    """A chunk of each list, the longest first."""
+    of_list: dict[int, list[int]] = {}
+    for index, row in enumerate(rows):
+        assert row.tail is not None, "rows of a prompt that reads lists"
+        of_list.setdefault(row.tail.list, []).append(index)
+    chunks = [
+        Chunk(
+            torch.tensor(of),
+            tuple(rows[index] for index in of),
+            tuple(where[index] for index in of) if where else (),
+            tail.prefix,
+        )
+        for of in of_list.values()
+        if (tail := rows[of[0]].tail) is not None
+    ]
+    return tuple(sorted(chunks, key=lambda chunk: -chunk.padded_tokens))
 
 
 def _cut(

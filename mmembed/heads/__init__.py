@@ -17,17 +17,21 @@ from mmembed.registry import Registry
 
 class Head(nn.Module):
     """Base of the heads: (B, H) -> (B, L) logits, without bias. Weights that are not trained are a buffer, which no
-    engine divides.
+    engine divides; with `trained` None there are none.
 
     logits: L.
+    lists: whether it reads the documents of a query together, from attention and not from hidden states.
     words: of which the weights are the backbone's own output embeddings; none: the weights are fresh.
     """
 
     name: ClassVar[str]
     logits: ClassVar[int]
+    lists: ClassVar[bool] = False
 
-    def __init__(self, hidden_size: int, trained: bool) -> None:
+    def __init__(self, hidden_size: int, trained: bool | None) -> None:
         super().__init__()
+        if trained is None:
+            return
         weight = torch.randn(self.logits, hidden_size) * hidden_size**-0.5  # (L, H)
         self.weight: Tensor
         if trained:

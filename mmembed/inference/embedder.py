@@ -312,28 +312,34 @@ class Embedder:
 
     def _plan(self, contents: Sequence[ContentLike], how: _How) -> Iterator[Planned]:
         """The rows of each batch, window after window; longest first, so that memory trouble shows at once."""
-        for start in range(0, len(contents), WINDOW):
-            items = []
-            for index in range(start, min(start + WINDOW, len(contents))):
-                with _naming(index):
+        start = 0
+        while start < len(contents):
+            items: list[Item] = []
+            for index in range(start, len(contents)):
+                with naming(index):
                     given = contents[index]
                     pair = isinstance(given, Item)  # of a reranker
-                    items.append(given if pair else item_of(given, how.role, how.instruction_of(index)))
+                    item = given if pair else item_of(given, how.role, how.instruction_of(index))
+                if len(items) >= WINDOW and (item.place is None or item.place.number == 1):  # a list stays whole
+                    break
+                items.append(item)
             rows = self._tokenize(items, start)
             shareable = [self.preprocessor.shareable(row) for row in rows] if how.share_prefix else None
             budget = how.token_budget or self._default_budget(rows)
             chunks = plan_chunks(rows, budget, shareable=shareable, packed=how.packed)
             uses = Counter(_prefix(chunk) for chunk in chunks)
             for chunk in chunks:
-                kept = self.device.type == "cpu" and chunk.shared > 0 and uses[_prefix(chunk)] > 1
+                alone = chunk.rows[0].tail is not None  # a list runs with its own
+                kept = self.device.type == "cpu" and chunk.shared > 0 and uses[_prefix(chunk)] > 1 and not alone
                 yield [start + index for index in chunk.index.tolist()], chunk, kept
+            start += len(items)
 
     def _tokenize(self, items: Sequence[Item], start: int) -> list[Row]:
         try:
             return self.preprocessor.tokenize(items)
         except MmembedError:
             for index, item in enumerate(items):
-                with _naming(start + index):
+                with naming(start + index):
                     self.preprocessor.tokenize([item])
             raise
 
@@ -342,7 +348,7 @@ class Embedder:
             return self.preprocessor.collate(chunk.rows, shared=chunk.shared, packed=chunk.packed)
         except MmembedError:
             for position, row in zip(positions, chunk.rows, strict=True):
-                with _naming(position):
+                with naming(position):
                     self.preprocessor.collate([row])
             raise
 
@@ -443,7 +449,7 @@ class _Indexed(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
-class _naming:
+class naming:
     """Puts the index of the content before the message of an error that passes through."""
 
     def __init__(self, index: int) -> None:

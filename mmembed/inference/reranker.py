@@ -8,7 +8,7 @@ all of them where the backbone allows it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,11 +16,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mmembed.backbones.output_embedding import load_output_embedding
+from mmembed.data.collate import content_key
 from mmembed.errors import MmembedError, nearest
 from mmembed.heads import Head, log_odds
-from mmembed.inference.embedder import Embedder, item_of, load_merged
+from mmembed.inference.answering import answer, completed, read_order
+from mmembed.inference.embedder import Embedder, item_of, load_merged, naming
 from mmembed.models.embedding_model import EmbeddingModel
-from mmembed.preprocess import Item, Preprocessor
+from mmembed.preprocess import Item, Place, Preprocessor
 
 if TYPE_CHECKING:
     from mmembed.content import ContentLike
@@ -54,6 +57,35 @@ class _Pairs(Sequence[Item]):
         return Item(query.content, "query", query.instruction, document.content)
 
 
+class _Listed(Sequence[Item]):
+    """Pairs as the documents of lists, one for each query and instruction.
+
+    Attributes:
+        order: of each item, the pair that it is: those of a list stand one behind another.
+    """
+
+    def __init__(self, pairs: _Pairs) -> None:
+        items = []
+        for index in range(len(pairs)):
+            with naming(index):
+                items.append(pairs[index])
+        lists: dict[tuple[int, str | None], list[int]] = {}
+        for index, item in enumerate(items):
+            lists.setdefault((content_key(item.content), item.instruction), []).append(index)
+        self.order = [index for of in lists.values() for index in of]
+        self.items = [
+            replace(items[index], place=Place(number, place))
+            for number, of in enumerate(lists.values())
+            for place, index in enumerate(of, 1)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.items[index]
+
+
 class Reranker:
     """A trained reranker with the preprocessing it was trained with.
 
@@ -72,6 +104,8 @@ class Reranker:
                 "Embedder, or train a reranker with recipes/train_reranker.py"
             )
         self.model, self.preprocessor = model, preprocessor
+        self.reads_lists = preprocessor.prompt.reads_lists
+        model.reads_only = self.reads_lists
         self._encoder = Embedder(model, preprocessor)
 
     @classmethod
@@ -106,11 +140,15 @@ class Reranker:
     ) -> NDArray[np.float32]:
         """Scores of pairs, in their order.
 
+        An in-context reranker reads all documents of a query in one pass (they are found among the pairs): their scores
+        are shares, which sum to 1, and so depend on which documents stand beside each other.
+
         Args:
             pairs: (query, document) each; either may be anything that `Embedder.encode` takes. A query may bring its
                 own `instruction`.
             instruction: of all queries that bring none, or one a pair; None: the prompt's.
-            scale: "probability" of being relevant, or the "logit" behind it: no pair of either is 0 or 1 by rounding.
+            scale: "probability" of being relevant (of a list, the share), or the "logit" behind it, which does not
+                round to 0 or 1.
             token_budget, share_prefix, show_progress: as of `Embedder.encode`. Give the documents of a query one behind
                 another or not: pairs of one query are found.
 
@@ -126,16 +164,50 @@ class Reranker:
             raise MmembedError(f"instruction: {len(instruction)} instructions for {len(pairs)} pairs; give one each")
         if any(isinstance(pair, str | bytes) or len(pair) != 2 for pair in pairs):
             raise MmembedError("pairs: give (query, document) each")
+        asked = _Pairs(pairs, instruction)
+        listed = _Listed(asked) if self.reads_lists else None
         logits = self._encoder.encode(
-            _Pairs(pairs, instruction),
+            listed or asked,
             token_budget=token_budget,
             share_prefix=share_prefix,
             output="torch",
             show_progress=show_progress,
         )  # (N, L)
+        if listed is not None:
+            shares = np.empty(len(pairs), np.float32)
+            shares[listed.order] = logits[:, 0].numpy()
+            return shares if scale == "probability" else np.log(shares) - np.log1p(-shares)
         found = log_odds(logits)
         scores: NDArray[np.float32] = (torch.sigmoid(found) if scale == "probability" else found).numpy()
         return scores
+
+    def answer(
+        self, query: ContentLike, documents: Sequence[ContentLike], *, instruction: str | None = None, limit: int = 64
+    ) -> list[int]:
+        """The order of the documents as an in-context reranker writes it, best first: places among those given.
+
+        `rank` reads it from attention, faster and as well; this tells what the model answers. Documents that the answer
+        leaves out follow by their shares.
+
+        Args:
+            limit: tokens of the answer, at most.
+
+        Raises:
+            MmembedError: it is no in-context reranker, or its backbone's output embedding is gone.
+        """
+        if not self.reads_lists:
+            raise MmembedError("answer: this reranker judges pairs, and writes nothing; use rank")
+        if not documents:
+            return []
+        if self.model.output_embedding is None:
+            settings = self.model.settings
+            self.model.output_embedding = load_output_embedding(
+                self.model.family, settings.name_or_path, settings.revision, self.model.dtype, "answer"
+            ).to(self.model.device)
+        listed = _Listed(_Pairs([(query, document) for document in documents], instruction))
+        inputs = self.preprocessor(list(listed)).to(self.model.device)
+        text, shares = answer(self.model, inputs, self.preprocessor.tokenizer, limit)
+        return completed(read_order(text, len(documents)), shares[: len(documents)].tolist())
 
     def rank(
         self, query: ContentLike, documents: Sequence[ContentLike], top_k: int | None = None, **options: Any

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from mmembed.backbones import NANO, Backbone, Family, load_backbone
 from mmembed.backbones.adapters import adapted, apply_adapter, quantization_of, run
 from mmembed.backbones.attention import prepare
+from mmembed.backbones.block_attention import Blocks, Read, position_ids
 from mmembed.backbones.layers import check_layers, decoder_of, keep_layers, last_and_lower, watch
 from mmembed.backbones.output_embedding import OutputEmbedding, load_output_embedding
 from mmembed.backbones.packed import AttentionKernel, Packed, no_kernel, unknown
@@ -30,6 +31,7 @@ from mmembed.config.blocks import PROMPT_TYPES
 from mmembed.embeddings import Embeddings, Layer
 from mmembed.errors import ConfigError, MmembedError
 from mmembed.heads import HEADS, Head
+from mmembed.heads.attention import Attention
 from mmembed.pooling import POOLINGS, Pooling
 from mmembed.preprocess import Lengths, ModelInputs, Preprocessor, StoredImages
 from mmembed.prompts import PROMPTS
@@ -105,6 +107,7 @@ class EmbeddingModel(nn.Module):
         self.fresh_head = head_sums(self)
         self._unshared = self._prepare_sharing()
         self.lower_layers: tuple[int, ...] = ()
+        self.reads_only = False  # of lists: nothing is computed above the attention that is read
         self._hooks: list[Any] = []
         self._whole_depth = self.depth
 
@@ -237,7 +240,7 @@ class EmbeddingModel(nn.Module):
     def forward(self, inputs: ModelInputs) -> Embeddings:
         """Embeds a batch: -> vectors (B, E), or (B, T, E) and mask (B, T); as many of each of `lower_layers`; and what
         `inputs.predicted` costs."""
-        tensors, pool_mask, predicted = _right_padded(inputs)
+        tensors, pool_mask, predicted = right_padded(inputs)
         ids = tensors["input_ids"]  # (B, T)
         if inputs.padding is None or (self.family.causal and not self._virtual_tokens):
             tensors.pop("attention_mask")
@@ -248,6 +251,8 @@ class EmbeddingModel(nn.Module):
         if inputs.images is not None:
             tensors = self._with_features(tensors, inputs.images)
         has_images = "pixel_values" in tensors or inputs.images is not None
+        if inputs.tail is not None:
+            return self._judge_list(tensors, pool_mask, inputs)
         if inputs.shared and self.unshared(has_images) is None:
             whole = predicted is not None
             hidden, pool_mask = self._run_shared(tensors, pool_mask, inputs.shared, inputs.prefix, whole)
@@ -265,6 +270,81 @@ class EmbeddingModel(nn.Module):
             nll, count = self._predict(hidden[0], ids, predicted)
             nll, count = nll[: len(vectors[0])], count[: len(vectors[0])]
         return Embeddings(vectors[0], pool_mask if self.pooling.multi_vector else None, lower, nll, count)
+
+    def _judge_list(self, tensors: dict[str, Any], pool_mask: torch.Tensor, inputs: ModelInputs) -> Embeddings:
+        """Of a list of N documents: their shares of the query's attention (N, 1), and what its answer costs."""
+        blocks, hidden = self.run_list(tensors, pool_mask, inputs, stop=self.reads_only)
+        assert blocks.shares is not None and inputs.tail is not None, "every layer follows"
+        shares = blocks.shares[: len(inputs)].unsqueeze(1)  # (N, 1)
+        if hidden is None:
+            return Embeddings(shares)
+        if torch.is_grad_enabled():  # layers above the one that is read take part, on every rank
+            shares = shares + 0.0 * hidden.sum()
+        if not inputs.tail.predicted:
+            return Embeddings(shares)
+        last = torch.tensor([inputs.tail.ids], device=hidden.device)  # (1, L)
+        predicted = torch.zeros_like(last, dtype=torch.bool)
+        predicted[:, -inputs.tail.predicted :] = True
+        nll, count = self._predict(hidden[:, -last.shape[1] :], last, predicted)  # (1,) each
+        others = (0, len(shares) - 1)  # the list's cost stands at its first document
+        return Embeddings(shares, nll=F.pad(nll, others), predicted=F.pad(count, others))
+
+    @property
+    def list_offset(self) -> int:
+        """Position of the last block of a list."""
+        assert isinstance(self.projection, Attention), "of a model that reads lists"
+        return self.projection.offset
+
+    def one_position(self, position: int, device: torch.device) -> torch.Tensor:
+        """Of one token of text, as the backbone takes it."""
+        probe = {"input_ids": torch.zeros(1, 1, dtype=torch.long, device=device)}
+        axes = self.family.position_ids(self.base, probe)
+        return torch.full((1, 1) if axes is None else (*axes.shape[:-2], 1, 1), position, device=device)
+
+    def run_list(
+        self,
+        tensors: dict[str, Any],
+        pool_mask: torch.Tensor,
+        inputs: ModelInputs,
+        stop: bool = False,
+        keep: bool = False,
+    ) -> tuple[Blocks, torch.Tensor | None]:
+        """The backbone on the documents of a list: what their blocks gave, and hidden states (1, P + N * T + L, H).
+
+        Args:
+            stop: at the layer whose attention is read; there are no hidden states then.
+            keep: keys and values, for tokens that follow.
+
+        Raises:
+            MmembedError: a document does not end before the last block begins.
+        """
+        prefix, tail, head = inputs.shared, inputs.tail, self.projection
+        assert isinstance(head, Attention) and tail is not None, "only such a model reads lists"
+        ids = tensors["input_ids"]  # (N, P + T)
+        rows, length = ids.shape
+        if length > head.offset:
+            raise MmembedError(
+                f"head 'attention': block 0 and a document take {length} tokens, and the last block stands at "
+                f"position {head.offset}; raise head.offset, or lower lengths"
+            )
+        real = pool_mask[:, prefix:].clone()  # (N, T)
+        if inputs.filler:
+            real[-inputs.filler :] = False
+        positions = self.family.position_ids(self.base, tensors)  # (3, N, P + T) or None
+        if positions is None:
+            positions = torch.arange(length, device=ids.device).expand(rows, length)
+        places = position_ids(flatten(positions, prefix), len(tail.ids), head.offset)  # (..., 1, P + N * T + L)
+        last = torch.tensor([tail.ids], device=ids.device)  # (1, L)
+        sequence = torch.cat([flatten(ids, prefix), last], dim=1)
+        layer = head.of(self.depth)
+        blocks = Blocks(
+            self.config, prefix, real, len(tail.ids), layer, tail.signals, head.kernel, stop=stop, keep=keep
+        )
+        media = {name: tensor for name, tensor in tensors.items() if name not in _SEQUENCE}
+        try:
+            return blocks, self._run_behind(blocks, sequence, places, media)[0]
+        except Read:
+            return blocks, None
 
     def head(self, hidden: torch.Tensor, pool_mask: torch.Tensor) -> torch.Tensor:
         """Pooling, projection, normalisation: hidden states (B, T, H), mask (B, T) -> (B, E) or (B, T, E) float32."""
@@ -456,6 +536,28 @@ def build_from_settings(
     return model, preprocessor
 
 
+def check_lists(head: Attention, backbone: Backbone) -> None:
+    """Raises ConfigError where the backbone cannot read lists of documents with this head."""
+    text = backbone.config.get_text_config()
+    head.of(text.num_hidden_layers)
+    known = getattr(text, "max_position_embeddings", None)
+    if known is not None and head.offset >= known:
+        raise ConfigError(
+            f"head 'attention': offset {head.offset}, and the backbone '{backbone.config.model_type}' knows positions "
+            f"below {known}; set head.offset lower, above the longest document"
+        )
+    kinds, width = getattr(text, "layer_types", None), getattr(text, "sliding_window", None)
+    windows = width is not None and width <= head.offset and (not kinds or "sliding_attention" in kinds)
+    reason = backbone.family.unshared(False) if backbone.family.causal else "its attention is bidirectional"
+    if windows:
+        reason = f"layers with a sliding window of {width} do not see from offset {head.offset} to the documents"
+    if reason is not None:
+        raise ConfigError(
+            f"head 'attention': the backbone '{backbone.config.model_type}' cannot read lists ({reason}); take head "
+            "yes_no, or another backbone"
+        )
+
+
 def block_of(head: dict[str, Any]) -> dict[str, Any]:
     """What builds a head, of settings that also say which tokens its words are."""
     return {key: value for key, value in head.items() if key != "ids"}
@@ -494,6 +596,8 @@ def assemble(
     projection: nn.Linear | Head | None = None
     if settings.head is not None:
         projection = HEADS.build(block_of(settings.head), hidden_size=pooling.embedding_size)
+        if isinstance(projection, Attention):
+            check_lists(projection, backbone)
     elif settings.projection is not None:
         projection = nn.Linear(pooling.embedding_size, settings.projection, bias=False)
     device = next(backbone.model.parameters()).device
@@ -504,7 +608,7 @@ def assemble(
 _SEQUENCE = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")  # tensors of shape (B, T)
 
 
-def _right_padded(inputs: ModelInputs) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]:
+def right_padded(inputs: ModelInputs) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]:
     """The batch with its padding on the right: tensors, pool mask (B, T), and predicted (B, T), if any.
 
     Image order is unchanged by it.

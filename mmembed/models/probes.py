@@ -16,7 +16,7 @@ from mmembed.embeddings import Embeddings
 from mmembed.errors import CheckpointError
 from mmembed.models.embedding_model import EmbeddingModel
 from mmembed.models.folder import PROBES, read_tensors
-from mmembed.preprocess import Item, ModelInputs, Preprocessor
+from mmembed.preprocess import Item, ModelInputs, Place, Preprocessor
 
 HALF_TOLERANCE = 0.03  # of a unit vector, where weights are in 16 bits: kernels and merged adapters round otherwise
 _PROBES = ("a red bus", "What is the capital of France?", "Der Hund schläft. " * 8)
@@ -51,7 +51,9 @@ def check_recorded(
             f"{folder}: gives vectors {tuple(found.shape)}, {tuple(recorded.shape)} were recorded when it was saved; "
             "its tokenizer or settings changed, restore them"
         )
-    distance = (F.normalize(found, dim=1) - F.normalize(recorded, dim=1)).norm(dim=1).max().item()
+    if found.shape[1] > 1:  # one logit has no direction
+        found, recorded = F.normalize(found, dim=1), F.normalize(recorded, dim=1)
+    distance = (found - recorded).norm(dim=1).max().item()
     if not distance <= (tolerance if dtypes == {"torch.float32"} else max(tolerance, HALF_TOLERANCE)):
         raise CheckpointError(
             f"{folder}: its vectors are {distance:.2g} away from those recorded when it was saved; its weights, its "
@@ -74,6 +76,10 @@ def vectors_of(
         items.append(Item((Image(picture),)))
     if model.settings.head is not None:
         items = [replace(item, role="query", document=items[0].content) for item in items]
+    if preprocessor.prompt.reads_lists:
+        texts = [item for item in items if isinstance(item.content[0], Text)]
+        query, listed = texts[0].content, [item.content for item in items]
+        items = [Item(query, "query", document=one, place=Place(0, number)) for number, one in enumerate(listed, 1)]
     was_training = model.training
     inputs = preprocessor(items).to(model.eval().device)
     vectors = _vectors(forward or model, inputs)

@@ -77,7 +77,8 @@ class Objective(nn.Module):
     idle_pairs: int = 0  # queries that a run trains on before this has a loss
     least_pairs: int = 1  # with fewer queries a batch, of all processes, it is not defined
     compares: ClassVar[bool] = True
-    judges: ClassVar[bool] = False  # logits of pairs of a query and a document: a reranker's
+    judges: bool = False  # logits of pairs of a query and a document: a reranker's
+    answers: ClassVar[bool] = False  # predicts the answer of an in-context reranker
     keeps_vectors: ClassVar[bool] = False  # its memory is of whole vectors, of which shorter ones are prefixes
     written: frozenset[str] = frozenset()  # options that its block gives, not those that its loss brings
 

@@ -68,6 +68,7 @@ class Combined(Objective):
         self.parts, self.leading = tuple(parts), of_last[0]
         self.objectives = nn.ModuleList([part.objective for part in parts])
         self.takes_negatives = any(part.objective.takes_negatives for part in parts)
+        self.judges = self._leader.judges
         self._momentum = one_teacher({part.name: part.objective for part in parts})
 
     @property

@@ -7,7 +7,7 @@ serves; it is saved with the model. One file per style; `PROMPTS.build({"type": 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -49,6 +49,11 @@ class PromptStyle:
 
     name: ClassVar[str]
     reads_pairs: ClassVar[bool] = False  # of a query and a document, as a reranker does
+    reads_lists: ClassVar[bool] = False  # of a query and many documents, as an in-context reranker does
+    chat: bool = False  # of lists: whether they are the user's turn of a chat
+    system: str | None = None
+    signals: ClassVar[int] = 2  # of lists: tokens at the end of the prompt whose attention scores documents
+    opening: ClassVar[str] = ""  # of lists: how the answer begins
 
     def __init__(self, mask_instruction: bool = True, append_eos: bool | None = None) -> None:
         self.mask_instruction, self.append_eos = mask_instruction, append_eos
@@ -59,6 +64,18 @@ class PromptStyle:
 
     def render_pair(self, query: Content, document: Content, instruction: str | None) -> Rendered:
         """The pieces of a query with a document, for styles that read pairs."""
+        raise NotImplementedError
+
+    def render_list(self, query: Content, instruction: str | None) -> tuple[Rendered, Rendered]:
+        """The blocks in front of the documents and behind them, for styles that read lists."""
+        raise NotImplementedError
+
+    def render_listed(self, document: Content, number: int) -> Rendered:
+        """The block of one document, for styles that read lists."""
+        raise NotImplementedError
+
+    def answer(self, numbers: Sequence[int]) -> str:
+        """What stands behind `opening`, for styles that read lists: the documents of these numbers, best first."""
         raise NotImplementedError
 
 

@@ -26,7 +26,7 @@ from mmembed.errors import ConfigError
 from mmembed.heads import log_odds
 from mmembed.metrics import ndcg_at_k, rank_by_score, recall_at_k, spearman
 from mmembed.objectives.gather import gather_counts, gather_embeddings, gather_rows, world
-from mmembed.preprocess import Item, Preprocessor
+from mmembed.preprocess import Item, Place, Preprocessor
 
 Similarity = Callable[[Embeddings, Embeddings], Tensor]
 BLOCK = 256  # queries scored at once
@@ -136,7 +136,13 @@ def _compare(queries: Embeddings, documents: Embeddings, similarity: Similarity,
 def _judge(dev: DevSet, *how: Any) -> Callable[[range], np.ndarray]:
     """A reranker's scores of each query's judged documents."""
     owners = [(row, int(column)) for row, (columns, _) in enumerate(dev.judged) for column in columns]
-    items = [replace(dev.queries[row], document=dev.documents[column].content) for row, column in owners]
+    places = [
+        Place(row, number) for row, (columns, _) in enumerate(dev.judged) for number in range(1, len(columns) + 1)
+    ]
+    items = [
+        replace(dev.queries[row], document=dev.documents[column].content, place=place)
+        for (row, column), place in zip(owners, places, strict=True)
+    ]
     logits = embed_items(items, [dev.where[row] for row, _ in owners], *how).vectors  # (N, L)
     found = log_odds(logits).float().numpy()
     starts = np.cumsum([0, *(len(columns) for columns, _ in dev.judged)])

@@ -65,9 +65,8 @@ class Budget:
 
     def divisible(self, batch: Batch) -> bool:
         """Whether a smaller budget would make a difference."""
-        return any(len(chunk.rows) > 1 for chunk in batch.chunks) or first_kept(batch, self.keep_tokens) < len(
-            batch.chunks
-        )
+        cut = any(len(chunk.rows) > 1 and chunk.rows[0].tail is None for chunk in batch.chunks)  # a list is not
+        return cut or first_kept(batch, self.keep_tokens) < len(batch.chunks)
 
 
 class Halving:

@@ -29,8 +29,9 @@ from mmembed.data.format_base import FORMATS
 from mmembed.data.pair_base import PAIR_MAKERS, maker_of
 from mmembed.errors import ConfigError, nearest
 from mmembed.heads import HEADS
+from mmembed.heads.attention import Attention
 from mmembed.models.continuing import backbone_of
-from mmembed.models.embedding_model import WORDS, settings_of, word_ids
+from mmembed.models.embedding_model import WORDS, check_lists, settings_of, word_ids
 from mmembed.models.folder import SETTINGS
 from mmembed.models.randomness import draws
 from mmembed.objectives import Objective, build_objective
@@ -64,6 +65,7 @@ def preflight(config: EmbedderConfig) -> Objective:
             f"prompt '{block_type(config.prompt)}': "
             + ("a reranker reads pairs; take judge" if config.head is not None else "reads pairs, as a reranker does")
         )
+    _check_lists(config)
     objective = build_objective(config.objective)
     _check_objective(config, objective)
     for source in (*config.data.train, *config.data.dev):
@@ -85,6 +87,21 @@ def preflight(config: EmbedderConfig) -> Objective:
         outlined = outline_backbone(name, revision=revision, trust_remote_code=trusted, attention=attention)
         check_predictable(outlined.family, name, revision)
     return objective
+
+
+def _check_lists(config: EmbedderConfig) -> None:
+    """Raises ConfigError unless prompt and head both read lists, or neither does."""
+    listing = PROMPTS.build(config.prompt).reads_lists
+    head = None if config.head is None else HEADS.get(block_type(config.head))
+    if head is not None and head.lists != listing:
+        raise ConfigError(
+            f"head '{head.name}' + prompt '{block_type(config.prompt)}': "
+            + (
+                "the prompt writes a list of documents, and the head judges one; take head attention, or prompt judge"
+                if listing
+                else "the head reads a list of documents, and the prompt writes one; take prompt in_context"
+            )
+        )
 
 
 def check_dropout(config: EmbedderConfig, modules: Iterable[tuple[str, nn.Module]], family: Family) -> None:
@@ -128,6 +145,10 @@ def _check_objective(config: EmbedderConfig, objective: Objective) -> None:
     pooling = config.pooling if isinstance(config.pooling, str) else str(config.pooling["type"])
     several = POOLINGS.get(pooling).multi_vector
     for part in named_parts(objective):
+        if part.answers and not (config.head is not None and HEADS.get(block_type(config.head)).lists):
+            raise ConfigError(
+                f"objective '{part.title}' predicts what stands behind a list of documents; it goes with head attention"
+            )
         if part.judges != (config.head is not None):
             raise ConfigError(
                 f"objective '{part.title}' compares vectors, and a reranker gives logits of pairs: write {{type: "
@@ -270,6 +291,8 @@ def _check_backbone(config: EmbedderConfig) -> None:
     check_template(PROMPTS.build(config.prompt), backbone.processor, backbone.config.model_type)
     if config.head is not None:
         head = HEADS.build(config.head, hidden_size=8)
+        if isinstance(head, Attention):
+            check_lists(head, backbone)
         if word_ids(head, backbone.family.tokenizer):
             check_predictable(backbone.family, model.name_or_path, model.revision, WORDS)
     text = backbone.config.get_text_config()

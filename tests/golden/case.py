@@ -32,7 +32,6 @@ LOSS, GRADIENT = "loss", "gradient of "
 
 # (slug, how the entry's name begins) -> why no case computes it
 NOT_COVERED = {
-    ("blockrank", ""): "an in-context reranker, which is not built",
     (
         "codiemb",
         "delta-guided fusion",

@@ -152,10 +152,13 @@ def test_all_rows_equal_come_in_order():
 @pytest.mark.parametrize("products", ["bfloat16", "float32"])
 def test_a_wrong_guess_is_found_out(near, products, rng, monkeypatch):
     """Where the first block, rows from all over the corpus, says nothing about the others."""
-    again = []
-    monkeypatch.setattr(
-        exact, "_Search", lambda *given, _search=exact._Search, **options: again.append((len(given[0]), options)) or _search(*given, **options)
-    )  # fmt: skip
+    again, search = [], exact._Search
+
+    def counted(queries, *given, **options):
+        again.append((len(queries), options))
+        return search(queries, *given, **options)
+
+    monkeypatch.setattr(exact, "_Search", counted)
     queries, corpus = rng.standard_normal((90, 32)).astype(np.float32), rng.standard_normal((4000, 32))
     center = queries.mean(axis=0)
     of_sample = np.arange(4000) % 8 == 0  # 500 of 4,000 rows

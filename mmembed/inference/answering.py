@@ -1,0 +1,80 @@
+"""The order of a list's documents as the model writes it, token by token: decoding, instead of reading attention.
+
+BlockRank (arXiv 2510.05396) ranks as well by attention, without a token being decoded; decoding tells what
+next-token prediction has learned. The keys and values of the list's blocks are those of the one pass that also gives
+the shares; each further token sees all of them and costs a pass of one token.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from mmembed.errors import MmembedError
+from mmembed.models.embedding_model import EmbeddingModel, right_padded
+from mmembed.preprocess import ModelInputs
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+NUMBER = re.compile(r"\d+")
+
+
+@torch.inference_mode()
+def answer(model: EmbeddingModel, inputs: ModelInputs, tokenizer: Any, limit: int) -> tuple[str, Tensor]:
+    """The text that the model writes behind a list, up to its "]" or `limit` tokens, greedily; and the shares (N,).
+
+    Raises:
+        MmembedError: the model was given no output embedding.
+    """
+    from transformers import DynamicCache
+
+    if model.output_embedding is None:
+        raise MmembedError("decoding needs the backbone's output embedding, which this model was loaded without")
+    tensors, pool_mask, _ = right_padded(inputs)
+    tensors.pop("attention_mask")
+    blocks, hidden = model.run_list(tensors, pool_mask, inputs, keep=True)
+    assert hidden is not None and inputs.tail is not None and blocks.shares is not None, "the pass went on"
+    ends = torch.ones(blocks.tokens, dtype=torch.bool), torch.ones(blocks.tail, dtype=torch.bool)
+    kept = torch.cat([ends[0].to(hidden.device), blocks.real.flatten(), ends[1].to(hidden.device)])  # (S,)
+    cache = DynamicCache(config=model.config)
+    for layer, (key, value) in enumerate(blocks.attended):
+        cache.update(key[:, :, kept], value[:, :, kept], layer)
+    weight = model.output_embedding.weight
+    weight = cast("Tensor", model.base.get_input_embeddings().weight) if weight is None else weight  # (V, H)
+    position = model.list_offset + len(inputs.tail.ids)
+    written: list[int] = []
+    text = ""
+    while len(written) < limit:
+        written.append(int((weight @ hidden[0, -1].to(weight.dtype)).argmax()))
+        text = tokenizer.decode(written)
+        if "]" in text or written[-1] == tokenizer.eos_token_id:
+            break
+        ids = torch.tensor([written[-1:]], device=hidden.device)
+        hidden = model.base(
+            input_ids=ids,
+            position_ids=model.one_position(position + len(written) - 1, ids.device),
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=True,
+        ).last_hidden_state
+    return text.split("]")[0], blocks.shares
+
+
+def read_order(text: str, count: int) -> list[int]:
+    """The numbers of documents in an answer, from 0, each once; those that there are not are left out."""
+    found = dict.fromkeys(int(number) - 1 for number in NUMBER.findall(text))
+    return [number for number in found if 0 <= number < count]
+
+
+def completed(order: Iterable[int], shares: Sequence[float]) -> list[int]:
+    """An order with the documents that it leaves out behind it, by falling share."""
+    first = list(order)
+    named = set(first)
+    others = [number for number in range(len(shares)) if number not in named]
+    return first + sorted(others, key=lambda number: -shares[number])
