@@ -47,6 +47,10 @@ class WeightDirection(Objective):
         super().__init__()
         self.weight, self.direction = weight, direction
 
+    @property
+    def separable(self) -> bool:
+        return True
+
     def gather(self, queries: Embeddings, documents: Embeddings, labels: BatchLabels) -> Judged:
         return judged(documents.vectors, labels)
 
