@@ -376,7 +376,8 @@ class Preprocessor:
         written = [self._lay_out(replace(one, chat=False)) for one in (opened, closed, *documents)]
         answer = "" if first.place is None or first.place.answer is None else prompt.answer(first.place.answer)
         layouts = [layout for layout, _, _, _ in written]
-        encodings = self._encode([*layouts, Layout(prompt.opening, (), 0), Layout(answer, (), 0)], needs_offsets=True)
+        texts = [layout.text for layout in layouts]
+        encodings = self._encode_texts([*texts, prompt.opening, answer], needs_offsets=True)
         limits = [self.limits.query_max_length] * 2 + [self.limits.document_max_length] * len(documents)
         rows = [
             self._row(encoding, layout, images, sizes, True, limit)
