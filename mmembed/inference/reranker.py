@@ -209,6 +209,12 @@ class Reranker:
         text, shares = answer(self.model, inputs, self.preprocessor.tokenizer, limit)
         return completed(read_order(text, len(documents)), shares[: len(documents)].tolist())
 
+    def check(self, query: ContentLike, document: ContentLike) -> None:
+        """Raises MmembedError when a pair could not be scored: reads and opens it, but runs no model."""
+        pair = _Pairs([(query, document)], None)
+        (item,) = _Listed(pair) if self.reads_lists else pair
+        self.preprocessor.collate(self.preprocessor.tokenize([item]))
+
     def rank(
         self, query: ContentLike, documents: Sequence[ContentLike], top_k: int | None = None, **options: Any
     ) -> list[Ranked]:
