@@ -183,11 +183,13 @@ def _load_reranker(name: str, options: argparse.Namespace, task_names: Sequence[
     runner = MtebReranker(score, file_name(name), modalities=_modalities(sees), instructions=instructions)
     provenance = {
         "kind": "reranker", **_origin(name, reranker.model),
-        "head": (reranker.model.settings.head or {}).get("type"), "token_budget": options.token_budget, **told,
+        "head": (reranker.model.settings.head or {}).get("type"), "reads_lists": reranker.reads_lists,
+        "token_budget": options.token_budget, **told,
     }  # fmt: skip
 
     def supports(row: Row) -> bool:
-        return (sees or not row.has_images) and row.kind in RANKINGS
+        queries_seen = not (reranker.reads_lists and "i" in row.category.split("2")[0])
+        return (sees or not row.has_images) and row.kind in RANKINGS and queries_seen
 
     return Loaded(name, runner, provenance, supports, reranks=True)
 

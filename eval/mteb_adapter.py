@@ -166,13 +166,17 @@ def _meta(name: str, modalities: Sequence[str], **more: Any) -> ModelMeta:
 def _pairs(
     queries: Iterable[Mapping[str, Any]], documents: Iterable[Mapping[str, Any]]
 ) -> Iterator[list[tuple[Content, Content]]]:
-    """Pairs in blocks, smaller ones where there are pictures."""
+    """Pairs in blocks, smaller ones where there are pictures. All of a query are in one: some rerankers read lists."""
     block: list[tuple[Content, Content]] = []
     for left, right in zip(queries, documents, strict=True):
         block += zip(_contents(left), _contents(right), strict=True)
         if len(block) >= (PICTURES_AT_ONCE if "image" in left or "image" in right else PAIRS_AT_ONCE):
-            yield block
-            block = []
+            whole = len(block) - 1
+            while whole and block[whole - 1][0] == block[-1][0]:  # where the last query begins
+                whole -= 1
+            if whole:
+                yield block[:whole]
+                block = block[whole:]
     if block:
         yield block
 

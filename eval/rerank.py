@@ -39,6 +39,10 @@ from mmembed.errors import ConfigError, MmembedError
 
 KINDS = ("retrieval", "reranking")
 DEPTH, BINS = 50, 10
+UNCALIBRATED = {
+    "ece": None,
+    "bins": [[0, 0.0, 0.0]] * BINS,
+}  # of rerankers that read lists: shares are no probabilities
 CANDIDATES = "candidates.json"
 
 
@@ -382,7 +386,7 @@ def measure(work: Work, found: Mapping[str, Mapping[str, float]], models: Sequen
         gain = by_query - base  # (Q,)
         bounds = resampled_interval([gain.tolist()])
         entry["scores"][model.name] = {
-            **score, **reliability(run, qrels),
+            **score, **(UNCALIBRATED if model.provenance["reads_lists"] else reliability(run, qrels)),
             "gain": round(float(gain.mean()), 5), "gain_low": None if bounds is None else round(bounds[0], 5),
             "gain_high": None if bounds is None else round(bounds[1], 5), "seconds": seconds,
         }  # fmt: skip

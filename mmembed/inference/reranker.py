@@ -176,7 +176,8 @@ class Reranker:
         if listed is not None:
             shares = np.empty(len(pairs), np.float32)
             shares[listed.order] = logits[:, 0].numpy()
-            return shares if scale == "probability" else np.log(shares) - np.log1p(-shares)
+            with np.errstate(divide="ignore"):  # of a list of one: infinite
+                return shares if scale == "probability" else np.log(shares) - np.log1p(-shares)
         found = log_odds(logits)
         scores: NDArray[np.float32] = (torch.sigmoid(found) if scale == "probability" else found).numpy()
         return scores

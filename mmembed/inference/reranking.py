@@ -27,6 +27,7 @@ from mmembed.media import MediaStore
 
 OnBad = Literal["raise", "skip"]
 Report = Callable[[MmembedError], None]
+BOUND = 500.0  # of a logit: beyond the precision of any probability
 _SHAPE = '{"query": ..., "documents": [...]}'
 WINDOW = 2048  # pairs scored together: enough to fill batches sorted by length
 
@@ -107,7 +108,7 @@ def rerank(
     Raises:
         MmembedError: a document cannot be scored and `on_bad` is "raise".
     """
-    for window in _windows(questions):
+    for window in _windows(questions, apart=reranker.reads_lists):  # which would read them as one list
         pairs = [(one.query, document) for one in window for document in one.documents]
         logits = score_entries(
             reranker, pairs, instruction=instruction, token_budget=token_budget, on_bad=on_bad, report=report
@@ -120,8 +121,9 @@ def rerank(
             if not order:
                 report(RecordError(question.query.where, "no document is left", "Correct its documents"))
                 continue
-            scores = own[list(order)] if scale == "logit" else probabilities(own[list(order)])
-            yield Answer(question, order, tuple(round(float(score), 6) for score in scores))
+            best = np.clip(own[list(order)], -BOUND, BOUND)  # JSON has no infinity, the logit of a list of one
+            scores = best.tolist() if scale == "logit" else probabilities(best).tolist()
+            yield Answer(question, order, tuple(round(score, 6) for score in scores))
 
 
 def score_entries(
@@ -168,12 +170,12 @@ def score_entries(
 def best_first(logits: NDArray[np.float32], top_k: int | None) -> tuple[int, ...]:
     """Places of (C,) logits, best first; those that are NaN are left out."""
     order = np.argsort(-logits, kind="stable")  # NaN last
-    return tuple(int(place) for place in order[: np.isfinite(logits).sum()][:top_k])
+    return tuple(int(place) for place in order[: (~np.isnan(logits)).sum()][:top_k])
 
 
 def probabilities(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     """(N,) probabilities of being relevant."""
-    clipped = np.clip(logits.astype(np.float64), -500, 500)
+    clipped = np.clip(logits.astype(np.float64), -BOUND, BOUND)
     spread: NDArray[np.float64] = 1.0 / (1.0 + np.exp(-clipped))
     return spread
 
@@ -245,13 +247,18 @@ def _read(image: Image, media: MediaStore) -> Image:
     return image if encoded is None else Image(encoded)
 
 
-def _windows(questions: Iterable[Question]) -> Iterator[list[Question]]:
+def _windows(questions: Iterable[Question], apart: bool) -> Iterator[list[Question]]:
+    """Questions that are scored together; those with one query in different windows, if `apart`."""
     window: list[Question] = []
+    asked: list[Any] = []
     for question in questions:
-        window.append(question)
-        if sum(len(one.documents) for one in window) >= WINDOW:
+        query = (question.query.content, question.query.instruction)
+        full = sum(len(one.documents) for one in window) >= WINDOW
+        if full or (apart and query in asked):
             yield window
-            window = []
+            window, asked = [], []
+        window.append(question)
+        asked.append(query)
     if window:
         yield window
 

@@ -9,6 +9,8 @@ from families import picture
 
 from mmembed import Embedder, Reranker
 from mmembed.cli import main
+from mmembed.models.checkpoint import save_checkpoint
+from mmembed.models.embedding_model import EmbedderSettings, build_from_settings
 
 TEXTS = ["a red bus", "a blue train on the river", "bread", "a letter", "the tower and the bridge", "a dog", "forest"]
 
@@ -220,6 +222,32 @@ def test_refusals(backbone, reranker, corpus, photos, capsys, arguments, message
     assert main(filled) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+@pytest.fixture
+def in_context(tmp_path, backbone):
+    """A reranker that reads a query's documents together, untrained."""
+    head = {"type": "attention", "layer": 2, "offset": 512}
+    settings = EmbedderSettings(str(backbone), dtype="float32", head=head, prompt={"type": "in_context"})
+    folder = tmp_path / "lists"
+    save_checkpoint(folder, *build_from_settings(settings))
+    return folder
+
+
+def test_lists_of_one_query_stay_apart(in_context, tmp_path, capsys):
+    """A reranker of lists finds them by their query; two records may ask the same."""
+    source = tmp_path / "records.jsonl"
+    lists = [["a bus", "the river", "bread"], ["a dog", "a red bus"], ["a letter"]]
+    source.write_text("".join(json.dumps({"query": "a bus", "documents": one}) + "\n" for one in lists))
+    assert main(["rerank", str(source), "--model", str(in_context), "--dtype", "float32"]) == 0
+    judge = Reranker.from_pretrained(in_context, dtype="float32", device="cpu")
+    for line, documents in zip(lines(capsys.readouterr().out), lists, strict=True):
+        shares = judge.score([("a bus", one) for one in documents])
+        assert [one["index"] for one in line["documents"]] == np.argsort(-shares, kind="stable").tolist()
+        assert [one["score"] for one in line["documents"]] == pytest.approx(sorted(shares, reverse=True), abs=1e-5)
+        assert sum(one["score"] for one in line["documents"]) == pytest.approx(1, abs=1e-4)
+    assert main(["rerank", str(source), "--model", str(in_context), "--dtype", "float32", "--scale", "logit"]) == 0
+    assert lines(capsys.readouterr().out)[2]["documents"][0]["score"] == 500
 
 
 def test_an_interrupted_rerank_leaves_no_file(reranker, tmp_path, capsys):

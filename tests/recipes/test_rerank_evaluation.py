@@ -1,6 +1,7 @@
 """Rerankers in `eval.run` and `eval.rerank`, judged by trec_eval, scikit-learn and `Reranker.score`."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytrec_eval
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_auc_score
 
-from eval import rerank, run
+from eval import mteb_adapter, rerank, run
 from eval.mteb_tasks import build_task
 from eval.tasks import mrb
 from eval.tasks.local import ROWS, select
@@ -226,6 +227,19 @@ def test_refusals_of_the_evaluation(backbone, reranker, capsys, flags, message):
 def test_refusals_of_eval_run(reranker, capsys, flags, message):
     assert run.main([*(one.format(reranker=reranker) for one in flags), "--tasks", "mbpp"]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 100])
+def test_blocks_of_pairs_keep_a_query_whole(size, monkeypatch):
+    monkeypatch.setattr(mteb_adapter, "PAIRS_AT_ONCE", 3)
+    pairs = [(f"q{query}", f"d{document}") for query, count in enumerate([2, 5, 1, 1, 3]) for document in range(count)]
+    batches = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+    sides = ([{"text": [pair[side] for pair in batch]} for batch in batches] for side in (0, 1))
+    blocks = list(mteb_adapter._pairs(*sides))
+    assert [(query[0].text, document[0].text) for block in blocks for query, document in block] == pairs
+    for before, after in pairwise(blocks):
+        assert before[-1][0] != after[0][0]
+    assert size > 4 or max(map(len, blocks)) <= 3 + 4 + size
 
 
 # MRB ------------------------------------------------------------------------------------------------------------------
