@@ -20,11 +20,13 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mmembed.config.blocks import EmbedderConfig
+from mmembed.config import describes_reranker, load_config
+from mmembed.config.blocks import EmbedderConfig, RerankerConfig
 from mmembed.data.batch_plan import BatchPlan
 from mmembed.data.collate import Batch
 from mmembed.data.dataset import MixedDataset, media_store, open_dev
@@ -44,6 +46,7 @@ from mmembed.training.batch_report import (
     count_negatives,
     count_visual,
     cut_line,
+    lost,
     prompt_alone,
 )
 from mmembed.training.batches import (
@@ -51,6 +54,7 @@ from mmembed.training.batches import (
     chunk_tokens,
     data_seed,
     graded_sources,
+    longest_allowed,
     plan_batches,
     sources_apart,
     sources_of_positives,
@@ -58,6 +62,7 @@ from mmembed.training.batches import (
 from mmembed.training.estimate import Estimate, Stage, outline, size, with_training
 from mmembed.training.launch import divides_weights, launched_with
 from mmembed.training.preflight import check_dropout, preflight
+from mmembed.training.supply import check_dev, named_parts
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -79,6 +84,8 @@ class RunPlan:
     negatives: dict[str, float]  # own, in_batch, other_processes (at most): of a query, without what is masked
     batches_sampled: int
     queries_a_batch: int  # on average, where sources have batches of their own size
+    pairs: float | None  # of a query and a document, a batch; None of an embedder, which has none
+    logits: int | None  # of a pair
     accumulation: int
     tokens: float
     padded_tokens: float
@@ -88,7 +95,8 @@ class RunPlan:
     features: str  # what becomes of the features of images; empty without images
     inputs: int  # of all sampled batches
     cut_inputs: int  # by `lengths`
-    emptied_inputs: int  # of which the prompt alone is left
+    lost_share: float  # of the texts of those that are cut, of a pair its document's
+    emptied_inputs: int  # of whose texts nothing is left
     longest_input: int
     longest_allowed: int  # text tokens of an input, by `lengths`
     largest_chunk: int
@@ -101,6 +109,7 @@ class RunPlan:
     throughput_is: str
     advice: tuple[str, ...]
     notes: tuple[str, ...]
+    cuts: tuple[str, ...]  # what `lengths` cut, in words
     warnings: tuple[str, ...]
 
     @property
@@ -109,6 +118,20 @@ class RunPlan:
         if self.tokens_per_second is None:
             return None
         return self.steps * self.accumulation * self.tokens / self.tokens_per_second
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> EmbedderConfig:
+    """The config of a run, of an embedder or a reranker: a reranker's names a head, the prompt of pairs or an objective
+    over their logits.
+
+    Raises:
+        ConfigError: as `load_config`; or the objective is unknown.
+    """
+    if describes_reranker(path, overrides):
+        return load_config(path, overrides, RerankerConfig)
+    config = load_config(path, overrides)
+    judges = any(part.judges for part in named_parts(build_objective(config.objective)))
+    return load_config(path, overrides, RerankerConfig) if judges else config
 
 
 def plan_run(
@@ -140,7 +163,9 @@ def plan_run(
     args = training_arguments(with_training(config, without=OF_THE_DEVICE, **half))
     media = media_store(config.data)
     data = [open_source(source, config.data, media, data_seed(args)) for source in config.data.train]
-    with_metric(args, config, open_dev(config.data, media))
+    dev = open_dev(config.data, media)
+    check_dev(dev, config)
+    with_metric(args, config, dev)
     check_sources(data, config, objective, reads_pictures(config), devices)
     plan = plan_batches(config, data, args, devices)
     model, preprocessor = outline(config, media)
@@ -161,8 +186,10 @@ def plan_run(
     return RunPlan(
         devices=devices,
         parameters=estimate.parameters(),
-        longest_allowed=max(config.lengths.query_max_length, config.lengths.document_max_length),
+        longest_allowed=longest_allowed(config),
         queries_a_batch=round(_mean([batch.n_queries for batch in batches])),
+        pairs=None if config.head is None else _mean([batch.n_documents for batch in batches]),
+        logits=None if config.head is None else model.embedding_size,
         accumulation=args.gradient_accumulation_steps,
         unshared=unshared,
         features=_features(config, model, devices) if counted["visual_tokens"] else "",
@@ -174,6 +201,7 @@ def plan_run(
         throughput_is=throughput_is,
         advice=estimate.advice(stages, memory) if memory is not None else (),
         notes=tuple(estimate.notes),
+        cuts=tuple(cut_line(counted["inputs"], counted["cut_inputs"], counted["lost_share"], config)),
         warnings=tuple(prompt_alone(counted["emptied_inputs"], config)),
         **counted,
     )
@@ -188,6 +216,7 @@ def _count(batches: Sequence[Batch], objective: Objective, preprocessor: Preproc
     return {
         "inputs": inputs,
         "cut_inputs": cut,
+        "lost_share": lost(batches),
         "emptied_inputs": emptied,
         "negatives": {"own": own, "in_batch": others, "other_processes": remote},
         "batches_sampled": len(batches),
@@ -307,18 +336,30 @@ def _sharing(plan: RunPlan) -> str:
     return f"{saved:,.0f} of these tokens ({plan.saved_tokens / plan.tokens:.0%}) are not computed again"
 
 
+def _compared(plan: RunPlan) -> str:
+    """What a query meets."""
+    own, others, remote = plan.negatives.values()
+    if plan.pairs is None:
+        return (
+            f"negatives a query: {own:.1f} own, {others:.1f} in-batch of its process (without duplicates and known "
+            f"positives), {remote:.0f} of other processes at most"
+        )
+    return (
+        f"pairs a step and device: {plan.pairs * plan.accumulation:,.0f}, {plan.logits} logits each; "
+        f"{plan.pairs / plan.queries_a_batch:.1f} documents a query, {own:.1f} of them negatives"
+    )
+
+
 _HEADS = ("weights", "gradients", "optimizer", "graphs", "scores", "in all")
 
 
 def render(plan: RunPlan) -> str:
     """The plan as text."""
     trained, every = (sum(counts[place] for counts in plan.parameters.values()) for place in (0, 1))
-    own, others, remote = plan.negatives.values()
     lines = [f"parameters: {trained:,} trained of {every:,}"]
     lines += [f"  {tower:<10} {mine:>15,} of {whole:,}" for tower, (mine, whole) in plan.parameters.items()]
     lines += [
-        f"negatives a query: {own:.1f} own, {others:.1f} in-batch of its process (without duplicates and known "
-        f"positives), {remote:.0f} of other processes at most",
+        _compared(plan),
         f"a step and device, over {plan.batches_sampled} sampled batches of {plan.queries_a_batch} queries"
         + (f", {plan.accumulation} accumulated" if plan.accumulation > 1 else "") + ":",
         f"  {plan.tokens * plan.accumulation:,.0f} tokens, {plan.visual_tokens * plan.accumulation:,.0f} of them "
@@ -326,7 +367,7 @@ def render(plan: RunPlan) -> str:
         f"{plan.chunks:.0f} chunks a batch",
         f"  shared prefixes: {_sharing(plan)}",
         *([f"  image features: {plan.features}"] if plan.features else []),
-        *(f"  {line}" for line in cut_line(plan.inputs, plan.cut_inputs)),
+        *(f"  {line}" for line in plan.cuts),
         *(f"  warning: {warning}" for warning in plan.warnings),
         f"  largest chunk {plan.largest_chunk:,} tokens, longest input {plan.longest_input:,} of the sample; `lengths` "
         f"allow {plan.longest_allowed:,} text tokens",

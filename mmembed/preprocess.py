@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import PIL.Image
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from mmembed.backbones import Family, Layout
 from mmembed.backbones.shared_prefix import Prefix
@@ -130,7 +131,8 @@ class Row:
         digests: of `images` (`MediaStore.digest`), where they are known: a feature store need not read the files.
         predicted: ranges of tokens that a language-model loss predicts: those with any character of the content's
             texts. None where such a loss looks at no input of the batch.
-        cut: the share of the content's text tokens that a length limit took off; 1: only the prompt is left of them.
+        cut: the share of the content's text tokens that a length limit took off, of a pair of those of its document;
+            1: nothing is left of them.
         tail: of a document of a list, whose rows go through the model together.
     """
 
@@ -247,7 +249,7 @@ class Preprocessor:
         self.tokenizer = family.tokenizer
         self.append_eos, self.touch_vision = append_eos, touch_vision
         self.pool_suffix = pool_suffix or not prompt.mask_instruction
-        self._control = _control_tokens(family)
+        self._control = control_tokens(family)
         self._media_ids = {self.tokenizer.convert_tokens_to_ids(token) for token in family.reserved}
         self._start, self._end = self._special_ids()
         self._chats = _ChatLayouts(processor, family)
@@ -272,10 +274,11 @@ class Preprocessor:
             piece = items[start : start + PIECE]
             written = [self._write(item) for item in piece]
             layouts = [layout for layout, _, _, _ in written]
-            encodings = self._encode(piece, layouts, bool(predict) or any(self._hides(layout) for layout in layouts))
+            encodings = self._encode(layouts, needs_offsets=bool(predict))
             for item, encoding, (layout, images, sizes, chat) in zip(piece, encodings, written, strict=True):
                 texts = None if not predict else layout.texts if item.role in predict else ()
-                rows.append(self._row(encoding, layout, images, sizes, chat, self.limits.of(item), texts))
+                counted = _texts_of_document(item, layout)
+                rows.append(self._row(encoding, layout, images, sizes, chat, self.limits.of(item), texts, counted))
         return rows
 
     def shareable(self, row: Row) -> int:
@@ -376,8 +379,7 @@ class Preprocessor:
         written = [self._lay_out(replace(one, chat=False)) for one in (opened, closed, *documents)]
         answer = "" if first.place is None or first.place.answer is None else prompt.answer(first.place.answer)
         layouts = [layout for layout, _, _, _ in written]
-        texts = [layout.text for layout in layouts]
-        encodings = self._encode_texts([*texts, prompt.opening, answer], needs_offsets=True)
+        encodings = self._encode([*layouts, Layout(prompt.opening, (), 0), Layout(answer, (), 0)], needs_offsets=True)
         limits = [self.limits.query_max_length] * 2 + [self.limits.document_max_length] * len(documents)
         rows = [
             self._row(encoding, layout, images, sizes, True, limit)
@@ -435,40 +437,21 @@ class Preprocessor:
         return parts, tuple(images)
 
     def _escape(self, text: str) -> str:
-        """Breaks up control tokens that stand literally in a user's text."""
-        return self._control.sub(lambda found: f"{found[0][0]} {found[0][1:]}" if len(found[0]) > 1 else " ", text)
+        return broken_up(text, self._control)
 
     # Encoding ---------------------------------------------------------------------------------------------------------
 
-    def _hides(self, layout: Layout) -> bool:
-        """Whether tokens of it stay out of pooling."""
-        instructed = self.prompt.mask_instruction and bool(layout.hidden)
-        return instructed or (not self.pool_suffix and layout.suffix_start < len(layout.text))
-
-    def _encode(self, items: Sequence[Item], layouts: Sequence[Layout], needs_offsets: bool) -> list[Encoding]:
-        """Offsets, which take as long again, are of all items, or of those alone of which tokens will be cut."""
-        encodings = self._encode_texts([layout.text for layout in layouts], needs_offsets)
-        around = len(self._start) + len(self._end)
-        long = [
-            place
-            for place, (item, layout, encoding) in enumerate(zip(items, layouts, encodings, strict=True))
-            if len(encoding.ids) + around > self.limits.of(item)
-            and (layout.hidden or layout.media or layout.suffix_start < len(layout.text))
-        ]
-        if long and not needs_offsets:
-            again = self._encode_texts([layouts[place].text for place in long], needs_offsets=True)
-            for place, encoding in zip(long, again, strict=True):
-                encodings[place] = encoding
-        return encodings
-
-    def _encode_texts(self, texts: list[str], needs_offsets: bool) -> list[Encoding]:
+    def _encode(self, layouts: Sequence[Layout], needs_offsets: bool) -> list[Encoding]:
         backend = self.tokenizer.backend_tokenizer
         if backend.truncation is not None:
             backend.no_truncation()
         if backend.padding is not None:
             backend.no_padding()
+        needs_offsets = needs_offsets or any(
+            layout.hidden or layout.media or layout.suffix_start < len(layout.text) for layout in layouts
+        )
         encode = backend.encode_batch if needs_offsets else backend.encode_batch_fast
-        return encode(texts, add_special_tokens=False)
+        return encode([layout.text for layout in layouts], add_special_tokens=False)
 
     def _row(
         self,
@@ -479,6 +462,7 @@ class Preprocessor:
         chat: bool,
         limit: int,
         texts: Sequence[Range] | None = None,
+        counted: Sequence[Range] | None = None,
     ) -> Row:
         start, end = ([], []) if chat or layout.complete else (self._start, self._end)
         ids = encoding.ids
@@ -490,7 +474,10 @@ class Preprocessor:
         excess = len(ids) + len(start) + len(end) - limit
         cut = 0.0
         if excess > 0:
-            dropped, cut = self._dropped(encoding, layout, excess, limit)
+            dropped = self._dropped(encoding, layout, excess, limit)
+            shown = layout.texts if counted is None else counted
+            whole = [at for span in shown for at in range(*_token_range(encoding, span, len(ids)))]
+            cut = len(dropped) / max(1, len(whole)) if len(dropped) < len(whole) else float(bool(dropped))
             gone = set(dropped)
             ids = [token for index, token in enumerate(ids) if index not in gone]
             hidden, predicted = _without(dropped, hidden), _without(dropped, predicted)
@@ -500,20 +487,19 @@ class Preprocessor:
         told = None if texts is None else predicted
         return Row((start + ids + end) or [self.tokenizer.pad_token_id], hidden, images, sizes, predicted=told, cut=cut)
 
-    def _dropped(self, encoding: Encoding, layout: Layout, excess: int, limit: int) -> tuple[list[int], float]:
-        """Positions of the tokens to drop until the text tokens fit, ascending: the last of the content's texts. And
-        their share of these."""
+    def _dropped(self, encoding: Encoding, layout: Layout, excess: int, limit: int) -> list[int]:
+        """Positions of the tokens to drop until the text tokens fit, ascending: the last of the content's texts."""
         total = len(encoding.ids)
         excess -= sum(stop - first for first, stop in (_token_range(encoding, span, total) for span in layout.media))
         if excess <= 0:
-            return [], 0.0
+            return []
         content = [index for span in layout.texts for index in range(*_token_range(encoding, span, total))]
         if len(content) < excess:
             raise ConfigError(
                 f"lengths: the prompt alone takes {limit + excess - len(content)} tokens, more than the limit of "
                 f"{limit}; raise query_max_length / document_max_length or shorten the instruction"
             )
-        return content[len(content) - excess :], excess / len(content)
+        return content[len(content) - excess :]
 
     def _special_ids(self) -> tuple[list[int], list[int]]:
         """What the tokenizer puts before and after a text, and the end token where it is asked for."""
@@ -584,6 +570,38 @@ def check_template(prompt: PromptStyle, processor: Any, model_type: str) -> None
             f"prompt: the style '{prompt.name}' writes a chat, and the backbone '{model_type}' has no chat template; "
             "choose the style plain or instruct"
         )
+    if chats and prompt.reads_pairs:
+        check_generation(processor, model_type)
+
+
+def check_generation(processor: Any, model_type: str) -> None:
+    """Raises ConfigError where the backbone has no chat template, or one that leaves no place for the answer: what
+    came next would be the assistant's header, not what the assistant says."""
+    if processor.chat_template is None:
+        raise ConfigError(
+            f"model.name_or_path: the backbone '{model_type}' has no chat template; start from an instruction-tuned "
+            "model, whose tokenizer brings one"
+        )
+    multimodal = not isinstance(processor, PreTrainedTokenizerBase)
+    turns: list[dict[str, Any]] = [
+        {"role": role, "content": [{"type": "text", "text": text}] if multimodal else text}
+        for role, text in (("user", "question"), ("assistant", "ANSWER"))
+    ]
+    closed, asked = (
+        processor.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=one) for one in (False, True)
+    )
+    whole = processor.apply_chat_template(turns, tokenize=False)
+    header = whole.removeprefix(asked).partition("ANSWER")[0]
+    if closed == asked and header.strip():  # templates without a header (Mistral's) write the answer next
+        raise ConfigError(
+            f"model.name_or_path: the chat template of '{model_type}' leaves no place for an answer: with "
+            f"add_generation_prompt it does not write the assistant's header ({header.strip()!r}); correct the template"
+        )
+
+
+def template_options(processor: Any) -> dict[str, Any]:
+    """Variables of the chat template for an answer without a thought before it, where it knows of thoughts (Qwen3)."""
+    return {"enable_thinking": False} if "enable_thinking" in str(processor.chat_template) else {}
 
 
 class _ChatLayouts:
@@ -669,12 +687,23 @@ class _ChatLayouts:
         yield from (piece for piece in re.split(f"(\ue000.+?\ue001{image})", text) if piece)
 
 
+def _texts_of_document(item: Item, layout: Layout) -> tuple[Range, ...]:
+    """The texts of a pair's document, the last ones of it; of another input all. Of a document without text, all."""
+    own = sum(isinstance(part, Text) for part in item.document or ())
+    return layout.texts[len(layout.texts) - own :] if own else layout.texts
+
+
 def _without(dropped: Sequence[int], ranges: tuple[Range, ...]) -> tuple[Range, ...]:
     """Ranges of tokens when those at the ascending positions `dropped` are gone."""
     return tuple((first - bisect_left(dropped, first), stop - bisect_left(dropped, stop)) for first, stop in ranges)
 
 
-def _control_tokens(family: Family) -> re.Pattern[str]:
+def broken_up(text: str, control: re.Pattern[str]) -> str:
+    """Breaks up control tokens that stand literally in a user's text."""
+    return control.sub(lambda found: f"{found[0][0]} {found[0][1:]}" if len(found[0]) > 1 else " ", text)
+
+
+def control_tokens(family: Family) -> re.Pattern[str]:
     """Matches the tokenizer's special tokens and the family's media tokens, the longest first."""
     special = {str(token) for token in family.tokenizer.added_tokens_decoder.values() if token.special}
     tokens = sorted(special | set(family.reserved), key=len, reverse=True)

@@ -96,9 +96,11 @@ def train(config: EmbedderConfig) -> dict[str, float]:
 
     # 4. Model, objective, trainer -------------------------------------------------------------------------------------
     from mmembed.training.batch_report import check_sources
+    from mmembed.training.supply import check_dev
     from mmembed.training.trainer import EmbedderTrainer
 
     check_sources(train_data, config, objective, reads_pictures(config), args.world_size)
+    check_dev(dev_data, config)
     args = with_metric(args, config, dev_data)
     model, preprocessor = build_for_training(config, media)
     check_trainable(model, any({"image", "video"} & source.fields for source in train_data))

@@ -40,6 +40,15 @@ def load_config(
     return build_config(_read_file(Path(path), examples), overrides, where=str(path), kind=kind)
 
 
+def describes_reranker(path: str | Path, overrides: Sequence[str] = ()) -> bool:
+    """Whether a run's file is a reranker's: it has a `head`, or the prompt of pairs, `judge`. Errors as of
+    `load_config`; what the blocks hold is not looked at."""
+    tree = _read_file(Path(path), "recipes/configs")
+    given = {**tree, **{key.split(".")[0]: value for key, value in map(_read_override, overrides)}}
+    prompt = given.get("prompt")
+    return given.get("head") is not None or "judge" in (prompt, prompt.get("type") if isinstance(prompt, dict) else "")
+
+
 def load_blocks(kind: type[Block], path: str | Path, overrides: Sequence[str] = (), examples: str = "docs") -> Block:
     """As load_config, for the config of another command; it has no short names.
 
@@ -201,7 +210,10 @@ def _check_place(path: tuple[str, ...], depth: int, length: int) -> None:
 def _explain(item: Any, root: type[BaseModel]) -> str:
     """One pydantic error as: key: found; remedy."""
     branch = re.compile(r"(function-|literal|bool|str|dict|tuple|union).*")  # which branch of a union pydantic tried
-    location = [str(part) for part in item["loc"] if not branch.fullmatch(str(part))]
+    *outer, last = map(str, item["loc"] or ("",))
+    location = [part for part in outer if not branch.fullmatch(part)]
+    if item["type"] == "extra_forbidden" or not branch.fullmatch(last):  # a user's key may begin as a branch does
+        location += [last] if last else []
     key = ".".join(location)
     if item["type"] == "extra_forbidden":
         model: Any = root

@@ -76,6 +76,8 @@ class Loss(nn.Module):
     guide_momentum: of a teacher (`Objective.teacher_momentum`) whose cosines are the `targets` that the data do not
         give. None: these stay NaN.
     least_candidates: with fewer documents a query its loss is 0.
+    orders: whether two positives of different relevance teach it, as a positive and a negative do.
+    one_by_one: whether it looks at each document by itself: a query without negatives teaches, too.
     tempered: whether a temperature changes it.
     defaults: options of the objective that a config with this loss has where it does not give them: its paper's.
 
@@ -90,6 +92,8 @@ class Loss(nn.Module):
     distils: Distilled | None = None
     guide_momentum: float | None = None
     least_candidates: int = 1
+    orders: ClassVar[bool] = False
+    one_by_one: ClassVar[bool] = False
     tempered: ClassVar[bool] = True
     defaults: ClassVar[Mapping[str, Any]] = {}
 

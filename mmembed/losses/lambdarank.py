@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mmembed.losses import Loss, Scores
 from mmembed.losses.ranknet import pair_losses
+from mmembed.registry import Positive
 
 
 class LambdaRank(Loss):
@@ -35,9 +36,10 @@ class LambdaRank(Loss):
     name = "lambdarank"
     objective = "ranking"
     reads: ClassVar[frozenset[str]] = frozenset({"relevance"})
+    orders = True
     least_candidates = 2
 
-    def __init__(self, k: int | None = None) -> None:
+    def __init__(self, k: Positive | None = None) -> None:
         super().__init__()
         self.k = k
 

@@ -30,6 +30,7 @@ class ListMle(Loss):
     name = "listmle"
     objective = "ranking"
     reads: ClassVar[frozenset[str]] = frozenset({"relevance"})
+    orders = True
     least_candidates = 2
 
     def forward(self, scores: Scores) -> Tensor:

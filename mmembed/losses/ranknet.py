@@ -30,6 +30,7 @@ class RankNet(Loss):
     name = "ranknet"
     objective = "ranking"
     reads: ClassVar[frozenset[str]] = frozenset({"relevance"})
+    orders = True
     least_candidates = 2
 
     def forward(self, scores: Scores) -> Tensor:

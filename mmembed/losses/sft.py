@@ -31,6 +31,7 @@ class TwoTokens(Loss):
 
     name = "sft"
     objective = "ranking"
+    one_by_one = True
 
     def __init__(self, balanced: bool = False) -> None:
         super().__init__()

@@ -92,6 +92,12 @@ def inherit_settings(cfg: EmbedderConfig) -> EmbedderConfig:
         return cfg
     saved, _ = read_settings(folder)
     given, name = cfg.adapter.model_fields_set, cfg.model.name_or_path
+    if (saved.head is None) != (cfg.head is None):
+        is_, goes_on = ("an embedder", "train_embedder") if saved.head is None else ("a reranker", "train_reranker")
+        raise ConfigError(
+            f"model.name_or_path: '{name}' is {is_}; go on with it by recipes/{goes_on}.py, or start from the language "
+            "model that it was made of"
+        )
     renewed = saved.adapter_type == "none" and bool(given) and cfg.adapter.type != "none"
     if "type" in given and not renewed and cfg.adapter.type != saved.adapter_type:
         raise ConfigError(

@@ -69,7 +69,9 @@ class Objective(nn.Module):
     many_vectors: bool | None = None  # an input is one vector (false), or several (true); None: either
     positives_needed: int = 1  # how many positives a query must have
     by_place: ClassVar[bool] = False  # which of a record's positives is which follows from their order
-    needs_negatives: ClassVar[bool] = False  # documents of a record that are no positives
+    needs_negatives: bool = False  # documents of a record that are no positives
+    needs_order: bool = False  # documents of a record that differ in relevance
+    needs_both: bool = False  # negatives in a source, not in each record: documents are judged one by one
     contrasts: bool = False  # pairs of a batch that share no content are negatives of each other
     needs_candidates: ClassVar[bool] = False  # a query's loss is 0 where nothing stands beside its positive
     wants_lengths: bool = False  # its dot products are on a teacher's scale: vectors of length 1 cannot reach it
@@ -112,12 +114,6 @@ class Objective(nn.Module):
     @property
     def layers(self) -> frozenset[Layer]:
         return frozenset()
-
-    @property
-    def separable(self) -> bool:
-        """Whether its loss is a sum of terms, each of one query and of the embeddings of that query and its own
-        documents alone. The step then needs no second pass (`mmembed.training.gradcache`)."""
-        return False
 
     @property
     def teacher_momentum(self) -> float | None:

@@ -62,7 +62,6 @@ class Ranking(Objective):
 
     name = "ranking"
     judges = True
-    needs_negatives = True
 
     def __init__(
         self,
@@ -74,9 +73,13 @@ class Ranking(Objective):
         self.loss: Loss = LOSSES.build(loss)
         if self.loss.guide_momentum is not None:
             raise ConfigError(
-                f"objective.ranking: loss '{self.loss.name}' has a guide of vectors, and pairs have none; take another"
+                f"objective.loss: '{self.loss.name}' has a guide of vectors, and pairs have none; take another"
             )
         self.score, self.temperature = score, Temperature(temperature)
+        taught = self.loss.distils is not None  # by a teacher's scores, which are asked for by themselves
+        self.needs_both = not taught and self.loss.one_by_one
+        self.needs_order = not taught and (self.loss.orders or self.loss.needs_grades)
+        self.needs_negatives = not (taught or self.needs_both or self.needs_order)
 
     @property
     def reads(self) -> frozenset[str]:
@@ -85,10 +88,6 @@ class Ranking(Objective):
     @property
     def title(self) -> str:
         return self.loss.name
-
-    @property
-    def separable(self) -> bool:
-        return not self.loss.couples_rows
 
     @property
     def distils(self) -> Distilled | None:

@@ -37,7 +37,6 @@ class WeightDirection(Objective):
 
     name = "weight_direction"
     judges = True
-    needs_negatives = True
 
     def __init__(
         self,
@@ -46,10 +45,8 @@ class WeightDirection(Objective):
     ) -> None:
         super().__init__()
         self.weight, self.direction = weight, direction
-
-    @property
-    def separable(self) -> bool:
-        return True
+        self.needs_negatives = weight == "contrastive"  # a share among the query's documents
+        self.needs_both = not self.needs_negatives
 
     def gather(self, queries: Embeddings, documents: Embeddings, labels: BatchLabels) -> Judged:
         return judged(documents.vectors, labels)

@@ -54,6 +54,7 @@ class PromptStyle:
     system: str | None = None
     signals: ClassVar[int] = 2  # of lists: tokens at the end of the prompt whose attention scores documents
     opening: ClassVar[str] = ""  # of lists: how the answer begins
+    words: tuple[str, ...] = ()  # the answers that it asks for, of a relevant document first
 
     def __init__(self, mask_instruction: bool = True, append_eos: bool | None = None) -> None:
         self.mask_instruction, self.append_eos = mask_instruction, append_eos

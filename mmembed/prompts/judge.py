@@ -54,6 +54,7 @@ class Judge(PromptStyle):
     ) -> None:
         super().__init__(mask_instruction=False, append_eos=False)
         yes, no = two_words("prompt.words", words)
+        self.words = (yes, no)
         self.system = system.replace("{yes}", yes).replace("{no}", no)
         self.instruction, self.thinking = instruction, thinking
 

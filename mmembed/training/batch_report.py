@@ -25,7 +25,6 @@ from mmembed.objectives.relations import Relations
 from mmembed.preprocess import Preprocessor, Row
 from mmembed.prompts import PROMPTS, PromptStyle, Rendered
 from mmembed.training.batches import sources_apart
-from mmembed.training.gradcache import whole_parts
 from mmembed.training.memory import gradient_bytes, optimizer_bytes, trained_parameters
 from mmembed.training.supply import check_supply, named_parts, shortages
 
@@ -193,13 +192,29 @@ def count_visual(rows: Sequence[Row], preprocessor: Preprocessor) -> int:
 
 def count_cut(batches: Sequence[Batch]) -> tuple[int, int, int]:
     """Of all inputs: their number, those that a length limit cut, and those of whose texts it left nothing."""
-    cuts = [row.cut for batch in batches for chunk in batch.chunks for row in chunk.rows]
+    cuts = _cuts(batches)
     return len(cuts), sum(cut > 0 for cut in cuts), sum(cut == 1 for cut in cuts)
 
 
-def cut_line(inputs: int, cut: int) -> list[str]:
+def lost(batches: Sequence[Batch]) -> float:
+    """Of inputs that are cut: the share of their text tokens that is gone, on average; of a pair its document's."""
+    cuts = [cut for cut in _cuts(batches) if cut > 0]
+    return sum(cuts) / len(cuts) if cuts else 0.0
+
+
+def _cuts(batches: Sequence[Batch]) -> list[float]:
+    return [row.cut for batch in batches for chunk in batch.chunks for row in chunk.rows]
+
+
+def cut_line(inputs: int, cut: int, share: float, config: EmbedderConfig) -> list[str]:
     """What `lengths` cut, in a line; none where nothing is."""
-    return [f"{cut / inputs:.1%} of the inputs ({cut:,} of {inputs:,}) are cut to fit `lengths`"] if cut else []
+    if not cut:
+        return []
+    what, whose = ("inputs", "texts") if config.head is None else ("pairs", "documents")
+    return [
+        f"{cut / inputs:.1%} of the {what} ({cut:,} of {inputs:,}) are cut to fit `lengths`: the last {share:.0%} of "
+        f"their {whose} on average"
+    ]
 
 
 def prompt_alone(emptied: int, config: EmbedderConfig) -> list[str]:
@@ -207,6 +222,12 @@ def prompt_alone(emptied: int, config: EmbedderConfig) -> list[str]:
     if not emptied:
         return []
     lengths = config.lengths
+    if config.head is not None:
+        return [
+            f"nothing is left of {emptied:,} documents: instruction and query fill the pair's limit, "
+            f"lengths.query_max_length + document_max_length ({lengths.query_max_length} + "
+            f"{lengths.document_max_length}); raise one of them, or shorten the instruction"
+        ]
     return [
         f"the prompt alone fills the limit of {emptied:,} inputs: nothing is left of their texts; raise "
         f"lengths.query_max_length ({lengths.query_max_length}) or document_max_length "
@@ -259,9 +280,6 @@ def _batch_lines(
     if lockstep and kept != 0:
         kept = first.chunks[-1].padded_tokens
     again = max(0, first.padded_tokens - kept) if kept is not None else 0
-    if not lockstep and objective.part_for(labels.source, labels.task).separable:
-        _, left, kept_from = whole_parts(first, kept)
-        again = sum(first.chunks[number].padded_tokens for number in left[:kept_from])
     lines = [
         f"batch: {sizes} queries x {plan.world_size} processes of one source",
         f"first batch ('{labels.source}'): {compared}",
@@ -270,7 +288,7 @@ def _batch_lines(
         f"{again / first.padded_tokens:.0%} encoded twice",
     ]
     every, cut, _ = count_cut([first])
-    lines += [f"  {line}" for line in cut_line(every, cut)]
+    lines += [f"  {line}" for line in cut_line(every, cut, lost([first]), config)]
     if accumulation > 1:
         lines.append(f"  {accumulation} accumulated batches a step: they average gradients, negatives do not add up")
     return lines
@@ -307,7 +325,10 @@ def _refuse(dataset: Source, config: EmbedderConfig, unused: dict[str, str]) -> 
 
 def _unread(config: EmbedderConfig, objective: Objective) -> dict[str, str]:
     """Field -> why groups and objective do not use it."""
-    unused = {"audio": "no offered backbone has an encoder for"}
+    unused = {
+        "audio": "no offered backbone has an encoder for",
+        "rationale": "recipes/train_generative_reranker.py trains on, and this run does not",
+    }
     if config.data.positives_per_query == 1:  # a loss weighs the positives of a query against each other
         unused["relevance"] = (
             "(grades other than 0 and 1) has no effect with one positive a query, drawn whatever its grade: set "

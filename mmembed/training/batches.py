@@ -133,6 +133,10 @@ def chunk_tokens(config: EmbedderConfig) -> int:
     training = config.training
     if training.chunk_rows is not None or training.grad_cache is True:
         return training.token_budget
+    return max(training.token_budget // CHUNKS_A_BUDGET, min(longest_allowed(config), training.token_budget))
+
+
+def longest_allowed(config: EmbedderConfig) -> int:
+    """Text tokens of an input at most, by `lengths`; a reranker's pair has those of both sides."""
     limits = (config.lengths.query_max_length, config.lengths.document_max_length)
-    longest = max(limits) if config.head is None else sum(limits)
-    return max(training.token_budget // CHUNKS_A_BUDGET, min(longest, training.token_budget))
+    return max(limits) if config.head is None else sum(limits)

@@ -21,6 +21,7 @@ from mmembed.backbones.loading import outline_backbone
 from mmembed.backbones.output_embedding import outline_output_embedding
 from mmembed.config.blocks import EmbedderConfig, TrainingConfig
 from mmembed.data.collate import Batch, Chunk, plan_chunks
+from mmembed.heads import HEADS, Head
 from mmembed.media import MediaStore
 from mmembed.models.continuing import backbone_of
 from mmembed.models.embedding_model import EmbeddingModel, assemble, settings_of
@@ -29,7 +30,7 @@ from mmembed.objectives.blocks import cells_of_a_block
 from mmembed.preprocess import Preprocessor
 from mmembed.training.batch_report import count_visual, keep_tokens
 from mmembed.training.batches import chunk_tokens
-from mmembed.training.gradcache import BUCKET, first_kept, whole_parts
+from mmembed.training.gradcache import BUCKET, first_kept
 from mmembed.training.launch import WHOLE_MATRICES
 from mmembed.training.memory import (
     Graph,
@@ -220,11 +221,11 @@ class Estimate:
         Kept graphs and the working memory of the first that is sent back; or one recomputed chunk, if that is more.
 
         Args:
-            anew: plan the chunks again (larger ones) instead of cutting those of the run, for an engine in lockstep.
+            anew: plan the chunks again (larger ones) instead of cutting those of the run.
         """
         graph = self.graph(self.config.model.gradient_checkpointing if checkpointing is None else checkpointing)
         batches = [self._planned_anew(batch, budget) if anew else budget.divide(batch) for batch in self.batches]
-        return max(self._of_batch(batch, budget.keep_tokens, graph, lockstep=anew) for batch in batches)
+        return max(self._of_batch(batch, budget.keep_tokens, graph) for batch in batches)
 
     def _planned_anew(self, batch: Batch, budget: Budget) -> Batch:
         rows = [row for chunk in batch.chunks for row in chunk.rows]
@@ -233,18 +234,12 @@ class Estimate:
         chunks = plan_chunks(rows, budget.chunk_tokens, budget.chunk_rows, shareable=limits, packed=packed)
         return dataclasses.replace(batch, chunks=chunks)
 
-    def _of_batch(self, batch: Batch, keep: int | None, graph: Graph, lockstep: bool) -> float:
-        parts: list[list[int]] = []
-        left, start = list(range(len(batch.chunks))), first_kept(batch.chunks, keep)
-        if not lockstep and self.objective.part_for(batch.labels.source, batch.labels.task).separable:
-            parts, left, start = whole_parts(batch, keep)
+    def _of_batch(self, batch: Batch, keep: int | None, graph: Graph) -> float:
+        start = first_kept(batch, keep)
         held = [self._of_chunk(chunk, graph) for chunk in batch.chunks]
-
-        def together(chunks: Sequence[int]) -> float:
-            working = max((held[number][1] for number in chunks), default=0.0)
-            return sum(held[number][0] for number in chunks) + working
-
-        return max(together(one) for one in [*parts, left[start:], *([number] for number in left[:start])])
+        together = sum(kept for kept, _ in held[start:]) + max((working for _, working in held[start:]), default=0.0)
+        alone = max((kept + working for kept, working in held[:start]), default=0.0)
+        return max(together, alone)
 
     def _of_chunk(self, chunk: Chunk, graph: Graph) -> tuple[float, float]:
         """Bytes kept between the passes, and at work in its backward pass."""
@@ -264,12 +259,22 @@ class Estimate:
         """Measured once with and once without gradient checkpointing."""
         if checkpointing not in self._graphs:
             model, _ = outline(self._with_checkpointing(checkpointing), None)
+            if isinstance(model.projection, Head) and model.projection.lists:
+                self._count_lists(model)
             model.give_layers(self.objective.layers)
             graph = measure_chunk(model, self.longest, self.autocast)
             self._graphs[checkpointing] = dataclasses.replace(
                 graph, per_shared_token=0.0 if checkpointing else prefix_copies(model, self.autocast)
             )
         return self._graphs[checkpointing]
+
+    def _count_lists(self, model: EmbeddingModel) -> None:
+        """Gives the outline a head that reads hidden states, so that a chunk runs without a list."""
+        note = "documents of a list are counted as pairs that share their first block, and all layers as trained"
+        if note not in self.notes:
+            self.notes.append(note)
+        with torch.device("meta"):
+            model.projection = HEADS.build("linear", hidden_size=model.config.hidden_size)
 
     def advice(self, stages: Sequence[Stage], memory: float) -> tuple[str, ...]:
         """What does not fit, and what would."""
@@ -340,7 +345,12 @@ class Estimate:
         return max((held for layer, held in layers.items() if layer), default=0.0), layers.get("", 0.0)
 
     def _comparison(self) -> float:
-        """Bytes of the score matrix and what is made of it, scaled from a small comparison."""
+        """Bytes of the score matrix and what is made of it, scaled from a small comparison. A reranker's is small: a
+        row has a query's own documents, so it is measured as it is."""
+        if self.config.head is not None:
+            batch = max(self.batches, key=lambda one: one.n_documents)
+            part = self.objective.part_for(batch.labels.source, batch.labels.task)
+            return measure_objective(part, batch.labels, self.model.embedding_size, 1)
         batch = max(self.batches, key=lambda one: one.n_queries * one.n_documents)
         queries, documents = min(batch.n_queries, _COMPARED), min(batch.n_documents, _COMPARED)
         labels = dataclasses.replace(

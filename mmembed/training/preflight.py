@@ -56,7 +56,7 @@ def preflight(config: EmbedderConfig) -> Objective:
     """
     check_libraries(config)
     _check_attention(config.model.attn_implementation)
-    _check_scheduler(config.training.arguments)
+    check_scheduler(config.training.arguments)
     POOLINGS.check(config.pooling)
     if config.head is not None:
         HEADS.check(config.head)
@@ -86,6 +86,7 @@ def preflight(config: EmbedderConfig) -> Objective:
         trusted, attention = config.model.trust_remote_code, config.model.attention
         outlined = outline_backbone(name, revision=revision, trust_remote_code=trusted, attention=attention)
         check_predictable(outlined.family, name, revision)
+    _check_words(config)
     return objective
 
 
@@ -101,6 +102,21 @@ def _check_lists(config: EmbedderConfig) -> None:
                 if listing
                 else "the head reads a list of documents, and the prompt writes one; take prompt in_context"
             )
+        )
+
+
+def _check_words(config: EmbedderConfig) -> None:
+    """Raises ConfigError where the prompt asks for other words than the head reads: it would read logits of answers
+    that nobody asked for."""
+    if config.head is None:
+        return
+    with torch.device("meta"):  # nothing is drawn, so that the run's weights begin as they would
+        read = HEADS.build(config.head, hidden_size=8).words
+    asked = PROMPTS.build(config.prompt).words
+    if read and asked and read != asked:
+        raise ConfigError(
+            f"prompt.words {list(asked)}: the head reads {list(read)}; give both the same words in the same order, the "
+            "one of relevant documents first"
         )
 
 
@@ -187,10 +203,10 @@ def check_libraries(config: EmbedderConfig) -> None:
             raise ConfigError(f"{what}: needs bitsandbytes, which is not installed: pip install 'mmembed[quant]'")
     trackers = config.training.arguments.get("report_to", "none")
     for name in [trackers] if isinstance(trackers, str) else trackers or []:
-        _check_tracker(name)
+        check_tracker(name)
 
 
-def _check_tracker(name: str) -> None:
+def check_tracker(name: str) -> None:
     """transformers would look for a tracker once the weights are loaded."""
     if name in ("none", "all"):  # all: those that are installed
         return
@@ -242,7 +258,7 @@ def _check_attention(name: str) -> None:
         )
 
 
-def _check_scheduler(arguments: Mapping[str, Any]) -> None:
+def check_scheduler(arguments: Mapping[str, Any]) -> None:
     """Raises ConfigError for `lr_scheduler_kwargs` that the schedule does not take, or lacks."""
     from transformers import TrainingArguments
     from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, GreedyLR, get_scheduler

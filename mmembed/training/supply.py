@@ -8,11 +8,13 @@ nothing to the objective, and a warning counts them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mmembed.config.blocks import EmbedderConfig
+from mmembed.content import Task
 from mmembed.data.census import Census, Held, Some
+from mmembed.data.dataset import RecordDataset
 from mmembed.data.streaming import Source
 from mmembed.errors import ConfigError
 from mmembed.objectives import Objective
@@ -34,12 +36,14 @@ class Group:
 class Lack:
     """Records that do not have what an objective compares.
 
-    what: what is wrong with them. remedy: what the objective wants, and what to do.
+    what: what is wrong with them. remedy: what the objective wants, and what to do. alone: whether one such record
+    teaches nothing; else it is wrong only where all are such.
     """
 
     those: Some
     what: str
     remedy: str
+    alone: bool = True
 
     def told(self, census: Census) -> str:
         """How many they are, the first one's place, and what they lack."""
@@ -87,6 +91,18 @@ def check_supply(dataset: Source, config: EmbedderConfig, part: Objective, proce
             )
 
 
+def check_dev(dev: Sequence[RecordDataset], config: EmbedderConfig) -> None:
+    """Raises ConfigError where a reranker has nothing to rank in a dev source: it ranks each query's own documents."""
+    for dataset in dev if config.head is not None else ():
+        alike = dataset.census.those(lambda held: not (held.negatives or held.graded))
+        if alike.number == dataset.census.records and Task.STS not in dataset.tasks:
+            raise ConfigError(
+                f"data.dev '{dataset.name}': no record has two documents of different relevance, the first at "
+                f"{alike.first}; a reranker ranks each query's own documents, and every order of these is right. Add "
+                "documents of relevance 0 (python -m data_tools.mine_negatives)"
+            )
+
+
 def shortages(dataset: Source, config: EmbedderConfig, part: Objective) -> list[str]:
     """A warning for each objective that learns nothing of some records."""
     if part.pairs:
@@ -97,7 +113,7 @@ def shortages(dataset: Source, config: EmbedderConfig, part: Objective) -> list[
         "of them"
         for one in named_parts(part)
         for lack in _lacks(dataset.census, one, group)
-        if lack.those.number
+        if lack.those.number and lack.alone
     ]
 
 
@@ -135,12 +151,23 @@ def _lacks(census: Census, part: Objective, group: Group) -> Iterator[Lack]:
             "compares degrees of relevance: give the documents of a query degrees and set data.positives_per_query to "
             "2 or more, or train on it with infonce",
         )
-    if part.needs_negatives and not group.mined:
+    if part.needs_order:
+        yield Lack(
+            census.those(
+                lambda held: not (min(held.negatives, group.negatives) or (held.graded and group.positives > 1))
+            ),
+            "have no two documents of different relevance that are drawn for a query",
+            "puts the documents of a query in order: add documents of relevance 0 and raise data.train_group_size "
+            "above data.positives_per_query, or give the positives degrees and set data.positives_per_query to 2 or "
+            "more",
+        )
+    if (part.needs_negatives or part.needs_both) and not group.mined:
         yield Lack(
             census.those(lambda held: not min(held.negatives, group.negatives)),
             "have no negative" if group.negatives else "have no room for negatives in data.train_group_size",
             "needs hard negatives: add documents of relevance 0 and raise data.train_group_size above "
             "data.positives_per_query, or train the source with another objective",
+            alone=part.needs_negatives,
         )
     if part.distils is not None:
         yield _unscored(census, part, group)

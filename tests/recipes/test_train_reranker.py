@@ -1,6 +1,8 @@
 """Rerankers through the real command and API, on a tiny vision-language model: training, resume, scores, refusals."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,6 @@ from mmembed.objectives import build_objective
 from mmembed.preprocess import Item
 from recipes import train_embedder
 from recipes.train_reranker import main
-from tests.recipes.conftest import write_reranker_config
 from tests.runs import losses
 
 INSTRUCTION = "Given a search query, retrieve relevant passages that answer the query"
@@ -26,7 +27,33 @@ INSTRUCTION = "Given a search query, retrieve relevant passages that answer the 
 @pytest.fixture
 def config_file(tmp_path, backbone, data):
     """Four steps of 4 queries with two documents each; every third positive has a picture."""
-    return write_reranker_config(tmp_path / "run.yaml", backbone, data, tmp_path / "out")
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"""
+model: {{name_or_path: {backbone}, dtype: float32}}
+head: {{type: yes_no, words: [a, b]}}
+prompt: {{type: judge, words: [a, b]}}
+adapter: {{type: lora, r: 4, alpha: 8, dropout: 0.0}}
+lengths: {{query_max_length: 200, document_max_length: 100}}
+objective: sft
+data:
+  root: {data}
+  train_group_size: 2
+  train: [{{path: mixed.jsonl}}]
+  dev: [{{path: dev.jsonl, name: dev}}]
+training:
+  output_dir: {tmp_path / "out"}
+  per_device_train_batch_size: 4
+  max_steps: 4
+  learning_rate: 1e-2
+  warmup_steps: 0
+  logging_steps: 1
+  save_strategy: "no"
+  token_budget: 4096
+  disable_tqdm: true
+"""
+    )
+    return path
 
 
 def run(config_file, *overrides):
@@ -166,9 +193,33 @@ def test_full_training_and_a_second_stage(config_file, tmp_path):
     np.testing.assert_allclose(first.score(pair), again.score(pair), atol=1e-4)
 
 
-def test_long_documents_are_cut_and_said(config_file, capsys):
-    run(config_file, "lengths={query_max_length: 150, document_max_length: 10}", "training.max_steps=1")
-    assert "are cut to fit" in capsys.readouterr().out
+def test_what_is_cut_of_documents_is_said(config_file, data, tmp_path, capsys):
+    """How many, and how much of them on average: counted here from the whole texts and what is left of them."""
+    words = []
+    for lengths in ((4, 20), (4, 60), (4, 4), (4, 40)):
+        listed = [{"content": f"{at} " + "red bus " * length, "relevance": at} for at, length in enumerate(lengths)]
+        words.append(json.dumps({"query": "bus", "documents": listed}))
+    (tmp_path / "long.jsonl").write_text("\n".join(words) + "\n")
+    train = f"data.train=[{{path: {tmp_path / 'long.jsonl'}}}]"
+    whole, cut = ["lengths={query_max_length: 400, document_max_length: 100}"], []
+    config = load_config(config_file, [train, *whole], RerankerConfig)
+    _, preprocessor = build_embedding_model(config)
+    documents = [document["content"] for line in words for document in json.loads(line)["documents"]]
+    rows = preprocessor.tokenize([Item(_text("bus"), "query", None, _text(one)) for one in documents])
+    limit = sorted(map(len, rows))[-4] + 3
+    for row, one in zip(rows, documents, strict=True):
+        own = len(preprocessor.tokenizer(one.strip()).input_ids)
+        cut += [(len(row) - limit) / own] if len(row) > limit else []
+    lengths = f"lengths={{query_max_length: {limit - 1}, document_max_length: 1}}"
+    run(config_file, train, lengths, "training.max_steps=1", "data.dev=[]")
+    said = capsys.readouterr().out
+    assert f"of the pairs ({len(cut)} of " in said
+    share = int(said.split("are cut to fit `lengths`: the last ")[1].split("%")[0])
+    assert share == pytest.approx(100 * sum(cut) / len(cut), abs=4)  # a document begins behind a line break
+    assert said.split("%")[1].endswith("of their documents on average") or "of their documents on average" in said
+    run(config_file, train, lengths.replace(str(limit - 1), str(min(map(len, rows)) - 14)), "training.max_steps=1",
+        f"training.output_dir={tmp_path / 'gone'}", "data.dev=[]")  # fmt: skip
+    assert "nothing is left of" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -187,12 +238,15 @@ def test_long_documents_are_cut_and_said(config_file, capsys):
         (["data.train=[{path: pictures.jsonl}]"], "mine negatives|relevance 0"),
         (["model.attention=bidirectional"], "head 'yes_no': under bidirectional attention"),
         (["data.train=[{path: text.jsonl, in_batch_negatives: true}]"], "in_batch_negatives has no effect"),
+        (["prompt={type: judge, words: [c, d]}"], r"prompt.words \['c', 'd'\]: the head reads \['a', 'b'\]"),
+        (["prompt={type: judge, words: [b, a]}"], "the same words in the same order"),
+        (["objective={type: lambdarank, k: 0}"], "lambdarank.k: found 0"),
+        (["objective={type: ranking, loss: multicsr}"], "objective 'ranking'.loss: 'multicsr' has a guide of vectors"),
+        (["data.dev=[{path: pictures.jsonl}]"], "data.dev 'pictures.jsonl': no record has two documents of different"),
     ],
 )
 def test_what_cannot_be_is_refused(config_file, capsys, overrides, message):
     assert main(["--config", str(config_file), *overrides]) == 2
-    import re
-
     assert re.search(message, capsys.readouterr().err), message
 
 
@@ -200,6 +254,42 @@ def test_what_cannot_be_is_refused(config_file, capsys, overrides, message):
 def test_shipped_configs_are_read(path):
     config = load_config(path, (), RerankerConfig)
     assert build_objective(config.objective).judges and config.training.arguments["learning_rate"] <= 1e-3
+
+
+def test_backbones_without_what_a_head_reads_are_refused(config_file, backbone, tmp_path, capsys):
+    """Before data are read: no output embedding, an embedder, a chat template that leaves no place for an answer."""
+    from safetensors.torch import save_file
+
+    nowhere = "data.train=[{path: nowhere.jsonl}]"  # would be the next error
+    for name in ("bare", "headless", "mute"):
+        shutil.copytree(backbone, tmp_path / name)
+    weights = load_file(tmp_path / "bare" / "model.safetensors")
+    kept = {name: one for name, one in weights.items() if "lm_head" not in name}
+    save_file(kept, tmp_path / "bare" / "model.safetensors")
+    settings = json.loads((tmp_path / "bare" / "config.json").read_text())
+    settings["tie_word_embeddings"] = settings["text_config"]["tie_word_embeddings"] = False
+    (tmp_path / "bare" / "config.json").write_text(json.dumps(settings))
+    template = tmp_path / "headless" / "chat_template.jinja"
+    template.write_text(template.read_text().split("{%- if add_generation_prompt")[0])
+    (tmp_path / "mute" / "chat_template.jinja").unlink()
+    embed = ["pooling=mean", f"training.output_dir={tmp_path / 'embedder'}", "training.max_steps=1"]
+    embedder = tmp_path / "embedder.yaml"
+    lines = [
+        line for line in Path(config_file).read_text().splitlines() if not line.startswith(("head", "prompt", "obj"))
+    ]
+    embedder.write_text("\n".join(lines))
+    assert train_embedder.main(["--config", str(embedder), *embed]) == 0
+    capsys.readouterr()
+    for name, message in (
+        ("bare", "head 'yes_no': .*does not tie its output embedding to the input's, and holds 0 tensors"),
+        ("headless", "the chat template of 'qwen3_vl' leaves no place for an answer"),
+        ("mute", "has no chat template"),
+        ("embedder", "model.name_or_path: '.*embedder' is an embedder; go on with it by recipes/train_embedder.py"),
+    ):
+        assert main(["--config", str(config_file), f"model.name_or_path={tmp_path / name}", nowhere]) == 2
+        assert re.search(message, capsys.readouterr().err), name
+    assert main(["--config", str(config_file), f"model.name_or_path={tmp_path / 'bare'}", "head=linear", nowhere]) == 2
+    assert "there is no" in capsys.readouterr().err  # a fresh row needs none
 
 
 def test_embedders_and_rerankers_are_told_apart(config_file, tmp_path, backbone):

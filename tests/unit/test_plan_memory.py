@@ -9,6 +9,7 @@ from torch import nn
 from transformers import Adafactor
 
 from mmembed.config import build_config
+from mmembed.config.blocks import RerankerConfig
 from mmembed.content import to_content
 from mmembed.data.collate import plan_chunks
 from mmembed.models.embedding_model import build_embedding_model
@@ -103,6 +104,33 @@ def test_a_shared_prefix_is_kept_once_but_for_keys_and_values(family_folder, fam
     bare = outline(config, None)[0]
     found = measure_chunk(bare, 48).kept(chunk.padded_tokens) + prefix_copies(bare) * chunk.saved_tokens
     assert chunk.saved_tokens == 5 * 32
+    assert found == pytest.approx(saved.bytes, rel=0.1)
+
+
+YES_NO = {"type": "yes_no", "words": ["a", "b"]}
+
+
+@pytest.mark.parametrize(
+    ("family", "head"), [("qwen3", "linear"), ("qwen3", YES_NO), ("qwen3_vl", YES_NO), ("gemma3", "linear")], ids=str
+)
+def test_pairs_of_a_reranker_keep_what_autograd_saves(family_folder, family, head):
+    """Documents of one query, whose tokens are computed once, and the logits of each pair."""
+    config = build_config({
+        "model": {"name_or_path": str(family_folder(family)), "dtype": "float32"}, "adapter": LORA, "head": head,
+        "prompt": {"type": "judge", "words": ["a", "b"]}, "data": {"train": [{"path": "x"}]},
+    }, kind=RerankerConfig)  # fmt: skip
+    model, preprocessor = build_embedding_model(config)
+    text = "Photosynthesis turns sunlight, water and carbon dioxide into sugar. " * 2
+    pairs = [Item(to_content("what is sugar?"), "query", None, to_content(f"{at} {text}")) for at in range(6)]
+    rows = preprocessor.tokenize(pairs)
+    [chunk] = plan_chunks(rows, 100_000, shareable=[preprocessor.shareable(row) for row in rows])
+    with Saved(model) as saved:
+        logits = model.train()(chunk.inputs(preprocessor)).vectors
+    bare = outline(config, None)[0]
+    graph = measure_chunk(bare, max(map(len, rows)))
+    found = graph.kept(chunk.padded_tokens) + prefix_copies(bare) * chunk.saved_tokens
+    assert logits.shape == (6, bare.embedding_size) and logits.requires_grad
+    assert chunk.saved_tokens > 0 or family == "gemma3"
     assert found == pytest.approx(saved.bytes, rel=0.1)
 
 

@@ -2,18 +2,19 @@
 
 import itertools
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mmembed.config import build_config
-from mmembed.config.blocks import SourceConfig
+from mmembed.config.blocks import RerankerConfig, SourceConfig
 from mmembed.content import Document, Text
 from mmembed.data.census import Census, held
 from mmembed.data.dataset import RecordDataset
 from mmembed.data.streaming import RecordStream
-from mmembed.errors import ConfigError
+from mmembed.errors import ConfigError, RecordError
 from mmembed.objectives import build_objective
 from mmembed.training.batch_report import check_sources
 from mmembed.training.health import look_at
@@ -394,3 +395,69 @@ def test_a_batch_without_negatives_trains_what_is_left(name):
     loss, _ = build_objective(block)(queries, documents, labels)
     loss.backward()
     assert torch.isfinite(loss) and queries.vectors.grad.any()
+
+
+GRADED = [record(2, 1), record(3, 1)]
+RELEVANT = [record(1), record(1)]
+JUDGED = [record(1, 0), record(1, 0)]
+
+
+def rank(tmp_path, records, objective, **data):
+    """As `check`, of a reranker; its warnings."""
+    path = tmp_path / "judged.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in records))
+    tree = {"data": {"train": [{"path": str(path), "name": "judged"}], "train_group_size": 4, **data}}
+    config = build_config({**tree, "objective": objective}, kind=RerankerConfig)
+    (source,) = [RecordDataset(one, cache_dir=tmp_path / "cache") for one in config.data.train]
+    part = build_objective(config.objective)
+    check_sources([source], config, part)
+    return shortages(source, config, part)
+
+
+ONE_BY_ONE = ["sft", {"type": "weight_direction"}, {"type": "weight_direction", "weight": "one"}]
+CONTRASTS = [
+    {"type": "ranking", "loss": "infonce"},
+    {"type": "weight_direction", "weight": "contrastive"},
+]
+ORDERS = [
+    "ranknet",
+    "lambdarank",
+    "listmle",
+    *({"type": "ranking", "loss": loss} for loss in ("listnet", "wasserstein")),
+]
+
+
+@pytest.mark.parametrize("objective", [*ONE_BY_ONE, *CONTRASTS, *ORDERS], ids=str)
+def test_a_reranker_needs_what_its_objective_compares(tmp_path, objective):
+    """Source and first record are named; a record that lacks it is a warning where others have it, but of objectives
+    that judge documents one by one, to which it is nothing."""
+    assert rank(tmp_path, JUDGED, objective) == []
+    what = "no two documents of different relevance" if objective in ORDERS else "no negative"
+    with pytest.raises(ConfigError, match=rf"'judged': all 2 records, the first at .*judged.jsonl:1, have {what}"):
+        rank(tmp_path, RELEVANT, objective)
+    warnings = rank(tmp_path, [*JUDGED, RELEVANT[0]], objective)
+    if objective in ONE_BY_ONE:
+        assert warnings == []
+    else:
+        assert re.search(rf"1 of 3 records, the first at .*judged.jsonl:3, have {what}", warnings[0])
+
+
+@pytest.mark.parametrize("objective", ORDERS, ids=str)
+def test_degrees_of_relevance_are_an_order(tmp_path, objective):
+    """Without any negative; drawn one positive at a time they are none."""
+    assert rank(tmp_path, GRADED, objective, positives_per_query=2) == []
+    with pytest.raises(ConfigError, match="no two documents of different relevance"):
+        rank(tmp_path, GRADED, objective, positives_per_query=1, ignore_fields=["relevance"])
+
+
+def test_a_record_without_a_positive_is_named(tmp_path):
+    with pytest.raises(RecordError, match=r"judged.jsonl:2: no document has a relevance above 0"):
+        rank(tmp_path, [*JUDGED[:1], record(0, 0)], "sft")
+
+
+def test_a_taught_list_needs_scores_and_no_negative(tmp_path):
+    taught = {"type": "ranking", "loss": "distil_kl"}
+    scored = [record((1, 0.9), (1, 0.1)), record((1, 0.8), (1, 0.3))]
+    assert rank(tmp_path, scored, taught, positives_per_query=2) == []
+    with pytest.raises(ConfigError, match="have no 'score' of two documents"):
+        rank(tmp_path, JUDGED, taught)
