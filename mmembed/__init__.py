@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from mmembed.content import Video as Video
     from mmembed.errors import MmembedError as MmembedError
     from mmembed.inference.embedder import Embedder as Embedder
+    from mmembed.inference.generative import ListwiseReranker as ListwiseReranker
+    from mmembed.inference.generative import RationaleReranker as RationaleReranker
     from mmembed.inference.reranker import Reranker as Reranker
     from mmembed.media import MediaLimits as MediaLimits
     from mmembed.media import MediaStore as MediaStore
@@ -40,6 +42,8 @@ _HOMES = {
     "Video": "content",
     "Embedder": "inference.embedder",
     "Reranker": "inference.reranker",
+    "ListwiseReranker": "inference.generative",
+    "RationaleReranker": "inference.generative",
     "top_k": "search",
     "EmbedderConfig": "config.blocks",
     "RerankerConfig": "config.blocks",

@@ -68,13 +68,15 @@ CONTENT_KEYS = ("text", "image", "images", "video", "audio", "sampling_rate", "i
 class Document:
     """A candidate of one query. `relevance` is graded: above 0 is a positive, 0 is a labelled negative.
 
-    `score` is an optional teacher or retriever score, in the teacher's own units.
+    `score` is an optional teacher or retriever score, in the teacher's own units; `rationale` says why it is relevant
+    or not.
     """
 
     content: Content
     relevance: float = 1.0
     score: float | None = None
     id: str | None = None
+    rationale: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

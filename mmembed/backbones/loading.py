@@ -78,6 +78,43 @@ def load_backbone(
     return Backbone(model, processor, family_of(model.config, processor), model.config)
 
 
+def load_language_model(
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    attn_implementation: str = "sdpa",
+    trust_remote_code: bool = False,
+    processor_path: str | None = None,
+) -> Backbone:
+    """As `load_backbone`, but whole: with the output embedding, and a cache, to generate.
+
+    Raises:
+        ConfigError: as `load_backbone`; or weights are missing, as the output embedding is where an embedder was saved.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    path = resolve_backbone(name_or_path)
+    common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with _explained(name_or_path, trust_remote_code, attn_implementation):
+        config = AutoConfig.from_pretrained(path, **common)
+        multimodal = "vision_config" in config.to_dict()
+        kind: Any = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+        model, loaded = kind.from_pretrained(
+            path, config=config, dtype=_dtype(dtype), attn_implementation=attn_implementation, use_safetensors=True,
+            output_loading_info=True, **common,
+        )  # fmt: skip
+        processor = load_processor(processor_path or path, multimodal=multimodal, **common)
+    missing = sorted(loaded["missing_keys"])
+    if missing:
+        raise ConfigError(
+            f"model.name_or_path: '{name_or_path}' holds no '{missing[0]}' ({len(missing)} tensors are missing): it is "
+            "no whole language model. An embedder is saved without its output embedding: start from the language model "
+            "that it was made of"
+        )
+    return Backbone(model, processor, family_of(model.config, processor), model.config)
+
+
 def outline_backbone(
     name_or_path: str,
     *,

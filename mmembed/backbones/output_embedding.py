@@ -119,6 +119,11 @@ def check_predictable(
         _find(name_or_path, revision, download=False, what=what)
 
 
+def check_output_embedding(name_or_path: str, revision: str | None, what: str) -> None:
+    """Raises ConfigError where the files of an untied backbone are on this machine and hold no output embedding."""
+    _find(name_or_path, revision, download=False, what=what)
+
+
 def load_output_embedding(
     family: Family,
     name_or_path: str,

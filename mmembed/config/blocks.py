@@ -187,8 +187,8 @@ class DataConfig(_Block):
     (`mixing_alpha`), `proportional` as many batches as it fills, `round_robin` one after the other. `batch_order` names
     a rule by which similar pairs meet in a batch, and by `model` the embedder that says which are. `mining` gives
     queries hard negatives that the model in training finds, in place of those of the records. `ignore_fields`
-    names fields of the data that may go unused (`score`, `negatives`, `instruction`, `relevance`, `labels`) or are
-    taken out of every record (`image`, `video`, `audio`).
+    names fields of the data that may go unused (`score`, `negatives`, `instruction`, `relevance`, `labels`,
+    `rationale`) or are taken out of every record (`image`, `video`, `audio`).
     """
 
     root: str | None = None
@@ -204,7 +204,7 @@ class DataConfig(_Block):
     batch_order: TypedBlock | None = None
     mining: MiningConfig | None = None
     ignore_fields: tuple[
-        Literal["score", "negatives", "instruction", "image", "video", "audio", "relevance", "labels"], ...
+        Literal["score", "negatives", "instruction", "image", "video", "audio", "relevance", "labels", "rationale"], ...
     ] = ()
 
     @field_validator("batch_order")

@@ -108,8 +108,9 @@ class RecordDataset(torch.utils.data.Dataset[Example]):
 
     Attributes:
         skipped: why and how often records were skipped.
-        fields: what the data carries: `score`, `negatives`, `relevance` (graded, but of STS), `instruction`, `labels`
-            (`classes` where they say no more than the ids of the positives), `image`, `video`, `audio`.
+        fields: what the data carries: `score`, `rationale`, `negatives`, `relevance` (graded, but of STS),
+            `instruction`, `labels` (`classes` where they say no more than the ids of the positives), `image`, `video`,
+            `audio`.
         tasks: the tasks that occur.
         grades: the relevances that occur.
         census: how many records hold how many positives, negatives and teacher's scores; like `grades` of all records,
@@ -507,6 +508,8 @@ def fields_of(example: Example) -> Iterator[str]:
     for document in example.documents:
         if document.score is not None:
             yield "score"
+        if document.rationale is not None:
+            yield "rationale"
         if document.relevance == 0 and example.task is not Task.STS:
             yield "negatives"
         if document.relevance not in (0.0, 1.0) and example.task is not Task.STS:  # there it says what a positive is

@@ -32,7 +32,7 @@ from mmembed.errors import MmembedError, RecordError, nearest
 
 STS_POSITIVE = 0.8  # 4 of 5: what NV-Embed (arXiv 2405.17428) takes for a positive pair
 RECORD_KEYS = ("query", "documents", "instruction", "task", "source", "id", "labels")
-DOCUMENT_KEYS = ("content", "relevance", "score", "id")
+DOCUMENT_KEYS = ("content", "relevance", "score", "id", "rationale")
 
 
 def parse_record(record: Mapping[str, Any], where: str) -> Example:
@@ -257,7 +257,11 @@ def _document(item: Any, key: str, where: str) -> Document:
             where, f"{key}.relevance is {relevance}", "Use 0 for a negative, above 0 for a positive", "bad number"
         )
     score = None if item.get("score") is None else _number(item["score"], f"{key}.score", where)
-    return Document(parse_content(item["content"], key, where), relevance, score, parse_string(item, "id", where))
+    rationale = parse_string(item, "rationale", where)
+    if rationale is not None and not rationale.strip():
+        raise RecordError(where, f"{key}.rationale is empty", "Write one, or remove the key", "empty text")
+    content = parse_content(item["content"], key, where)
+    return Document(content, relevance, score, parse_string(item, "id", where), rationale)
 
 
 def _references(medium: Image | Video | Audio) -> list[str]:
@@ -317,6 +321,8 @@ def _document_to_json(document: Document) -> dict[str, Any]:
         item["score"] = document.score
     if document.id is not None:
         item["id"] = document.id
+    if document.rationale is not None:
+        item["rationale"] = document.rationale
     return item
 
 

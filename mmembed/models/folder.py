@@ -25,6 +25,7 @@ SETTINGS, ADAPTER, POOLING = "mmembed.json", "adapter_model.safetensors", "pooli
 PROBES = "probes.safetensors"  # vectors of fixed inputs, as the model in memory gave them when it was saved
 INCOMING = ".mmembed-incoming"  # a complete checkpoint inside the folder that it replaces
 FORMAT = 1
+GENERATIVE = "generative_reranker"  # kind of a folder whose model answers in words (mmembed.models.generator)
 
 
 def read_settings(path: str | Path) -> tuple[EmbedderSettings, dict[str, Any]]:
@@ -34,6 +35,11 @@ def read_settings(path: str | Path) -> tuple[EmbedderSettings, dict[str, Any]]:
         described = json.loads(file.read_text())
         if described["format"] > FORMAT:
             raise CheckpointError(f"{file}: format {described['format']} is newer than this mmembed; upgrade mmembed")
+        if described.get("kind") == GENERATIVE:
+            raise CheckpointError(
+                f"{path}: is a reranker that answers in words, without vectors or scores; load it with "
+                "ListwiseReranker or RationaleReranker"
+            )
         settings = {key: value for key, value in described["settings"].items() if key != "trust_remote_code"}
         return EmbedderSettings(**settings), described
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:

@@ -11,6 +11,9 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "recipes" / "configs" / "embedder").rglob("*.yaml"))
 MINING = sorted((ROOT / "recipes" / "configs" / "mining").rglob("*.yaml"))
 RERANKER = sorted((ROOT / "recipes" / "configs" / "reranker").rglob("*.yaml"))  # read in test_train_reranker.py
+GENERATIVE = sorted(
+    (ROOT / "recipes" / "configs" / "generative_reranker").rglob("*.yaml")
+)  # and its own test reads these
 FAMILIES = {  # the first part of a name that is in a model's name -> the tiny family that stands for it
     "Qwen3-VL": "qwen3_vl",
     "mmembed-nano": "qwen3_vl",
@@ -24,16 +27,17 @@ FAMILIES = {  # the first part of a name that is in a model's name -> the tiny f
 
 
 def test_there_are_configs():
-    assert len(FILES) >= 8 and MINING and RERANKER
-    assert {*FILES, *MINING, *RERANKER} == set((ROOT / "recipes" / "configs").rglob("*.yaml"))
+    assert len(FILES) >= 8 and MINING and RERANKER and GENERATIVE
+    assert {*FILES, *MINING, *RERANKER, *GENERATIVE} == set((ROOT / "recipes" / "configs").rglob("*.yaml"))
 
 
-@pytest.mark.parametrize("file", FILES + RERANKER, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", FILES + RERANKER + GENERATIVE, ids=lambda file: file.stem)
 def test_config_opens_with_its_launch_command(file):
     first = file.read_text().splitlines()[0]
     assert first.startswith("# ")
     assert str(file.relative_to(ROOT)) in first
     commands = ("recipes/train_embedder.py", "recipes.train_embedder", "train_rounds.py", "recipes/train_reranker.py")
+    commands += ("recipes/train_generative_reranker.py",)
     assert any(command in first for command in commands)
 
 
