@@ -58,8 +58,13 @@ class Chunk:
         """What is shared, and rows times the rest of the longest; of a packed chunk its tokens."""
         if self.packed:
             return sum(map(len, self.rows))
-        tail = 0 if self.rows[0].tail is None else len(self.rows[0].tail.ids)
-        return self.shared + len(self.rows) * (max(len(row) for row in self.rows) - self.shared) + tail
+        own = len(self.rows) * (max(len(row) for row in self.rows) - self.shared)
+        return self.shared + own + self.tail_tokens
+
+    @property
+    def tail_tokens(self) -> int:
+        """Of the last block of a list."""
+        return 0 if self.rows[0].tail is None else len(self.rows[0].tail.ids)
 
     @property
     def saved_tokens(self) -> int:
@@ -94,7 +99,7 @@ class Batch:
     @property
     def tokens(self) -> int:
         """Tokens without padding."""
-        return sum(len(row) for chunk in self.chunks for row in chunk.rows)
+        return sum(chunk.tail_tokens + sum(map(len, chunk.rows)) for chunk in self.chunks)
 
     @property
     def padded_tokens(self) -> int:

@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 
 from mmembed.backbones import block_attention
 from mmembed.backbones.block_attention import Blocks, attend_blocks, document_shares, read_logits
+from mmembed.backbones.output_embedding import load_output_embedding
 from mmembed.backbones.shared_prefix import masked_attention
 from mmembed.config.blocks import SourceConfig
 from mmembed.content import Document, Example, Image, Text
 from mmembed.data.collate import Collator, plan_chunks
 from mmembed.errors import ConfigError, MmembedError
+from mmembed.inference.answering import answer
 from mmembed.objectives import build_objective
 from mmembed.preprocess import Item, Place
 from mmembed.training.gradcache import contrastive_step
@@ -148,6 +150,35 @@ def test_pictures(family_folder):
     with pytest.raises(MmembedError, match="give a query of text"):
         preprocessor([replace(items[0], content=(Image(picture()),))])
 
+    texts = listed(TEXTS)
+    plain = model(preprocessor(texts)).vectors
+    preprocessor.touch_vision = True  # a dummy document with a picture, that no block may see
+    inputs = preprocessor(texts)
+    assert inputs.filler == 1 and len(inputs.pool_mask) == 5
+    torch.testing.assert_close(model(inputs).vectors, plain, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_vl"])
+def test_decoding_is_greedy(family_folder, name):
+    """Each token is the best one behind the list and those before it, computed anew without a cache."""
+    folder = family_folder(name)
+    model, preprocessor = reads_lists(folder)
+    model.output_embedding = load_output_embedding(model.family, str(folder), None, torch.float32, "answer")
+    weight = model.output_embedding.weight
+    weight = model.base.get_input_embeddings().weight if weight is None else weight
+    inputs = preprocessor(listed(TEXTS))
+    text, shares = answer(model, inputs, preprocessor.tokenizer, 6)
+    torch.testing.assert_close(shares, model(inputs).vectors[:, 0], atol=1e-6, rtol=0)
+    written: list[int] = []
+    with torch.no_grad():
+        while len(written) < 6 and "]" not in preprocessor.tokenizer.decode(written):
+            longer = replace(inputs, tail=replace(inputs.tail, ids=(*inputs.tail.ids, *written)))
+            _, hidden, _ = by_loops(model, longer)
+            written.append(int((weight @ hidden[-1]).argmax()))
+            if written[-1] == preprocessor.tokenizer.eos_token_id:
+                break
+    assert text == preprocessor.tokenizer.decode(written).split("]")[0]
+
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_gives_the_same(family_folder):
@@ -204,8 +235,6 @@ BOTH = [{"type": "answer"}, {"type": "ranking", "loss": "infonce", "temperature"
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients(family_folder, adapter, checkpointing):
     """Of chunks, with and without recomputed activations, against both losses written out on the whole batch."""
-    from mmembed.backbones.output_embedding import load_output_embedding
-
     folder = family_folder("qwen3")
     model, preprocessor = reads_lists(folder, adapter=adapter)
     model.output_embedding = load_output_embedding(model.family, str(folder), None, torch.float32, "answer")
