@@ -31,7 +31,7 @@ format: env
 	.venv/bin/ruff check --fix .
 
 bench: env
-	@for name in encode train scaling startup plan_scale plan_memory mining; do $(PY) -m benchmarks.$$name --json || exit 1; done
+	@for name in encode rerank train scaling startup plan_scale plan_memory mining; do $(PY) -m benchmarks.$$name --json || exit 1; done
 
 clean:
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -23,6 +23,7 @@ from typing import Any
 from mmembed.arguments import Parser
 
 DATA = Path(__file__).resolve().parent.parent / "data"
+LIMIT_BUDGET = 8192  # padded tokens of a batch of `bare_forward`
 # 64 tokens of the nano tokenizer
 INSTRUCTION = (
     "Instruct: Given a question somebody asked, find the passages of an encyclopedia or of a medical handbook that "
@@ -139,6 +140,30 @@ def best_setting(run: Callable[[Any], object], settings: Sequence[Any]) -> Any:
         return min(alternate({"run": lambda: run(setting)}, rounds=2)["run"])
 
     return min(settings, key=shortest)
+
+
+def bare_forward(backbone: Any, preprocessor: Any, rows: Sequence[Any]) -> Callable[[Any], None]:
+    """The limit: batches of tokenized rows made beforehand, then nothing but the backbone's forward.
+
+    The function that it gives takes what other contenders take, and ignores it.
+    """
+    import torch
+
+    from mmembed.backbones.patches import in_dtype
+    from mmembed.data.collate import plan_chunks
+
+    batches = [chunk.inputs(preprocessor) for chunk in plan_chunks(rows, LIMIT_BUDGET)]
+    for inputs in batches:
+        inputs.tensors.pop("attention_mask")
+        for name, tensor in inputs.tensors.items():
+            inputs.tensors[name] = in_dtype(tensor, backbone.dtype) if tensor.is_floating_point() else tensor
+
+    @torch.inference_mode()
+    def run(setting: Any) -> None:
+        for inputs in batches:
+            backbone(**inputs.tensors)
+
+    return run
 
 
 def peak_mb_of(module: str, arguments: Sequence[str]) -> int:

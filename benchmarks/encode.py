@@ -25,6 +25,7 @@ from typing import Any
 from benchmarks._common import (
     INSTRUCTION,
     Row,
+    bare_forward,
     best_setting,
     compare,
     images,
@@ -37,7 +38,6 @@ from benchmarks._common import (
 )
 
 MAX_LENGTH = 512
-LIMIT_BUDGET = 8192
 PEER_BATCHES, PEER_DEFAULT_BATCH = (16, 32, 64, 128), 32
 CASES = {  # name -> (modality, our dtype, the peer's dtype, goal to the peer, goal to the limit)
     "texts_fp32": ("text", "float32", "float32", 1.35, 0.95),
@@ -152,28 +152,11 @@ def _peer(modality: str, dtype: str | None) -> Any:
 
 
 def _bare(embedder: Any, contents: Sequence[Any], role: Any = "document") -> Callable[[int], Any]:
-    """The limit: batches made beforehand, then nothing but the backbone's forward."""
-    import torch
-
-    from mmembed.backbones.patches import in_dtype
     from mmembed.content import to_content
-    from mmembed.data.collate import plan_chunks
     from mmembed.preprocess import Item
 
     rows = embedder.preprocessor.tokenize([Item(to_content(content), role) for content in contents])
-    batches = [chunk.inputs(embedder.preprocessor) for chunk in plan_chunks(rows, LIMIT_BUDGET)]
-    backbone = embedder.model.backbone
-    for inputs in batches:
-        inputs.tensors.pop("attention_mask")
-        for name, tensor in inputs.tensors.items():
-            inputs.tensors[name] = in_dtype(tensor, backbone.dtype) if tensor.is_floating_point() else tensor
-
-    @torch.inference_mode()
-    def run(batch: int) -> None:
-        for inputs in batches:
-            backbone(**inputs.tensors)
-
-    return run
+    return bare_forward(embedder.model.backbone, embedder.preprocessor, rows)
 
 
 def _check_equal(case: str, contenders: dict[str, Callable[[int], Any]]) -> None:

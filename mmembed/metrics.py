@@ -11,6 +11,7 @@ Cost: sorting each row, O(Q C log C); numpy only.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -116,6 +117,52 @@ def pooled_auc(scores: ArrayLike, relevance: ArrayLike, k: int = 500, valid: Arr
         return float("nan")
     ranks = average_ranks(np.concatenate([found, wrong]))[: len(found)]
     return float((ranks.sum() - len(found) * (len(found) + 1) / 2) / (len(found) * len(wrong)))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How often pairs of a probability are relevant, in B equal bins from 0 to 1; a bin holds its upper edge.
+
+    Attributes:
+        count: (B,) pairs. probability: (B,) their mean probability. relevant: (B,) the share that is relevant; both NaN
+            where there is no pair.
+    """
+
+    count: NDArray[np.int64]
+    probability: Floats
+    relevant: Floats
+
+    @property
+    def error(self) -> float:
+        """Expected calibration error, the mean distance of the two over all pairs (Guo et al., arXiv 1706.04599, eq.
+        3); NaN without a pair."""
+        if not self.count.sum():
+            return float("nan")
+        return float((np.nan_to_num(np.abs(self.probability - self.relevant)) * self.count).sum() / self.count.sum())
+
+
+def calibration(probabilities: ArrayLike, relevance: ArrayLike, bins: int = 10) -> Calibration:
+    """Whether probabilities of being relevant can be taken as such.
+
+    Args:
+        probabilities: (N,) from 0 to 1. relevance: (N,), above 0 is relevant. bins: B.
+
+    Raises:
+        MmembedError: shapes differ, a value is no probability, or bins is below 1.
+    """
+    values, relevant = np.asarray(probabilities, dtype=np.float64), np.asarray(relevance, dtype=np.float64) > 0
+    if values.shape != relevant.shape or values.ndim != 1:
+        raise MmembedError(f"calibration: shapes {values.shape} and {relevant.shape}; give two series of one length")
+    if bins < 1 or not ((values >= 0) & (values <= 1)).all():
+        raise MmembedError("calibration: give probabilities from 0 to 1, and 1 bin or more")
+    places = np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], values)  # (N,)
+    count = np.bincount(places, minlength=bins)  # (B,)
+    with np.errstate(invalid="ignore"):
+        return Calibration(
+            count,
+            np.bincount(places, weights=values, minlength=bins) / count,
+            np.bincount(places, weights=relevant, minlength=bins) / count,
+        )
 
 
 def spearman(a: ArrayLike, b: ArrayLike) -> float:

@@ -274,7 +274,7 @@ class Preprocessor:
             piece = items[start : start + PIECE]
             written = [self._write(item) for item in piece]
             layouts = [layout for layout, _, _, _ in written]
-            encodings = self._encode(layouts, needs_offsets=bool(predict))
+            encodings = self._encode(piece, layouts, bool(predict) or any(self._hides(layout) for layout in layouts))
             for item, encoding, (layout, images, sizes, chat) in zip(piece, encodings, written, strict=True):
                 texts = None if not predict else layout.texts if item.role in predict else ()
                 counted = _texts_of_document(item, layout)
@@ -379,7 +379,8 @@ class Preprocessor:
         written = [self._lay_out(replace(one, chat=False)) for one in (opened, closed, *documents)]
         answer = "" if first.place is None or first.place.answer is None else prompt.answer(first.place.answer)
         layouts = [layout for layout, _, _, _ in written]
-        encodings = self._encode([*layouts, Layout(prompt.opening, (), 0), Layout(answer, (), 0)], needs_offsets=True)
+        texts = [layout.text for layout in layouts]
+        encodings = self._encode_texts([*texts, prompt.opening, answer], needs_offsets=True)
         limits = [self.limits.query_max_length] * 2 + [self.limits.document_max_length] * len(documents)
         rows = [
             self._row(encoding, layout, images, sizes, True, limit)
@@ -441,17 +442,35 @@ class Preprocessor:
 
     # Encoding ---------------------------------------------------------------------------------------------------------
 
-    def _encode(self, layouts: Sequence[Layout], needs_offsets: bool) -> list[Encoding]:
+    def _hides(self, layout: Layout) -> bool:
+        """Whether tokens of it stay out of pooling."""
+        instructed = self.prompt.mask_instruction and bool(layout.hidden)
+        return instructed or (not self.pool_suffix and layout.suffix_start < len(layout.text))
+
+    def _encode(self, items: Sequence[Item], layouts: Sequence[Layout], needs_offsets: bool) -> list[Encoding]:
+        """Offsets, which take as long again, are of all items, or of those alone of which tokens will be cut."""
+        encodings = self._encode_texts([layout.text for layout in layouts], needs_offsets)
+        around = len(self._start) + len(self._end)
+        long = [
+            place
+            for place, (item, layout, encoding) in enumerate(zip(items, layouts, encodings, strict=True))
+            if len(encoding.ids) + around > self.limits.of(item)
+            and (layout.hidden or layout.media or layout.suffix_start < len(layout.text))
+        ]
+        if long and not needs_offsets:
+            again = self._encode_texts([layouts[place].text for place in long], needs_offsets=True)
+            for place, encoding in zip(long, again, strict=True):
+                encodings[place] = encoding
+        return encodings
+
+    def _encode_texts(self, texts: list[str], needs_offsets: bool) -> list[Encoding]:
         backend = self.tokenizer.backend_tokenizer
         if backend.truncation is not None:
             backend.no_truncation()
         if backend.padding is not None:
             backend.no_padding()
-        needs_offsets = needs_offsets or any(
-            layout.hidden or layout.media or layout.suffix_start < len(layout.text) for layout in layouts
-        )
         encode = backend.encode_batch if needs_offsets else backend.encode_batch_fast
-        return encode([layout.text for layout in layouts], add_special_tokens=False)
+        return encode(texts, add_special_tokens=False)
 
     def _row(
         self,

@@ -22,6 +22,7 @@ import numpy as np
 
 from eval import run
 from eval.files import write_json
+from eval.models import load
 from eval.mteb_adapter import Encodes
 from eval.tasks.local import Row, available, select
 from mmembed import metrics
@@ -76,7 +77,7 @@ def measured(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
             *("--vision-cache", "auto", "--instructions", options.instructions, "--tasks", *options.tasks),
         ]
     )
-    model = run.load(options.model, given, rows)
+    model = load(options.model, given, [row.name for row in rows])
     encoder = model.runner.embedder = Remembering(model.runner.embedder)
     scores: dict[str, dict[str, float]] = {}
     by_query: dict[str, list[float]] = {}

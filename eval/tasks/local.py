@@ -17,7 +17,7 @@ from typing import Literal
 from mmembed.errors import ConfigError, nearest
 
 Kind = Literal["retrieval", "reranking", "sts", "classification", "clustering", "bitext"]
-Category = Literal["t2t", "t2i", "i2t", "t2it", "t2c", "i2c"]
+Category = Literal["t2t", "t2i", "i2t", "t2it", "i2i", "it2t", "it2i", "it2it", "t2c", "i2c"]
 
 # mteb asks for ISO 639-3 codes with a script.
 LANGUAGES = {

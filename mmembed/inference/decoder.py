@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmembed.backbones.last_tokens import LastLayer
 from mmembed.inference.elementwise import (
     ByRows,
     Quick,
@@ -70,6 +71,8 @@ class _QuickLayer(Quick):
     def _takes(self, hidden: Tensor, named: dict[str, Any]) -> bool:
         narrow = hidden.device.type == "cpu" and hidden.dtype == torch.bfloat16 and hidden.dim() == 3 and hidden.numel()
         if not narrow or self.training or named.get("past_key_values") is not None or _kinds(self) != self.kinds:
+            return False
+        if isinstance(self, LastLayer) and named.get("last_tokens") is not None:
             return False
         attention: Any = self.self_attn
         rotated = named.get("position_embeddings")

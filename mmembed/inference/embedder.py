@@ -328,7 +328,7 @@ class Embedder:
             budget = how.token_budget or self._default_budget(rows)
             chunks = plan_chunks(rows, budget, shareable=shareable, packed=how.packed)
             uses = Counter(_prefix(chunk) for chunk in chunks)
-            for chunk in chunks:
+            for chunk in _prefix_by_prefix(chunks):
                 alone = chunk.rows[0].tail is not None  # a list runs with its own
                 kept = self.device.type == "cpu" and chunk.shared > 0 and uses[_prefix(chunk)] > 1 and not alone
                 yield [start + index for index in chunk.index.tolist()], chunk, kept
@@ -410,6 +410,15 @@ def _of_first(planned: Sequence[Planned]) -> tuple[bool, int]:
 
 def _prefix(chunk: Chunk) -> tuple[int, ...]:
     return tuple(chunk.rows[0].ids[: chunk.shared])
+
+
+def _prefix_by_prefix(chunks: Sequence[Chunk]) -> list[Chunk]:
+    """In their order, but those that begin alike one behind the other: few prefixes are kept at once."""
+    first: dict[tuple[int, ...], int] = {}
+    order = [
+        first.setdefault(_prefix(chunk), number) if chunk.shared else number for number, chunk in enumerate(chunks)
+    ]
+    return [chunks[number] for number in sorted(range(len(chunks)), key=lambda number: order[number])]
 
 
 class _Store:

@@ -1,7 +1,7 @@
 """An encoded collection on disk: what `mmembed encode` writes and `mmembed search` reads.
 
     vectors.npy     (N, W) in the chosen precision; memory-mapped by search, readable with numpy.load
-    items.jsonl     one line a vector, in the same order: {"id", "text", "image"}
+    items.jsonl     one line a vector, in the same order: {"id", "text", "image"}, "content" where that is not all
     encoding.json   model, role, instruction, precision, dimensions: how to encode a query to match
 
 Contents are encoded and written window after window, so the size of a collection is bounded by the disk, not by memory.
@@ -38,6 +38,7 @@ class Encoding:
     Attributes:
         size: dimensions of a vector before packing to bits.
         layers: of the decoder, that were computed; None are all.
+        media_root: folder that the images of items.jsonl start from, for a reranker that opens them again.
         probe: the vector of a fixed text, by which a model that has changed since is recognised.
     """
 
@@ -48,6 +49,7 @@ class Encoding:
     precision: Precision = "float32"
     truncate_dim: int | None = None
     layers: int | None = None
+    media_root: str | None = None
     count: int = 0
     skipped: int = 0
     probe: tuple[float, ...] = ()
@@ -67,6 +69,12 @@ def read_items(folder: str | Path, rows: Iterable[int]) -> dict[int, dict[str, A
     wanted = set(rows)
     with (Path(folder) / ITEMS).open(encoding="utf-8") as lines:
         return {row: json.loads(line) for row, line in enumerate(lines) if row in wanted}
+
+
+def has_pictures(folder: str | Path) -> bool:
+    """Whether an item of an encoded folder is or has an image."""
+    with (Path(folder) / ITEMS).open(encoding="utf-8") as lines:
+        return any(not {"image", "images"}.isdisjoint(json.loads(line)) for line in lines)
 
 
 def open_collection(folder: str | Path) -> tuple[Encoding, np.ndarray]:
@@ -197,9 +205,7 @@ def write_collection(
                     show_progress=False,
                 )
                 vectors.write(np.ascontiguousarray(rows).tobytes())
-                items.writelines(
-                    json.dumps({"id": entry.id, **entry.summary()}, ensure_ascii=False) + "\n" for entry in kept
-                )
+                items.writelines(json.dumps(entry.item(), ensure_ascii=False) + "\n" for entry in kept)
                 count += len(kept)
                 progress(len(window))
             if not count:

@@ -176,7 +176,8 @@ class Reranker:
         if listed is not None:
             shares = np.empty(len(pairs), np.float32)
             shares[listed.order] = logits[:, 0].numpy()
-            return shares if scale == "probability" else np.log(shares) - np.log1p(-shares)
+            with np.errstate(divide="ignore"):  # of a list of one: infinite
+                return shares if scale == "probability" else np.log(shares) - np.log1p(-shares)
         found = log_odds(logits)
         scores: NDArray[np.float32] = (torch.sigmoid(found) if scale == "probability" else found).numpy()
         return scores
@@ -208,6 +209,12 @@ class Reranker:
         inputs = self.preprocessor(list(listed)).to(self.model.device)
         text, shares = answer(self.model, inputs, self.preprocessor.tokenizer, limit)
         return completed(read_order(text, len(documents)), shares[: len(documents)].tolist())
+
+    def check(self, query: ContentLike, document: ContentLike) -> None:
+        """Raises MmembedError when a pair could not be scored: reads and opens it, but runs no model."""
+        pair = _Pairs([(query, document)], None)
+        (item,) = _Listed(pair) if self.reads_lists else pair
+        self.preprocessor.collate(self.preprocessor.tokenize([item]))
 
     def rank(
         self, query: ContentLike, documents: Sequence[ContentLike], top_k: int | None = None, **options: Any

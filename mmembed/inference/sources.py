@@ -43,6 +43,12 @@ class Entry:
             return {key: self.content[key] for key in ("text", "image", "images") if key in self.content}
         return {"text": json.dumps(self.content, ensure_ascii=False)}
 
+    def item(self) -> dict[str, Any]:
+        """The line of an encoded folder: id and summary, and the content where the summary leaves something out."""
+        shown = self.summary()
+        whole = isinstance(self.content, str) or self.content == shown
+        return {"id": self.id, **shown, **({} if whole else {"content": self.content})}
+
 
 def read_entries(source: str | Path, field: Field = "documents") -> Iterator[Entry | RecordError]:
     """The entries of a source; a line that cannot be used comes as a RecordError.
@@ -115,7 +121,7 @@ def _read_lines(path: Path, field: Field) -> Iterator[Entry | RecordError]:
             entries = (
                 _of_record(row, where, field, number)
                 if "documents" in row
-                else [_of_line(row, where, number, has_table)]
+                else [entry_of_line(row, where, number, has_table)]
             )
         except RecordError as error:
             yield error
@@ -141,7 +147,16 @@ def _of_record(row: Mapping[str, Any], where: str, field: Field, number: int) ->
     ]
 
 
-def _of_line(row: dict[str, Any], where: str, number: int, has_table: bool) -> Entry:
+def entry_of_line(row: dict[str, Any], where: str, number: int, has_table: bool) -> Entry:
+    """The entry of a line that is a content.
+
+    Args:
+        number: its id where it brings none.
+        has_table: whether `image` may be a row of the `images.parquet` beside the file.
+
+    Raises:
+        RecordError: an unknown key, no content, or an unreadable one.
+    """
     for key in row:
         if key not in _LINE_KEYS and "_id" not in row:  # a line of a BEIR folder may carry anything, often `metadata`
             raise RecordError(

@@ -22,6 +22,7 @@ from mmembed.backbones import NANO, Backbone, Family, load_backbone
 from mmembed.backbones.adapters import adapted, apply_adapter, quantization_of, run
 from mmembed.backbones.attention import prepare
 from mmembed.backbones.block_attention import Blocks, Read, position_ids
+from mmembed.backbones.last_tokens import LastTokens, prepare_last
 from mmembed.backbones.layers import check_layers, decoder_of, keep_layers, last_and_lower, watch
 from mmembed.backbones.output_embedding import OutputEmbedding, load_output_embedding
 from mmembed.backbones.packed import AttentionKernel, Packed, no_kernel, unknown
@@ -33,6 +34,7 @@ from mmembed.errors import ConfigError, MmembedError
 from mmembed.heads import HEADS, Head
 from mmembed.heads.attention import Attention
 from mmembed.pooling import POOLINGS, Pooling
+from mmembed.pooling.last_token import LastToken, last_places
 from mmembed.preprocess import Lengths, ModelInputs, Preprocessor, StoredImages
 from mmembed.prompts import PROMPTS
 
@@ -106,6 +108,7 @@ class EmbeddingModel(nn.Module):
         self._virtual_tokens = settings.adapter_type in PROMPT_TYPES
         self.fresh_head = head_sums(self)
         self._unshared = self._prepare_sharing()
+        self._reads_last = self._prepare_last()
         self.lower_layers: tuple[int, ...] = ()
         self.reads_only = False  # of lists: nothing is computed above the attention that is read
         self._hooks: list[Any] = []
@@ -162,6 +165,7 @@ class EmbeddingModel(nn.Module):
             ConfigError: there are not so many, or the decoder is not known.
         """
         keep_layers(self.base, layers)
+        self._reads_last = self._prepare_last()
         trained = tuple(one for one in self.settings.layers if one < layers)
         self.give_layers([one for one in self.lower_layers if one < layers])
         self.settings = replace(self.settings, layers=trained)
@@ -230,6 +234,11 @@ class EmbeddingModel(nn.Module):
             return f"adapter.type '{self.settings.adapter_type}' puts tokens of its own in front"
         return prepare(self.base)
 
+    def _prepare_last(self) -> bool:
+        """Whether the last layer can be computed of the last tokens alone, where nothing else of it is read."""
+        causal = self.family.causal and not self._virtual_tokens
+        return isinstance(self.pooling, LastToken) and causal and prepare_last(decoder_of(self.base))
+
     @property
     def base(self) -> PreTrainedModel:
         """The backbone without what an adapter put around it."""
@@ -253,13 +262,17 @@ class EmbeddingModel(nn.Module):
         has_images = "pixel_values" in tensors or inputs.images is not None
         if inputs.tail is not None:
             return self._judge_list(tensors, pool_mask, inputs)
+        last_alone = self._reads_last and predicted is None and not self.lower_layers
         if inputs.shared and self.unshared(has_images) is None:
             whole = predicted is not None
-            hidden, pool_mask = self._run_shared(tensors, pool_mask, inputs.shared, inputs.prefix, whole)
+            hidden, pool_mask = self._run_shared(tensors, pool_mask, inputs.shared, inputs.prefix, whole, last_alone)
         elif inputs.lengths and not has_images and self._unpackable() is None:
             hidden = self._run_packed(tensors["input_ids"], inputs.lengths)  # (B, T, H) each
         else:
-            hidden = self._with_lower(lambda: run(self.family, self.backbone, tensors, self.settings.adapter_type))
+            last = LastTokens(last_places(pool_mask)) if last_alone else None
+            given: dict[str, Any] = tensors if last is None else {**tensors, "last_tokens": last}
+            hidden = self._with_lower(lambda: run(self.family, self.backbone, given, self.settings.adapter_type))
+            pool_mask = _of_last(pool_mask, last)
         vectors = [self.head(one, pool_mask) for one in hidden]  # (B, E) or (B, T, E) each
         if inputs.filler:  # rows without content; times 0, so that every parameter takes part on every rank
             vectors = [one[: -inputs.filler] + 0.0 * one[-inputs.filler :].sum() for one in vectors]
@@ -389,11 +402,18 @@ class EmbeddingModel(nn.Module):
         return Prefix(tuple(shared.attended), tuple(one[0] for one in output))
 
     def _run_shared(
-        self, tensors: dict[str, Any], pool_mask: torch.Tensor, prefix: int, known: Prefix | None, whole: bool
+        self,
+        tensors: dict[str, Any],
+        pool_mask: torch.Tensor,
+        prefix: int,
+        known: Prefix | None,
+        whole: bool,
+        last_alone: bool,
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Hidden states of rows that begin with the same `prefix` tokens, of each layer, and their pool mask.
 
-        The prefix's own columns come back only where the rows are wanted `whole`, or some of them are pooled.
+        The prefix's own columns come back only where the rows are wanted `whole`, or some of them are pooled; of a last
+        layer that computes the last tokens alone (B, 1, H) come back.
         """
         ids = tensors["input_ids"]  # (B, P + T)
         rows, length = ids.shape
@@ -404,7 +424,10 @@ class EmbeddingModel(nn.Module):
         media = {name: tensor for name, tensor in tensors.items() if name not in _SEQUENCE}
         start = 0 if known is None else prefix
         sequence, places = (flatten(tensor, prefix)[..., start:] for tensor in (ids, positions))
-        output = self._run_behind(shared, sequence, places, media)  # (1, P + B * T, H) each, or without P
+        last = LastTokens(last_places(pool_mask[:, prefix:])) if last_alone else None
+        output = self._run_behind(shared, sequence, places, media, last)  # (1, P + B * T, H) each, or without P
+        if last is not None and last.calls:
+            return output, _of_last(pool_mask, last)
         if known is None:
             parts = [unflatten(one, prefix, rows) for one in output]  # (P, H) and (B, T, H) each
         else:
@@ -414,9 +437,15 @@ class EmbeddingModel(nn.Module):
         return [torch.cat([head.expand(rows, -1, -1), own], dim=1) for head, own in parts], pool_mask
 
     def _run_behind(
-        self, shared: SharedPrefix, ids: torch.Tensor, positions: torch.Tensor, media: dict[str, Any]
+        self,
+        shared: SharedPrefix,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        media: dict[str, Any],
+        last: LastTokens | None = None,
     ) -> list[torch.Tensor]:
         """The backbone on one sequence (1, N): its hidden states (1, N, H), of each layer."""
+        followed = {} if last is None else {"last_tokens": last}
         made = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)  # given in 4 dimensions: none is made
         output = self._with_lower(
             lambda: (
@@ -425,6 +454,7 @@ class EmbeddingModel(nn.Module):
                     position_ids=positions,
                     attention_mask=made,
                     shared_prefix=shared,
+                    **followed,
                     **media,
                     return_dict=True,
                 ).last_hidden_state
@@ -606,6 +636,11 @@ def assemble(
 
 
 _SEQUENCE = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")  # tensors of shape (B, T)
+
+
+def _of_last(pool_mask: torch.Tensor, last: LastTokens | None) -> torch.Tensor:
+    """The pool mask of the hidden states: (B, 1) where these are of the last tokens alone."""
+    return pool_mask if last is None or not last.calls else torch.ones_like(pool_mask[:, :1])
 
 
 def right_padded(inputs: ModelInputs) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]:

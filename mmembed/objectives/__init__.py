@@ -116,6 +116,12 @@ class Objective(nn.Module):
         return frozenset()
 
     @property
+    def separable(self) -> bool:
+        """Whether its loss is a sum of terms, each of one query and of the embeddings of that query and its own
+        documents alone. The step then needs no second pass (`mmembed.training.gradcache`)."""
+        return False
+
+    @property
     def teacher_momentum(self) -> float | None:
         """Of a second set of weights that encodes each batch without gradients (`mmembed.training.teacher`): above 0,
         at most 1, which is the model that training starts from. None: it needs no teacher."""

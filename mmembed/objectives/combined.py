@@ -97,6 +97,10 @@ class Combined(Objective):
         return own.union(*(part.objective.layers for part in self.parts))
 
     @property
+    def separable(self) -> bool:
+        return all(part.objective.separable for part in self.parts)
+
+    @property
     def teacher_momentum(self) -> float | None:
         return self._momentum
 

@@ -90,6 +90,10 @@ class Ranking(Objective):
         return self.loss.name
 
     @property
+    def separable(self) -> bool:
+        return not self.loss.couples_rows
+
+    @property
     def distils(self) -> Distilled | None:
         return self.loss.distils
 

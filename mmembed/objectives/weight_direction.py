@@ -48,6 +48,10 @@ class WeightDirection(Objective):
         self.needs_negatives = weight == "contrastive"  # a share among the query's documents
         self.needs_both = not self.needs_negatives
 
+    @property
+    def separable(self) -> bool:
+        return True
+
     def gather(self, queries: Embeddings, documents: Embeddings, labels: BatchLabels) -> Judged:
         return judged(documents.vectors, labels)
 

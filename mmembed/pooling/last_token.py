@@ -19,6 +19,9 @@ class LastToken(Pooling):
     name = "last_token"
 
     def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        positions = torch.arange(mask.shape[1], device=mask.device)
-        last = (positions * mask).argmax(1)  # (B,)
-        return hidden[torch.arange(len(hidden), device=hidden.device), last].float()  # (B, H)
+        return hidden[torch.arange(len(hidden), device=hidden.device), last_places(mask)].float()  # (B, H)
+
+
+def last_places(mask: torch.Tensor) -> torch.Tensor:
+    """(B, T) bool -> (B,) the last token within the mask of each row."""
+    return (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(1)

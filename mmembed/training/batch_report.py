@@ -25,6 +25,7 @@ from mmembed.objectives.relations import Relations
 from mmembed.preprocess import Preprocessor, Row
 from mmembed.prompts import PROMPTS, PromptStyle, Rendered
 from mmembed.training.batches import sources_apart
+from mmembed.training.gradcache import whole_parts
 from mmembed.training.memory import gradient_bytes, optimizer_bytes, trained_parameters
 from mmembed.training.supply import check_supply, named_parts, shortages
 
@@ -280,6 +281,9 @@ def _batch_lines(
     if lockstep and kept != 0:
         kept = first.chunks[-1].padded_tokens
     again = max(0, first.padded_tokens - kept) if kept is not None else 0
+    if not lockstep and objective.part_for(labels.source, labels.task).separable:
+        _, left, kept_from = whole_parts(first, kept)
+        again = sum(first.chunks[number].padded_tokens for number in left[:kept_from])
     lines = [
         f"batch: {sizes} queries x {plan.world_size} processes of one source",
         f"first batch ('{labels.source}'): {compared}",

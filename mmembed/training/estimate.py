@@ -30,7 +30,7 @@ from mmembed.objectives.blocks import cells_of_a_block
 from mmembed.preprocess import Preprocessor
 from mmembed.training.batch_report import count_visual, keep_tokens
 from mmembed.training.batches import chunk_tokens
-from mmembed.training.gradcache import BUCKET, first_kept
+from mmembed.training.gradcache import BUCKET, first_kept, whole_parts
 from mmembed.training.launch import WHOLE_MATRICES
 from mmembed.training.memory import (
     Graph,
@@ -221,11 +221,11 @@ class Estimate:
         Kept graphs and the working memory of the first that is sent back; or one recomputed chunk, if that is more.
 
         Args:
-            anew: plan the chunks again (larger ones) instead of cutting those of the run.
+            anew: plan the chunks again (larger ones) instead of cutting those of the run, for an engine in lockstep.
         """
         graph = self.graph(self.config.model.gradient_checkpointing if checkpointing is None else checkpointing)
         batches = [self._planned_anew(batch, budget) if anew else budget.divide(batch) for batch in self.batches]
-        return max(self._of_batch(batch, budget.keep_tokens, graph) for batch in batches)
+        return max(self._of_batch(batch, budget.keep_tokens, graph, lockstep=anew) for batch in batches)
 
     def _planned_anew(self, batch: Batch, budget: Budget) -> Batch:
         rows = [row for chunk in batch.chunks for row in chunk.rows]
@@ -234,12 +234,18 @@ class Estimate:
         chunks = plan_chunks(rows, budget.chunk_tokens, budget.chunk_rows, shareable=limits, packed=packed)
         return dataclasses.replace(batch, chunks=chunks)
 
-    def _of_batch(self, batch: Batch, keep: int | None, graph: Graph) -> float:
-        start = first_kept(batch, keep)
+    def _of_batch(self, batch: Batch, keep: int | None, graph: Graph, lockstep: bool) -> float:
+        parts: list[list[int]] = []
+        left, start = list(range(len(batch.chunks))), first_kept(batch.chunks, keep)
+        if not lockstep and self.objective.part_for(batch.labels.source, batch.labels.task).separable:
+            parts, left, start = whole_parts(batch, keep)
         held = [self._of_chunk(chunk, graph) for chunk in batch.chunks]
-        together = sum(kept for kept, _ in held[start:]) + max((working for _, working in held[start:]), default=0.0)
-        alone = max((kept + working for kept, working in held[:start]), default=0.0)
-        return max(together, alone)
+
+        def together(chunks: Sequence[int]) -> float:
+            working = max((held[number][1] for number in chunks), default=0.0)
+            return sum(held[number][0] for number in chunks) + working
+
+        return max(together(one) for one in [*parts, left[start:], *([number] for number in left[:start])])
 
     def _of_chunk(self, chunk: Chunk, graph: Graph) -> tuple[float, float]:
         """Bytes kept between the passes, and at work in its backward pass."""

@@ -7,6 +7,10 @@ Here a chunk keeps its graph after (1) as long as `keep_tokens` allow, and only 
 (3), with the random state of their first time, so dropout repeats. A batch that fits is encoded once: no extra cost;
 one that does not fit costs up to a third more, in the memory of `keep_tokens` or of one chunk, whichever is larger.
 
+A reranker's loss couples only the documents of a query. Where the objective says so (`separable`), the chunks that hold
+all documents of their queries go forward and back at once, one such part after the other: no second pass, and no graph
+but that of one part. Parts larger than `keep_tokens` that are several chunks go as above.
+
 On a CPU, chunks of a narrow model that draws no random numbers are computed beside each other (`Workers`), and their
 gradients added in the order of the chunks: the result does not depend on which thread was faster.
 
@@ -19,7 +23,7 @@ between processes, a parameter that one process did not use counts as zero there
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -116,16 +120,27 @@ def contrastive_step(
     count = len(batch.chunks)
     chunks = [*batch.chunks, *[batch.chunks[-1]] * max(0, (rounds or 0) - count)]
     if rounds is None:
-        kept_from = first_kept(batch, keep_tokens)
+        kept_from = first_kept(chunks, keep_tokens)
     else:
         kept_from = len(chunks) - int(keep_tokens is None or keep_tokens > 0)
-    if teacher is not None and objective.part_for(batch.labels.source, batch.labels.task).teacher_momentum is not None:
+    own = objective.part_for(batch.labels.source, batch.labels.task)
+    if teacher is not None and own.teacher_momentum is not None:
         batch = _taught(teacher, batch, workers, guard)
+    left, done = list(range(count)), dict[int, Embeddings]()
+    if own.separable and rounds is None:
+        parts, left, kept_from = whole_parts(batch, keep_tokens)
+        done = _part_by_part(
+            encode, objective, batch, parts, keep_tokens, scale, backward, workers, guard, may_overflow
+        )
+        chunks = [batch.chunks[number] for number in left]
     outputs, states = _first_pass(encode, chunks, kept_from, workers, guard)
     on_heap = kept_from > 0 and outputs[0].vectors.device.type == "cpu"
     if on_heap:
         give_back()
-    loss, metrics, gradients, learned = _compare(objective, batch, outputs[:count], scale, observe, may_overflow)
+    found = done | dict(zip(left, outputs, strict=False))  # without what `rounds` repeat
+    in_order = [found[number] for number in range(count)]
+    loss, metrics, gradients, learned = _compare(objective, batch, in_order, scale, observe, may_overflow)
+    gradients = [gradients[number] for number in left]
     if on_heap:
         give_back()
     if workers is not None:
@@ -168,6 +183,88 @@ def _taught(teacher: Teacher, batch: Batch, workers: Workers | None, guard: Guar
     return replace(batch, labels=replace(batch.labels, taught=taught))
 
 
+def _part_by_part(
+    encode: Encode,
+    objective: Objective,
+    batch: Batch,
+    parts: Sequence[Sequence[int]],
+    keep_tokens: int | None,
+    scale: float,
+    backward: Backward | None,
+    workers: Workers | None,
+    guard: Guard,
+    may_overflow: bool,
+) -> dict[int, Embeddings]:
+    """Sends each part forward and back; returns the embeddings of its chunks, without a graph.
+
+    Its gradient is that of the whole objective, with zeros for the embeddings of other parts: a query's loss does not
+    look at those.
+    """
+
+    def forward(part: Sequence[int]) -> tuple[dict[int, Embeddings], list[Tensor], list[Tensor]]:
+        with torch.enable_grad():
+            outputs = {number: encode(batch.chunks[number]) for number in part}
+        gradients = _gradient_of(objective, batch, outputs, scale, may_overflow)
+        tensors = [one for output in outputs.values() for one in output.tensors]
+        return {number: _detached(output) for number, output in outputs.items()}, tensors, gradients
+
+    done: dict[int, Embeddings] = {}
+    with guard():
+        if workers is None:
+            for part in parts:
+                outputs, tensors, gradients = forward(part)
+                (backward or _plain_backward)(tensors, gradients, False)
+                done |= outputs
+            return done
+        trained = workers.parameters
+
+        def both(part: Sequence[int]) -> tuple[dict[int, Embeddings], Sequence[Tensor | None]]:
+            outputs, tensors, gradients = forward(part)
+            tensors, gradients = _trained(tensors, gradients)
+            found = torch.autograd.grad(tensors, trained, gradients, allow_unused=True) if tensors else []
+            return outputs, found
+
+        largest = max((sum(batch.chunks[one].padded_tokens for one in part) for part in parts), default=1)
+        fitting = len(parts) if keep_tokens is None else max(1, keep_tokens // largest)
+        for outputs, of_part in giving_back(beside_each_other(parts, both, min(workers.count, fitting))):
+            _add(trained, of_part)
+            done |= outputs
+    return done
+
+
+def _detached(output: Embeddings) -> Embeddings:
+    return output.with_tensors([one.detach() for one in output.tensors])
+
+
+def _gradient_of(
+    objective: Objective, batch: Batch, outputs: Mapping[int, Embeddings], scale: float, may_overflow: bool
+) -> list[Tensor]:
+    """Gradients of `scale * loss` with respect to the embeddings of some chunks; those of others count as zeros."""
+    cut = {
+        number: output.with_tensors([one.detach().requires_grad_() for one in output.tensors])
+        for number, output in outputs.items()
+    }
+    leaves = [leaf for output in cut.values() for leaf in output.tensors]
+    known = next(iter(cut.values())).vectors  # (B, L)
+    vectors = _assemble(
+        batch,
+        [
+            cut[number] if number in cut else Embeddings(known.new_zeros(len(chunk.rows), *known.shape[1:]))
+            for number, chunk in enumerate(batch.chunks)
+        ],
+    )
+    if not may_overflow:
+        _check_finite(vectors.vectors, "vectors", objective, batch)
+    loss, _ = objective.compare(_gathered(objective, batch, vectors))
+    return list(torch.autograd.grad(loss * scale, leaves, allow_unused=True, materialize_grads=True))
+
+
+def _gathered(objective: Objective, batch: Batch, vectors: Embeddings) -> Any:
+    place = batch.place.to(vectors.vectors.device)
+    queries, documents = vectors.rows(place[: batch.n_queries]), vectors.rows(place[batch.n_queries :])
+    return objective.gather(queries, documents, batch.labels.to(place.device))
+
+
 def _compare(
     objective: Objective,
     batch: Batch,
@@ -184,16 +281,16 @@ def _compare(
     cut = [output.with_tensors([one.detach().requires_grad_() for one in output.tensors]) for output in outputs]
     leaves = [leaf for output in cut for leaf in output.tensors]
     vectors = _assemble(batch, cut)
-    place = batch.place.to(leaves[0].device)
     if not may_overflow:
         _check_finite(vectors.vectors, "vectors", objective, batch)
-    queries, documents = vectors.rows(place[: batch.n_queries]), vectors.rows(place[batch.n_queries :])
-    gathered = objective.gather(queries, documents, batch.labels.to(place.device))
+    gathered = _gathered(objective, batch, vectors)
     loss, metrics = objective.compare(gathered)
     if not may_overflow:
         _check_finite(loss, "loss", objective, batch)
     if observe is not None:
         with torch.no_grad():
+            place = batch.place.to(leaves[0].device)
+            queries, documents = vectors.rows(place[: batch.n_queries]), vectors.rows(place[batch.n_queries :])
             observe(objective.view(gathered), queries, documents)
     learned = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     # an objective of the positives alone does not touch the negatives' vectors
@@ -315,19 +412,65 @@ def _device_module() -> Any:
     return None if device is None else torch.get_device_module(device)
 
 
-def first_kept(batch: Batch, keep_tokens: int | None) -> int:
+def first_kept(chunks: Sequence[Chunk], keep_tokens: int | None) -> int:
     """Chunks from here on keep their graph: the last ones, so that what follows finds them in the cache.
 
     `keep_tokens`: as in `contrastive_step`.
     """
-    first = len(batch.chunks)
+    first = len(chunks)
     tokens = 0
     while first > 0:
-        tokens += batch.chunks[first - 1].padded_tokens
+        tokens += chunks[first - 1].padded_tokens
         if keep_tokens is not None and tokens > keep_tokens:
             break
         first -= 1
     return first
+
+
+def whole_parts(batch: Batch, keep_tokens: int | None) -> tuple[list[list[int]], list[int], int]:
+    """How a batch goes through the model where no query's loss looks at those of others.
+
+    A part is the chunks that hold some queries and all of their documents, and none of others'. It goes forward and
+    back at once if it is one chunk or fits `keep_tokens`.
+
+    Returns:
+        Such parts, numbers of chunks each; the other chunks, at least one of them; and where among these the graphs
+        that are kept begin. The last part is among the others where there would be none: the whole loss is its end.
+    """
+    parts = _parts(batch)
+    tokens = [sum(batch.chunks[number].padded_tokens for number in part) for part in parts]
+    whole = [
+        part
+        for part, size in zip(parts, tokens, strict=True)
+        if len(part) == 1 or keep_tokens is None or size <= keep_tokens
+    ]
+    left = sorted(number for part in parts if part not in whole for number in part)
+    if not left:
+        return whole[:-1], whole[-1], 0
+    return whole, left, first_kept([batch.chunks[number] for number in left], keep_tokens)
+
+
+def _parts(batch: Batch) -> list[list[int]]:
+    """Numbers of the chunks that are bound together by queries that stand in several of them; in their order."""
+    chunk_of = torch.empty(sum(len(chunk.rows) for chunk in batch.chunks), dtype=torch.long)  # of each distinct input
+    for number, chunk in enumerate(batch.chunks):
+        chunk_of[chunk.index] = number
+    root = list(range(len(batch.chunks)))
+
+    def find(number: int) -> int:
+        while root[number] != number:
+            number = root[number]
+        return number
+
+    first: dict[int, int] = {}
+    owners = [*range(batch.n_queries), *batch.labels.owner.tolist()]  # of queries and documents
+    for query, number in zip(owners, chunk_of[batch.place].tolist(), strict=True):
+        a, b = sorted((find(first.setdefault(query, number)), find(number)))
+        root[b] = a
+    parts: dict[int, list[int]] = {}
+    for number in range(len(batch.chunks)):
+        parts.setdefault(find(number), []).append(number)
+    return list(parts.values())
 
 
 def _assemble(batch: Batch, parts: list[Embeddings]) -> Embeddings:

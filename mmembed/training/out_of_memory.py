@@ -66,7 +66,7 @@ class Budget:
     def divisible(self, batch: Batch) -> bool:
         """Whether a smaller budget would make a difference."""
         cut = any(len(chunk.rows) > 1 and chunk.rows[0].tail is None for chunk in batch.chunks)  # a list is not
-        return cut or first_kept(batch, self.keep_tokens) < len(batch.chunks)
+        return cut or first_kept(batch.chunks, self.keep_tokens) < len(batch.chunks)
 
 
 class Halving:

@@ -61,6 +61,47 @@ def data(tmp_path_factory):
     return folder
 
 
+def write_reranker_config(path, backbone, data, output):
+    """Four steps of 4 queries with two documents each; every third positive has a picture."""
+    path.write_text(
+        f"""
+model: {{name_or_path: {backbone}, dtype: float32}}
+head: {{type: yes_no, words: [a, b]}}
+prompt: {{type: judge, words: [a, b]}}
+adapter: {{type: lora, r: 4, alpha: 8, dropout: 0.0}}
+lengths: {{query_max_length: 200, document_max_length: 100}}
+objective: sft
+data:
+  root: {data}
+  train_group_size: 2
+  train: [{{path: mixed.jsonl}}]
+  dev: [{{path: dev.jsonl, name: dev}}]
+training:
+  output_dir: {output}
+  per_device_train_batch_size: 4
+  max_steps: 4
+  learning_rate: 1e-2
+  warmup_steps: 0
+  logging_steps: 1
+  save_strategy: "no"
+  token_budget: 4096
+  disable_tqdm: true
+"""
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def reranker(tmp_path_factory, backbone, data):
+    """Folder of a reranker trained for a few steps."""
+    from recipes.train_reranker import main
+
+    folder = tmp_path_factory.mktemp("reranker")
+    config = write_reranker_config(folder / "run.yaml", backbone, data, folder / "out")
+    assert main(["--config", str(config)]) == 0
+    return folder / "out"
+
+
 @pytest.fixture
 def config_file(tmp_path, backbone, data):
     """A small run: four steps of 8 queries."""

@@ -19,6 +19,7 @@ from mmembed.objectives import build_objective
 from mmembed.preprocess import Item
 from recipes import train_embedder
 from recipes.train_reranker import main
+from tests.recipes.conftest import write_reranker_config
 from tests.runs import losses
 
 INSTRUCTION = "Given a search query, retrieve relevant passages that answer the query"
@@ -27,33 +28,7 @@ INSTRUCTION = "Given a search query, retrieve relevant passages that answer the 
 @pytest.fixture
 def config_file(tmp_path, backbone, data):
     """Four steps of 4 queries with two documents each; every third positive has a picture."""
-    path = tmp_path / "run.yaml"
-    path.write_text(
-        f"""
-model: {{name_or_path: {backbone}, dtype: float32}}
-head: {{type: yes_no, words: [a, b]}}
-prompt: {{type: judge, words: [a, b]}}
-adapter: {{type: lora, r: 4, alpha: 8, dropout: 0.0}}
-lengths: {{query_max_length: 200, document_max_length: 100}}
-objective: sft
-data:
-  root: {data}
-  train_group_size: 2
-  train: [{{path: mixed.jsonl}}]
-  dev: [{{path: dev.jsonl, name: dev}}]
-training:
-  output_dir: {tmp_path / "out"}
-  per_device_train_batch_size: 4
-  max_steps: 4
-  learning_rate: 1e-2
-  warmup_steps: 0
-  logging_steps: 1
-  save_strategy: "no"
-  token_budget: 4096
-  disable_tqdm: true
-"""
-    )
-    return path
+    return write_reranker_config(tmp_path / "run.yaml", backbone, data, tmp_path / "out")
 
 
 def run(config_file, *overrides):

@@ -9,6 +9,7 @@ import scipy.stats
 import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.calibration import calibration_curve
 
 from mmembed import metrics
 from mmembed.errors import MmembedError
@@ -117,3 +118,29 @@ def test_what_is_no_number_is_refused():
         metrics.rank_by_score([[1.0]], [[1, 0]])
     with pytest.raises(MmembedError, match="gain"):
         metrics.ndcg_at_k([[1]], [[1]], 10, gain="log")
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.sampled_from([0.0, 0.0, 1.0, 2.0])), min_size=1, max_size=60),
+    st.integers(1, 15),
+)
+def test_calibration_agrees_with_scikit_learn(pairs, bins):
+    probabilities, relevance = map(np.array, zip(*pairs, strict=True))
+    found = metrics.calibration(probabilities, relevance, bins)
+    assert found.count.sum() == len(pairs)
+    there = found.count > 0
+    assert np.isnan(found.relevant[~there]).all() and np.isnan(found.probability[~there]).all()
+    labels = relevance > 0
+    shares, means = calibration_curve(labels, probabilities, n_bins=bins)
+    np.testing.assert_allclose(found.relevant[there], shares, atol=1e-12)
+    np.testing.assert_allclose(found.probability[there], means, atol=1e-12)
+    expected = np.average(np.abs(shares - means), weights=found.count[there])
+    assert found.error == pytest.approx(expected, abs=1e-12)
+
+
+def test_calibration_of_nothing_and_of_no_probabilities():
+    assert np.isnan(metrics.calibration([], []).error)
+    assert metrics.calibration([0.0, 1.0], [0, 1]).error == 0 and metrics.calibration([1.0], [0]).error == 1
+    for wrong in (([1.1], [1]), ([0.5], [1, 0]), ([float("nan")], [1])):
+        with pytest.raises(MmembedError, match="calibration"):
+            metrics.calibration(*wrong)

@@ -1,0 +1,261 @@
+"""Models as evaluation meets them: baselines, embedders and rerankers by the names users type, and their options."""
+
+import argparse
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval.tasks.local import Row
+from mmembed.arguments import add_media_limits, add_vision_cache, media_limits_of, vision_cache_of
+from mmembed.errors import ConfigError, nearest
+from mmembed.media_limits import MediaLimits
+
+BASELINES = ("bm25", "minilm")
+PACKAGED = ("mmembed-nano",)
+RANKINGS = ("retrieval", "reranking")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to be evaluated: what mteb runs, and what the results file says of it.
+
+    Attributes:
+        reranks: it scores pairs, so it needs candidates: those of a reranking task, or of a first stage.
+    """
+
+    name: str
+    runner: Any
+    provenance: dict[str, Any]
+    supports: Callable[[Row], bool]
+    reranks: bool = False
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """How models are loaded and what they are told; `load` reads them."""
+    parser.add_argument(
+        "--instructions",
+        default="auto",
+        choices=["auto", "always", "never"],
+        help="whether the model is told each task's instruction (default: if its prompt style is not 'plain')",
+    )
+    parser.add_argument(
+        "--instruction-file",
+        type=Path,
+        metavar="FILE",
+        help="YAML or JSON: task or glob -> instruction (or {query:, document:}, or null for none)",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="of the weights (default: bfloat16 where the device computes in it)",
+    )
+    parser.add_argument("--device", help="default: the first CUDA device, else the CPU")
+    parser.add_argument("--token-budget", type=int, default=8192, help="padded tokens a batch (default: 8192)")
+    parser.add_argument("--truncate-dim", type=int, help="of embedders: keep the first dimensions (Matryoshka)")
+    parser.add_argument(
+        "--layers", type=int, help="of embedders: compute the first decoder layers only (2-D Matryoshka)"
+    )
+    add_vision_cache(parser)
+    add_media_limits(parser, "max_pixels_decoded")  # the pictures of the benchmark lie decoded in tables
+
+
+def check_names(names: Sequence[str], flag: str = "--model") -> None:
+    """Raises ConfigError for a name that is no baseline, no packaged model, no folder and no hub name."""
+    for name in names:
+        if is_hub_name(name) and name.count("/") != 1:
+            raise ConfigError(
+                f"{flag} {name}: neither a folder nor a known name; {nearest(name, (*BASELINES, *PACKAGED))}"
+            )
+
+
+def check_options(options: argparse.Namespace, names: Sequence[str]) -> None:
+    """Raises MmembedError where an option has no effect on any of the models."""
+    vision_cache_of(options)
+    given = {
+        "--vision-cache": options.vision_cache != "off",
+        "--max-pixels-decoded": media_limits_of(options) != MediaLimits(),
+    }
+    for flag in (flag for flag, is_given in given.items() if is_given):
+        if all(name in BASELINES for name in names):
+            raise ConfigError(f"{flag}: no effect on baselines, which see no pictures; remove it")
+    embedders = {
+        "--vision-cache": options.vision_cache != "off",
+        "--truncate-dim": options.truncate_dim is not None,
+        "--layers": options.layers is not None,
+    }
+    for flag in (flag for flag, is_given in embedders.items() if is_given):
+        if all(name in BASELINES or is_reranker(name) for name in names):
+            raise ConfigError(f"{flag}: acts on embedders, and none is named; remove it")
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a model can only come from a hub: it is no folder, and neither packaged nor a baseline."""
+    return name not in (*BASELINES, *PACKAGED) and not Path(name).is_dir()
+
+
+def is_reranker(name: str) -> bool:
+    """Whether a name is the folder of a trained reranker."""
+    from mmembed.models.folder import SETTINGS, read_settings, settle
+
+    folder = Path(name)
+    if name in (*BASELINES, *PACKAGED) or not folder.is_dir():
+        return False
+    settle(folder)
+    return (folder / SETTINGS).is_file() and read_settings(folder)[0].head is not None
+
+
+def load(name: str, options: argparse.Namespace, task_names: Sequence[str]) -> Loaded:
+    """Loads a model or a baseline.
+
+    Args:
+        options: those of `add_model_options`.
+        task_names: the tasks of the run, which the lines of an instruction file have to match.
+    """
+    if name in BASELINES:
+        return _load_baseline(name, options)
+    return _load_reranker(name, options, task_names) if is_reranker(name) else _load_embedder(name, options, task_names)
+
+
+def _load_baseline(name: str, options: argparse.Namespace) -> Loaded:
+    from eval.baselines import BM25, MiniLM
+    from eval.mteb_adapter import MtebEncoder
+
+    if name == "bm25":
+        bm25 = BM25()
+        return Loaded(name, bm25, {"kind": "baseline", **bm25.settings}, READS[name])
+    minilm = MiniLM(options.dtype, options.device)
+    runner = MtebEncoder(minilm, name, modalities=["text"])
+    return Loaded(name, runner, {"kind": "baseline", **minilm.settings}, READS[name])
+
+
+def _load_embedder(name: str, options: argparse.Namespace, task_names: Sequence[str]) -> Loaded:
+    from eval.mteb_adapter import MtebEncoder
+    from mmembed import Embedder
+    from mmembed.media import MediaStore
+
+    _quiet()
+    try:
+        embedder = Embedder.from_pretrained(
+            name,
+            device=options.device,
+            dtype=options.dtype,
+            media=MediaStore(limits=media_limits_of(options)),
+            layers=options.layers,
+            **vision_cache_of(options),
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
+    instructions, told = _instructions(options, embedder.preprocessor, task_names)
+    sees, multi_vector = embedder.preprocessor.family.multimodal, embedder.model.pooling.multi_vector
+    settings = {"token_budget": options.token_budget, "truncate_dim": options.truncate_dim}
+    runner = MtebEncoder(
+        Bound(functools.partial(embedder.encode, **settings), embedder.similarity),
+        file_name(name), modalities=_modalities(sees), instructions=instructions,
+    )  # fmt: skip
+    provenance = {
+        "kind": "mmembed", **_origin(name, embedder.model),
+        "embedding_size": embedder.embedding_size, "multi_vector": multi_vector, "layers": options.layers, **settings,
+        **told,
+    }  # fmt: skip
+
+    def supports(row: Row) -> bool:
+        return (sees or not row.has_images) and (not multi_vector or row.kind in RANKINGS)
+
+    return Loaded(name, runner, provenance, supports)
+
+
+def _load_reranker(name: str, options: argparse.Namespace, task_names: Sequence[str]) -> Loaded:
+    from eval.mteb_adapter import MtebReranker
+    from mmembed import Reranker
+    from mmembed.media import MediaStore
+
+    _quiet()
+    reranker = Reranker.from_pretrained(
+        name, device=options.device, dtype=options.dtype, media=MediaStore(limits=media_limits_of(options))
+    )
+    instructions, told = _instructions(options, reranker.preprocessor, task_names)
+    sees = reranker.preprocessor.family.multimodal
+    score = functools.partial(reranker.score, scale="logit", token_budget=options.token_budget)
+    runner = MtebReranker(score, file_name(name), modalities=_modalities(sees), instructions=instructions)
+    provenance = {
+        "kind": "reranker", **_origin(name, reranker.model),
+        "head": (reranker.model.settings.head or {}).get("type"), "reads_lists": reranker.reads_lists,
+        "token_budget": options.token_budget, **told,
+    }  # fmt: skip
+
+    def supports(row: Row) -> bool:
+        queries_seen = not (reranker.reads_lists and "i" in row.category.split("2")[0])
+        return (sees or not row.has_images) and row.kind in RANKINGS and queries_seen
+
+    return Loaded(name, runner, provenance, supports, reranks=True)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """An embedder with its encoding options filled in."""
+
+    encode: Callable[..., Any]
+    similarity: Callable[[Any, Any], Any]
+
+
+def _quiet() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+def _instructions(
+    options: argparse.Namespace, preprocessor: Any, task_names: Sequence[str]
+) -> tuple[Any, dict[str, Any]]:
+    """What a model is told, and the results file's account of it."""
+    from eval.mteb_adapter import Instructions
+
+    prompt = vars(type(preprocessor.prompt))["name"]
+    told = options.instructions == "always" or (options.instructions == "auto" and prompt != "plain")
+    instructions = Instructions(use_tasks=told)
+    if options.instruction_file:
+        instructions = Instructions.read(options.instruction_file, task_names, told)
+    overrides = dict(instructions.overrides)
+    return instructions, {"prompt": prompt, "task_instructions": told, "instruction_overrides": overrides}
+
+
+def _origin(name: str, model: Any) -> dict[str, Any]:
+    weights = next(model.parameters())
+    return {
+        "path": name, "dtype": str(weights.dtype).removeprefix("torch."), "device": str(weights.device),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "fingerprint": model_fingerprint(Path(name)) if Path(name).is_dir() else None,
+    }  # fmt: skip
+
+
+def _modalities(sees: bool) -> list[str]:
+    return ["text", "image"] if sees else ["text"]
+
+
+def model_fingerprint(folder: Path) -> str:
+    """A digest of a checkpoint folder's files, 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def file_name(model: str) -> str:
+    """A model's name as a file name: `runs/demo/embedder` -> `runs-demo-embedder`."""
+    return model.strip("/.").replace("/", "-")
+
+
+def searches_text(row: Row) -> bool:
+    return row.kind in RANKINGS and not row.has_images
+
+
+def reads_text(row: Row) -> bool:
+    return not row.has_images
+
+
+READS = {"bm25": searches_text, "minilm": reads_text}

@@ -1,0 +1,325 @@
+"""Rerankers in `eval.run` and `eval.rerank`, judged by trec_eval, scikit-learn and `Reranker.score`."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytrec_eval
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import roc_auc_score
+
+from eval import mteb_adapter, rerank, run
+from eval.mteb_tasks import build_task
+from eval.tasks import mrb
+from eval.tasks.local import ROWS, select
+from mmembed import Reranker
+from mmembed.charts import reliability
+
+DATA = Path(__file__).resolve().parents[2] / "data"
+
+
+@pytest.fixture(scope="module")
+def judge(reranker):
+    return Reranker.from_pretrained(reranker, dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory):
+    """Three sets of the slice, of which few queries are kept: graded pools, texts, pictures."""
+    root = tmp_path_factory.mktemp("data")
+    for name, queries in (("dbpedia-entity", 6), ("mbpp", 12), ("vega-charts", 5)):
+        folder = root / name
+        (folder / "qrels").mkdir(parents=True)
+        for file in (DATA / name).glob("*"):
+            if file.is_file():
+                (folder / file.name).symlink_to(file)
+        head, *rows = (DATA / name / "qrels/dev.tsv").read_text().splitlines()
+        kept = sorted({row.split("\t")[0] for row in rows})[:queries]
+        rows = [row for row in rows if row.split("\t")[0] in kept]
+        if name == "dbpedia-entity":  # a dozen candidates a query
+            rows = [row for query in kept for row in [one for one in rows if one.startswith(query + "\t")][:12]]
+        (folder / "qrels/dev.tsv").write_text("\n".join([head, *rows]) + "\n")
+    return root
+
+
+def loaded(name, root):
+    task = build_task(select(ROWS, [name])[0], root, "dev")
+    task.load_data()
+    return task.dataset["default"]["dev"]
+
+
+def contents(table):
+    """id -> content, of a table of documents or queries; mteb strips texts."""
+    return {row["id"]: row["image"] if "image" in row else row["text"].strip() for row in table}
+
+
+def scored(judge, name, root, candidates):
+    """query -> document -> logit, by the public interface, pair by pair."""
+    data = loaded(name, root)
+    queries, documents = contents(data["queries"]), contents(data["corpus"])
+    told = select(ROWS, [name])[0].instruction
+    pairs = [(query, document) for query, found in candidates.items() for document in found]
+    contents_of = [(queries[query], documents[document]) for query, document in pairs]
+    logits = judge.score(
+        contents_of, instruction=told, scale="logit", token_budget=8192
+    )  # eval's batches: no near-ties
+    result = {query: {} for query in candidates}
+    for (query, document), logit in zip(pairs, logits, strict=True):
+        result[query][document] = float(logit)
+    return result, data["relevant_docs"]
+
+
+def trec(found, qrels):
+    """Means of trec_eval's numbers."""
+    evaluator = pytrec_eval.RelevanceEvaluator(
+        {query: dict(judged) for query, judged in qrels.items()}, {"ndcg_cut.10", "recip_rank", "map", "P.1"}
+    )
+    rows = evaluator.evaluate({query: found.get(query) or {"none": 0.0} for query in qrels})
+    keys = {"ndcg_at_10": "ndcg_cut_10", "mrr": "recip_rank", "map": "map", "p_at_1": "P_1"}
+    return {name: np.mean([row[key] for row in rows.values()]) for name, key in keys.items()}
+
+
+def test_eval_run_takes_a_reranker(reranker, judge, data_root, tmp_path, capsys):
+    output, name = tmp_path / "results.json", str(reranker)
+    tasks = ["dbpedia-entity/judged", "mbpp", "vega-charts"]
+    command = ["--model", name, "--dtype", "float32", "--data-root", str(data_root), "--output", str(output)]
+    assert run.main([*command, "--no-baselines", "--tasks", *tasks]) == 0
+    results = json.loads(output.read_text())
+    assert results["models"][name]["kind"] == "reranker" and results["models"][name]["head"] == "yes_no"
+    scores = {task: entry["scores"][name] for task, entry in results["tasks"].items()}
+    assert scores["mbpp"] is None and scores["vega-charts"] is None, "nothing was found that could be ordered"
+    pool = loaded("dbpedia-entity/judged", data_root)["relevant_docs"]
+    expected = trec(*scored(judge, "dbpedia-entity/judged", data_root, pool))
+    for key, other in (("ndcg_at_10", "ndcg_at_10"), ("map_at_1000", "map")):
+        assert scores["dbpedia-entity/judged"][key] == pytest.approx(expected[other], abs=2e-4)
+
+    command[2:2] = ["bm25"]
+    assert run.main([*command, "--no-baselines", "--tasks", *tasks, "--first-stage", "bm25", "--depth", "5"]) == 0
+    results = json.loads(output.read_text())
+    assert results["first_stage"]["name"] == "bm25" and results["first_stage"]["depth"] == 5
+    scores = {task: entry["scores"] for task, entry in results["tasks"].items()}
+    assert scores["vega-charts"][name] is None and scores["dbpedia-entity/judged"][name]["map_at_1000"]
+    both = scores["mbpp"]
+    assert both["bm25"]["recall_at_5"] == both[name]["recall_at_5"] == both[name]["recall_at_100"]
+    capsys.readouterr()
+
+
+@pytest.fixture(scope="module")
+def report(reranker, data_root, tmp_path_factory):
+    """Folder of a finished evaluation."""
+    folder = tmp_path_factory.mktemp("rerank")
+    command = ["--model", str(reranker), "--dtype", "float32", "--data-root", str(data_root), "--output", str(folder)]
+    assert rerank.main([*command, "--first-stage", "bm25", "--depth", "7"]) == 0
+    return folder
+
+
+def test_numbers_are_those_of_trec_eval_and_scikit_learn(reranker, judge, data_root, report):
+    results = json.loads((report / "results.json").read_text())
+    candidates = json.loads((report / "candidates.json").read_text())
+    assert set(results["tasks"]) == {"dbpedia-entity", "dbpedia-entity/judged", "mbpp"}
+    assert results["left_out"] == {"vega-charts": "no candidates of bm25"}
+    for name, entry in results["tasks"].items():
+        found = candidates["tasks"][name]["found"]
+        assert max(map(len, found.values())) == 7 and entry["pairs"] == sum(map(len, found.values()))
+        assert entry["graded"] == name.startswith("dbpedia")
+        logits, qrels = scored(judge, name, data_root, found)
+        score = entry["scores"][str(reranker)]
+        for stage, ranking in (("first_stage", found), (None, logits)):
+            ours = entry["first_stage"] if stage else score
+            for key, value in trec(ranking, qrels).items():
+                assert ours[key] == pytest.approx(value, abs=2e-4), (name, stage, key)
+        labels = np.array([qrels[query].get(key, 0) > 0 for query, own in logits.items() for key in own])
+        values = np.array([logit for own in logits.values() for logit in own.values()])
+        assert score["auc"] == pytest.approx(roc_auc_score(labels, values), abs=1e-4)
+        probabilities = 1 / (1 + np.exp(-values))
+        relevant, mean = calibration_curve(labels, probabilities, n_bins=10)
+        kept = [one for one in score["bins"] if one[0]]
+        np.testing.assert_allclose([one[1:] for one in kept], np.stack([mean, relevant], 1), atol=1e-4)
+        counts = np.array([one[0] for one in kept])
+        assert score["ece"] == pytest.approx((np.abs(relevant - mean) * counts).sum() / len(labels), abs=1e-4)
+        ideal = {query: {key: qrels[query].get(key, 0) for key in own} for query, own in found.items()}
+        assert entry["ceiling"] == pytest.approx(trec(ideal, qrels)["ndcg_at_10"], abs=1e-4)
+        assert score["gain"] == pytest.approx(score["ndcg_at_10"] - entry["first_stage"]["ndcg_at_10"], abs=2e-5)
+        assert score["gain_low"] <= score["gain"] <= score["gain_high"]
+
+
+def test_table_and_page_hold_the_numbers(reranker, report):
+    results = json.loads((report / "results.json").read_text())
+    table, page = (report / "table.md").read_text(), (report / "report.html").read_text()
+    for name, entry in results["tasks"].items():
+        score = entry["scores"][str(reranker)]
+        (line,) = [line for line in table.splitlines() if line.startswith(f"| {name} | {Path(reranker).name} |")]
+        assert [cell.strip() for cell in line.split("|")][3:9] == [
+            f"{score[key]:.3f}" for key in ("ndcg_at_10", "mrr", "map", "p_at_1", "auc", "ece")
+        ]
+        assert f"{score['ece']:.3f}" in page and name in page
+    assert (
+        "average, text retrieval" in table
+        and "<svg" in page
+        and "vega-charts is left out: no candidates of bm25" in page
+    )
+    assert "http" not in page.replace("http://www.w3.org", ""), "nothing is fetched"
+
+
+def test_candidates_of_an_earlier_run_are_the_same_for_another_reranker(reranker, data_root, report, tmp_path, capsys):
+    kept = report / "candidates.json"
+    command = ["--model", str(reranker), "--dtype", "float32", "--data-root", str(data_root), "--output", str(tmp_path)]
+    assert rerank.main([*command, "--first-stage", str(kept), "--depth", "7", "--tasks", "mbpp"]) == 0
+    first, again = (json.loads((folder / "results.json").read_text()) for folder in (report, tmp_path))
+    assert again["first_stage"]["name"] == "bm25"
+    for stage in ("first_stage", "ceiling", "pairs"):
+        assert again["tasks"]["mbpp"][stage] == first["tasks"]["mbpp"][stage]
+    capsys.readouterr()
+    for flags, message in (
+        (["--depth", "8", "--tasks", "mbpp"], "--depth: found 8, and"),
+        (["--depth", "5", "--tasks", "vega-charts"], "holds no candidates of vega-charts"),
+    ):
+        assert rerank.main([*command, "--first-stage", str(kept), *flags]) == 2
+        assert message in capsys.readouterr().err
+    (tmp_path / "other.json").write_text("{}")
+    assert rerank.main([*command, "--first-stage", str(tmp_path / "other.json")]) == 2
+    assert "no candidates of an earlier run" in capsys.readouterr().err
+
+
+def test_pictures_are_found_by_an_embedder_and_reranked(backbone, reranker, judge, data_root, tmp_path):
+    command = ["--model", str(reranker), "--dtype", "float32", "--data-root", str(data_root), "--output", str(tmp_path)]
+    flags = ["--first-stage", str(backbone), "--depth", "6", "--tasks", "vega-charts", "--max-queries", "3"]
+    assert rerank.main([*command, *flags]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    found = json.loads((tmp_path / "candidates.json").read_text())["tasks"]["vega-charts"]["found"]
+    assert len(found) == results["tasks"]["vega-charts"]["queries"] == 3
+    logits, qrels = scored(judge, "vega-charts", data_root, found)
+    expected = trec(logits, {query: qrels[query] for query in found})
+    assert results["tasks"]["vega-charts"]["scores"][str(reranker)]["mrr"] == pytest.approx(expected["mrr"], abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "{backbone}"], "no reranker; train one with recipes/train_reranker.py"),
+        (["--model", "nowhere"], "nowhere: not there"),
+        (["--model", "{reranker}", "--first-stage", "{reranker}"], "is a reranker and finds nothing"),
+        (["--model", "{reranker}", "--first-stage", "bm52"], "did you mean 'bm25'?"),
+        (["--model", "{reranker}", "--depth", "0"], "--depth: found 0"),
+        (["--model", "{reranker}", "--tasks", "stsb-en"], "'stsb-en' has nothing to rank"),
+        (["--model", "{reranker}", "--tasks", "mbp"], "did you mean 'mbpp'?"),
+        (["--model", "{reranker}", "--mrb-sets", "hub"], "--mrb-sets: no effect without --benchmark mrb"),
+        (["--model", "{reranker}", "--benchmark", "mrb", "--tasks", "mbpp"], "--tasks: no effect on mrb"),
+        (["--model", "{reranker}", "--truncate-dim", "8"], "--truncate-dim: acts on embedders, and none is named"),
+    ],
+)
+def test_refusals_of_the_evaluation(backbone, reranker, capsys, flags, message):
+    assert rerank.main([one.format(backbone=backbone, reranker=reranker) for one in flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "bm25", "--first-stage", "bm25"], "no effect without a reranker among the models"),
+        (["--model", "{reranker}", "--depth", "5"], "--depth: no effect without --first-stage"),
+        (["--model", "{reranker}", "--first-stage", "{reranker}"], "is a reranker and finds nothing"),
+        (["--model", "{reranker}", "--layers", "1"], "--layers: acts on embedders, and none is named"),
+    ],
+)
+def test_refusals_of_eval_run(reranker, capsys, flags, message):
+    assert run.main([*(one.format(reranker=reranker) for one in flags), "--tasks", "mbpp"]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 100])
+def test_blocks_of_pairs_keep_a_query_whole(size, monkeypatch):
+    monkeypatch.setattr(mteb_adapter, "PAIRS_AT_ONCE", 3)
+    pairs = [(f"q{query}", f"d{document}") for query, count in enumerate([2, 5, 1, 1, 3]) for document in range(count)]
+    batches = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+    sides = ([{"text": [pair[side] for pair in batch]} for batch in batches] for side in (0, 1))
+    blocks = list(mteb_adapter._pairs(*sides))
+    assert [(query[0].text, document[0].text) for block in blocks for query, document in block] == pairs
+    for before, after in pairwise(blocks):
+        assert before[-1][0] != after[0][0]
+    assert size > 4 or max(map(len, blocks)) <= 3 + 4 + size
+
+
+# MRB ------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_sets_of_mrb_are_tasks_of_mteb_with_their_modalities():
+    import mteb
+
+    assert len(mrb.SETS) == 40 and len({one.name for one in mrb.SETS}) == 40
+    counts = {column: sum(one.column == column for one in mrb.SETS) for column in mrb.COLUMNS}
+    assert (counts["T→T"], counts["T→VD"], counts["IT→IT"]) == (14, 5, 3)
+    for one in mrb.SETS:
+        for row in one.rows:
+            metadata = mteb.get_task(row.name).metadata
+            assert metadata.category == row.category and "eng-Latn" in str(metadata.eval_langs), row.name
+            assert len(metadata.eval_splits) == 1
+    known = {row.name: row for row in ROWS}
+    for column, names in mrb.STAND_INS.items():
+        assert all(known[name].category == mrb.COLUMNS[column][1] for name in names)
+
+
+@pytest.fixture
+def copies(tmp_path):
+    """NFCorpus in the layout that it has on the hub, with a few documents."""
+    folder = tmp_path / "sets" / "NFCorpus"
+    folder.mkdir(parents=True)
+    documents = [{"_id": f"d{n}", "title": f"title {n}", "text": f"about the {word}"}
+                 for n, word in enumerate(["bus", "train", "river", "bread"])]  # fmt: skip
+    queries = [{"_id": f"q{n}", "text": f"the {word}"} for n, word in enumerate(["train", "bread"])]
+    qrels = [{"query-id": "q0", "corpus-id": "d1", "score": 2}, {"query-id": "q1", "corpus-id": "d3", "score": 1}]
+    for name, rows in (("corpus", documents), ("queries", queries), ("qrels", qrels)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    configs = [("default", "test", "qrels"), ("corpus", "corpus", "corpus"), ("queries", "queries", "queries")]
+    listed = "".join(
+        f"- config_name: {config}\n  data_files:\n  - split: {split}\n    path: {file}.jsonl\n"
+        for config, split, file in configs
+    )
+    (folder / "README.md").write_text(f"---\nconfigs:\n{listed}---\n")
+    return folder.parent
+
+
+def test_mrb_takes_the_sets_that_are_there_and_names_what_stands_in(reranker, data_root, copies, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    command = ["--model", str(reranker), "--dtype", "float32", "--data-root", str(data_root), "--depth", "3"]
+    output = tmp_path / "out"
+    flags = ["--benchmark", "mrb", "--mrb-sets", str(copies), "--first-stage", "minilm"]
+    assert rerank.main([*command, "--output", str(output), *flags]) == 0
+    results = json.loads((output / "results.json").read_text())
+    entry = results["tasks"]["NFCorpus"]
+    assert entry["column"] == "T→T" and not entry["stands_in"] and (entry["documents"], entry["queries"]) == (4, 2)
+    assert list(results["tasks"]) == ["NFCorpus"], "MiniLM sees no pictures"
+    assert "there is no" in results["left_out"]["SciFact"]
+    table = (output / "table.md").read_text()
+    assert "* T→T: 1 of its 14 sets: NFCorpus" in table
+    assert "* IT→IT: none of its 3 sets was read, and no local set stands in" in table
+
+    flags = ["--benchmark", "mrb", "--first-stage", "bm25", "--max-queries", "4"]
+    assert rerank.main([*command, "--output", str(output), *flags]) == 0
+    results = json.loads((output / "results.json").read_text())
+    assert set(results["tasks"]) == {"mbpp", "dbpedia-entity"} and all(
+        entry["stands_in"] for entry in results["tasks"].values()
+    )
+    table, page = (output / "table.md").read_text(), (output / "report.html").read_text()
+    score = results["averages"]["single-modal, T→T"]["scores"][str(reranker)]["ndcg_at_10"]
+    assert f"| {Path(reranker).name} | {score:.3f}* | – |" in table and f"{score:.3f}*" in page
+    assert r"* T→T: none of its 14 sets was read; \* local sets stand in: mbpp, dbpedia-entity" in table
+
+
+def test_a_set_whose_hub_cannot_be_reached_is_missing():
+    from eval.mrb import MissingSet, open_set
+
+    with pytest.raises(MissingSet, match="NFCorpus: "):
+        open_set("NFCorpus", "hub")
+
+
+def test_points_of_a_reliability_plot():
+    chart = reliability([(0, 0.0, 0.0), (30, 0.75, 0.5), (10, 1.0, 1.0)])
+    assert reliability([(0, 0.0, 0.0)]) is None
+    (x, y, count), last = chart["points"]
+    assert count == 30 and last == (chart["right"], chart["top"], 10)
+    assert x == pytest.approx(chart["left"] + 0.75 * (chart["right"] - chart["left"]), abs=0.1)
+    assert y == pytest.approx((chart["top"] + chart["bottom"]) / 2, abs=0.1)
+    assert [round(height / (chart["bottom"] - chart["top"]), 2) for _, _, height in chart["bars"]] == [0, 0.75, 0.25]
