@@ -4,9 +4,12 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
+import datasets
+import mteb
 import numpy as np
 import pytest
 import pytrec_eval
+from families import picture
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_auc_score
 
@@ -246,8 +249,6 @@ def test_blocks_of_pairs_keep_a_query_whole(size, monkeypatch):
 
 
 def test_the_sets_of_mrb_are_tasks_of_mteb_with_their_modalities():
-    import mteb
-
     assert len(mrb.SETS) == 40 and len({one.name for one in mrb.SETS}) == 40
     counts = {column: sum(one.column == column for one in mrb.SETS) for column in mrb.COLUMNS}
     assert (counts["T→T"], counts["T→VD"], counts["IT→IT"]) == (14, 5, 3)
@@ -261,24 +262,41 @@ def test_the_sets_of_mrb_are_tasks_of_mteb_with_their_modalities():
         assert all(known[name].category == mrb.COLUMNS[column][1] for name in names)
 
 
+def write_copy(folder, corpus, queries, qrels):
+    """A set in the layout that it has on the hub: parquet files, named by configurations."""
+    folder.mkdir(parents=True)
+    configs = [("default", "test", qrels), ("corpus", "corpus", corpus), ("queries", "queries", queries)]
+    listed = ""
+    for config, split, rows in configs:
+        images = {"image": datasets.Image()} if any("image" in row for row in rows) else {}
+        table = datasets.Dataset.from_list(rows)
+        for column, kind in images.items():
+            table = table.cast_column(column, kind)
+        table.to_parquet(folder / f"{config}.parquet")
+        listed += f"- config_name: {config}\n  data_files:\n  - split: {split}\n    path: {config}.parquet\n"
+    (folder / "README.md").write_text(f"---\nconfigs:\n{listed}---\n")
+
+
 @pytest.fixture
 def copies(tmp_path):
-    """NFCorpus in the layout that it has on the hub, with a few documents."""
-    folder = tmp_path / "sets" / "NFCorpus"
-    folder.mkdir(parents=True)
-    documents = [{"_id": f"d{n}", "title": f"title {n}", "text": f"about the {word}"}
-                 for n, word in enumerate(["bus", "train", "river", "bread"])]  # fmt: skip
-    queries = [{"_id": f"q{n}", "text": f"the {word}"} for n, word in enumerate(["train", "bread"])]
-    qrels = [{"query-id": "q0", "corpus-id": "d1", "score": 2}, {"query-id": "q1", "corpus-id": "d3", "score": 1}]
-    for name, rows in (("corpus", documents), ("queries", queries), ("qrels", qrels)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    configs = [("default", "test", "qrels"), ("corpus", "corpus", "corpus"), ("queries", "queries", "queries")]
-    listed = "".join(
-        f"- config_name: {config}\n  data_files:\n  - split: {split}\n    path: {file}.jsonl\n"
-        for config, split, file in configs
+    """Two sets of MRB with a few documents: titles and texts with grades, and texts with pictures on both sides."""
+    root = tmp_path / "sets"
+    words = ["bus", "train", "river", "bread"]
+    write_copy(
+        root / "NFCorpus",
+        [{"_id": f"d{n}", "title": f"title {n}", "text": f"about the {word}"} for n, word in enumerate(words)],
+        [{"_id": f"q{n}", "text": f"the {word}"} for n, word in enumerate(["train", "bread"])],
+        [{"query-id": "q0", "corpus-id": "d1", "score": 2}, {"query-id": "q1", "corpus-id": "d3", "score": 1}],
     )
-    (folder / "README.md").write_text(f"---\nconfigs:\n{listed}---\n")
-    return folder.parent
+    write_copy(
+        root / "InfoSeekIT2ITRetrieval",
+        [{"id": f"d{n}", "text": word, "image": picture(n, 56, 56), "modality": "image,text"}
+         for n, word in enumerate(words)],
+        [{"id": f"q{n}", "text": f"which {n}?", "image": picture(9 + n, 56, 56), "modality": "image,text"}
+         for n in range(3)],
+        [{"query-id": f"q{n}", "corpus-id": f"d{n}", "score": 1} for n in range(3)],
+    )  # fmt: skip
+    return root
 
 
 def test_mrb_takes_the_sets_that_are_there_and_names_what_stands_in(reranker, data_root, copies, tmp_path, monkeypatch):
@@ -306,6 +324,41 @@ def test_mrb_takes_the_sets_that_are_there_and_names_what_stands_in(reranker, da
     score = results["averages"]["single-modal, T→T"]["scores"][str(reranker)]["ndcg_at_10"]
     assert f"| {Path(reranker).name} | {score:.3f}* | – |" in table and f"{score:.3f}*" in page
     assert r"* T→T: none of its 14 sets was read; \* local sets stand in: mbpp, dbpedia-entity" in table
+
+
+def test_texts_with_pictures_are_ranked_against_texts_with_pictures(
+    backbone, reranker, judge, copies, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    command = ["--model", str(reranker), "--dtype", "float32", "--benchmark", "mrb", "--mrb-sets", str(copies)]
+    flags = ["--first-stage", str(backbone), "--depth", "2", "--output", str(tmp_path / "out"), "--max-queries", "2"]
+    root = tmp_path / "nothing local"
+    (root / "vega-charts").mkdir(parents=True)
+    for file in (DATA / "vega-charts").iterdir():
+        (root / "vega-charts" / file.name).symlink_to(file)
+    assert rerank.main([*command, *flags, "--data-root", str(root)]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {name: entry["group"] for name, entry in results["tasks"].items()} == {
+        "NFCorpus": "single-modal, T→T",
+        "vega-charts": "cross-modal, T→VD",
+        "InfoSeekIT2ITRetrieval": "fused, IT→IT",
+    }
+    entry = results["tasks"]["InfoSeekIT2ITRetrieval"]
+    assert (entry["documents"], entry["queries"], entry["pairs"]) == (4, 2, 4)
+    found = json.loads((tmp_path / "out" / "candidates.json").read_text())["tasks"]["InfoSeekIT2ITRetrieval"]["found"]
+    told = mteb.get_task("InfoSeekIT2ITRetrieval").metadata.prompt["query"]
+    words = ["bus", "train", "river", "bread"]
+    logits = {
+        query: dict(zip(own, map(float, judge.score(
+            [([picture(9 + int(query[1]), 56, 56), f"which {query[1]}?"],
+              [picture(int(key[1]), 56, 56), words[int(key[1])]]) for key in own],
+            instruction=told, scale="logit")), strict=True))
+        for query, own in found.items()
+    }  # fmt: skip
+    expected = trec(logits, {query: {f"d{query[1]}": 1} for query in found})
+    assert entry["scores"][str(reranker)]["mrr"] == pytest.approx(expected["mrr"], abs=2e-4)
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "* IT→IT: 1 of its 3 sets: InfoSeekIT2ITRetrieval" in table
 
 
 def test_a_set_whose_hub_cannot_be_reached_is_missing():
