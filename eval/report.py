@@ -215,7 +215,12 @@ def read_thumbnails(table: Path, wanted: set[str | None]) -> dict[str | None, st
 
 
 def thumbnail(encoded: bytes) -> str:
-    picture = PIL.Image.open(io.BytesIO(encoded)).convert("RGBA")
+    return inlined(PIL.Image.open(io.BytesIO(encoded)))
+
+
+def inlined(image: PIL.Image.Image) -> str:
+    """A picture as a small JPEG in a data URL."""
+    picture = image.convert("RGBA")
     picture.thumbnail((THUMBNAIL, THUMBNAIL), PIL.Image.Resampling.LANCZOS)
     flat = PIL.Image.new("RGB", picture.size, "white")
     flat.paste(picture, mask=picture.getchannel("A"))

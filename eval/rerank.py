@@ -39,6 +39,7 @@ from mmembed.errors import ConfigError, MmembedError
 
 KINDS = ("retrieval", "reranking")
 DEPTH, BINS = 50, 10
+QUERIES_SHOWN, SHOWN, CUT = 2, 5, 160  # of a task on the page: queries, documents of each stage, letters of a text
 UNCALIBRATED = {
     "ece": None,
     "bins": [[0, 0.0, 0.0]] * BINS,
@@ -130,7 +131,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
 
     check(options)
     check_device(options.device)
-    started = time.monotonic()
+    started, examples = time.monotonic(), list[dict[str, Any]]()
     names = task_names(options)
     first = FirstStage(options, names)
     models = [load(name, options, names) for name in options.model]
@@ -147,22 +148,25 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
             results["left_out"][work.row.name] = f"no candidates of {first.name}"
             continue
         print(work.row.name, end="", flush=True)
-        results["tasks"][work.row.name] = measure(work, found, models)
+        results["tasks"][work.row.name], runs = measure(work, found, models)
+        examples += shown(work, {first.name: found, **runs})
         print("".join(f"  {name} {score['ndcg_at_10']:.3f}" if score else f"  {name} –"
                       for name, score in results["tasks"][work.row.name]["scores"].items()), flush=True)  # fmt: skip
         work.task.unload_data()
         results["averages"] = averages(results)
         results["seconds"] = round(time.monotonic() - started, 1)
-        write(options.output, results, first.candidates)
-    write(options.output, results, first.candidates)
+        write(options.output, results, first.candidates, examples)
+    write(options.output, results, first.candidates, examples)
     return results
 
 
-def write(folder: Path, results: dict[str, Any], candidates: dict[str, Any]) -> None:
+def write(
+    folder: Path, results: dict[str, Any], candidates: dict[str, Any], examples: Sequence[Mapping[str, Any]]
+) -> None:
     write_json(folder / "results.json", results)
     write_json(folder / CANDIDATES, candidates, indent=None)
     (folder / "table.md").write_text(markdown(results), encoding="utf-8")
-    (folder / "report.html").write_text(render(results), encoding="utf-8")
+    (folder / "report.html").write_text(render(results, examples), encoding="utf-8")
 
 
 def check(options: argparse.Namespace) -> None:
@@ -360,8 +364,10 @@ def _kept_candidates(kept: Mapping[str, Any], name: str, revision: str, work: Wo
 # Numbers --------------------------------------------------------------------------------------------------------------
 
 
-def measure(work: Work, found: Mapping[str, Mapping[str, float]], models: Sequence[Loaded]) -> dict[str, Any]:
-    """Both stages on one task."""
+def measure(
+    work: Work, found: Mapping[str, Mapping[str, float]], models: Sequence[Loaded]
+) -> tuple[dict[str, Any], dict[str, metrics.Run]]:
+    """The numbers of both stages on one task, and what each model gave: query -> document -> score."""
     from eval.stages import judge
 
     data = work.task.dataset["default"][work.split]
@@ -375,12 +381,13 @@ def measure(work: Work, found: Mapping[str, Mapping[str, float]], models: Sequen
         "graded": any(value not in (0, 1) for judged in qrels.values() for value in judged.values()),
         "first_stage": start, "ceiling": numbers(ideal, qrels)[0]["ndcg_at_10"], "scores": {},
     }  # fmt: skip
+    runs: dict[str, metrics.Run] = {}
     for model in models:
         if not model.supports(work.row):
             entry["scores"][model.name] = None
             continue
         began = time.monotonic()
-        run = judge(model.runner, work.task, work.split, found)
+        run = runs[model.name] = judge(model.runner, work.task, work.split, found)
         seconds = round(time.monotonic() - began, 2)
         score, by_query = numbers(run, qrels)
         gain = by_query - base  # (Q,)
@@ -390,7 +397,39 @@ def measure(work: Work, found: Mapping[str, Mapping[str, float]], models: Sequen
             "gain": round(float(gain.mean()), 5), "gain_low": None if bounds is None else round(bounds[0], 5),
             "gain_high": None if bounds is None else round(bounds[1], 5), "seconds": seconds,
         }  # fmt: skip
-    return entry
+    return entry, runs
+
+
+def shown(work: Work, stages: Mapping[str, metrics.Run]) -> list[dict[str, Any]]:
+    """What each stage puts first for some queries, drawn by a hash of their ids, as the page shows it."""
+    from eval.stages import best
+
+    data = work.task.dataset["default"][work.split]
+    places = {key: place for place, key in enumerate(data["corpus"]["id"])}
+    queries = {key: place for place, key in enumerate(data["queries"]["id"])}
+    drawn = sorted(queries, key=lambda query: hashlib.sha256(query.encode()).digest())[:QUERIES_SHOWN]
+    examples = []
+    for query in drawn:
+        judged = data["relevant_docs"][query]
+        sides = [
+            {"name": name, "documents": [
+                {**_summary(data["corpus"][places[key]]), "right": judged.get(key, 0) > 0}
+                for key in best(run[query], SHOWN)
+            ]}
+            for name, run in stages.items()
+        ]  # fmt: skip
+        asked = _summary(data["queries"][queries[query]])
+        examples.append({"task": work.row.name, **asked, "sides": sides})
+    return examples
+
+
+def _summary(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a person needs to recognise a query or a document: the beginning of its text, a small picture."""
+    from eval.report import inlined
+
+    image, text = row.get("image"), " ".join((row.get("text") or "").split())
+    text = " ".join(filter(None, (row.get("title"), text)))
+    return {"text": text[:CUT] + ("…" if len(text) > CUT else ""), "image": None if image is None else inlined(image)}
 
 
 def numbers(run: metrics.Run, qrels: metrics.Qrels) -> tuple[dict[str, Any], np.ndarray]:

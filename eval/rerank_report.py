@@ -113,8 +113,12 @@ def number(value: float | None) -> str:
 # The page -------------------------------------------------------------------------------------------------------------
 
 
-def render(results: Mapping[str, Any]) -> str:
-    """The page as one HTML document."""
+def render(results: Mapping[str, Any], examples: Sequence[Mapping[str, Any]] = ()) -> str:
+    """The page as one HTML document.
+
+    Args:
+        examples: `task`, `text` and `image` of queries, and `sides`, a `name` and `documents` each.
+    """
     environment = page_environment()
     environment.filters |= {"number": number, "gain": _gain}
     shown = short_names(results)
@@ -124,7 +128,7 @@ def render(results: Mapping[str, Any]) -> str:
         for group, mean in results["averages"].items()
     ]  # fmt: skip
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        results=results, groups=groups, shown=shown, names=NAMES, plots=plots(results),
+        results=results, groups=groups, shown=shown, names=NAMES, plots=plots(results), examples=examples,
         mrb=mrb_rows(results) if results["benchmark"] == "mrb" and results["tasks"] else None,
         mrb_columns=list(mrb.COLUMNS), mrb_notes=[note.strip("* \n") for note in mrb_notes(results)],
     )  # fmt: skip
