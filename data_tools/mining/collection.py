@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.mining.retrievers import Item
-from data_tools.mining.settings import MiningConfig, MiningSource
+from data_tools.mining.settings import MiningSource, RecordsConfig
 from data_tools.mining.shards import digest, write_whole
 from mmembed.config.blocks import DataConfig
 from mmembed.content import Audio, Content, Example, Image, Task, Text, Video, to_content
@@ -119,7 +119,7 @@ class Collection:
             yield whole[start:stop].decode()
 
 
-def collect(config: MiningConfig, source: MiningSource, folder: Path) -> tuple[Collection, MediaStore]:
+def collect(config: RecordsConfig, source: MiningSource, folder: Path) -> tuple[Collection, MediaStore]:
     """Reads a source, or finds it read, below `folder`.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -86,11 +86,73 @@ class SearchConfig(_Block):
         return self
 
 
-class MiningConfig(_Block):
-    """A mining run.
+class RecordsConfig(_Block):
+    """A run that reads sources, asks models about them, and writes records.
 
-    output: folder of the records (a .jsonl file a source), the report, and `work`, what was computed.
+    output: folder of the records (a .jsonl file a source), and `work`, what was computed.
     root, media_root, media_limits, on_bad_record: as `data` of a training run.
+    shard: contents encoded at a time; a kill loses so many at most.
+    overwrite: what was computed by another retriever or teacher may be replaced.
+    """
+
+    output: str
+    root: str | None = None
+    media_root: str | None = None
+    media_limits: MediaLimitsConfig = MediaLimitsConfig()
+    sources: tuple[MiningSource, ...] = Field(min_length=1)
+    on_bad_record: Literal["raise", "skip"] = "raise"
+    shard: Positive = 1024
+    overwrite: bool = False
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _sources(cls, value: Any) -> Any:
+        return _listed(value)
+
+    @model_validator(mode="after")
+    def _files(self) -> Self:
+        files = [source.file for source in self.sources]
+        for source in self.sources:
+            if files.count(source.file) > 1:
+                raise ConfigError(f"two sources would be written to '{source.file}.jsonl'; give one a name of its own")
+        return self
+
+    @property
+    def limits(self) -> MediaLimits:
+        return MediaLimits(**self.media_limits.model_dump())
+
+    def below_root(self, path: str) -> Path:
+        """An absolute path of a source."""
+        return (Path(path) if self.root is None else Path(self.root) / path).absolute()
+
+
+class ScoreConfig(RecordsConfig):
+    """A run of `data_tools.score`.
+
+    teacher: what scores every document of every record.
+    """
+
+    teacher: TypedBlock
+
+    @field_validator("teacher")
+    @classmethod
+    def _has_type(cls, value: Any) -> Any:
+        check_type(value)
+        return value
+
+    @model_validator(mode="after")
+    def _no_corpus(self) -> Self:
+        for source in self.sources:
+            if source.corpus:
+                raise ConfigError(
+                    f"sources '{source.title}': corpus has no effect, the records' own documents are scored; remove it"
+                )
+        return self
+
+
+class MiningConfig(RecordsConfig):
+    """A run of `data_tools.mine_negatives`; it writes a report, too.
+
     retriever: what finds candidates.
     rules: filters, a pick, a fill of `mmembed.mining`.
     negatives: added to each record.
@@ -99,18 +161,10 @@ class MiningConfig(_Block):
     teacher: what judges candidates beside the retriever; `rescore` says which: all `candidates`, by whose scores the
         rules then choose, or the `chosen` ones, for the report alone.
     scores: which scores the documents of the records get.
-    shard: contents encoded at a time; a kill loses so many at most.
     seed: of rules that draw, and of k-means.
     examples: suspected false negatives that the report shows, of each source; it shows some of all negatives besides.
-    overwrite: put vectors of this retriever in the place of those of another, and these scores of those of another
-        teacher.
     """
 
-    output: str
-    root: str | None = None
-    media_root: str | None = None
-    media_limits: MediaLimitsConfig = MediaLimitsConfig()
-    sources: tuple[MiningSource, ...] = Field(min_length=1)
     retriever: TypedBlock = "mmembed"
     search: SearchConfig = SearchConfig()
     rules: tuple[TypedBlock, ...] = ({"type": "percent_of_positive", "percent": 5.0}, "random_fill")
@@ -120,13 +174,10 @@ class MiningConfig(_Block):
     teacher: TypedBlock | None = None
     rescore: Literal["candidates", "chosen"] = "candidates"
     scores: Literal["none", "retriever", "teacher"] = "none"
-    on_bad_record: Literal["raise", "skip"] = "raise"
-    shard: Positive = 1024
     seed: int = Field(default=0, ge=0)
     examples: int = Field(default=12, ge=0)
-    overwrite: bool = False
 
-    @field_validator("sources", "rules", "earlier", mode="before")
+    @field_validator("rules", "earlier", mode="before")
     @classmethod
     def _lists(cls, value: Any) -> Any:
         return _listed(value)
@@ -139,10 +190,6 @@ class MiningConfig(_Block):
 
     @model_validator(mode="after")
     def _combinations(self) -> MiningConfig:
-        files = [source.file for source in self.sources]
-        for source in self.sources:
-            if files.count(source.file) > 1:
-                raise ConfigError(f"two sources would be written to '{source.file}.jsonl'; give one a name of its own")
         if "rescore" in self.model_fields_set and self.teacher is None:
             raise ConfigError("'rescore' has no effect without 'teacher'; give one, or remove it")
         if self.scores == "teacher" and self.teacher is None:
@@ -167,14 +214,6 @@ class MiningConfig(_Block):
             raise ConfigError(f"clusters + search.precision '{self.search.precision}': use float32 or float16")
         return self
 
-    @property
-    def limits(self) -> MediaLimits:
-        return MediaLimits(**self.media_limits.model_dump())
-
-    def below_root(self, path: str) -> Path:
-        """An absolute path of a source."""
-        return (Path(path) if self.root is None else Path(self.root) / path).absolute()
-
 
 def _listed(value: Any) -> Any:
     if isinstance(value, str | dict):
@@ -187,6 +226,18 @@ def load_mining(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
     config = load_blocks(MiningConfig, path, overrides, "recipes/configs/mining")
     try:
         _check_blocks(config)
+    except MmembedError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return config
+
+
+def load_scoring(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> ScoreConfig:
+    """Reads and checks a config of `data_tools.score`. Raises ConfigError; loads no weights."""
+    from data_tools.mining.teachers import TEACHERS
+
+    config = load_blocks(ScoreConfig, path, overrides, "recipes/configs/mining")
+    try:
+        TEACHERS.build(config.teacher)
     except MmembedError as error:
         raise ConfigError(f"{path}: {error}") from None
     return config

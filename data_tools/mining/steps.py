@@ -7,9 +7,8 @@ choice itself is a function of candidates, rules and seed, and is made again eac
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,33 +19,23 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data_tools.mining.collection import Collection
-from data_tools.mining.retrievers import RETRIEVERS, Encoder, Item, Lexical, Retriever
+from data_tools.mining.judging import Floats, Judge, Place, Rows, encoded
+from data_tools.mining.models import Models
+from data_tools.mining.retrievers import Lexical, Retriever
 from data_tools.mining.settings import MiningConfig
-from data_tools.mining.shards import Shards, digest, write_whole
+from data_tools.mining.shards import Shards, digest
 from data_tools.mining.stages import joined, read_stage, remove_stage, write_stage
-from data_tools.mining.teachers import TEACHERS, PairTeacher, Teacher
-from data_tools.mining.teachers.embedder import EmbedderTeacher
-from data_tools.mining.teachers.late_interaction import LateInteraction
-from data_tools.mining.tokens import TokenStore
-from mmembed.config.blocks import TypedBlock
-from mmembed.content import Role
 from mmembed.errors import ConfigError, MmembedError
 from mmembed.media import MediaStore
 from mmembed.mining import MINERS, Candidates, mine
 from mmembed.mining.debcse import shared_words
 from mmembed.mining.mcl import next_stage
 from mmembed.mining.owner_similarity import with_owners
-from mmembed.progress import bar
-from mmembed.quantize import quantize
-from mmembed.search import FaissIndex, Hits, pair_scores, rescore_maxsim, top_k
+from mmembed.search import FaissIndex, Hits, pair_scores, top_k
 from mmembed.search.faiss_index import SEARCH_OPTIONS
 
 logger = logging.getLogger(__name__)
 FOUND = np.dtype([("row", "<i8"), ("score", "<f4")])
-SAME_MODEL = 0.999  # least cosine of the vectors of a fixed text, as of `mmembed.inference.encoding`
-PAIRS = 4096  # pairs that a teacher scores at a time; a kill loses so many at most
-Rows = NDArray[np.int64]
-Floats = NDArray[np.float32]
 
 
 @dataclass
@@ -83,72 +72,6 @@ class Mined:
         return np.where(np.isfinite(least), least, np.nan).astype(np.float32)
 
 
-class Models:
-    """Retriever and teacher of a run, loaded when something has to be computed with them.
-
-    Args:
-        folder: holds what they were when its shards were computed; without shards it is free for others.
-
-    Raises:
-        MmembedError: there is no such model, or the folder holds what another one computed.
-    """
-
-    def __init__(self, config: MiningConfig, folder: Path) -> None:
-        self.config, self.folder = config, folder
-        self.retriever: Retriever = RETRIEVERS.build(config.retriever)
-        self.teacher: Teacher | None = None if config.teacher is None else TEACHERS.build(config.teacher)
-        self._states: dict[str, dict[str, Any]] = {}
-        self._noted: dict[str, bytes] = {}  # what the folder says
-        self.of_retriever = self._recognise("retriever", config.retriever, self.retriever)
-        self.of_teacher = "" if self.teacher is None else self._recognise("teacher", config.teacher, self.teacher)
-
-    def load(self, one: Retriever | Teacher, media: MediaStore) -> None:
-        """Raises MmembedError where the model behind the same name has changed since the folder was begun."""
-        one.load(media)
-        encoder = one.encoder if isinstance(one, EmbedderTeacher) else one
-        if not isinstance(encoder, Encoder | LateInteraction):
-            return
-        name = "teacher" if one is self.teacher else "retriever"
-        state, now = self._states[name], encoder.probe()
-        if now is None:
-            return
-        if not np.isfinite(now).all():
-            raise MmembedError(f"{name}: the vector of a fixed text holds NaN or infinity; load the model in float32")
-        before = None if state["probe"] is None else np.array(state["probe"])
-        if before is None:
-            state["probe"] = [round(float(x), 6) for x in now]
-        elif before.shape != now.shape or before @ now < SAME_MODEL * np.linalg.norm(before) * np.linalg.norm(now):
-            raise MmembedError(
-                f"{self.folder}: holds vectors of another {name} ({len(before)} dimensions) than {state['block']} is "
-                f"now ({len(now)} dimensions); choose another output, or delete {self.folder}"
-            )
-
-    def keep(self, name: str) -> None:
-        """Notes whose shards the folder holds. To be called when one is complete."""
-        state = json.dumps(self._states[name]).encode()
-        if state != self._noted.get(name):
-            write_whole(self._file(name), state)
-            self._noted[name] = state
-
-    def _recognise(self, name: str, block: TypedBlock | None, one: Retriever | Teacher) -> str:
-        found, file = digest(one.fingerprint()), self._file(name)
-        self._states[name] = {"fingerprint": found, "block": block, "probe": None}
-        if file.exists():
-            noted = file.read_bytes()
-            state = json.loads(noted)
-            if state["fingerprint"] == found:
-                self._states[name], self._noted[name] = state, noted
-            elif not self.config.overwrite:
-                raise MmembedError(
-                    f"{self.folder}: was computed by another {name} ({state['block']}; now {block}, or its files have "
-                    "changed); choose another output, or set overwrite: true to compute it again"
-                )
-        return found
-
-    def _file(self, name: str) -> Path:
-        return self.folder / f"{name}.json"
-
-
 class SourceMiner:
     """Mines one source.
 
@@ -169,23 +92,17 @@ class SourceMiner:
         )
         self.known = np.concatenate([found.positives, found.barred], axis=1)  # (Q, P + B)
         self._indexed = False  # by a lexical retriever
-        self._tokens: dict[str, TokenStore] = {}  # of queries and corpus, for a teacher of many vectors
+        assert models.retriever is not None, "mining has one"
+        self.retriever: Retriever = models.retriever
+        self.place = Place(title, found, media, models, work, config.shard)
+        self.judge = Judge(self.place, config.search.precision)
         self.rules = [MINERS.build(block) for block in config.rules]
         self._check()
         self.earlier = [read_stage(output, work.name, found.corpus_keys) for output in config.earlier]
 
     def _check(self) -> None:
         """Raises ConfigError: kinds of media that a model does not read, too small a corpus."""
-        readers: dict[str, Retriever | Teacher] = {"retriever": self.models.retriever}
-        if self.models.teacher is not None:
-            readers["teacher"] = self.models.teacher
-        for what, one in readers.items():
-            for side, kinds in self.found.summary["kinds"].items():
-                for kind in sorted(set(kinds) - one.reads):
-                    raise ConfigError(
-                        f"{what} '{one.name}' reads {', '.join(sorted(one.reads))}; {side} of '{self.title}' have "
-                        f"{kind} (first at {kinds[kind]}): choose another {what}"
-                    )
+        self.place.check_kinds()
         if self.config.clusters is not None and len(self.found) < self.config.clusters:
             raise ConfigError(
                 f"'{self.title}': clusters {self.config.clusters} of {len(self.found)} documents; give fewer"
@@ -206,10 +123,7 @@ class SourceMiner:
     def run(self) -> Mined:
         """All steps."""
         config = self.config
-        self.vectors = self._encode("retriever", self.models.retriever, self.models.of_retriever)
-        self.taught: tuple[NDArray[Any], NDArray[Any]] | None = None
-        if isinstance(self.models.teacher, EmbedderTeacher):
-            self.taught = self._encode("teacher", self.models.teacher, self.models.of_teacher)
+        self.vectors = encoded(self.place, "retriever", config.search.precision)
         clusters = self._clusters()
         shards = self._search()
         parts = []
@@ -224,45 +138,7 @@ class SourceMiner:
             mined.clusters = {"stages": 1 + len(new), "count": len(np.unique(clusters)), "new": new}
         return mined
 
-    # Vectors and search -----------------------------------------------------------------------------------------------
-
-    def _encode(self, name: str, one: Retriever | Teacher, of: str) -> Any:
-        """The vectors of queries and corpus, mapped; None of a retriever without."""
-        encoder = one.encoder if isinstance(one, EmbedderTeacher) else one
-        if not isinstance(encoder, Encoder):
-            return None
-        roles: tuple[tuple[str, Role, NDArray[Any]], ...] = (
-            ("queries", "query", self.found.query_digests),
-            ("corpus", "document", self.found.corpus_digests),
-        )
-        made, size, precision = [], self.config.shard, self.config.search.precision
-        for side, role, digests in roles:
-            starts = range(0, len(digests), size)
-            keys = [digest(of, role, precision, digests[start : start + size]) for start in starts]
-            shards = Shards(self.work, f"{name}-{side}", len(digests), size, keys)
-            missing = list(shards.missing())
-            if missing:
-                self.models.load(one, self.media)
-            what = f"encode {side}{' for the teacher' if name == 'teacher' else ''}"
-            with self._bar(what, len(digests), " contents", shards.complete) as shown:
-                for number, span in missing:
-                    items = self.found.items(side, range(span.start, span.stop))
-                    vectors = encoder.encode(items, role)
-                    _check_finite(vectors, items, name)
-                    if precision == "binary" and vectors.shape[1] % 8:
-                        raise ConfigError(
-                            f"search.precision 'binary': {vectors.shape[1]} dimensions are no multiple of 8"
-                        )
-                    shards.write(number, quantize(vectors, precision))
-                    self.models.keep(name)
-                    shown.update(len(items))
-            self.models.keep(name)  # an earlier process may have died before it did
-            made.append(shards.open())
-        if made[0].shape[1] != made[1].shape[1]:
-            raise MmembedError(
-                f"{name}: queries have {made[0].shape[1]} dimensions, documents {made[1].shape[1]}; use one model"
-            )
-        return tuple(made)
+    # Search ----------------------------------------------------------------------------------------------------------
 
     def _search(self) -> Shards:
         """For each query what was found, then the known rows, with their scores."""
@@ -325,17 +201,16 @@ class SourceMiner:
         return index
 
     def _index_words(self) -> None:
-        retriever = self.models.retriever
-        assert isinstance(retriever, Lexical), f"{retriever.name} has neither vectors nor a search"
-        retriever.index(self.found.items("corpus", range(len(self.found))))
+        assert isinstance(self.retriever, Lexical), f"{self.retriever.name} has neither vectors nor a search"
+        self.retriever.index(self.found.items("corpus", range(len(self.found))))
         self._indexed = True
 
     def _find(self, index: FaissIndex | None, span: slice, wanted: int) -> tuple[Hits, Floats]:
         search = self.config.search
         if self.vectors is None:
-            assert isinstance(self.models.retriever, Lexical), "it has been indexed"
+            assert isinstance(self.retriever, Lexical), "it has been indexed"
             items = self.found.items("queries", range(span.start, span.stop))
-            return self.models.retriever.search(items, wanted, self.known[span])
+            return self.retriever.search(items, wanted, self.known[span])
         queries, corpus = self.vectors[0][span], self.vectors[1]
         if index is None:
             hits = top_k(queries, corpus, wanted, similarity=search.similarity, device=search.device)
@@ -367,7 +242,7 @@ class SourceMiner:
         removed = {"known positives and barred documents": int((rows >= 0).sum() - self._unknown(rows, known).sum())}
         judged, known_judged, chosen_by = None, None, found
         if self.models.teacher is not None and config.rescore == "candidates":
-            given = self._teach(f"candidates-{number:05d}", span, np.concatenate([found.rows, known], axis=1))
+            given = self.judge.scores(f"candidates-{number:05d}", span, np.concatenate([found.rows, known], axis=1))
             judged, known_judged = given[:, : found.rows.shape[1]], given[:, found.rows.shape[1] :]
             chosen_by = found.rescored(judged, known_judged[:, :count])
         if any("surface" in rule.reads for rule in self.rules):
@@ -390,10 +265,10 @@ class SourceMiner:
         if judged is not None:
             own_judged = _taken(judged, ranks)
             if filled.any():  # no rule has asked the teacher about them
-                more = self._teach(f"filled-{number:05d}", span, np.where(filled, negatives, -1))
+                more = self.judge.scores(f"filled-{number:05d}", span, np.where(filled, negatives, -1))
                 own_judged = np.where(filled, more, own_judged)
         elif self.models.teacher is not None:
-            given = self._teach(f"chosen-{number:05d}", span, np.concatenate([negatives, known], axis=1))
+            given = self.judge.scores(f"chosen-{number:05d}", span, np.concatenate([negatives, known], axis=1))
             own_judged, known_judged = given[:, : config.negatives], given[:, config.negatives :]
         first = found.scores[:, 0] if found.scores.shape[1] else np.full(len(known), np.nan, np.float32)
         return Mined(
@@ -418,9 +293,9 @@ class SourceMiner:
         else:
             if not self._indexed:
                 self._index_words()
-            assert isinstance(self.models.retriever, Lexical), "it has no vectors"
+            assert isinstance(self.retriever, Lexical), "it has no vectors"
             items = self.found.items("queries", range(span.start, span.stop))
-            given = self.models.retriever.search(items, 1, filled)[1]
+            given = self.retriever.search(items, 1, filled)[1]
         return np.where(filled >= 0, given, scores)
 
     def _with_surface(self, candidates: Candidates, span: slice) -> Candidates:
@@ -432,113 +307,8 @@ class SourceMiner:
             surface[query, place] = shared_words(queries[query].text, texts[int(candidates.rows[query, place])])
         return replace(candidates, surface=surface)
 
-    def _teach(self, name: str, span: slice, rows: Rows) -> Floats:
-        """The teacher's scores of each query with its rows (q, w); NaN where a row is -1."""
-        teacher = self.models.teacher
-        if self.taught is not None:
-            queries, corpus = self.taught
-            return pair_scores(queries[span], corpus, rows)
-        size = max(1, PAIRS // max(1, rows.shape[1]))
-        digests = self.found.query_digests[span], self.found.corpus_digests
-        keys = []
-        for start in range(0, len(rows), size):
-            part = rows[start : start + size]
-            keys.append(
-                digest(self.models.of_teacher, part, digests[0][start : start + size], digests[1][part[part >= 0]])
-            )
-        shards = Shards(self.work, name, len(rows), size, keys)
-        missing = list(shards.missing())
-        if missing and isinstance(teacher, LateInteraction):
-            left = np.full(rows.shape, -1)
-            for _, part_span in missing:
-                left[part_span] = rows[part_span]
-            self._encode_tokens(teacher, "queries", "query", span.start + np.flatnonzero((left >= 0).any(axis=1)))
-            self._encode_tokens(teacher, "corpus", "document", np.unique(left[left >= 0]))
-        elif missing:
-            assert teacher is not None, "there is one"
-            self.models.load(teacher, self.media)
-        with self._bar("teacher", int((rows >= 0).sum()), " pairs") as shown:
-            done = set(range(len(keys))) - {number for number, _ in missing}
-            shown.update(sum(int((rows[shards.span(number)] >= 0).sum()) for number in done))
-            for number, part_span in missing:
-                part = rows[part_span]
-                places = range(span.start + part_span.start, span.start + part_span.stop)
-                shards.write(number, self._score(places, part))
-                self.models.keep("teacher")
-                shown.update(int((part >= 0).sum()))
-        self.models.keep("teacher")
-        return np.array(shards.open())
-
-    def _score(self, places: range, rows: Rows) -> Floats:
-        """The teacher's scores of the queries at `places` (q,) with their rows (q, w)."""
-        teacher = self.models.teacher
-        if isinstance(teacher, LateInteraction):
-            return self._maxsim(places, rows)
-        assert isinstance(teacher, PairTeacher), "a teacher scores pairs or gives vectors"
-        scores = np.full(rows.shape, np.nan, np.float32)
-        of, place = np.nonzero(rows >= 0)
-        if not len(of):
-            return scores
-        queries, documents = self.found.items("queries", places), self.found.items("corpus", rows[of, place])
-        given = teacher.score([queries[query] for query in of.tolist()], documents)
-        if given.shape != of.shape:
-            raise MmembedError(
-                f"teacher: scores of shape {given.shape} for {len(of)} pairs; give one with one score a pair"
-            )
-        if not np.isfinite(given).all():
-            bad = int(np.flatnonzero(~np.isfinite(given))[0])
-            raise MmembedError(f"teacher: the score of {queries[of[bad]]} with {documents[bad]} is {given[bad]}")
-        scores[of, place] = given
-        return scores
-
-    def _encode_tokens(self, teacher: LateInteraction, side: str, role: Role, rows: Rows) -> None:
-        """Those of the rows that are not there."""
-        if side not in self._tokens:
-            self._tokens[side] = TokenStore(self.work / f"teacher-{side}-tokens", self.models.of_teacher)
-        store, keys = self._tokens[side], self._keys(side, rows)
-        missing = [(row, key) for row, key in zip(rows.tolist(), keys, strict=True) if key not in store]
-        if missing:
-            self.models.load(teacher, self.media)
-        size, done = self.config.shard, len(rows) - len(missing)
-        with self._bar(f"encode {side} for the teacher", len(rows), " contents", done) as shown:
-            for start in range(0, len(missing), size):
-                part = missing[start : start + size]
-                items = self.found.items(side, [row for row, _ in part])
-                store.add([key for _, key in part], teacher.encode(items, role))
-                self.models.keep("teacher")
-                shown.update(len(part))
-
-    def _maxsim(self, places: range, rows: Rows) -> Floats:
-        scores = np.full(rows.shape, np.nan, np.float32)
-        for number, key in enumerate(self._keys("queries", np.array(places))):
-            there = rows[number] >= 0
-            own, place = np.unique(rows[number, there], return_inverse=True)
-            if not len(own):
-                continue
-            documents = self._tokens["corpus"].take(self._keys("corpus", own))
-            hits = rescore_maxsim(self._tokens["queries"].take([key]), documents, np.arange(len(own))[None])
-            in_order = np.empty(len(own), np.float32)
-            in_order[hits.indices[0]] = hits.scores[0]
-            scores[number, there] = in_order[place]
-        return scores
-
-    def _keys(self, side: str, rows: Rows) -> list[bytes]:
-        digests = self.found.query_digests if side == "queries" else self.found.corpus_digests
-        return [one.tobytes() for one in digests[rows]]
-
     def _bar(self, what: str, total: int, unit: str, done: int = 0) -> tqdm[Any]:
-        return bar(f"{self.title}: {what}", total, unit, done, delay=1.0)
-
-
-def _check_finite(vectors: Floats, items: Sequence[Item], name: str) -> None:
-    if vectors.shape[0] != len(items) or vectors.ndim != 2:
-        raise MmembedError(f"{name}: vectors of shape {vectors.shape} for {len(items)} contents; give one each")
-    finite = np.isfinite(vectors).all(axis=1)
-    if not finite.all():
-        bad = int(np.flatnonzero(~finite)[0])
-        raise MmembedError(
-            f"{items[bad]}: the {name} gives NaN or infinity for it; load the model in float32, or leave it out"
-        )
+        return self.place.bar(what, total, unit, done)
 
 
 def _places(rows: Rows, chosen: Rows) -> Rows:

@@ -6,11 +6,16 @@ mteb scores what it scores; the tasks of `--vectors` are encoded once more for t
 `centroid_distance`, how far apart the mean unit vectors of queries and documents are (the gap of two modalities).
 The tasks of `--by-query` give their nDCG@10 query by query. Vectors cut to `--dims` are tasks of their own,
 `squad-en@64`; texts are encoded once for all of it.
+
+With `--first-stages bm25=bm25 ours=FOLDER` the model is a reranker: it ranks the `--depth` best documents that each
+of them found, and those scores are of `squad-en@bm25`; what the candidates themselves give is kept as `first_stage`.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
 import sys
 import warnings
@@ -24,6 +29,8 @@ from eval import run
 from eval.files import write_json
 from eval.models import load
 from eval.mteb_adapter import Encodes
+from eval.rerank import numbers
+from eval.stages import find, judge
 from eval.tasks.local import Row, available, select
 from mmembed import metrics
 from mmembed.arguments import Parser
@@ -41,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module="mteb")
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        write_json(options.output, measured(options))
+        write_json(options.output, reranked(options) if options.first_stages else measured(options))
     except MmembedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -57,6 +64,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--by-query", nargs="*", default=[], help="of the tasks, those whose queries are kept one by one"
     )
     parser.add_argument("--dims", nargs="*", type=int, default=[], help="measured again with cut vectors")
+    parser.add_argument("--first-stages", nargs="*", default=[], metavar="NAME=MODEL",
+                        help="what finds what a reranker ranks: bm25, mmembed-nano, a folder")  # fmt: skip
+    parser.add_argument("--depth", type=int, default=20, help="candidates a query (default 20)")
     parser.add_argument("--data-root", default=str(run.REPOSITORY / "data"), help="data sets")
     parser.add_argument("--instructions", default="never", choices=["auto", "always", "never"])
     parser.add_argument(
@@ -96,6 +106,34 @@ def measured(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
             scores[name] = {key: float(value) for key, value in numbers.items()}
             print(f"{name}: {scores[name]['main']:.4f}", flush=True)
     return {"scores": scores, "by_query": by_query}
+
+
+def reranked(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """`scores` and `first_stage`: task@name -> numbers; `candidates`: task@name -> a digest of what was ranked."""
+    rows = select(available(Path(options.data_root)), options.tasks)
+    named = dict(one.split("=", 1) for one in options.first_stages)
+    common = ["--no-baselines", "--data-root", options.data_root, "--instructions", options.instructions]
+    given, tasks = run.parse(["--model", options.model, *common, "--tasks", *options.tasks]), [row.name for row in rows]
+    reranker = load(options.model, given, tasks)
+    result: dict[str, dict[str, Any]] = {"scores": {}, "first_stage": {}, "candidates": {}}
+    for stage, model in named.items():
+        first = load(model, given, tasks)
+        for row in rows:
+            task, name = run.build(row, given), f"{row.name}@{stage}"
+            task.load_data()
+            qrels = task.dataset["default"][given.split]["relevant_docs"]
+            found = find(first.runner, task, given.split, options.depth)
+            ranked = judge(reranker.runner, task, given.split, found)
+            result["first_stage"][name], result["scores"][name] = (numbers(one, qrels)[0] for one in (found, ranked))
+            result["candidates"][name] = digest({query: sorted(found[query]) for query in sorted(found)})
+            before, after = (result[key][name]["ndcg_at_10"] for key in ("first_stage", "scores"))
+            print(f"{name}: {before:.4f} -> {after:.4f}", flush=True)
+    return result
+
+
+def digest(value: Any) -> str:
+    """Of what JSON can hold, 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 class Remembering:

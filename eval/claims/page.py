@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from eval.claims.declaration import Claim, Comparison
-from eval.claims.runs import value
+from eval.claims.declaration import FIRST_STAGE, Claim, Comparison
+from eval.claims.runs import MODULES, value
 from eval.claims.verdicts import RULE, Outcome, compare, overall
 
 WIDTH, ROW, LEFT, RIGHT = 720, 46, 250, 80
@@ -48,8 +48,13 @@ def found(claim: Claim, results: Mapping[str, Mapping[int, Mapping[str, Any]]]) 
     """The comparisons of a claim, over the seeds that both arms have."""
     outcomes = []
     for comparison in claim.comparisons:
-        arm, than = ({seed: value(result, comparison) for seed, result in results.get(name, {}).items()}
-                     for name in (comparison.arm, comparison.than))  # fmt: skip
+        arm, than = (
+            {seed: value(result, comparison, name) for seed, result in results.get(trained, {}).items()}
+            for name, trained in (
+                (comparison.arm, comparison.arm),
+                (comparison.than, comparison.arm if comparison.than == FIRST_STAGE else comparison.than),
+            )
+        )
         outcomes.append(compare(comparison, arm, than, None if claim.trained else _by_query(comparison, results)))
     return Finding(claim, results, outcomes)
 
@@ -99,7 +104,8 @@ def written(findings: Sequence[Finding], about: Sequence[str], folder: str) -> s
     parts += [_section(finding, folder) for finding in measured]
     if waiting:
         lines = [f"- `{claim.name}` ({claim.paper}): {claim.sentence}" for claim in waiting]
-        parts.append("## Declared, not measured\n\n" + "\n".join(lines) + "\n")
+        only = f"`python -m eval.claims --only {' '.join(claim.name for claim in waiting)}`, with the options above"
+        parts.append(f"## Declared, not measured\n\nTo measure them: {only}.\n\n" + "\n".join(lines) + "\n")
     return "\n".join(parts)
 
 
@@ -143,6 +149,11 @@ def _section(finding: Finding, folder: str) -> str:
     for arm, tree in claim.arms.items():
         block = yaml.safe_dump(tree, default_flow_style=True, width=10_000, sort_keys=False).strip()
         lines.append(f"| {arm} | `{block}` | {steps.get(arm, '-') if claim.trained else 'not trained'} |")
+    if claim.stages:
+        lines += ["", "| made before the arms | by | from |", "|---|---|---|"]
+    for name, stage in claim.stages.items():
+        block = yaml.safe_dump(stage.config, default_flow_style=True, width=10_000, sort_keys=False).strip()
+        lines.append(f"| {name} | `{MODULES[stage.command]}` | `{block}` |")
     return "\n".join(lines) + "\n"
 
 
@@ -162,6 +173,7 @@ def title(outcome: Outcome) -> str:
     """`squad-en at 64 dimensions, ndcg_at_10`."""
     comparison = outcome.comparison
     cut = "" if comparison.dim is None else f" at {comparison.dim} dimensions"
+    cut += "" if comparison.candidates is None else f" of candidates from {comparison.candidates}"
     mean = "mean of " * (len(comparison.tasks) > 1)
     return f"{mean}{', '.join(comparison.tasks)}{cut}, {comparison.metric}"
 

@@ -3,7 +3,8 @@
 A result is valid while its key is the same (the config, the seed, what is measured, the data files), and the code that
 trains and measures (not this package's pages), unless results of other code are asked for. Arms of two claims that are
 one config are one run. A killed run leaves no result and starts again. Results that a page was written from lie beside
-it, one a line, and are read from there, too.
+it, one a line, and are read from there, too. What a claim makes before its arms (`stages`) is kept in the work folder
+for this code, by config and seed, so arms and claims share it; a killed stage goes on.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache, cached_property
@@ -28,27 +30,43 @@ from typing import Any, Self
 
 import yaml
 
-from eval.claims.declaration import Claim, Comparison, folders
+from eval.claims.declaration import (
+    FIRST_STAGE,
+    WRITES_RECORDS,
+    Claim,
+    Comparison,
+    folders,
+    stages_in,
+    with_folders,
+)
 from eval.files import fingerprint, read_json, write_json
 from eval.tasks.local import available, select
 from mmembed.errors import ConfigError, MmembedError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-CODE = ("mmembed", "recipes/train_embedder.py", "eval/run.py", "eval/models.py", "eval/mteb_adapter.py",
-        "eval/mteb_tasks.py", "eval/tasks", "eval/claims/measuring.py", "eval/claims/untrained.py")  # fmt: skip
+CODE = ("mmembed", "recipes/train_embedder.py", "recipes/train_reranker.py", "data_tools/mine_negatives.py",
+        "data_tools/score.py", "data_tools/mining", "eval/run.py", "eval/models.py", "eval/stages.py", "eval/rerank.py",
+        "eval/mteb_adapter.py", "eval/mteb_tasks.py", "eval/baselines.py", "eval/tasks", "eval/claims/measuring.py",
+        "eval/claims/untrained.py")  # fmt: skip
+MODULES = {"mine": "data_tools.mine_negatives", "score": "data_tools.score", "embedder": "recipes.train_embedder",
+           "reranker": "recipes.train_reranker"}  # fmt: skip
 # Until a run is kept: the demo's 300 steps of 64 queries take about five minutes on two quiet cores; around is a guess.
 SECONDS_A_STEP, SECONDS_AROUND = 1.0, 45.0
 
 
 @dataclass(frozen=True)
 class Run:
-    """One arm with one seed."""
+    """One arm with one seed. `budget`: steps of the command, of which a claim's arms and stages take a multiple."""
 
     claim: Claim
     arm: str
     seed: int
-    steps: int
+    budget: int
     data_root: Path
+
+    @property
+    def steps(self) -> int:
+        return max(1, round(self.budget * self.claim.steps)) if self.claim.trained else 0
 
     @property
     def name(self) -> str:
@@ -69,8 +87,19 @@ class Run:
     def key(self) -> str:
         """What makes the numbers, beside the code, as 16 hexadecimal digits."""
         claim = self.claim
-        measures = [sorted(claim.tasks), claim.of_vectors, claim.dims, claim.by_query, claim.instructions]
+        measures: list[Any] = [sorted(claim.tasks), claim.of_vectors, claim.dims, claim.by_query, claim.instructions]
+        if claim.model == "reranker":
+            measures += [claim.first_stages, claim.depth]
+        if claim.stages:
+            measures.append({name: self.stage_key(name) for name in claim.stages})
         text = json.dumps([self.config, measures, data_of(claim, self.data_root)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def stage_key(self, name: str) -> str:
+        """What makes a stage, beside the code, as 16 hexadecimal digits: its config, what it reads."""
+        config, stage = self.claim.stage_config(name, self.budget, self.seed), self.claim.stages[name]
+        read = {other: self.stage_key(other) for other in stages_in(config)}
+        text = json.dumps([stage.command, config, read, data_of(self.claim, self.data_root)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -125,7 +154,7 @@ def lacking(claim: Claim, root: Path) -> str | None:
 def planned(claims: Iterable[Claim], seeds: int, steps: int, root: Path) -> list[Run]:
     """Seed by seed within a claim, so that a stop leaves arms that can be compared."""
     return [
-        Run(claim, arm, seed, max(1, round(steps * claim.steps)) if claim.trained else 0, root)
+        Run(claim, arm, seed, steps, root)
         for claim in claims
         for seed in range(seeds if claim.trained else min(seeds, 1))
         for arm in claim.arms
@@ -172,7 +201,7 @@ class Workers:
         self.threads = max(1, len(os.sched_getaffinity(0)) // jobs)
         self._pool = ThreadPoolExecutor(jobs)
         self._running: set[subprocess.Popen[bytes]] = set()
-        self._lock = threading.Lock()
+        self._lock, self._stages = threading.Lock(), threading.Lock()
         self._ended = False
 
     def __enter__(self) -> Self:
@@ -193,7 +222,7 @@ class Workers:
 
     def _outcome(self, run: Run) -> dict[str, Any] | RunFailed:
         try:
-            return execute(run, self.work, self.command)
+            return execute(run, self.work, self.command, self._stages)
         except RunFailed as error:
             return error
 
@@ -216,8 +245,16 @@ class Workers:
                     self._running.discard(process)
 
 
-def execute(run: Run, work: Path, command: Callable[[Sequence[str], Path], int]) -> dict[str, Any]:
+def execute(
+    run: Run,
+    work: Path,
+    command: Callable[[Sequence[str], Path], int],
+    one_at_a_time: AbstractContextManager[Any] | None = None,
+) -> dict[str, Any]:
     """Trains and measures through the real commands, which `command` runs; the result, also written.
+
+    Args:
+        one_at_a_time: held while stages are made, which other runs may want, too.
 
     Raises:
         RunFailed: a command ended with an error (its output is in the run's folder), or the code changed meanwhile.
@@ -225,24 +262,26 @@ def execute(run: Run, work: Path, command: Callable[[Sequence[str], Path], int])
     folder, code = run.folder(work), code_digest()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    claim, embedder, root = run.claim, folder / "embedder", str(run.data_root)
-    (folder / "config.yaml").write_text(yaml.safe_dump(run.config, sort_keys=False), encoding="utf-8")
-    module = "recipes.train_embedder" if claim.trained else "eval.claims.untrained"
-    training = ["-m", module, "--config", str(folder / "config.yaml")]
-    training += [f"data.root={root}", f"training.output_dir={embedder}", "training.disable_tqdm=true"]
-    measuring = ["-m", "eval.claims.measuring", "--model", str(embedder), "--data-root", root]
+    claim, model, root = run.claim, folder / run.claim.model, str(run.data_root)
+    seconds: dict[str, float] = {}
+    with one_at_a_time or nullcontext():
+        made = make_stages(run, work, command, seconds)
+    config = with_folders(run.config, made)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    module = MODULES[claim.model] if claim.trained else "eval.claims.untrained"
+    training = ["-m", module, "--config", str(folder / "config.yaml"), *paths(config, root, model)]
+    measuring = ["-m", "eval.claims.measuring", "--model", str(model), "--data-root", root]
     measuring += ["--instructions", claim.instructions, "--output", str(folder / "scores.json")]
     measuring += ["--tasks", *claim.tasks]
     measuring += ["--vectors", *claim.of_vectors] if claim.of_vectors else []
     measuring += ["--by-query", *claim.by_query] if claim.by_query else []
     measuring += ["--dims", *map(str, claim.dims)] if claim.dims else []
-    seconds = {}
+    first_stages = with_folders(claim.first_stages, made)
+    if first_stages:
+        measuring += ["--depth", str(claim.depth)]
+        measuring += ["--first-stages", *(f"{name}={found_by}" for name, found_by in first_stages.items())]
     for step, arguments in (("training", training), ("measuring", measuring)):
-        started, log = time.monotonic(), folder / f"{step}.log"
-        if status := command(arguments, log):
-            tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-8:])
-            raise RunFailed(f"{run.name}: exit status {status}, the whole output is in {log}\n{tail}")
-        seconds[step] = round(time.monotonic() - started, 1)
+        seconds[step] = timed(f"{run.name}, {step}", arguments, folder / f"{step}.log", command)
     if code_digest.__wrapped__() != code:
         raise RunFailed(
             f"{run.name}: the code changed while it ran, so nobody knows what made its numbers; start again"
@@ -254,15 +293,62 @@ def execute(run: Run, work: Path, command: Callable[[Sequence[str], Path], int])
     }  # fmt: skip
     run.result(work).parent.mkdir(exist_ok=True)
     write_json(run.result(work), result)
-    shutil.rmtree(embedder)
+    shutil.rmtree(model)
     return result
 
 
-def value(result: Mapping[str, Any], comparison: Comparison) -> float:
-    """The number of a comparison in a result. Raises ConfigError where a task has no such metric."""
+def make_stages(
+    run: Run, work: Path, command: Callable[[Sequence[str], Path], int], seconds: dict[str, float]
+) -> dict[str, Path]:
+    """Makes what is not there of what the claim's stages make. Returns stage -> folder.
+
+    Args:
+        seconds: gets what it took, as `stages`.
+    """
+    made: dict[str, Path] = {}
+    for name, stage in run.claim.stages.items():
+        home = work / "stages" / f"{name}-{run.stage_key(name)}-{code_digest()[:8]}"
+        folder, done = home / "output", home / "done"
+        if not done.exists():
+            home.mkdir(parents=True, exist_ok=True)
+            config = with_folders(run.claim.stage_config(name, run.budget, run.seed), made)
+            if stage.command in WRITES_RECORDS:
+                config = {"root": str(run.data_root), **config, "output": str(folder)}
+            file = home / "config.yaml"
+            file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+            arguments = ["-m", MODULES[stage.command], "--config", str(file)]
+            arguments += [] if stage.command in WRITES_RECORDS else paths(config, str(run.data_root), folder)
+            took = timed(f"{run.name}, stage {name}", arguments, home / "log", command)
+            seconds["stages"] = round(seconds.get("stages", 0.0) + took, 1)
+            done.touch()
+        made[name] = folder
+    return made
+
+
+def paths(config: Mapping[str, Any], root: str, output: Path) -> list[str]:
+    """What a training takes beside its config: the data root, unless a stage made its data, and the output."""
+    own = [] if "root" in config["data"] else [f"data.root={root}"]
+    return [*own, f"training.output_dir={output}", "training.disable_tqdm=true"]
+
+
+def timed(name: str, arguments: Sequence[str], log: Path, command: Callable[[Sequence[str], Path], int]) -> float:
+    """Seconds of a command. Raises RunFailed with the end of its log."""
+    started = time.monotonic()
+    if status := command(arguments, log):
+        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-8:])
+        raise RunFailed(f"{name}: exit status {status}, the whole output is in {log}\n{tail}")
+    return round(time.monotonic() - started, 1)
+
+
+def value(result: Mapping[str, Any], comparison: Comparison, of: str = "") -> float:
+    """The number of a comparison in a result; `of` first_stage: of the candidates as they came in.
+
+    Raises:
+        ConfigError: a task has no such metric.
+    """
     values = []
     for task in comparison.scores:
-        numbers = result["scores"][task]
+        numbers = result["first_stage" if of == FIRST_STAGE else "scores"][task]
         if comparison.metric not in numbers:
             raise ConfigError(f"claim '{result['claim']}': {task} has no metric '{comparison.metric}'; "
                               f"it has {', '.join(sorted(numbers))}")  # fmt: skip
@@ -276,5 +362,6 @@ def estimate(runs: Sequence[Run], done: Sequence[Mapping[str, Any]]) -> float:
     a_step, around = SECONDS_A_STEP, SECONDS_AROUND
     if trained:
         a_step = sum(result["seconds"]["training"] / result["steps"] for result in trained) / len(trained)
-        around = sum(result["seconds"]["measuring"] for result in trained) / len(trained)
+        around = sum(result["seconds"]["measuring"] + result["seconds"].get("stages", 0) for result in trained)
+        around /= len(trained)
     return sum(run.steps * a_step + around for run in runs)

@@ -93,3 +93,45 @@ def test_a_failed_run_does_not_stop_the_others_and_says_where_its_log_is(tmp_pat
     assert "temperature" in shown.err  # what the command said
     (kept,) = (tmp_path / "work/results").iterdir()
     assert json.loads(kept.read_text())["arm"] == "other"
+
+
+RERANKER = """
+paper: "A paper, arXiv 0000.00000"
+sentence: A reranker helps.
+model: reranker
+stages:
+  mined:
+    command: mine
+    config:
+      sources: [{path: mbpp, format: beir, max_examples: 30}]
+      retriever: bm25
+      search: {depth: 5}
+      rules: [top_k]
+      negatives: 1
+base:
+  data: {root: "{mined}", train_group_size: 2, train: [{path: mbpp.jsonl}]}
+  training: {per_device_train_batch_size: 4, warmup_steps: 0}
+arms:
+  sft: {objective: sft}
+first_stages: {bm25: bm25}
+depth: 2
+comparisons:
+  - {arm: sft, than: first_stage, candidates: bm25, task: mbpp}
+"""
+
+
+def test_rerankers_are_trained_on_what_a_stage_mined_and_measured_on_fixed_candidates(tmp_path, capsys):
+    (tmp_path / "claims").mkdir()
+    (tmp_path / "claims" / "a.yaml").write_text(RERANKER)
+    work, table = tmp_path / "work", tmp_path / "page.md"
+    options = ["--seeds", "1", "--budget", "1", "--write", str(table)]
+    assert main(["--claims", str(tmp_path / "claims"), "--work", str(work), *options]) == 0
+    (result,) = [json.loads(path.read_text()) for path in work.glob("results/*.json")]
+    first, ranked = (result[key]["mbpp@bm25"] for key in ("first_stage", "scores"))
+    assert 0 < first["p_at_1"] <= first["ndcg_at_10"] and ranked["ndcg_at_10"] != first["ndcg_at_10"]
+    assert ranked["mrr"] >= first["mrr"] / 2, "the same two candidates in another order"
+    assert len(result["candidates"]["mbpp@bm25"]) == 16 and {"stages", "training", "measuring"} == set(
+        result["seconds"]
+    )
+    assert "mbpp of candidates from bm25" in table.read_text() and "inconclusive: 1 seed" in table.read_text()
+    assert not list((work / "a").rglob("*.safetensors"))

@@ -10,6 +10,7 @@ from mmembed.errors import ConfigError
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "recipes" / "configs" / "embedder").rglob("*.yaml"))
 MINING = sorted((ROOT / "recipes" / "configs" / "mining").rglob("*.yaml"))
+DISTIL = sorted((ROOT / "recipes" / "configs" / "distil").rglob("*.yaml"))  # read in test_distil.py
 RERANKER = sorted((ROOT / "recipes" / "configs" / "reranker").rglob("*.yaml"))  # read in test_train_reranker.py
 GENERATIVE = sorted(
     (ROOT / "recipes" / "configs" / "generative_reranker").rglob("*.yaml")
@@ -28,7 +29,7 @@ FAMILIES = {  # the first part of a name that is in a model's name -> the tiny f
 
 def test_there_are_configs():
     assert len(FILES) >= 8 and MINING and RERANKER and GENERATIVE
-    assert {*FILES, *MINING, *RERANKER, *GENERATIVE} == set((ROOT / "recipes" / "configs").rglob("*.yaml"))
+    assert {*FILES, *MINING, *DISTIL, *RERANKER, *GENERATIVE} == set((ROOT / "recipes" / "configs").rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("file", FILES + RERANKER + GENERATIVE, ids=lambda file: file.stem)

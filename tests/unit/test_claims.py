@@ -7,19 +7,22 @@ import signal
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import yaml
 from sklearn.metrics import roc_auc_score
 
 from eval.claims import page, runs
 from eval.claims.__main__ import about_runs, main, parse
-from eval.claims.declaration import Comparison, merged, read_claim, read_claims
+from eval.claims.declaration import WRITES_RECORDS, Comparison, merged, read_claim, read_claims, with_folders
 from eval.claims.measuring import Remembering, ndcg_by_query
 from eval.claims.runs import Results, Run, RunFailed, Workers, execute, planned
 from eval.claims.verdicts import FAILS, HOLDS, OPEN, RULE, compare, interval, overall, resampled_interval
 from mmembed.config import load_config
+from mmembed.config.blocks import EmbedderConfig, RerankerConfig
 from mmembed.content import Text
 from mmembed.errors import ConfigError, MmembedError
 from mmembed.metrics import pooled_auc
@@ -106,10 +109,145 @@ def test_every_declared_claim_builds_its_arms(tmp_path):
         for arm in claim.arms:
             path = tmp_path / f"{claim.name}-{arm}.json"  # JSON is YAML
             path.write_text(json.dumps(claim.config(arm, steps=7, seed=3)))
-            config = load_config(path)
+            kind = RerankerConfig if claim.model == "reranker" else EmbedderConfig
+            config = load_config(path, (), kind)
             build_objective(config.objective, 256)
             assert config.training.arguments["seed"] == 3
             assert config.training.arguments.get("max_steps") == (7 if claim.trained else None)
+
+
+def test_stages_of_declared_claims_are_configs_of_their_commands(tmp_path):
+    from data_tools.mining.settings import load_mining, load_scoring
+
+    loads = {
+        "mine": load_mining,
+        "score": load_scoring,
+        "embedder": load_config,
+        "reranker": lambda file: load_config(file, (), RerankerConfig),
+    }
+    seen = set()
+    for claim in read_claims():
+        for name, stage in claim.stages.items():
+            config = with_folders(claim.stage_config(name, 7, 3), {other: tmp_path / other for other in claim.stages})
+            config |= {"output": "x"} if stage.command in WRITES_RECORDS else {}
+            file = tmp_path / f"{claim.name}-{name}.json"
+            file.write_text(json.dumps(config))
+            loaded = loads[stage.command](file)
+            if stage.command not in WRITES_RECORDS:
+                assert loaded.training.arguments["max_steps"] == round(7 * stage.steps)
+                assert loaded.training.arguments["seed"] == 3
+            seen.add(stage.command)
+    assert seen == set(loads)
+
+
+RERANKERS = """
+paper: "A paper, arXiv 0000.00000"
+sentence: A reranker helps.
+model: reranker
+stages:
+  mined: {command: mine, config: {sources: [{path: mbpp, format: beir}], negatives: 3}}
+  teacher:
+    command: reranker
+    steps: 2
+    config: {objective: sft, data: {root: "{mined}", train: [{path: mbpp.jsonl}]}}
+  scored:
+    command: score
+    config: {root: "{mined}", sources: [{path: mbpp.jsonl}], teacher: {type: reranker, model: "{teacher}"}}
+base: {data: {root: "{scored}", train: [{path: mbpp.jsonl}]}}
+arms:
+  one: {objective: sft}
+  other: {objective: {type: ranking, loss: infonce}}
+first_stages: {bm25: bm25, taught: "{teacher}"}
+depth: 7
+comparisons:
+  - {arm: one, than: first_stage, candidates: bm25, task: mbpp}
+  - {arm: one, than: other, candidates: taught, task: [mbpp]}
+"""
+
+
+def test_stages_are_made_once_and_their_folders_reach_the_commands(tmp_path):
+    claim = read_claim(declared(tmp_path, RERANKERS))
+    planned_runs = planned([claim], 2, 5, runs.REPOSITORY / "data")
+    asked = []
+
+    def command(arguments, log):
+        asked.append([str(one) for one in arguments])
+        log.write_text("done")
+        if "--output" in arguments:
+            numbers = {"mbpp@bm25": {"ndcg_at_10": 0.5}, "mbpp@taught": {"ndcg_at_10": 0.25}}
+            first = {"mbpp@bm25": {"ndcg_at_10": 0.25}, "mbpp@taught": {"ndcg_at_10": 0.125}}
+            output = Path(arguments[arguments.index("--output") + 1])
+            output.write_text(json.dumps({"scores": numbers, "first_stage": first}))
+            (output.parent / "reranker").mkdir()
+        return 0
+
+    results = [execute(run, tmp_path, command) for run in planned_runs]
+    modules = [arguments[1] for arguments in asked]
+    stages = ["data_tools.mine_negatives", "recipes.train_reranker", "data_tools.score"]
+    arm = ["recipes.train_reranker", "eval.claims.measuring"]
+    assert modules == [*stages, *arm, *arm, *stages[1:], *arm, *arm], "negatives once, the others once a seed"
+    first = yaml.safe_load(Path(asked[3][3]).read_text())
+    made = {folder.name.split("-")[0]: folder / "output" for folder in (tmp_path / "stages").iterdir()}
+    assert first["data"]["root"].startswith(str(tmp_path / "stages" / "scored-"))
+    assert not any(one.startswith("data.root=") for one in asked[3])
+    assert "--depth" in asked[4] and "bm25=bm25" in asked[4] and asked[4][asked[4].index("--depth") + 1] == "7"
+    assert any(re.fullmatch(rf"taught={tmp_path}/stages/teacher-.*/output", one) for one in asked[4])
+    training = yaml.safe_load((made["teacher"].parent / "config.yaml").read_text())
+    assert training["training"]["max_steps"] == 10 and training["data"]["root"] == str(made["mined"])
+    assert "stages" in results[0]["seconds"] and "stages" not in results[1]["seconds"]
+    assert len({run.key for run in planned_runs}) == 4
+    kept = {name: {seed: results[2 * seed + place] for seed in (0, 1)} for place, name in enumerate(("one", "other"))}
+    first_stage, arms = page.found(claim, kept).outcomes
+    assert first_stage.difference == pytest.approx(0.25) and arms.difference == 0
+    page.write(tmp_path / "claims.md", [page.found(claim, kept)], [])
+    text = (tmp_path / "claims.md").read_text()
+    assert "| mbpp of candidates from bm25, ndcg_at_10 | one | 0.5000 | first_stage | 0.2500 | higher |" in text
+    assert "| scored | `data_tools.score` | `{root: '{mined}'" in text
+
+
+def test_a_stage_that_failed_is_made_again(tmp_path):
+    claim = read_claim(declared(tmp_path, RERANKERS))
+    (run, *_) = planned([claim], 1, 5, runs.REPOSITORY / "data")
+    asked = []
+
+    def breaks(arguments, log):
+        asked.append(arguments[1])
+        log.write_text("no memory")
+        return 1 if arguments[1] == "data_tools.score" else 0
+
+    for expected in (stages := ["data_tools.mine_negatives", "recipes.train_reranker", "data_tools.score"], stages[2:]):
+        asked.clear()
+        with pytest.raises(RunFailed, match="stage scored: exit status 1") as failed:
+            execute(run, tmp_path, breaks)
+        assert asked == expected and "no memory" in str(failed.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            'model: "{teacher}"}',
+            'model: "{teachr}"}',
+            "stages.scored: no stage 'teachr' is made before it; did you mean",
+        ),
+        ('root: "{scored}"', 'root: "{scord}"', "base: no stage 'scord' is made before it; did you mean 'scored'"),
+        ("bm25: bm25", "bm25: bm52", "first_stages.bm25: 'bm52'; give bm25, mmembed-nano or {stage}"),
+        ("candidates: bm25", "candidates: bm52", "candidates 'bm52' of rerankers; did you mean 'bm25'"),
+        ("candidates: bm25, ", "", "candidates 'None' of rerankers"),
+        ("candidates: bm25", "candidates: bm25, dim: 8", "are of vectors, and rerankers have none"),
+        ("model: reranker\n", "model: reranker\ntrained: false\n", "rerankers are measured after training"),
+        ("command: score", "command: scor", "stages.scored.command"),
+    ],
+)
+def test_rerankers_and_stages_that_cannot_be_are_refused(tmp_path, old, new, message):
+    assert old in RERANKERS
+    with pytest.raises(ConfigError, match=r"thing\.yaml") as refused:
+        read_claim(declared(tmp_path, RERANKERS.replace(old, new)))
+    assert message in str(refused.value)
+    with pytest.raises(ConfigError, match="first_stages and depth have no effect on embedders"):
+        read_claim(declared(tmp_path, CLAIM + "depth: 3"))
+    with pytest.raises(ConfigError, match="than: first_stage are of rerankers"):
+        read_claim(declared(tmp_path, CLAIM.replace("than: other", "than: first_stage")))
 
 
 def test_a_misspelt_claim_names_the_nearest(capsys):
@@ -158,7 +296,7 @@ def test_a_result_is_valid_while_config_code_and_data_agree(one_run, tmp_path, m
     path.parent.mkdir()
     path.write_text(json.dumps({"key": one_run.key, "code": runs.code_digest()}))
     assert is_kept(one_run)
-    longer = replace(one_run, steps=3)
+    longer = replace(one_run, budget=3)
     assert not is_kept(longer)
     monkeypatch.setattr(runs, "fingerprint", lambda folder: "other data")
     assert not is_kept(replace(one_run))

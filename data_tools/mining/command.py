@@ -1,0 +1,135 @@
+"""What the commands that write records share: arguments, exit status, the lock of an output folder, whole files."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import logging
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+from mmembed.arguments import Parser
+from mmembed.errors import MmembedError
+
+if TYPE_CHECKING:
+    from data_tools.mining.settings import MiningSource, RecordsConfig
+
+C = TypeVar("C", bound="RecordsConfig")
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def parse(module: str, doc: str | None, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """`config` and `overrides` of a command."""
+    parser = Parser(prog=f"python -m {module}", description=(doc or "").splitlines()[0])
+    parser.add_argument("--config", required=True, help="YAML file, as in recipes/configs/mining")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the config; they win over the file")
+    return parser.parse_intermixed_args(arguments)
+
+
+def carry_out(load: Callable[[], C], work: Callable[[C, Path], str]) -> int:
+    """Loads a config, holds its output folder and prints what `work` returns. 0, 2 refused, 130 stopped."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    handler = logging.StreamHandler()
+    handler.setFormatter(OwnKeys("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    try:
+        config = load()
+        output = Path(config.output)
+        try:
+            with only_one(output):
+                print(work(config, output))
+        except OSError as error:
+            if error.errno in _FORBIDDEN:
+                raise MmembedError(f"{error.filename or output}: {error.strerror}; correct its rights") from error
+            if error.errno not in _FULL:
+                raise
+            raise MmembedError(
+                f"{error.filename or output}: cannot be written ({error.strerror}); what is complete is kept: free "
+                "disk space there, then the same command goes on"
+            ) from error
+    except MmembedError as error:
+        print(f"error: {own_keys(str(error))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def write_lines(file: Path, lines: Iterable[bytes]) -> None:
+    """A file that is there whole, or not."""
+    from mmembed.staging import staging
+
+    with staging(file) as staged:
+        with staged.open("wb") as output:
+            output.writelines(lines)
+            output.flush()
+            os.fsync(output.fileno())
+        os.replace(staged, file)
+
+
+@contextmanager
+def only_one(output: Path) -> Iterator[None]:
+    """Holds the output folder. The system frees the lock of a process that died.
+
+    Raises:
+        MmembedError: another process works there.
+    """
+    from filelock import FileLock, Timeout
+
+    output.mkdir(parents=True, exist_ok=True)
+    owner = output / ".owner"
+    lock = FileLock(output / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        who = owner.read_text(encoding="utf-8").strip() if owner.exists() else "another process"
+        raise MmembedError(f"{output}: {who} works there; wait for its end, or choose another output") from None
+    try:
+        owner.write_text(f"process {os.getpid()} on {os.uname().nodename}\n", encoding="utf-8")
+        yield
+    finally:
+        lock.release()
+
+
+def training_overrides(config: RecordsConfig, output: Path, media: list[str]) -> list[str]:
+    """What to train with: the overrides that name these records and the folder of their media."""
+    sources = ", ".join(_source(source) for source in config.sources)
+    overrides = [f"data.root={output.absolute()}", f"data.train=[{sources}]"]
+    if media:
+        overrides.append(f"data.media_root={os.path.commonpath([str(Path(file).parent) for file in media])}")
+    return [f"train on them with: {shlex.join(overrides)}"]
+
+
+def _source(source: MiningSource) -> str:
+    """As training reads it: instructions of queries stand in the records, that of documents does not."""
+    if source.document_instruction is None:
+        return f"{{path: {source.file}.jsonl}}"
+    instruction = json.dumps(source.document_instruction, ensure_ascii=False)
+    return f"{{path: {source.file}.jsonl, document_instruction: {instruction}}}"
+
+
+def own_keys(message: str) -> str:
+    """A message of parts that training shares, with the keys that a config of mining has."""
+    message = re.sub(r"(?<![\w./-])data\.(on_bad_record|media_limits|media_root|root)\b", r"\1", message)
+    return re.sub(r" \(--[\w-]+ of a command, MediaLimits in Python\)", "", message)
+
+
+class OwnKeys(logging.Formatter):
+    """Of warnings that those parts give."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return own_keys(super().format(record))
+
+
+def stop(*_: Any) -> NoReturn:
+    raise KeyboardInterrupt
