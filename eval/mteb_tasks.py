@@ -122,6 +122,8 @@ class Retrieval(_Local, AbsTaskRetrieval):
         judged = self.some({query: judgements for query, judgements in self._qrels().items() if query in queries})
         texts = {key: {"_id": key, "text": query.get(row.query_column, ""), "image": query.get("image")}
                  for key, query in queries.items()}  # fmt: skip
+        if row.query_picture:
+            judged = self.some(self._with_pictures(judged, texts, documents))
         if row.document_text is not None:
             documents = {key: {"_id": key, "text": pictures[document["image"]][row.document_text]}
                          for key, document in documents.items()}  # fmt: skip
@@ -165,6 +167,17 @@ class Retrieval(_Local, AbsTaskRetrieval):
             rank = int(row.argmax()) + 1 if (row > 0).any() else None
             self.rankings[query] = {"text": texts[query], "top": best, "relevant": relevant, "rank": rank}
         return {"ndcg_exp_at_10": float(metrics.ndcg_at_k(ranked, judged, 10, gain="exponential").mean())}
+
+    def _with_pictures(
+        self, judged: dict[str, dict[str, int]], queries: dict[str, Any], documents: dict[str, Any]
+    ) -> dict[str, dict[str, int]]:
+        """The judgements of queries that have a document with a picture, which the query gets."""
+        kept = {}
+        for query, judgements in judged.items():
+            own = [documents[key].get("image") for key, relevance in judgements.items() if relevance > 0]
+            if own and own[0]:
+                queries[query]["image"], kept[query] = own[0], judgements
+        return kept
 
     def _pictures(self) -> dict[str, dict[str, Any]]:
         """image id -> its row of the picture table. Empty where the task sees no picture."""

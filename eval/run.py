@@ -121,6 +121,8 @@ def evaluate(options: argparse.Namespace, rows: Sequence[Row]) -> dict[str, Any]
     names = [row.name for row in rows]
     models = [load(name, options, names) for name in (*options.model, *usual_baselines(options, rows))]
     first = load(options.first_stage, options, names) if options.first_stage else None
+    if first is None and any(model.reranks for model in models) and any(row.kind == "retrieval" for row in rows):
+        print("rerankers leave retrieval tasks out: --first-stage finds what they order", file=sys.stderr)
     results: dict[str, Any] = {
         "benchmark": options.benchmark, "split": options.split,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -45,6 +45,7 @@ class Row:
         query_column: column of queries.jsonl that is the query's text.
         document_text: column of images.parquet that stands in for the picture, so that a text model can take part.
         reverse: queries become documents and documents queries (image to text from a text to image set).
+        query_picture: a query gets the picture of its document, which is given without it; those without are left out.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Row:
     query_column: str = "text"
     document_text: str | None = None
     reverse: bool = False
+    query_picture: bool = False
 
     @property
     def main_score(self) -> str:
@@ -71,6 +73,8 @@ class Row:
     @property
     def group(self) -> str:
         """The average that the task belongs to: `text retrieval`, `image retrieval`, ..."""
+        if self.query_picture:
+            return "retrieval by text with picture"
         if self.document_text is not None:
             return "retrieval of descriptions"
         elsewhere = "" if "en" in self.languages else ", other languages"
@@ -128,6 +132,12 @@ ROWS: tuple[Row, ...] = (
         where={"kind": "intro"}),
     Row("recipes/photo", "recipes", "retrieval", "Given a photograph of a dish, retrieve its recipe", category="i2t",
         where={"kind": "photo"}),
+    Row("recipes/photo-and-intro", "recipes", "retrieval",
+        "Given a photograph and a description of a dish, retrieve its recipe", category="it2t", where={"kind": "intro"},
+        query_picture=True),
+    Row("openstax-figures/picture-and-caption", "openstax-figures", "retrieval",
+        "Given a picture and its caption, retrieve the description of the picture", category="it2t",
+        where={"kind": "caption"}, document_text="alt", query_picture=True),
     # --- the same sets with a text in the picture's place: what the picture's description is worth to a text model --
     Row("openstax-figures/caption-to-alt", "openstax-figures", "retrieval", "Given a caption, retrieve the description",
         where={"kind": "caption"}, document_text="alt"),

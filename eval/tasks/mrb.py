@@ -73,11 +73,12 @@ SETS: tuple[Set, ...] = (
     *_sets("IT→IT", "OVENIT2ITRetrieval", "EncyclopediaVQAIT2ITRetrieval", "InfoSeekIT2ITRetrieval"),
 )  # fmt: skip
 
-# Rows of the local benchmark; of pictures whose queries are pictures with a text there is none that gives nothing away.
+# Rows of the local benchmark. None has pictures as queries and documents without the query's own among them.
 STAND_INS: Mapping[str, tuple[str, ...]] = {
     "T→T": ("squad-en", "xquad/en", "medquad", "mbpp", "tldr-commands/en", "openstax-glossary", "dbpedia-entity"),
     "T→I": ("openstax-figures", "story-pages/en", "noto-emoji/en"),
     "T→VD": ("squad-pages", "tech-figures", "vega-charts"),
     "I→T": ("openstax-figures/image-to-text", "recipes/photo"),
     "T→IT": ("recipes",),
+    "IT→T": ("openstax-figures/picture-and-caption", "recipes/photo-and-intro"),
 }

@@ -93,6 +93,7 @@ def test_eval_run_takes_a_reranker(reranker, judge, data_root, tmp_path, capsys)
     assert results["models"][name]["kind"] == "reranker" and results["models"][name]["head"] == "yes_no"
     scores = {task: entry["scores"][name] for task, entry in results["tasks"].items()}
     assert scores["mbpp"] is None and scores["vega-charts"] is None, "nothing was found that could be ordered"
+    assert "rerankers leave retrieval tasks out: --first-stage" in capsys.readouterr().err
     pool = loaded("dbpedia-entity/judged", data_root)["relevant_docs"]
     expected = trec(*scored(judge, "dbpedia-entity/judged", data_root, pool))
     for key, other in (("ndcg_at_10", "ndcg_at_10"), ("map_at_1000", "map")):

@@ -1,5 +1,6 @@
 """The local benchmark: mteb's numbers against our own metrics, BM25 against loops and known numbers, the command."""
 
+import io
 import json
 import math
 from collections import Counter
@@ -8,6 +9,7 @@ from pathlib import Path
 import mteb
 import numpy as np
 import PIL.Image
+import pyarrow.parquet
 import pytest
 
 from eval import run
@@ -124,6 +126,33 @@ def test_sides_modalities_and_instructions_reach_the_model():
     trigrams, model = encoder()
     evaluate(model, "stsb-en")
     assert [role for role, _, _ in trigrams.calls] == ["query", "query"]
+
+
+def test_a_query_brings_the_picture_of_its_document_which_comes_without():
+    trigrams, model = encoder()
+    evaluate(model, "recipes/photo-and-intro")
+    (_, instruction, queries), (_, _, documents) = trigrams.calls
+    assert instruction == row("recipes/photo-and-intro").instruction
+    assert len(queries) == 16 and len(documents) == 274
+    assert all([type(part) for part in content] == [Image, Text] for content in queries)
+    assert all([type(part) for part in content] == [Text] for content in documents)
+
+    task = build_task(row("openstax-figures/picture-and-caption"), DATA, "dev")
+    task.load_data()
+    data = task.dataset["default"]["dev"]
+    corpus = {line["_id"]: line for line in read_jsonl(DATA / "openstax-figures/corpus.jsonl")}
+    shown = {line["image_id"]: line for line in _images("openstax-figures")}
+    assert len(data["queries"]) == 110 and data["corpus"].column_names == ["id", "text"]
+    for one in data["queries"].select(range(3)):
+        (own,) = data["relevant_docs"][one["id"]]
+        expected = PIL.Image.open(io.BytesIO(shown[corpus[own]["image"]]["image"]["bytes"]))
+        assert one["image"].tobytes() == expected.tobytes()
+        (alt,) = [line["text"] for line in data["corpus"] if line["id"] == own]
+        assert alt == shown[corpus[own]["image"]]["alt"]
+
+
+def _images(folder):
+    return pyarrow.parquet.read_table(DATA / folder / "images.parquet").to_pylist()
 
 
 def test_a_blank_text_of_a_task_is_a_content_that_can_be_encoded():
