@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import PIL.Image
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from mmembed.backbones import Family, Layout
 from mmembed.backbones.shared_prefix import Prefix
@@ -601,6 +600,8 @@ def check_generation(processor: Any, model_type: str) -> None:
             f"model.name_or_path: the backbone '{model_type}' has no chat template; start from an instruction-tuned "
             "model, whose tokenizer brings one"
         )
+    from transformers import PreTrainedTokenizerBase
+
     multimodal = not isinstance(processor, PreTrainedTokenizerBase)
     turns: list[dict[str, Any]] = [
         {"role": role, "content": [{"type": "text", "text": text}] if multimodal else text}

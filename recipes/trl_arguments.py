@@ -62,6 +62,7 @@ def training_arguments(config: GenerativeConfig) -> Any:
     except ImportError as error:
         raise ConfigError(f"answers in words are trained with trl ({error}): pip install 'mmembed[train]'") from error
     import torch
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     from mmembed.training.preflight import check_scheduler, check_tracker
 
@@ -94,6 +95,7 @@ def training_arguments(config: GenerativeConfig) -> Any:
         args = kind(**{"report_to": "none", "max_length": None, **given})
     except (ValueError, TypeError) as error:
         raise ConfigError(f"training: {error}") from error
+    unset_hf_deepspeed_config()  # otherwise what is loaded from here on would be divided at once, outlines too
     losses = args.loss_type if config.method.type == "dpo" else [args.loss_type]
     for loss in losses:
         if loss not in LOSSES[config.method.type]:

@@ -258,7 +258,9 @@ class Estimate:
             return kept, working
         tied: Any = self.model.base.get_input_embeddings()
         size = torch.empty((), dtype=self.autocast or self.model.dtype).element_size()
-        predicting, before = output.memory(tokens + chunk.saved_tokens, tied.weight, size)
+        tail = chunk.rows[0].tail
+        predicted = tokens + chunk.saved_tokens if tail is None else tail.predicted  # of a list its answer alone
+        predicting, before = output.memory(predicted, tied.weight, size)
         return kept + predicting, max(working, before)
 
     def graph(self, checkpointing: bool) -> Graph:

@@ -14,7 +14,9 @@ from mmembed.config.generative import GenerativeConfig
 from mmembed.errors import CheckpointError, MmembedError
 from recipes.train_generative_reranker import main, train
 from recipes.trl_arguments import training_arguments
+from tests.runs import launch
 
+RECIPE = "recipes/train_generative_reranker.py"
 DOCUMENTS = ["a red bus in the town", "the dog slept", "photosynthesis turns sunlight into sugar"]
 
 
@@ -319,6 +321,24 @@ def test_folders_are_told_apart(config_file, tmp_path, backbone, capsys):
         ListwiseReranker.from_pretrained(backbone)
     assert main(["--config", str(config_file), f"model.name_or_path={tmp_path / 'out'}"]) == 2
     assert "brings a trained adapter, which goes on; remove the block" in capsys.readouterr().err
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("strategy", ["zero3"])  # ddp, zero2 and fsdp2 give the same losses, docs/log.md
+def test_two_processes_train_as_one(config_file, tmp_path, strategy):
+    """By `accelerate launch`, on halves of the same batches; the adapter is saved whole."""
+    losses = []
+    for name, rows in ((None, 4), (strategy, 2)):
+        out = tmp_path / str(name)
+        options = [f"training.output_dir={out}", f"training.per_device_train_batch_size={rows}"]
+        command = ["--config", str(config_file), *options]
+        assert main(command) == 0 if name is None else launch(name, *command, command=RECIPE)
+        history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+        losses.append([entry["loss"] for entry in history if "loss" in entry])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3) and len(losses[0]) == 3
+    adapters = [load_file(tmp_path / str(name) / "adapter_model.safetensors") for name in (None, strategy)]
+    assert {name: one.shape for name, one in adapters[0].items()} == {n: one.shape for n, one in adapters[1].items()}
+    assert sorted(ListwiseReranker.from_pretrained(out, device="cpu").rank("bus", DOCUMENTS)) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

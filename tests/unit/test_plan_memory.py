@@ -1,6 +1,8 @@
 """What a plan says of memory, against judges that know nothing of it: autograd's own hooks on a real model, the real
 optimizer's state, the real 4-bit weights."""
 
+import json
+
 import bitsandbytes
 import pytest
 import torch
@@ -13,12 +15,13 @@ from mmembed.config.blocks import RerankerConfig
 from mmembed.content import to_content
 from mmembed.data.collate import plan_chunks
 from mmembed.models.embedding_model import build_embedding_model
-from mmembed.plan import read_size
+from mmembed.plan import plan_run, read_size
 from mmembed.preprocess import Item
 from mmembed.training.batch_report import count_visual
 from mmembed.training.estimate import outline
 from mmembed.training.memory import measure_chunk, measure_vision, optimizer_bytes, prefix_copies
 from mmembed.training.optimizers import Lion
+from tests.runs import build_trainer
 
 LORA = {"type": "lora", "r": 4, "alpha": 8, "dropout": 0.1}
 
@@ -132,6 +135,28 @@ def test_pairs_of_a_reranker_keep_what_autograd_saves(family_folder, family, hea
     assert logits.shape == (6, bare.embedding_size) and logits.requires_grad
     assert chunk.saved_tokens > 0 or family == "gemma3"
     assert found == pytest.approx(saved.bytes, rel=0.1)
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_lists_of_an_in_context_reranker_keep_what_autograd_saves(family_folder, tmp_path, layer):
+    text = "Photosynthesis turns sunlight, water and carbon dioxide into sugar. " * 2
+    listed = [{"content": f"{at} {text}", "relevance": int(not at)} for at in range(8)]
+    records = [{"query": f"what is sugar {at}?", "documents": listed} for at in range(4)]
+    (tmp_path / "lists.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    config = build_config({
+        "model": {"name_or_path": str(family_folder("qwen3")), "dtype": "float32"}, "adapter": LORA,
+        "head": {"type": "attention", "layer": layer, "offset": 512}, "prompt": "in_context",
+        "objective": [{"type": "answer"}, {"type": "ranking", "loss": "infonce"}],
+        "data": {"train": [{"path": str(tmp_path / "lists.jsonl")}], "train_group_size": 8},
+        "training": {"per_device_train_batch_size": 2, "max_steps": 1, "output_dir": str(tmp_path / "out")},
+    }, kind=RerankerConfig)  # fmt: skip
+    trainer, plan = build_trainer(config), plan_run(config, sample=1)
+    batch = trainer.collator([trainer.train_dataset[draw] for draw in next(iter(trainer.plan))])
+    model = trainer.model.train()
+    with Saved(model) as saved:
+        logits = [model.model(chunk.inputs(trainer.preprocessor)) for chunk in batch.chunks]
+    assert sum(len(one.vectors) for one in logits) == 16
+    assert plan.stages[0].activations == pytest.approx(saved.bytes, rel=0.1)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
