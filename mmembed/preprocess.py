@@ -589,28 +589,41 @@ def check_template(prompt: PromptStyle, processor: Any, model_type: str) -> None
             "choose the style plain or instruct"
         )
     if chats and prompt.reads_pairs:
-        check_generation(processor, model_type)
+        check_generation(processor, model_type, system=bool(prompt.system))
 
 
-def check_generation(processor: Any, model_type: str) -> None:
-    """Raises ConfigError where the backbone has no chat template, or one that leaves no place for the answer: what
-    came next would be the assistant's header, not what the assistant says."""
+def check_generation(processor: Any, model_type: str, system: bool = True) -> None:
+    """Raises ConfigError where the backbone has no chat template, or one that leaves no place for the answer (what
+    came next would be the assistant's header, not what the assistant says), or refuses the turns.
+
+    Args:
+        system: whether a system turn comes first.
+    """
     if processor.chat_template is None:
         raise ConfigError(
             f"model.name_or_path: the backbone '{model_type}' has no chat template; start from an instruction-tuned "
             "model, whose tokenizer brings one"
         )
+    from jinja2 import TemplateError
     from transformers import PreTrainedTokenizerBase
 
     multimodal = not isinstance(processor, PreTrainedTokenizerBase)
     turns: list[dict[str, Any]] = [
         {"role": role, "content": [{"type": "text", "text": text}] if multimodal else text}
-        for role, text in (("user", "question"), ("assistant", "ANSWER"))
-    ]
-    closed, asked = (
-        processor.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=one) for one in (False, True)
-    )
-    whole = processor.apply_chat_template(turns, tokenize=False)
+        for role, text in (("system", "task"), ("user", "question"), ("assistant", "ANSWER"))
+    ][not system :]
+    try:
+        closed, asked = (
+            processor.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=one)
+            for one in (False, True)
+        )
+        whole = processor.apply_chat_template(turns, tokenize=False)
+    except TemplateError as error:
+        refused = "a system turn, a question and an answer" if system else "a question and an answer"
+        raise ConfigError(
+            f"model.name_or_path: the chat template of '{model_type}' refuses {refused} ({error}); start from another "
+            "model, or give its folder a template that takes them"
+        ) from None
     header = whole.removeprefix(asked).partition("ANSWER")[0]
     if closed == asked and header.strip():  # templates without a header (Mistral's) write the answer next
         raise ConfigError(

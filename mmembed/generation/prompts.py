@@ -77,8 +77,7 @@ class Writer:
         parts: list[str | Image] = [f"<Instruct>: {self._told(instruction)}\n<Query>: ", *asked]
         parts.append(f"\nThe {len(documents)} documents:\n")
         for number, document in enumerate(documents, start=1):
-            shown = self._cut(document, self.lengths.document_max_length, cuts)
-            parts += [f"[{number}] ", *(_REFERENCE.sub(r"(\1)", one) if isinstance(one, str) else one for one in shown)]
+            parts += [f"[{number}] ", *self._cut(document, self.lengths.document_max_length, cuts, numbered=True)]
             parts.append("\n")
         texts = [one for one in asked if isinstance(one, str)]  # a picture is shown once
         again = f"<Query>: {' '.join(texts)}\n" if texts else ""
@@ -109,13 +108,17 @@ class Writer:
     def _told(self, instruction: str | None) -> str:
         return broken_up(instruction or INSTRUCTION, self._control)
 
-    def _cut(self, content: Content, limit: int, cuts: list[Cut]) -> list[str | Image]:
-        """The texts of a content, control tokens broken up and cut to `limit` tokens together, and its pictures."""
+    def _cut(self, content: Content, limit: int, cuts: list[Cut], numbered: bool = False) -> list[str | Image]:
+        """The texts of a content, control tokens broken up and cut to `limit` tokens together, and its pictures.
+
+        Args:
+            numbered: it stands among numbers in brackets, and has none of its own.
+        """
         found: list[str | Image] = []
         tokens = kept = 0
         for part in _merged(content):
             if isinstance(part, str):
-                text = broken_up(part, self._control)
+                text = broken_up(_REFERENCE.sub(r"(\1)", part) if numbered else part, self._control)
                 encoding = self.family.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
                 left = max(0, limit - kept)
                 tokens, kept = tokens + len(encoding), kept + min(left, len(encoding))

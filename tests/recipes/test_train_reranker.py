@@ -236,7 +236,7 @@ def test_backbones_without_what_a_head_reads_are_refused(config_file, backbone, 
     from safetensors.torch import save_file
 
     nowhere = "data.train=[{path: nowhere.jsonl}]"  # would be the next error
-    for name in ("bare", "headless", "mute"):
+    for name in ("bare", "headless", "mute", "strict"):
         shutil.copytree(backbone, tmp_path / name)
     weights = load_file(tmp_path / "bare" / "model.safetensors")
     kept = {name: one for name, one in weights.items() if "lm_head" not in name}
@@ -247,6 +247,9 @@ def test_backbones_without_what_a_head_reads_are_refused(config_file, backbone, 
     template = tmp_path / "headless" / "chat_template.jinja"
     template.write_text(template.read_text().split("{%- if add_generation_prompt")[0])
     (tmp_path / "mute" / "chat_template.jinja").unlink()
+    strict = tmp_path / "strict" / "chat_template.jinja"  # as Gemma 2's
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    strict.write_text(refusal + strict.read_text())
     embed = ["pooling=mean", f"training.output_dir={tmp_path / 'embedder'}", "training.max_steps=1"]
     embedder = tmp_path / "embedder.yaml"
     lines = [
@@ -259,12 +262,16 @@ def test_backbones_without_what_a_head_reads_are_refused(config_file, backbone, 
         ("bare", "head 'yes_no': .*does not tie its output embedding to the input's, and holds 0 tensors"),
         ("headless", "the chat template of 'qwen3_vl' leaves no place for an answer"),
         ("mute", "has no chat template"),
+        ("strict", "refuses a system turn, a question and an answer .no system."),
         ("embedder", "model.name_or_path: '.*embedder' is an embedder; go on with it by recipes/train_embedder.py"),
     ):
         assert main(["--config", str(config_file), f"model.name_or_path={tmp_path / name}", nowhere]) == 2
         assert re.search(message, capsys.readouterr().err), name
     assert main(["--config", str(config_file), f"model.name_or_path={tmp_path / 'bare'}", "head=linear", nowhere]) == 2
     assert "there is no" in capsys.readouterr().err  # a fresh row needs none
+    quiet = ["prompt={type: judge, words: [a, b], system: ''}", nowhere]
+    assert main(["--config", str(config_file), f"model.name_or_path={tmp_path / 'strict'}", *quiet]) == 2
+    assert "there is no" in capsys.readouterr().err  # without a system turn it takes them
 
 
 def test_embedders_and_rerankers_are_told_apart(config_file, tmp_path, backbone):
