@@ -97,15 +97,19 @@ def results_beside(path: Path) -> Path:
 def written(findings: Sequence[Finding], about: Sequence[str], folder: str) -> str:
     """The page as Markdown; plots lie in `folder`."""
     measured = [finding for finding in findings if any(outcome.arm for outcome in finding.outcomes)]
-    waiting = [finding.claim for finding in findings if finding not in measured]
+    waiting = [
+        (finding.claim, missing)
+        for finding in findings
+        if (missing := [arm for arm in finding.claim.arms if not finding.results.get(arm)])
+    ]
     parts = [INTRO, "## Results\n"]
     parts.append(_summary(measured, about) if measured else "No run was made yet: there are no numbers here.\n")
     parts.append(f"## The rule of the verdicts\n\n{RULE}\n")
     parts += [_section(finding, folder) for finding in measured]
     if waiting:
-        lines = [f"- `{claim.name}` ({claim.paper}): {claim.sentence}" for claim in waiting]
-        only = f"`python -m eval.claims --only {' '.join(claim.name for claim in waiting)}`, with the options above"
-        parts.append(f"## Declared, not measured\n\nTo measure them: {only}.\n\n" + "\n".join(lines) + "\n")
+        lines = [f"- `{claim.name}` ({claim.paper}), {', '.join(arms)}: {claim.sentence}" for claim, arms in waiting]
+        parts.append("## Declared, not measured\n\nThese arms have no run yet. The command above with `--any-code` "
+                     "measures them, and makes no run again that is there.\n\n" + "\n".join(lines) + "\n")  # fmt: skip
     return "\n".join(parts)
 
 

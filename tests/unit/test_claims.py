@@ -489,6 +489,7 @@ def test_the_page_shows_means_interval_verdict_and_plot(tmp_path):
     low, high = interval([0.2, 0.19, 0.19])
     assert "| mbpp, ndcg_at_10 | one | 0.5500 | other | 0.3567 | higher |" in text
     assert f"+0.1933 ({low:+.4f} to {high:+.4f}) | 3 | holds" in text
+    assert "## Declared, not measured" in text and "- `thing` (A paper, arXiv 0000.00000), one, other: One" in text
     assert "6 runs, 3.0 hours" in text and "- Code c0de: thing." in text and "- Command: `x`" in text
     assert "- Seeds 0, 1, 2; 9 to 36 steps a run.\n- Data: mbpp da7a.\n" in text  # of what is on the page
     assert (tmp_path / "claims" / "thing.svg").read_text().count("<circle") == 6
