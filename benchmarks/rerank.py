@@ -341,9 +341,9 @@ class Collection:
     def nearest(self, text: str, count: int) -> list[str]:
         """The documents with the highest scores, best first."""
         scores: dict[int, float] = defaultdict(float)
-        for word in set(_words(text)):
+        for word, times in Counter(_words(text)).items():
             found = self.postings.get(word, [])
-            rarity = math.log(1 + (len(self.documents) - len(found) + 0.5) / (len(found) + 0.5))
+            rarity = times * math.log(1 + (len(self.documents) - len(found) + 0.5) / (len(found) + 0.5))
             for row, weight in found:
                 scores[row] += rarity * weight
         best = sorted(range(len(self.documents)), key=lambda row: (-scores.get(row, 0.0), row))[:count]

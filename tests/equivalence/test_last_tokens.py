@@ -18,6 +18,8 @@ from mmembed.backbones.layers import decoder_of
 from mmembed.content import Image, to_content
 from mmembed.data.collate import plan_chunks
 from mmembed.inference.cpu import accelerate
+from mmembed.inference.decoder import fuse_layers
+from mmembed.inference.elementwise import Quick, accelerate_elementwise
 from mmembed.preprocess import Item, Row
 from tests.equivalence.layouts import INSTRUCTION, LORA, built
 from tests.equivalence.toy import gradients, relative
@@ -30,7 +32,7 @@ def last_layer(model):
     return decoder_of(model.base).layers[-1]
 
 
-def watch(model, monkeypatch):
+def watch(model):
     """A list of the tokens that go through the last layer's feed-forward."""
     tokens = []
     last_layer(model).mlp.register_forward_pre_hook(lambda module, given: tokens.append(given[0].shape[:2].numel()))
@@ -38,13 +40,13 @@ def watch(model, monkeypatch):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_families(family_folder, name, monkeypatch):
+def test_families(family_folder, name):
     """Text, and image behind the instruction; alone, behind a shared prefix and behind one that is known; with the
     stock kernels and those of inference."""
     model, preprocessor = built(family_folder(name), prompt="instruct", pooling="last_token")
     whole, follows = copy.deepcopy(model), name in FOLLOWING
     assert isinstance(last_layer(model), LastLayer) == follows and not isinstance(last_layer(whole), LastLayer)
-    tokens = watch(model, monkeypatch)
+    tokens = watch(model)
     items = [Item(to_content(content), "query", INSTRUCTION) for content in contents(name)]
     for has_images in (False, True):
         part = [item for item in items if any(isinstance(piece, Image) for piece in item.content) == has_images]
@@ -97,16 +99,30 @@ def test_gradients_of_any_rows(family_folder, lengths, prefix, known, checkpoint
     assert relative(gradients(model), gradients(whole)) < 1e-5
 
 
+def test_fused_layers():
+    """The layers for matrix units, which are put before the class of ours, in bfloat16."""
+    model, preprocessor = built("mmembed-nano", dtype="bfloat16", pooling="last_token")
+    whole = copy.deepcopy(model)
+    accelerate_elementwise(model.backbone, fused=True)
+    fuse_layers(model.backbone)
+    assert isinstance(last_layer(model), Quick) and isinstance(last_layer(model), LastLayer)
+    tokens = watch(model)
+    rows = preprocessor.tokenize([Item(to_content("red buses " * count)) for count in (3, 40, 7)])
+    with torch.inference_mode():
+        found, expected = (one(preprocessor.collate(rows)).vectors for one in (model, whole))
+    assert tokens == [3] and torch.allclose(found, expected, atol=1e-2)
+
+
 def test_known_decoders_are_those_tested():
     assert {*KNOWN} == {"qwen2", "qwen3", "llama", "mistral", "qwen3_vl_text"}
 
 
-def test_what_reads_more_than_the_last_tokens_gets_whole_layers(family_folder, monkeypatch):
+def test_what_reads_more_than_the_last_tokens_gets_whole_layers(family_folder):
     """Vectors of lower layers, and other poolings; a cut backbone ends in another layer, which follows then."""
     folder = family_folder("qwen3")
     model, preprocessor = built(folder, pooling="last_token")
     inputs = preprocessor.collate([Row(list(range(10, 10 + length))) for length in (9, 4)])
-    tokens = watch(model, monkeypatch)
+    tokens = watch(model)
     with torch.no_grad():
         alone = model(inputs)
         assert tokens == [2]

@@ -17,7 +17,8 @@ from mmembed.content import Document, Example, Image, Text, to_content
 from mmembed.data.collate import plan_chunks
 from mmembed.errors import MmembedError
 from mmembed.inference.cpu import _blocked_attention, accelerate
-from mmembed.models.embedding_model import EmbedderSettings, build_from_settings
+from mmembed.inference.embedder import KEPT_PREFIXES
+from mmembed.models.embedding_model import EmbedderSettings, EmbeddingModel, build_from_settings
 from mmembed.preprocess import Item, Row
 from tests.equivalence.layouts import (
     ALL_AT_ONCE,
@@ -30,6 +31,7 @@ from tests.equivalence.layouts import (
     built,
     cached,
     gradient,
+    watch,
 )
 from tests.equivalence.toy import gradients, relative
 
@@ -228,6 +230,18 @@ def test_encode_keeps_few_prefixes(family_folder, monkeypatch):
     options = {"role": "query", "instruction": instructions, "token_budget": 120}
     whole = embedder.encode(texts, share_prefix="off", **options)
     assert np.allclose(embedder.encode(texts, **options), whole, atol=1e-5)
+
+
+def test_more_prefixes_than_are_kept_are_computed_once_each(family_folder, monkeypatch):
+    """Their batches come one behind another: a query's documents, of as many queries as there are."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    embedder = Embedder(*built(family_folder("qwen3"), prompt="instruct"))
+    calls, count = watch(monkeypatch, EmbeddingModel, "read_prefix"), 3 * KEPT_PREFIXES
+    texts = [f"{index % 7} red" * (1 + 3 * (index // count)) for index in range(8 * count)]
+    options = {"role": "query", "instruction": [f"{index % count} {INSTRUCTION}" for index in range(len(texts))]}
+    whole = embedder.encode(texts, share_prefix="off", **options)
+    assert np.allclose(embedder.encode(texts, token_budget=120, **options), whole, atol=1e-5)
+    assert len(calls) == count
 
 
 @pytest.mark.parametrize("precision, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
