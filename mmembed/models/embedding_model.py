@@ -237,7 +237,10 @@ class EmbeddingModel(nn.Module):
     def _prepare_last(self) -> bool:
         """Whether the last layer can be computed of the last tokens alone, where nothing else of it is read."""
         causal = self.family.causal and not self._virtual_tokens
-        return isinstance(self.pooling, LastToken) and causal and prepare_last(decoder_of(self.base))
+        vision = self.family.config.to_dict().get("vision_config") or {}
+        whole = len(vision.get("deepstack_visual_indexes") or ())  # layers to whose tokens pictures add features
+        last = isinstance(self.pooling, LastToken) and causal and self.depth > whole
+        return last and prepare_last(decoder_of(self.base))
 
     @property
     def base(self) -> PreTrainedModel:

@@ -128,7 +128,7 @@ def test_one_is_the_gradient_of_the_loss_that_it_is_made_of():
         assert torch.allclose(gradients[0], gradients[1] * factor, atol=1e-12), name
 
 
-JUDGES = [{"type": name} for name, cls in OBJECTIVES.classes().items() if cls.judges]
+JUDGES = [{"type": name} for name, cls in OBJECTIVES.classes().items() if cls.judges and not cls.answers]
 JUDGES += [{"type": "ranking", "loss": name} for name in ("infonce", "ranknet", "lambdarank", "listmle", "listnet")]
 
 
