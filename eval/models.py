@@ -98,14 +98,15 @@ def is_hub_name(name: str) -> bool:
 
 
 def is_reranker(name: str) -> bool:
-    """Whether a name is the folder of a trained reranker."""
+    """Whether a name is the folder of a trained reranker, of one that answers in words too."""
     from mmembed.models.folder import SETTINGS, read_settings, settle
+    from mmembed.models.generator import is_generative
 
     folder = Path(name)
     if name in (*BASELINES, *PACKAGED) or not folder.is_dir():
         return False
     settle(folder)
-    return (folder / SETTINGS).is_file() and read_settings(folder)[0].head is not None
+    return is_generative(folder) or ((folder / SETTINGS).is_file() and read_settings(folder)[0].head is not None)
 
 
 def load(name: str, options: argparse.Namespace, task_names: Sequence[str]) -> Loaded:
@@ -149,7 +150,7 @@ def _load_embedder(name: str, options: argparse.Namespace, task_names: Sequence[
         )
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error
-    instructions, told = _instructions(options, embedder.preprocessor, task_names)
+    instructions, told = _instructions(options, _prompt(embedder.preprocessor), task_names)
     sees, multi_vector = embedder.preprocessor.family.multimodal, embedder.model.pooling.multi_vector
     settings = {"token_budget": options.token_budget, "truncate_dim": options.truncate_dim}
     runner = MtebEncoder(
@@ -172,24 +173,53 @@ def _load_reranker(name: str, options: argparse.Namespace, task_names: Sequence[
     from eval.mteb_adapter import MtebReranker
     from mmembed import Reranker
     from mmembed.media import MediaStore
+    from mmembed.models.generator import is_generative
 
     _quiet()
+    if is_generative(name):
+        return _load_listwise(name, options, task_names)
     reranker = Reranker.from_pretrained(
         name, device=options.device, dtype=options.dtype, media=MediaStore(limits=media_limits_of(options))
     )
-    instructions, told = _instructions(options, reranker.preprocessor, task_names)
+    instructions, told = _instructions(options, _prompt(reranker.preprocessor), task_names)
     sees = reranker.preprocessor.family.multimodal
     score = functools.partial(reranker.score, scale="logit", token_budget=options.token_budget)
     runner = MtebReranker(score, file_name(name), modalities=_modalities(sees), instructions=instructions)
     provenance = {
         "kind": "reranker", **_origin(name, reranker.model),
         "head": (reranker.model.settings.head or {}).get("type"), "reads_lists": reranker.reads_lists,
-        "token_budget": options.token_budget, **told,
+        "calibrated": not reranker.reads_lists, "scores": True, "token_budget": options.token_budget, **told,
     }  # fmt: skip
 
     def supports(row: Row) -> bool:
         queries_seen = not (reranker.reads_lists and "i" in row.category.split("2")[0])
         return (sees or not row.has_images) and row.kind in RANKINGS and queries_seen
+
+    return Loaded(name, runner, provenance, supports, reranks=True)
+
+
+def _load_listwise(name: str, options: argparse.Namespace, task_names: Sequence[str]) -> Loaded:
+    """A reranker that writes orders: scores are places, which compare within a query alone."""
+    from eval.mteb_adapter import MtebReranker, Orders
+    from mmembed import ListwiseReranker
+    from mmembed.media import MediaStore
+
+    reranker = ListwiseReranker.from_pretrained(
+        name, device=options.device, dtype=None if options.dtype == "auto" else options.dtype,
+        media=MediaStore(limits=media_limits_of(options)),
+    )  # fmt: skip
+    instructions, told = _instructions(options, "listwise", task_names)
+    sees = reranker.generator.family.multimodal
+    runner = MtebReranker(
+        Orders(reranker.rank_all), file_name(name), modalities=_modalities(sees), instructions=instructions
+    )
+    provenance = {
+        "kind": "reranker", **_origin(name, reranker.generator.model), "answer": reranker.generator.settings.answer,
+        "reads_lists": True, "calibrated": False, "scores": False, **told,
+    }  # fmt: skip
+
+    def supports(row: Row) -> bool:
+        return (sees or not row.has_images) and row.kind in RANKINGS
 
     return Loaded(name, runner, provenance, supports, reranks=True)
 
@@ -208,19 +238,20 @@ def _quiet() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def _instructions(
-    options: argparse.Namespace, preprocessor: Any, task_names: Sequence[str]
-) -> tuple[Any, dict[str, Any]]:
+def _instructions(options: argparse.Namespace, prompt: str, task_names: Sequence[str]) -> tuple[Any, dict[str, Any]]:
     """What a model is told, and the results file's account of it."""
     from eval.mteb_adapter import Instructions
 
-    prompt = vars(type(preprocessor.prompt))["name"]
     told = options.instructions == "always" or (options.instructions == "auto" and prompt != "plain")
     instructions = Instructions(use_tasks=told)
     if options.instruction_file:
         instructions = Instructions.read(options.instruction_file, task_names, told)
     overrides = dict(instructions.overrides)
     return instructions, {"prompt": prompt, "task_instructions": told, "instruction_overrides": overrides}
+
+
+def _prompt(preprocessor: Any) -> str:
+    return str(vars(type(preprocessor.prompt))["name"])
 
 
 def _origin(name: str, model: Any) -> dict[str, Any]:

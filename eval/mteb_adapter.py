@@ -16,7 +16,7 @@ vector behind it. `Instructions.use_tasks` says whether the tasks' own are given
 """
 
 import fnmatch
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -154,6 +154,34 @@ class MtebReranker:
         instruction = self.instructions.find(task_metadata, PromptType.query)
         scores = [self.score(block, instruction=instruction) for block in _pairs(inputs1, inputs2)]
         return np.concatenate(scores) if scores else np.zeros(0, dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class Orders:
+    """The orders of a reranker that answers in words, as scores: 0 for the first document of a query, then -1, -2, ...
+
+    Args:
+        rank_all: of `ListwiseReranker`. It leaves open what the model does not name: give candidates as a first stage
+            ranks them.
+    """
+
+    rank_all: Callable[..., list[list[int]]]
+
+    def __call__(self, pairs: Sequence[Any], *, instruction: str | None) -> Any:
+        """(N,) float32; the documents of a query stand one behind another."""
+        queries: list[Any] = []
+        lists: list[list[Any]] = []
+        for query, document in pairs:
+            if not queries or queries[-1] != query:
+                queries.append(query)
+                lists.append([])
+            lists[-1].append(document)
+        scores = []
+        for places in self.rank_all(queries, lists, instructions=[instruction] * len(queries)):
+            own = np.zeros(len(places), dtype=np.float32)
+            own[places] = -np.arange(len(places))
+            scores.append(own)
+        return np.concatenate(scores)
 
 
 def _meta(name: str, modalities: Sequence[str], **more: Any) -> ModelMeta:

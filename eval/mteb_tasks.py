@@ -207,7 +207,8 @@ class Reranking(Retrieval):
         return "Any2AnyReranking" if row.has_images else "Reranking"
 
     def pool(self, judged: Mapping[str, Mapping[str, int]]) -> dict[str, list[str]]:
-        return {query: list(judgements) for query, judgements in judged.items()}
+        # By id: files list the best grades first, which a reranker of lists would see.
+        return {query: sorted(judgements) for query, judgements in judged.items()}
 
     def task_specific_scores(
         self,

@@ -89,13 +89,14 @@ def mrb_notes(results: Mapping[str, Any]) -> list[str]:
     for column, (kind, _) in mrb.COLUMNS.items():
         entries = {name: one for name, one in results["tasks"].items() if one["group"] == f"{kind}, {column}"}
         of = sum(one.column == column for one in mrb.SETS)
+        unread = f"none of its {of} sets was read" if of > 1 else "its set was not read"
         sets = sorted({one["set"] for one in entries.values() if not one["stands_in"]})
         if sets:
             notes.append(f"* {column}: {len(sets)} of its {of} sets: {', '.join(sets)}")
         elif entries:
-            notes.append(f"* {column}: none of its {of} sets was read; \\* local sets stand in: {', '.join(entries)}")
+            notes.append(f"* {column}: {unread}; \\* local sets stand in: {', '.join(entries)}")
         else:
-            notes.append(f"* {column}: none of its {of} sets was read, and no local set stands in")
+            notes.append(f"* {column}: {unread}, and no local set stands in")
     depth, name = results["first_stage"]["depth"], results["first_stage"]["name"]
     return [*notes, f"* candidates: the first {depth} of {name}; the paper's are the first 100 of GME-2B\n"]
 

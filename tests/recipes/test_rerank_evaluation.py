@@ -17,8 +17,10 @@ from eval import mteb_adapter, rerank, run
 from eval.mteb_tasks import build_task
 from eval.tasks import mrb
 from eval.tasks.local import ROWS, select
-from mmembed import Reranker
+from mmembed import ListwiseReranker, Reranker
 from mmembed.charts import reliability
+from mmembed.models.checkpoint import save_checkpoint
+from mmembed.models.embedding_model import EmbedderSettings, build_from_settings
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 
@@ -231,6 +233,63 @@ def test_refusals_of_the_evaluation(backbone, reranker, capsys, flags, message):
 def test_refusals_of_eval_run(reranker, capsys, flags, message):
     assert run.main([*(one.format(reranker=reranker) for one in flags), "--tasks", "mbpp"]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def listwise(tmp_path, backbone):
+    """Folder of a reranker that writes orders, hardly trained."""
+    pytest.importorskip("trl")
+    from recipes.train_generative_reranker import main
+
+    documents = [{"content": "a bus"}, {"content": "a dog", "relevance": 0}]
+    rows = [{"query": f"bus {n}", "documents": documents} for n in range(4)]
+    (tmp_path / "lists.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"""
+model: {{name_or_path: {backbone}, dtype: float32}}
+answer: {{type: listwise, documents: 2}}
+adapter: {{type: lora, r: 2, alpha: 4}}
+lengths: {{query_max_length: 40, document_max_length: 40}}
+data: {{root: {tmp_path}, train: [{{path: lists.jsonl}}]}}
+training: {{output_dir: {tmp_path / "listwise"}, max_steps: 1, per_device_train_batch_size: 2, save_strategy: "no",
+           gradient_checkpointing: false, disable_tqdm: true}}
+"""
+    )
+    assert main(["--config", str(config)]) == 0
+    return tmp_path / "listwise"
+
+
+def test_rerankers_of_lists_stand_beside_those_of_pairs(reranker, listwise, backbone, data_root, tmp_path):
+    head = {"type": "attention", "layer": 2, "offset": 512}
+    settings = EmbedderSettings(str(backbone), dtype="float32", head=head, prompt={"type": "in_context"})
+    in_context = tmp_path / "in_context"
+    save_checkpoint(in_context, *build_from_settings(settings))
+    models = [str(reranker), str(in_context), str(listwise)]
+    command = ["--model", *models, "--dtype", "float32", "--data-root", str(data_root), "--output", str(tmp_path)]
+    assert rerank.main([*command, "--depth", "4", "--max-queries", "4", "--tasks", "dbpedia-entity/judged"]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    task = "dbpedia-entity/judged"
+    found = json.loads((tmp_path / "candidates.json").read_text())["tasks"][task]["found"]
+    scores = results["tasks"][task]["scores"]
+    told = select(ROWS, [task])[0].instruction
+
+    data = loaded(task, data_root)
+    queries, documents, qrels = contents(data["queries"]), contents(data["corpus"]), data["relevant_docs"]
+    shares, orders = Reranker.from_pretrained(in_context, device="cpu"), ListwiseReranker.from_pretrained(listwise)
+    runs = {name: {} for name in models[1:]}
+    for query, own in found.items():
+        texts, keys = [documents[key] for key in own], list(own)
+        given = shares.score([(queries[query], text) for text in texts], instruction=told)
+        runs[str(in_context)][query] = dict(zip(keys, map(float, given), strict=True))
+        places = orders.rank(queries[query], texts, instruction=told)
+        runs[str(listwise)][query] = {keys[place]: -float(at) for at, place in enumerate(places)}
+    for name, ranking in runs.items():
+        for key, value in trec(ranking, {query: qrels[query] for query in found}).items():
+            assert scores[name][key] == pytest.approx(value, abs=2e-4), (name, key)
+        assert scores[name]["ece"] is None
+    assert scores[str(in_context)]["auc"] is not None
+    assert (tmp_path / "report.html").read_text().count("over 16 pairs") == 1, "one has probabilities"
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 100])
