@@ -32,7 +32,7 @@ FRAGMENTS = 1 << 16  # documents whose JSON is kept while records are written, i
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status."""
-    options = parse("data_tools.mine_negatives", __doc__, arguments)
+    options = parse("data_tools.mine_negatives", __doc__, "recipes/configs/mining", arguments)
 
     from data_tools.mining.settings import load_mining
 

@@ -30,7 +30,7 @@ QUERIES = 4096  # whose scores are in memory together
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status."""
-    options = parse("data_tools.score", __doc__, arguments)
+    options = parse("data_tools.score", __doc__, "recipes/configs/distil", arguments)
     from data_tools.mining.settings import load_scoring
 
     return carry_out(lambda: load_scoring(options.config, options.overrides), score)

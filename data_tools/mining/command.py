@@ -27,10 +27,10 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
-def parse(module: str, doc: str | None, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """`config` and `overrides` of a command."""
+def parse(module: str, doc: str | None, configs: str, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """`config` and `overrides` of a command whose shipped configs lie in a folder."""
     parser = Parser(prog=f"python -m {module}", description=(doc or "").splitlines()[0])
-    parser.add_argument("--config", required=True, help="YAML file, as in recipes/configs/mining")
+    parser.add_argument("--config", required=True, help=f"YAML file, as in {configs}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the config; they win over the file")
     return parser.parse_intermixed_args(arguments)
 

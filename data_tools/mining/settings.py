@@ -235,7 +235,7 @@ def load_scoring(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) 
     """Reads and checks a config of `data_tools.score`. Raises ConfigError; loads no weights."""
     from data_tools.mining.teachers import TEACHERS
 
-    config = load_blocks(ScoreConfig, path, overrides, "recipes/configs/mining")
+    config = load_blocks(ScoreConfig, path, overrides, "recipes/configs/distil")
     try:
         TEACHERS.build(config.teacher)
     except MmembedError as error:

@@ -113,6 +113,18 @@ def test_a_stopped_scoring_goes_on_and_scores_no_pair_twice(scoring, teacher, tm
     assert score(scoring("out")) == 0 and sum(asked) == 160
 
 
+def test_an_embedder_teaches_by_its_cosines(scoring, backbone, tmp_path):
+    block = f"teacher={{type: embedder, retriever: {{type: mmembed, model: {backbone}, dtype: float32, device: cpu}}}}"
+    assert score(scoring("out", block, "sources=[{path: text.jsonl}]")) == 0
+    given = records(tmp_path / "out" / "text.jsonl")
+    embedder = Embedder.from_pretrained(backbone, dtype="float32", device="cpu")
+    queries = embedder.encode([one["query"] for one in given], role="query")
+    for place in (0, 1):
+        documents = embedder.encode([one["documents"][place]["content"] for one in given], role="document")
+        found = [one["documents"][place]["score"] for one in given]
+        np.testing.assert_allclose(found, (queries * documents).sum(1), atol=1e-4)
+
+
 def test_what_cannot_be_scored_is_refused(scoring, backbone, capsys, tmp_path):
     for overrides, message in (
         ([f"teacher={{type: reranker, model: {backbone}}}"], "is no folder of a reranker; train one"),
