@@ -108,7 +108,7 @@ class EmbeddingModel(nn.Module):
         self._virtual_tokens = settings.adapter_type in PROMPT_TYPES
         self.fresh_head = head_sums(self)
         self._unshared = self._prepare_sharing()
-        self._reads_last = self._prepare_last()
+        self.reads_last = self._prepare_last()  # the last layer can be computed of the last tokens alone
         self.lower_layers: tuple[int, ...] = ()
         self.reads_only = False  # of lists: nothing is computed above the attention that is read
         self._hooks: list[Any] = []
@@ -165,7 +165,7 @@ class EmbeddingModel(nn.Module):
             ConfigError: there are not so many, or the decoder is not known.
         """
         keep_layers(self.base, layers)
-        self._reads_last = self._prepare_last()
+        self.reads_last = self._prepare_last()
         trained = tuple(one for one in self.settings.layers if one < layers)
         self.give_layers([one for one in self.lower_layers if one < layers])
         self.settings = replace(self.settings, layers=trained)
@@ -234,8 +234,12 @@ class EmbeddingModel(nn.Module):
             return f"adapter.type '{self.settings.adapter_type}' puts tokens of its own in front"
         return prepare(self.base)
 
+    @property
+    def reads_last_alone(self) -> bool:
+        """Whether the last layer is computed of the last tokens alone, unless tokens are to be predicted."""
+        return self.reads_last and not self.lower_layers
+
     def _prepare_last(self) -> bool:
-        """Whether the last layer can be computed of the last tokens alone, where nothing else of it is read."""
         causal = self.family.causal and not self._virtual_tokens
         vision = self.family.config.to_dict().get("vision_config") or {}
         whole = len(vision.get("deepstack_visual_indexes") or ())  # layers to whose tokens pictures add features
@@ -265,7 +269,7 @@ class EmbeddingModel(nn.Module):
         has_images = "pixel_values" in tensors or inputs.images is not None
         if inputs.tail is not None:
             return self._judge_list(tensors, pool_mask, inputs)
-        last_alone = self._reads_last and predicted is None and not self.lower_layers
+        last_alone = self.reads_last_alone and predicted is None
         if inputs.shared and self.unshared(has_images) is None:
             whole = predicted is not None
             hidden, pool_mask = self._run_shared(tensors, pool_mask, inputs.shared, inputs.prefix, whole, last_alone)

@@ -281,6 +281,7 @@ class Estimate:
         note = "documents of a list are counted as pairs that share their first block, and all layers as trained"
         if note not in self.notes:
             self.notes.append(note)
+        model.reads_last = False
         with torch.device("meta"):
             model.projection = HEADS.build("linear", hidden_size=model.config.hidden_size)
 

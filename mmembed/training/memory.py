@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_iter
 
 from mmembed.backbones.adapters import adapted
 from mmembed.backbones.attention import ATTENTION
+from mmembed.backbones.last_tokens import LastTokens, prepare_last
 from mmembed.backbones.layers import decoder_of, last_and_lower
 from mmembed.backbones.patches import in_dtype
 from mmembed.config.blocks import PROMPT_TYPES
@@ -128,6 +129,8 @@ def _run(model: EmbeddingModel, rows: int, length: int, autocast: torch.dtype | 
     masks = _unmasked() if model.family.causal else nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True), masks:
         _without_contents(model)
+        if model.reads_last:
+            prepare_last(decoder_of(model.base))  # the copy's layer is the stock
         model.train()
         with Meter() as meter:
             for _ in range(2):  # in the second one gradients are there, and each weight has been seen
@@ -169,7 +172,12 @@ def _vectors(model: EmbeddingModel, rows: int, length: int) -> list[Tensor]:
         front = torch.zeros(rows, virtual, embedded.shape[2], dtype=embedded.dtype, requires_grad=True)
         embedded = torch.cat([front, embedded], dim=1)
     decoder = decoder_of(base)
-    hidden = last_and_lower(decoder, model.lower_layers, lambda: decoder(inputs_embeds=embedded).last_hidden_state)
+    given: dict[str, Any] = {}
+    if model.reads_last_alone and model.output_embedding is None:
+        given["last_tokens"] = LastTokens(torch.full((rows,), length - 1))
+    hidden = last_and_lower(
+        decoder, model.lower_layers, lambda: decoder(inputs_embeds=embedded, **given).last_hidden_state
+    )
     mask = torch.ones(hidden[0].shape[:2], dtype=torch.bool)
     return [model.head(one, mask) for one in hidden]  # (B, E) each
 
