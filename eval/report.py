@@ -2,9 +2,10 @@
 
     python -m eval.report --run runs/demo
 
-Reads what the steps left in the run's folder (results and rankings of before and after, the trainer's state, the steps'
-times) and the pictures of the data root. The page is one file: charts are drawn as SVG, pictures are inlined as small
-JPEGs, nothing is fetched. The queries that it shows are drawn by a hash of their id, not by how well they went.
+Reads what the steps left in the run's folder (results and rankings of before and after, the trainer's state, what the
+reranker did, the steps' times) and the pictures of the data root. The page is one file: charts are drawn as SVG,
+pictures are inlined as small JPEGs, nothing is fetched. The queries that it shows are drawn by a hash of their id, not
+by how well they went.
 """
 
 import base64
@@ -31,6 +32,8 @@ QUERIES_A_TASK = 3
 SHOWN = 5  # pictures a query
 THUMBNAIL = 132  # pixels of the longer side
 CUT = 100  # rankings are kept to this rank
+EXAMPLES = 6  # queries whose documents before and after reranking are shown
+STAGES = ("found by the embedder", "ordered by the reranker")  # the sides of each
 SCORE_NAMES = {
     "ndcg_at_10": "nDCG@10",
     "map_at_1000": "MAP",
@@ -48,13 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         report = collect(options.run)
         pictures = picture_page(options.run, options.data_root, report)
+        examples = read_json(options.run / "reranked/examples.json")[:EXAMPLES] if report["reranked"] else []
     except MmembedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     write_json(options.run / "report.json", report)
     page = options.run / "report.html"
-    page.write_text(render(report, pictures), encoding="utf-8")
-    print(f"\n{table(report)}\n\n{summary(report)}\n\nReport: {page}")
+    page.write_text(render(report, pictures, examples), encoding="utf-8")
+    parts = [table(report), *([reranked_table(report)] if report["reranked"] else []), summary(report)]
+    print("\n" + "\n\n".join(parts) + f"\n\nReport: {page}")
     return 0
 
 
@@ -82,6 +87,7 @@ def collect(run: Path) -> dict[str, Any]:
         **{column: {name: task[column] for name, task in tasks.items()} for column in COLUMNS},
         "tasks": tasks,
         "averages": averages(tasks),
+        **reranking(run / "reranked/results.json"),
         "seconds": round(sum(step["seconds"] for step in steps.values()), 1),
         "peak_rss_mb": max((step["peak_rss_mb"] for step in steps.values()), default=None),
         **training(run / "embedder/trainer_state.json"),
@@ -120,6 +126,26 @@ def averages(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]
     return means
 
 
+def reranking(file: Path) -> dict[str, Any]:
+    """What the reranker does to the candidates of the trained model, by task; nothing where none was trained."""
+    if not file.exists():
+        return {"reranked": {}}
+    results = read_json(file)
+    return {
+        "reranked": {name: two_stages(entry) for name, entry in results["tasks"].items()},
+        "reranked_average": two_stages(results["averages"]["all"]), "depth": results["first_stage"]["depth"],
+    }  # fmt: skip
+
+
+def two_stages(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """nDCG@10 of a task, or of an average: of the first stage, of the reranker, and of the best order."""
+    (score,) = entry["scores"].values()
+    return {
+        "retrieved": entry["first_stage"]["ndcg_at_10"], "reranked": score["ndcg_at_10"], "ceiling": entry["ceiling"],
+        "gain": score["gain"], "interval": [score.get("gain_low"), score.get("gain_high")],
+    }  # fmt: skip
+
+
 def training(state: Path) -> dict[str, Any]:
     """The course of the training from the trainer's own log: losses, dev scores, pairs a second (the median)."""
     history = read_json(needed(state))["log_history"]
@@ -145,11 +171,28 @@ def table(report: Mapping[str, Any]) -> str:
         ]
         if len(rows) > 1:
             lines.append([f"average, {group}", "", *(number(mean[column]) for column in COLUMNS)])
+    return _laid_out(lines, 2)
+
+
+def reranked_table(report: Mapping[str, Any]) -> str:
+    """What the reranker does to the candidates of the trained model."""
+    rows = {**report["reranked"], "average": report["reranked_average"]}
+    lines = [[f"best {report['depth']} of the embedder", "retrieved", "reranked", "gain", "ceiling"]]
+    lines += [
+        [name, *(number(row[key]) for key in ("retrieved", "reranked")), f"{row['gain']:+.3f}", number(row["ceiling"])]
+        for name, row in rows.items()
+    ]
+    return _laid_out(lines, 1)
+
+
+def _laid_out(lines: Sequence[Sequence[str]], left: int) -> str:
+    """Columns, the first `left` of them ragged on the right, under a line."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = []
     for line in lines:
         padded = zip(line, widths, range(len(line)), strict=True)
-        text.append("  ".join(cell.ljust(width) if place < 2 else cell.rjust(width) for cell, width, place in padded))
+        cells = (cell.ljust(width) if place < left else cell.rjust(width) for cell, width, place in padded)
+        text.append("  ".join(cells))
     return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
 
 
@@ -232,17 +275,20 @@ def inlined(image: PIL.Image.Image) -> str:
 # The page -------------------------------------------------------------------------------------------------------------
 
 
-def render(report: Mapping[str, Any], pictures: Sequence[Mapping[str, Any]]) -> str:
+def render(
+    report: Mapping[str, Any], pictures: Sequence[Mapping[str, Any]], examples: Sequence[Mapping[str, Any]] = ()
+) -> str:
     """The page as one HTML document."""
     environment = page_environment()
     environment.filters |= {"number": number, "minutes": minutes}
+    stages = {side["name"]: label for query in examples for side, label in zip(query["sides"], STAGES, strict=True)}
     groups = []
     for group, mean in report["averages"].items():
         rows = {name: task for name, task in report["tasks"].items() if task["group"] == group}
         groups.append({"name": group, **mean, "rows": rows})
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         report=report, groups=groups, pictures=pictures, columns=COLUMNS, score_names=SCORE_NAMES, cut=CUT,
-        loss=curve(report["loss"]),
+        loss=curve(report["loss"]), examples=examples, stages=stages,
     )  # fmt: skip
 
 

@@ -44,7 +44,7 @@ UNCALIBRATED = {
     "ece": None,
     "bins": [[0, 0.0, 0.0]] * BINS,
 }  # of rerankers that read lists: shares are no probabilities
-CANDIDATES = "candidates.json"
+CANDIDATES, EXAMPLES = "candidates.json", "examples.json"
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,7 @@ def write(
 ) -> None:
     write_json(folder / "results.json", results)
     write_json(folder / CANDIDATES, candidates, indent=None)
+    write_json(folder / EXAMPLES, list(examples), indent=None)
     (folder / "table.md").write_text(markdown(results), encoding="utf-8")
     (folder / "report.html").write_text(render(results, examples), encoding="utf-8")
 

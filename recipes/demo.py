@@ -9,6 +9,13 @@ It strings the project's own commands together, each in a process of its own, ex
     python -m eval.run               the trained model, same tasks
     python -m eval.report            report.html and report.json
 
+With --rerank three steps come before the report, about three minutes more: a reranker of the same small model is put
+behind the embedder. So few steps do not make a good one of it (docs/log.md); it shows how the commands go together.
+
+    python -m data_tools.mine_negatives  hard negatives that the trained model finds
+    python -m recipes.train_reranker     LoRA on these
+    python -m eval.rerank                the trained model's best documents, ordered by the reranker
+
 An interrupted demo goes on after the last finished step when it is started again; a finished one starts anew. While it
 runs, the memory of all its processes together is sampled four times a second (shared pages count for each of them).
 """
@@ -41,6 +48,10 @@ TASKS = (
     "squad-en", "openstax-glossary", "mbpp", "odex", "xquad/de",
     "openstax-figures", "noto-emoji/en", "story-pages/en", "tech-figures", "vega-charts", "stsb-en",
 )  # fmt: skip
+RERANKED = ("squad-en", "openstax-glossary", "mbpp", "odex")
+MINING = REPOSITORY / "recipes/configs/mining/demo_reranker.yaml"
+RERANKER = REPOSITORY / "recipes/configs/reranker/demo.yaml"
+DEPTH = 10  # documents that are ordered anew
 SAMPLE_SECONDS = 0.25
 BFLOAT16 = ["model.dtype=bfloat16", "training.bf16=true"]
 
@@ -84,12 +95,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the run (default: runs/demo)")
     parser.add_argument("--config", default=str(CONFIG), help="training configuration (default: the demo's)")
     parser.add_argument("--data-root", default=str(REPOSITORY / "data"), help="data sets (default: the repository's)")
+    parser.add_argument("--rerank", action="store_true", help="train a reranker, too, and put it behind the embedder")
+    parser.add_argument("--mining-config", default=str(MINING), help="negatives for the reranker (default: the demo's)")
+    parser.add_argument("--reranker-config", default=str(RERANKER), help="of the reranker (default: the demo's)")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="what is measured, of the local benchmark")
+    parser.add_argument("--reranked", nargs="+", default=list(RERANKED), help="tasks whose documents are reranked")
     parser.add_argument("--model", default="mmembed-nano", help="what is fine-tuned (default: mmembed-nano)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the training configuration")
     options = parser.parse_intermixed_args(arguments)
     options.output = options.output.absolute()  # the steps run in the repository, wherever this was started
-    options.config, options.data_root = (str(Path(path).absolute()) for path in (options.config, options.data_root))
+    for name in ("config", "mining_config", "reranker_config", "data_root"):
+        setattr(options, name, str(Path(getattr(options, name)).absolute()))
     if Path(options.model).exists():  # else a name
         options.model = str(Path(options.model).absolute())
     return options
@@ -104,18 +120,40 @@ def steps(options: argparse.Namespace) -> dict[str, tuple[str, list[str]]]:
                 "--output", str(output / f"{name}.json"), "--rankings", str(output / name)]  # fmt: skip
 
     training = ["-m", "recipes.train_embedder", "--config", options.config, *overrides(options)]
-    return {
+    mined, reranker = output / "mined", output / "reranker"
+    mining = ["-m", "data_tools.mine_negatives", "--config", options.mining_config, f"root={options.data_root}",
+              f"output={mined}", f"retriever.model={trained}"]  # fmt: skip
+    reranking = ["-m", "recipes.train_reranker", "--config", options.reranker_config, f"data.root={mined}",
+                 f"data.media_root={options.data_root}",
+                 f"model.name_or_path={options.model}", f"training.output_dir={reranker}",
+                 *precision(options.reranker_config == str(RERANKER))]  # fmt: skip
+    measuring = ["-m", "eval.rerank", "--model", str(reranker), "--first-stage", str(trained), "--depth", str(DEPTH),
+                 "--data-root", options.data_root, "--output", str(output / "reranked"), "--tasks",
+                 *options.reranked]  # fmt: skip
+    main_job = {
         "before": ("Measuring the model as it is, beside BM25 and MiniLM", evaluation("before", options.model)),
         "training": ("Fine-tuning it on texts and pictures", training),
         "after": ("Measuring the fine-tuned model", evaluation("after", str(trained), "--no-baselines")),
+    }  # fmt: skip
+    if not options.rerank:
+        return main_job
+    return main_job | {
+        "mining": ("Mining hard negatives with it", mining),
+        "reranker": ("Training a reranker on them", reranking),
+        "reranked": ("Measuring what the reranker does to the embedder's best documents", measuring),
     }  # fmt: skip
 
 
 def overrides(options: argparse.Namespace) -> list[str]:
     """What the training takes beside its configuration."""
     folders = (f"data.root={options.data_root}", f"training.output_dir={options.output / 'embedder'}")
-    precision = BFLOAT16 if options.config == str(CONFIG) and trains_faster_in_bfloat16() else []
-    return [f"model.name_or_path={options.model}", *folders, *precision, *options.overrides]
+    fast = precision(options.config == str(CONFIG))
+    return [f"model.name_or_path={options.model}", *folders, *fast, *options.overrides]
+
+
+def precision(ours: bool) -> list[str]:
+    """Of a training with our own configuration."""
+    return BFLOAT16 if ours and trains_faster_in_bfloat16() else []
 
 
 def trains_faster_in_bfloat16() -> bool:

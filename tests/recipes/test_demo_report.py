@@ -38,7 +38,29 @@ objective: {type: contrastive, temperature: 0.05}
 training: {per_device_train_batch_size: 8, max_steps: 3, learning_rate: 1e-2, logging_steps: 1, save_strategy: "no"}
 """
     )
+    (folder / "mining.yaml").write_text(
+        """
+sources: [{path: noto-emoji, format: beir, options: {lang: en}, max_examples: 40, corpus: [noto-emoji/corpus.jsonl]}]
+retriever: {type: mmembed, model: set-by-the-demo}
+search: {depth: 10}
+rules: [random]
+negatives: 2
+"""
+    )
+    (folder / "reranker.yaml").write_text(
+        """
+head: linear
+prompt: {type: judge, words: [a, b]}
+adapter: {type: lora, r: 4, alpha: 8}
+lengths: {query_max_length: 120, document_max_length: 64}
+data: {train_group_size: 3, train: [{path: noto-emoji.jsonl}]}
+objective: {type: ranking, loss: infonce}
+training: {per_device_train_batch_size: 4, max_steps: 2, learning_rate: 1e-2, logging_steps: 1, save_strategy: "no"}
+"""
+    )
     common = ["--output", str(folder / "run"), "--config", str(config), "--model", str(family_folder("qwen3_vl"))]
+    common += ["--rerank", "--reranked", PICTURES, "--mining-config", str(folder / "mining.yaml")]
+    common += ["--reranker-config", str(folder / "reranker.yaml")]
     assert demo.main([*common, "data.train.0.path=nowhere", "--tasks", *TASKS]) == 2
     steps = json.loads((folder / "run/steps.json").read_text())
     assert list(steps) == ["before"]
@@ -69,11 +91,23 @@ def test_report_has_the_scores_of_before_after_and_the_baselines(run, report):
 
 
 def test_report_has_the_cost_and_the_course_of_the_training(run, report):
-    assert set(report["steps"]) == {"before", "training", "after"}
+    assert set(report["steps"]) == {"before", "training", "after", "mining", "reranker", "reranked"}
     assert report["seconds"] == pytest.approx(sum(step["seconds"] for step in report["steps"].values()), abs=0.2)
     assert 100 < report["peak_rss_mb"] < 4096 and report["pairs_per_second"] > 0
     assert [step for step, _ in report["loss"]] == [1, 2, 3]
     assert (run / "embedder/mmembed.json").exists()
+
+
+def test_report_has_what_the_reranker_did(run, report):
+    found = json.loads((run / "reranked/results.json").read_text())["tasks"][PICTURES]
+    row = report["reranked"][PICTURES]
+    assert row["retrieved"] == found["first_stage"]["ndcg_at_10"] and row["ceiling"] == found["ceiling"]
+    assert row["reranked"] == next(iter(found["scores"].values()))["ndcg_at_10"] <= row["ceiling"]
+    assert row["gain"] == pytest.approx(row["reranked"] - row["retrieved"], abs=1e-4)
+    page = (run / "report.html").read_text()
+    assert "Retrieve, then rerank" in page and "ordered by the reranker" in page
+    assert reporting.reranking(run / "nothing.json") == {"reranked": {}}
+    assert "rerank" not in " ".join(demo.steps(demo.parse([])))
 
 
 class Page(html.parser.HTMLParser):
@@ -107,7 +141,13 @@ def test_page_stands_alone_and_frames_the_right_pictures(run):
     assert page.open == [] and page.fetched == [] and "url(" not in text and "<script" not in text
     assert 'name="viewport"' in text and len(text) < 2_000_000
     queries, shown = reporting.QUERIES_A_TASK, reporting.SHOWN
-    assert page.pictures == queries * (1 + 2 * shown)
+    reranked = sum(
+        document["image"] is not None
+        for query in json.loads((run / "reranked/examples.json").read_text())[: reporting.EXAMPLES]
+        for side in query["sides"]
+        for document in side["documents"]
+    )
+    assert page.pictures == queries * (1 + 2 * shown) + reranked > reranked
     right = 0
     for side in ("before", "after"):
         ranking = reporting.rankings_of(run / side)[PICTURES]
