@@ -391,10 +391,12 @@ def measure(
         run = runs[model.name] = judge(model.runner, work.task, work.split, found)
         seconds = round(time.monotonic() - began, 2)
         score, by_query = numbers(run, qrels)
+        if not model.provenance["scores"]:
+            score["auc"] = None  # places of one query say nothing beside those of another
         gain = by_query - base  # (Q,)
         bounds = resampled_interval([gain.tolist()])
         entry["scores"][model.name] = {
-            **score, **(UNCALIBRATED if model.provenance["reads_lists"] else reliability(run, qrels)),
+            **score, **(reliability(run, qrels) if model.provenance["calibrated"] else UNCALIBRATED),
             "gain": round(float(gain.mean()), 5), "gain_low": None if bounds is None else round(bounds[0], 5),
             "gain_high": None if bounds is None else round(bounds[1], 5), "seconds": seconds,
         }  # fmt: skip
