@@ -7,13 +7,12 @@ the shares; each further token sees all of them and costs a pass of one token.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from mmembed.errors import MmembedError
+from mmembed.generation.orders import Order
 from mmembed.models.embedding_model import EmbeddingModel, right_padded
 from mmembed.preprocess import ModelInputs
 
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
-
-NUMBER = re.compile(r"\d+")
 
 
 @torch.inference_mode()
@@ -66,15 +63,7 @@ def answer(model: EmbeddingModel, inputs: ModelInputs, tokenizer: Any, limit: in
     return text.split("]")[0], blocks.shares
 
 
-def read_order(text: str, count: int) -> list[int]:
-    """The numbers of documents in an answer, from 0, each once; those that there are not are left out."""
-    found = dict.fromkeys(int(number) - 1 for number in NUMBER.findall(text))
-    return [number for number in found if 0 <= number < count]
-
-
-def completed(order: Iterable[int], shares: Sequence[float]) -> list[int]:
-    """An order with the documents that it leaves out behind it, by falling share."""
-    first = list(order)
-    named = set(first)
-    others = [number for number in range(len(shares)) if number not in named]
-    return first + sorted(others, key=lambda number: -shares[number])
+def completed(order: Order, shares: Sequence[float]) -> list[int]:
+    """All documents: those that an answer names, the others by falling share."""
+    named, others = order.places[: order.named], order.places[order.named :]
+    return [*named, *sorted(others, key=lambda place: -shares[place])]

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from mmembed.backbones.output_embedding import load_output_embedding
 from mmembed.data.collate import content_key
 from mmembed.errors import MmembedError, nearest
+from mmembed.generation.orders import read_order
 from mmembed.heads import Head, log_odds
-from mmembed.inference.answering import answer, completed, read_order
+from mmembed.inference.answering import answer, completed
 from mmembed.inference.embedder import Embedder, item_of, load_merged, naming
 from mmembed.models.embedding_model import EmbeddingModel
 from mmembed.preprocess import Item, Place, Preprocessor
