@@ -328,7 +328,7 @@ def built(name: str, setting: Setting, folder: Path) -> Objective:
         np.save(folder / "vectors.npy", np.random.default_rng(0).normal(size=(len(CLASSES), 384)).astype("float32"))
         (folder / "items.jsonl").write_text("".join(json.dumps({"id": label}) + "\n" for label in CLASSES))
         options = {"vectors": str(folder)}
-    if name == "captioning":  # stands in a list only
+    if name in ("captioning", "answer"):  # stand in a list only
         return OBJECTIVES.build(name).to(setting.device)
     return build_objective({"type": name, **options}, embedding_size=setting.size).to(setting.device)
 

@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 if __name__ == "__main__" and __package__ is None:  # run as a file: its folder is on the path, the repository is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -134,5 +135,16 @@ def check_world(size: int) -> None:
     logger.info("processes: %d", size)
 
 
+def leave(status: int) -> NoReturn:
+    """Ends the process of a command. Of several that have trained to the end each leaves their group first: threads of
+    a group that is still there have aborted a process on its way out, after all was saved."""
+    if status == 0:
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

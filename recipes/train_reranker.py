@@ -22,7 +22,7 @@ if __name__ == "__main__" and __package__ is None:  # run as a file: its folder 
 from mmembed.arguments import Parser
 from mmembed.config import load_config
 from mmembed.config.blocks import RerankerConfig
-from recipes.train_embedder import exit_status, train
+from recipes.train_embedder import exit_status, leave, train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,4 +36,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

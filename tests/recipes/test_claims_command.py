@@ -89,7 +89,7 @@ def test_a_failed_run_does_not_stop_the_others_and_says_where_its_log_is(tmp_pat
     (claims / "a.yaml").write_text(text)
     assert main(["--claims", str(claims), "--work", str(tmp_path / "work"), "--seeds", "1", "--budget", "1"]) == 1
     shown = capsys.readouterr()
-    assert "failed: a: one, seed 0: exit status 2" in shown.err and "training.log" in shown.err
+    assert "failed: a: one, seed 0, training: exit status 2" in shown.err and "training.log" in shown.err
     assert "temperature" in shown.err  # what the command said
     (kept,) = (tmp_path / "work/results").iterdir()
     assert json.loads(kept.read_text())["arm"] == "other"

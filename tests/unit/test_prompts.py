@@ -55,7 +55,7 @@ def test_pieces_of_a_batch_are_tokenized_as_the_whole(family_folder, monkeypatch
 
 def test_every_style_is_listed() -> None:
     of_pairs = {name for name, style in PROMPTS.classes().items() if style.reads_pairs}
-    assert set(EXPECTED) == set(PROMPTS.classes()) - of_pairs and of_pairs == {"judge"}
+    assert set(EXPECTED) == set(PROMPTS.classes()) - of_pairs and of_pairs == {"judge", "in_context"}
 
 
 def test_a_pair_is_written_letter_by_letter(family_folder) -> None:
