@@ -237,7 +237,7 @@ def _of_claims(component: str, cls: type, family: Family) -> Iterator[str]:
         used = {arm: _uses(component, _blocks(claim.config(arm, 1, 0), family), own) for arm in claim.arms}
         for outcome in finding.outcomes:
             arms = (outcome.comparison.arm, outcome.comparison.than)
-            if outcome.arm and used[arms[0]] != used[arms[1]]:
+            if outcome.arm and arms[1] in used and used[arms[0]] != used[arms[1]]:  # a first stage is no arm
                 means = (sum(one.values()) / len(one) for one in (outcome.arm, outcome.than))
                 numbers = ", ".join(f"{arm} {mean:.3f}" for arm, mean in zip(arms, means, strict=True))
                 link = f"[{claim.name}](../claims.md#{claim.name})"
