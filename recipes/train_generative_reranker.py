@@ -27,7 +27,7 @@ from mmembed.arguments import Parser
 from mmembed.config import load_blocks
 from mmembed.config.generative import GenerativeConfig
 from mmembed.errors import ConfigError
-from recipes.train_embedder import check_world, exit_status
+from recipes.train_embedder import check_world, exit_status, leave
 from recipes.trl_arguments import last_checkpoint, training_arguments
 
 logger = logging.getLogger("train_generative_reranker")
@@ -110,4 +110,4 @@ def remove_leftovers(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
