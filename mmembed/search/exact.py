@@ -63,6 +63,7 @@ FEW = 64  # queries for which converting the corpus to bfloat16 costs more than 
 SMALLEST = 2.0**-126  # matrix units take smaller numbers for 0
 LARGEST = 1e18  # length of a vector: products of two stay finite in float32
 Floats = NDArray[np.float64]
+_How = tuple[Rows, int, bool, torch.device, int, int]  # what `_Search` takes beside the queries
 
 
 def top_k(
@@ -123,34 +124,26 @@ def top_k(
             block = block_bytes or (BLOCK_BYTES if on_cpu else GPU_BLOCK_BYTES)
             at = slice(first, first + len(asked))
             try:
-                found = _searched(asked, right, k, narrow, device, block, size, progress)
+                found = _searched(asked, (right, k, narrow, device, block, size), progress)
             except _BoundBroken:
                 if not narrow:
                     raise MmembedError(
                         "search: float32 products round more than float32; set torch.backends.fp32_precision to 'ieee'"
                     ) from None
                 logger.warning("search: bfloat16 products are less exact than they should be here; float32 instead")
-                found = _searched(asked, right, k, False, device, block, size, progress)
+                found = _searched(asked, (right, k, False, device, block, size), progress)
             hits.scores[at], hits.indices[at] = found
     return hits
 
 
 def _searched(
-    queries: NDArray[np.float32],
-    corpus: Rows,
-    k: int,
-    narrow: bool,
-    device: torch.device,
-    block_bytes: int,
-    rows: int,
-    progress: tqdm[Any],
+    queries: NDArray[np.float32], how: _How, progress: tqdm[Any]
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Scores (Q, k) and rows (Q, k); `rows` of the corpus are read at a time."""
-    scores, found, missed = _Search(queries, corpus, k, narrow, device, block_bytes, rows).run(progress)
+    """Scores (Q, k) and rows (Q, k)."""
+    scores, found, missed = _Search(queries, *how).run(progress)
     if missed.any():
-        progress.total = (progress.total or 0) + len(corpus)
-        again = _Search(queries[missed], corpus, k, narrow, device, block_bytes, rows, guess=False)
-        scores[missed], found[missed], _ = again.run(progress)
+        progress.total = (progress.total or 0) + len(how[0])
+        scores[missed], found[missed], _ = _Search(queries[missed], *how, guess=False).run(progress)
     return scores, found
 
 
