@@ -193,9 +193,9 @@ def test_a_preferred_order_gains(config_file, tmp_path):
     without = tmp_path / "dpo.yaml"
     without.write_text(Path(config_file).read_text().replace("adapter:", "#"))
     one = "data.train=[{path: texts.jsonl, max_examples: 1}]"
-    trainer = run(without, method, one, *start, "training.max_steps=30", "training.learning_rate=0.002")
+    trainer = run(without, method, one, *start, "training.max_steps=60", "training.learning_rate=0.002")
     margins = logged(trainer, "rewards/margins")
-    assert margins[0] == 0 and margins[-1] > 0.2 and logged(trainer, "rewards/accuracies")[-1] == 1
+    assert margins[0] == 0 and margins[-1] > 0.3 and logged(trainer, "rewards/accuracies")[-1] == 1
     row = trainer.train_dataset[0]
     decode = trainer.processing_class.tokenizer.decode
     assert sorted(decode(row["chosen_ids"])) == sorted(decode(row["rejected_ids"]))
