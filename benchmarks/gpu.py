@@ -1,6 +1,7 @@
 """One CUDA device: training and encoding at the size of real backbones, against sentence-transformers.
 
     python -m benchmarks.gpu --json --output gpu.json [--only qwen3_0.6b_text ...]
+    python -m benchmarks.gpu --json --output gpu.json --only qwen2_vl_2b --batch 128 --limit 90     one row in 200 s
     python -m benchmarks.gpu --json --tiny              the whole script on a CPU in small: proves nothing but itself
 
 Weights are random, in the exact shape of the named model; texts and pictures are those of `benchmarks.train`, tokenized
@@ -17,9 +18,12 @@ vectors mean nothing.
 Both sides train through their own trainers, and both are searched: a setting is PRECISION,HOW=NUMBER, the fastest of
 SETTINGS on one step of SEARCHED pairs runs. `autocast` is float32 weights under bfloat16 autocast, `bf16` is bfloat16
 weights and no autocast: the only fast one of the peer, which embeds its second pass outside of autocast, in float32.
-Ours: `-padded` sets training.attention_kernel, which decides by itself without; `keep` is a token budget whose graphs
-are kept, `chunk` one that sizes chunks which are all recomputed. The peer's number is the mini-batch of
-CachedMultipleNegativesRankingLoss, and TF32 is on for it. First losses must agree.
+Ours: `-padded` sets training.attention_kernel, which decides by itself without; `-features` keeps what the frozen
+vision tower gave, so that the second pass over a chunk need not compute it; `keep` is a token budget whose graphs are
+kept, `chunk` one that sizes chunks which are all recomputed. The peer's number is the mini-batch of
+CachedMultipleNegativesRankingLoss, `-products` gives it our layer in place of the convolution over patches, `-workers`
+data workers (we open pictures in the training process), and TF32 is on for it. (transformers' own `fusion_config` for
+that layer leaves it without weights where Qwen2VLModel is loaded alone, 5.23.) First losses must agree.
 
 `mfu` is useful floating point operations a second over 989 TFLOP/s (dense bfloat16 of an H100 or H200, NVIDIA's data
 sheet). Useful in a step, of real tokens without padding:
@@ -33,8 +37,11 @@ useful; nor is, for ours, a prefix that is shared and not computed again. `token
 every input, shared or not. Encoding counts a third: a forward alone.
 
 Each side of a row is a process of its own, because peak memory is (torch.cuda.max_memory_allocated). All of them import
-at once and wait for their turn on the device. A row that fails or takes too long says so in `details.error`, and the
-others go on; `--output` is written after each row. `details.environment` names the card, the commit and the versions.
+at once and wait for their turn on the device, where a side loads its weights once. It has --limit seconds: its search
+ends with a third of them, no step begins that would not end in time, and what it knows is written to `--output` after
+every step, so that whatever ends it leaves a row: of the median timed step, or of the only step there was
+(`step_seconds` says how many), or of the best of the search (`pairs` of a step), or of one side. A row that fails says
+so in `details.error`, and the others go on. `details.environment` names the card, the commit and the versions.
 """
 
 from __future__ import annotations
@@ -47,11 +54,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -87,14 +96,22 @@ SETTINGS = {
         "peer": ("autocast,size=64", "bf16,size=64", "bf16,size=128", "bf16,size=256"),
     },
     "images": {
-        "ours": ("bf16,chunk=16384", "bf16-padded,chunk=16384"),
-        "peer": ("bf16,size=16", "bf16,size=64"),
+        "ours": ("bf16,chunk=16384", "bf16-features,chunk=16384"),
+        "peer": (
+            "bf16,size=32",
+            "bf16-products,size=32",
+            "bf16-products-workers,size=32",
+            "bf16-products-workers,size=64",
+        ),
     },
     "encode": {"ours": ("auto", "padded"), "peer": ("size=64", "size=256", "size=1024")},
 }
 TINY_SETTINGS = {
     "text": {"ours": ("autocast,keep=512", "bf16-padded,chunk=512"), "peer": ("autocast,size=4", "bf16,size=8")},
-    "images": {"ours": ("bf16,chunk=512",), "peer": ("bf16,size=4",)},
+    "images": {
+        "ours": ("bf16,chunk=512", "bf16-features,chunk=512"),
+        "peer": ("bf16,size=4", "bf16-products-workers,size=4"),
+    },
     "encode": {"ours": ("auto", "padded"), "peer": ("size=4",)},
 }
 QWEN2_VL_TEXT = {  # of Qwen/Qwen2-VL-2B, config.json
@@ -113,6 +130,12 @@ QWEN2_VL_VISION = {"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_hea
 TINY_TEXT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 TINY_SHAPE = {**TINY_TEXT, "intermediate_size": 128, "vocab_size": 7680}
 VISUAL_TOKENS = 256  # a picture's at most
+WORKERS = 4  # of the peer's data
+ANSWER = "answer: "  # opens the lines of a process that are not some library's
+BEGUN = "begun\n"
+GRACE = 10  # seconds after which a process that does not end in time is ended
+IMPORTS = 200  # seconds after which a process is ended that has not yet begun
+Heard = Callable[[dict[str, Any]], None]  # takes what a side knows so far
 
 
 @dataclass(frozen=True)
@@ -133,9 +156,11 @@ class Scale:
     steps: int  # timed, after one that warms up
     texts: int
     rounds: int
+    limit: float  # seconds of one side of a row
+    pairs: int | None = None  # a step's, where the case does not say
 
     def batch(self, case: Case) -> int:
-        return 8 if self.tiny else case.batch
+        return self.pairs or (8 if self.tiny else case.batch)
 
     @property
     def settings(self) -> dict[str, dict[str, tuple[str, ...]]]:
@@ -156,6 +181,8 @@ def main() -> None:
     options.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), help="rows (default all)")
     options.add_argument("--output", type=Path, metavar="FILE", help="also write the rows here, after each one")
     options.add_argument("--steps", type=int, default=3, help="timed steps (default 3)")
+    options.add_argument("--batch", type=int, help="pairs a step (default: the row's)")
+    options.add_argument("--texts", type=int, default=4000, help="that are encoded (default 4000)")
     options.add_argument(
         "--no-search", action="store_true", help="the second of each side's settings, without a search"
     )
@@ -169,14 +196,15 @@ def main() -> None:
 
     if not (torch.cuda.is_available() or arguments.tiny):
         raise SystemExit("benchmarks.gpu: torch sees no CUDA device here; --tiny runs the script in small on the CPU")
-    scale = Scale(False, "cuda", arguments.steps, 4000, arguments.rounds)
+    scale = Scale(False, "cuda", arguments.steps, arguments.texts, arguments.rounds, arguments.limit, arguments.batch)
     if arguments.tiny:
-        scale = Scale(True, "cpu", 1, 24, 1)
+        scale = Scale(True, "cpu", 1, 24, 1, arguments.limit, arguments.batch)
     if arguments.worker:
         _warm_up(arguments.worker)
         given = sys.stdin.readline()
         if given:  # else the benchmark ended before this one's turn
-            print(json.dumps(_task(arguments.worker, json.loads(given), scale)))
+            print(BEGUN, end="", flush=True)
+            _tell_answer(_task(arguments.worker, json.loads(given), scale, _tell_answer))
         return
     with _folder() as folder:
         runner = _Runner(arguments, scale, folder)
@@ -192,13 +220,13 @@ class _Runner:
         self.first: dict[str, Any] | None = None  # our side of the first row
         self.waiting: dict[str, subprocess.Popen[str]] = {}
         self.told: set[str] = set()
+        self.found: list[Row] = []
 
     def rows(self, names: Sequence[str]) -> list[Row]:
         shapes = sorted({CASES[name].shape if name in CASES else "qwen3" for name in names})
         tasks = ["build", *(f"{side} {name}" for name in names if name != "plan_memory" for side in SIDES)]
         if "plan_memory" in names:
             tasks += ["plan"] if "qwen3_0.6b_text" in names else ["ours qwen3_0.6b_text", "plan"]
-        found: list[Row] = []
         try:
             self._start(dict.fromkeys(tasks))
             self._run("build", {"shapes": shapes})
@@ -211,16 +239,24 @@ class _Runner:
                     message = f"{type(error).__name__}: {str(error).strip()[-2000:]}"
                     row = Row(name, "", 0.0, meets=False, details={"error": message})
                 row.details["seconds"] = round(time.perf_counter() - started, 1)
-                row.details["environment"] = environment()
-                found.append(row)
+                self._write(row)
+                self.found.append(row)
                 _say(f"{name}: {json.dumps(asdict(row))}")
-                if self.arguments.output is not None:
-                    rows = json.dumps({"rows": [asdict(one) for one in found]}, indent=1)
-                    self.arguments.output.write_text(rows + "\n", encoding="utf-8")
         finally:
             for process in self.waiting.values():
                 process.kill()
-        return found
+        return self.found
+
+    def _write(self, row: Row) -> None:
+        """`--output`: the rows before, and this one as far as it is known."""
+        row.details["environment"] = self.environment
+        if self.arguments.output is not None:
+            rows = json.dumps({"rows": [asdict(one) for one in (*self.found, row)]}, indent=1)
+            self.arguments.output.write_text(rows + "\n", encoding="utf-8")
+
+    @cached_property
+    def environment(self) -> dict[str, str]:
+        return environment()
 
     def _row(self, name: str) -> Row:
         if name == "plan_memory":
@@ -230,37 +266,32 @@ class _Runner:
         return self._train(name)
 
     def _train(self, name: str) -> Row:
-        found = {}
+        """A row of both sides; of one, where the other gave nothing."""
+        found: dict[str, dict[str, Any]] = {}
+        errors = {}
         for side in SIDES:
-            found[side] = self._side(side, name)
-        ours, peer = found["ours"], found["peer"]
-        difference = abs(ours["first_loss"] - peer["first_loss"])
-        useful = {"ours": ours["useful_flops"], "peer": ours["useful_flops_unshared"]}
-        for side, one in found.items():
-            one["tokens_per_second"] = round(ours["tokens"] / one["seconds_a_step"])
-            one["mfu"] = round(useful[side] / one["seconds_a_step"] / PEAK_FLOPS, 4)
-        speed = {side: ours["pairs"] / one["seconds_a_step"] for side, one in found.items()}
-        return Row(
-            name,
-            "pairs/s",
-            round(speed["ours"], 2),
-            round(speed["peer"], 2),
-            f"CachedMultipleNegativesRankingLoss, {peer['setting']}",
-            ratio_to_peer=round(speed["ours"] / speed["peer"], 3),
-            peak_mb_ours=ours["peak_mb"],
-            peak_mb_peer=peer["peak_mb"],
-            meets=difference <= LOSS,
-            details={"loss_difference": difference, **found},
-        )
 
-    def _side(self, side: str, name: str) -> dict[str, Any]:
+            def heard(answer: dict[str, Any], side: str = side) -> None:
+                found[side] = answer
+                self._write(_row_of(name, found))
+
+            try:
+                heard(self._side(side, name, heard))
+            except RuntimeError as error:
+                errors[side] = str(error)
+        if not found:
+            raise RuntimeError("; ".join(errors.values()))
+        row = _row_of(name, found)
+        return replace(row, details=row.details | {"error": errors}) if errors else row
+
+    def _side(self, side: str, name: str, heard: Heard | None = None) -> dict[str, Any]:
         """One side of a row. The setting that the row of texts found is the instruction's too."""
         kind = CASES[name].kind.replace("instruction", "text")
         setting = self.settings.get(f"{kind} {side}")
         if self.arguments.no_search:
             tried = self.scale.settings[kind][side]
             setting = tried[min(1, len(tried) - 1)]
-        found = self._run(f"{side} {name}", {"setting": setting})
+        found = self._run(f"{side} {name}", {"setting": setting}, heard)
         self.settings[f"{kind} {side}"] = found["setting"]
         if (side, name) == ("ours", "qwen3_0.6b_text"):
             self.first = found
@@ -316,18 +347,23 @@ class _Runner:
             command = [sys.executable, "-m", "benchmarks.gpu", "--worker", task]
             command += ["--steps", str(self.scale.steps), "--rounds", str(self.scale.rounds)]
             command += ["--threads", str(self.arguments.threads)] if self.arguments.threads else []
-            command += ["--tiny"] if self.scale.tiny else []
+            command += ["--texts", str(self.scale.texts), "--limit", str(self.scale.limit)] + (
+                ["--tiny"] if self.scale.tiny else []
+            )
+            command += ["--batch", str(self.scale.pairs)] if self.scale.pairs else []
             self.waiting[task] = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=DATA.parent
             )
 
-    def _run(self, task: str, given: dict[str, Any]) -> dict[str, Any]:
+    def _run(self, task: str, given: dict[str, Any], heard: Heard | None = None) -> dict[str, Any]:
+        """The answer of a task. `heard` takes those before the last: what was known by then."""
         _say(f"{task} begins")
+        heard = heard or (lambda _: None)
         if self.arguments.in_process:
-            answer = _task(task, {"folder": str(self.folder), **given}, self.scale)
+            answer = _task(task, {"folder": str(self.folder), **given}, self.scale, heard)
         else:
             self._tell(task, given)
-            answer = self._answer(task)
+            answer = self._answer(task, heard)
         if "error" in answer:
             raise RuntimeError(f"{task}: {answer['error']}")
         return answer
@@ -341,19 +377,37 @@ class _Runner:
             stream.write(json.dumps({"folder": str(self.folder), **given}) + "\n")
             stream.flush()
 
-    def _answer(self, task: str) -> dict[str, Any]:
+    def _answer(self, task: str, heard: Heard) -> dict[str, Any]:
+        """The last answer of a process; where it was ended or broke, the last before that."""
         process = self.waiting.pop(task)
-        try:
-            output, _ = process.communicate(timeout=self.arguments.limit)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            raise TimeoutError(f"{task} took longer than --limit {self.arguments.limit:g} s") from None
-        lines = output.strip().splitlines()
-        if process.returncode or not lines:
-            raise RuntimeError(f"{task} ended with {process.returncode}; its error is above")
-        answer: dict[str, Any] = json.loads(lines[-1])
-        return answer
+        assert process.stdout is not None, "it is a pipe"
+        limit = self.scale.limit + GRACE
+        ended: list[float] = []
+
+        def ending(seconds: float) -> threading.Timer:
+            timer = threading.Timer(seconds, lambda: (ended.append(seconds), process.kill()))
+            timer.start()
+            return timer
+
+        timer, answers = ending(IMPORTS), []
+        for line in process.stdout:
+            if line == BEGUN:
+                timer.cancel()
+                timer = ending(limit)
+            if line.startswith(ANSWER):
+                answers.append(json.loads(line.removeprefix(ANSWER)))
+                if "error" not in answers[-1]:
+                    heard(answers[-1])
+        process.wait()
+        timer.cancel()
+        if process.returncode:
+            how = f"was ended after {ended[0]:g} s" if ended else f"ended with {process.returncode}"
+            answers.append({"error": f"{task} {how}"})
+        known = [one for one in answers if "error" not in one]
+        if not known:
+            raise RuntimeError(f"{answers[-1]['error'] if answers else task + ' said nothing'}; more is above")
+        broke = {"ended_by": answers[-1]["error"]} if "error" in answers[-1] else {}
+        return known[-1] | broke
 
 
 @contextmanager
@@ -363,6 +417,49 @@ def _folder() -> Iterator[Path]:
     roomy = shared.is_dir() and os.access(shared, os.W_OK) and shutil.disk_usage(shared).free > 16e9
     with tempfile.TemporaryDirectory(dir=shared if roomy else None) as folder:
         yield Path(folder)
+
+
+def _row_of(name: str, found: dict[str, dict[str, Any]]) -> Row:
+    """A row of what the sides know so far; either may be missing."""
+    ours, peer = found.get("ours"), found.get("peer")
+    sides = {side: {**one, **_speeds(side, one, ours)} for side, one in found.items()}
+    speed = {side: one["pairs_per_second"] for side, one in sides.items()}
+    details: dict[str, Any] = dict(sides)
+    ratio, meets = None, False
+    if ours is not None and peer is not None:
+        ratio = round(speed["ours"] / speed["peer"], 3)
+        if ours["pairs"] == peer["pairs"]:  # else they saw other batches
+            details["loss_difference"] = abs(ours["first_loss"] - peer["first_loss"])
+            meets = details["loss_difference"] <= LOSS
+    return Row(
+        name,
+        "pairs/s",
+        speed.get("ours"),
+        speed.get("peer"),
+        None if peer is None else f"CachedMultipleNegativesRankingLoss, {peer['setting']}",
+        ratio_to_peer=ratio,
+        peak_mb_ours=None if ours is None else ours["peak_mb"],
+        peak_mb_peer=None if peer is None else peer["peak_mb"],
+        meets=meets,
+        details=details,
+    )
+
+
+def _speeds(side: str, one: dict[str, Any], ours: dict[str, Any] | None) -> dict[str, float]:
+    """Pairs a second; and by what ours counted in its pairs, tokens a second and the utilisation."""
+    speed = one["pairs"] / one["seconds_a_step"]
+    if ours is None:
+        return {"pairs_per_second": round(speed, 2)}
+    useful = ours["useful_flops" if side == "ours" else "useful_flops_unshared"]
+    return {
+        "pairs_per_second": round(speed, 2),
+        "tokens_per_second": round(speed * ours["tokens"] / ours["pairs"]),
+        "mfu": round(speed * useful / ours["pairs"] / PEAK_FLOPS, 4),
+    }
+
+
+def _tell_answer(answer: dict[str, Any]) -> None:
+    print(ANSWER + json.dumps(answer), flush=True)
 
 
 def _say(text: str) -> None:
@@ -384,8 +481,8 @@ def _warm_up(task: str) -> None:
         import mmembed.training.trainer  # noqa: F401
 
 
-def _task(task: str, given: dict[str, Any], scale: Scale) -> dict[str, Any]:
-    """What a process does in its turn; an error is an answer too."""
+def _task(task: str, given: dict[str, Any], scale: Scale, tell: Heard) -> dict[str, Any]:
+    """What a process does in its turn; an error is an answer too. `tell` takes what is known before the end."""
     kind, _, name = task.partition(" ")
     folder = Path(given["folder"])
     try:
@@ -395,7 +492,7 @@ def _task(task: str, given: dict[str, Any], scale: Scale) -> dict[str, Any]:
             return _plan(given["tree"])
         if name == "encode_bf16":
             return _encode(kind, folder, scale)
-        return _Training(kind, name, folder, scale).run(given["setting"])
+        return _Training(kind, name, folder, scale, tell).run(given["setting"])
     except Exception as error:
         traceback.print_exc()
         return {"error": f"{type(error).__name__}: {str(error).strip()[-1500:]}"}
@@ -554,52 +651,105 @@ def _fastest(
 class _Training:
     """One side of a row of training: the search for its setting, then the timed steps from fresh weights."""
 
-    def __init__(self, side: str, name: str, folder: Path, scale: Scale) -> None:
-        self.side, self.name, self.case, self.scale = side, name, CASES[name], scale
+    def __init__(self, side: str, name: str, folder: Path, scale: Scale, tell: Heard) -> None:
+        self.side, self.name, self.case, self.scale, self.tell = side, name, CASES[name], scale, tell
         self.weights, self.folder = folder / self.case.shape, folder / f"{side}-{name}"
         self.folder.mkdir()
+        self.began = time.perf_counter()
+        self.loaded: tuple[str, Any] = ("", None)  # precision, and what of it stays from run to run
+        self.fresh: dict[str, Any] = {}  # the trained weights before the first step
+        self.known: dict[str, Any] = {}  # of the search
+
+    @property
+    def spent(self) -> float:
+        """The part of the limit that is over."""
+        return (time.perf_counter() - self.began) / self.scale.limit
 
     def run(self, setting: str | None) -> dict[str, Any]:
-        searched: dict[str, Any] = {}
-        if setting is None:
-            for number, one in enumerate(self.scale.settings[self.case.kind.replace("instruction", "text")][self.side]):
-                searched[one] = self._speed(one, number)
-            timed = {one: speed for one, speed in searched.items() if isinstance(speed, float)}
-            if not timed:
-                raise RuntimeError(f"no setting ran: {searched}")
-            setting = max(timed, key=lambda one: timed[one])
-        found = self._train(setting, self.scale.batch(self.case), self.scale.steps + 1, self.folder / "run")
-        return {"setting": setting, "searched": searched, **found}
+        setting = self._search() if setting is None else setting
+        batch = self.scale.batch(self.case)
+        return self._train(setting, batch, self.scale.steps + 1, self.folder / "run", self.tell)
 
-    def _speed(self, setting: str, number: int) -> float | str:
-        """Pairs a second of the second of two short steps, or why there is none."""
+    def _search(self) -> str:
+        """The fastest setting, of those that a third of the limit is enough for."""
+        searched: dict[str, Any] = {}
+        best: dict[str, Any] = {}
+        for number, one in enumerate(self.scale.settings[self.case.kind.replace("instruction", "text")][self.side]):
+            if best and self.spent > 1 / 3:
+                searched[one] = "not tried: a third of --limit was over"
+                continue
+            found = self._short(one, number)
+            searched[one] = found.get("error") or round(found["pairs"] / found["seconds_a_step"], 2)
+            self.known = {"searched": searched}
+            if "error" not in found and (not best or found["seconds_a_step"] < best["seconds_a_step"]):
+                best = found
+            if best:
+                self.tell({**best, **self.known})
+        if not best:
+            raise RuntimeError(f"no setting ran: {searched}")
+        return str(best["setting"])
+
+    def _short(self, setting: str, number: int) -> dict[str, Any]:
+        """Two short steps, of which the second counts; or the error."""
         batch = min(SEARCHED[self.case.kind], self.scale.batch(self.case))
         try:
             found = self._train(setting, batch, 2, self.folder / f"search{number}")
         except Exception as error:
             _say(f"{self.side} {self.name} {setting}: {error}")
-            return f"{type(error).__name__}: {str(error).strip()[:300]}"
+            return {"error": f"{type(error).__name__}: {str(error).strip()[:300]}"}
         _say(f"{self.side} {self.name} {setting}: {batch / found['seconds_a_step']:.1f} pairs/s")
-        return round(batch / found["seconds_a_step"], 2)
+        return found
 
-    def _train(self, setting: str, batch: int, steps: int, folder: Path) -> dict[str, Any]:
+    def _train(self, setting: str, batch: int, steps: int, folder: Path, tell: Heard | None = None) -> dict[str, Any]:
+        """Steps of a new trainer, from fresh weights.
+
+        Args:
+            tell: takes what is known after every step.
+        """
         folder.mkdir()
         left = _start_peak(self.scale)
-        trainer, more = (self._ours if self.side == "ours" else self._peer)(setting, batch, steps, folder)
+        trainer, facts = (self._ours if self.side == "ours" else self._peer)(setting, batch, steps, folder)
         clock = step_clock()
+
+        def known() -> dict[str, Any]:
+            done = len(clock.seconds)
+            timed = slice(min(1, done - 1), done)
+            losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+            return {
+                "setting": setting,
+                "pairs": batch,
+                "seconds_a_step": statistics.median(clock.seconds[timed]),
+                "step_seconds": [round(one, 3) for one in clock.seconds],
+                "first_loss": losses[0],
+                "last_loss": losses[-1],
+                "peak_mb": _peak_mb(self.scale),
+                "left_mb": left,
+                "seconds_of_limit": round(self.spent * self.scale.limit, 1),
+                "halved": [entry for entry in trainer.state.log_history if "chunk_tokens" in entry],
+                **facts(timed),
+                **self.known,
+            }
+
         trainer.add_callback(clock)
+        if tell is not None:
+            trainer.add_callback(_progress(lambda: tell(known()), clock, lambda: (1 - self.spent) * self.scale.limit))
         trainer.train()
-        entries = trainer.state.log_history
-        return {
-            "seconds_a_step": statistics.median(clock.seconds[1:]),
-            "step_seconds": [round(one, 3) for one in clock.seconds],
-            "first_loss": next(entry["loss"] for entry in entries if "loss" in entry),
-            "last_loss": [entry["loss"] for entry in entries if "loss" in entry][-1],
-            "peak_mb": _peak_mb(self.scale),
-            "left_mb": left,
-            "halved": [entry for entry in entries if "chunk_tokens" in entry],
-            **more(trainer),
-        }
+        return known()
+
+    def _kept(self, precision: str, load: Callable[[], tuple[Any, Any]]) -> Any:
+        """What `load` gives: (what stays, its module); loaded once a precision, its trained weights as at first."""
+        if self.loaded[0] != precision:
+            self.loaded = ("", None)  # before the next one takes memory
+            _start_peak(self.scale)
+            started = time.perf_counter()
+            self.loaded = (precision, load())
+            _say(f"{self.side} {self.name}: loaded {precision} in {time.perf_counter() - started:.1f} s")
+            self.fresh = {name: one.detach().to("cpu", copy=True) for name, one in _trained(self.loaded[1][1])}
+        kept, module = self.loaded[1]
+        for name, one in _trained(module):
+            one.grad = None
+            one.data.copy_(self.fresh[name])
+        return kept
 
     def _shared_arguments(self, batch: int, steps: int, folder: Path, autocast: bool) -> dict[str, Any]:
         return {
@@ -621,9 +771,14 @@ class _Training:
             return list(pictures(batch * steps))
         return list(pairs(batch * steps))
 
-    def _ours(self, setting: str, batch: int, steps: int, folder: Path) -> tuple[Any, Callable[[Any], dict[str, Any]]]:
+    def _ours(
+        self, setting: str, batch: int, steps: int, folder: Path
+    ) -> tuple[Any, Callable[[slice], dict[str, Any]]]:
+        """The trainer, and what tells of some of its steps."""
         tree = self._tree(setting, batch, steps, folder)
         from mmembed.config import build_config
+        from mmembed.data.dataset import media_store
+        from mmembed.models.embedding_model import build_embedding_model
 
         given = self._pairs(batch, steps)
         if self.case.kind == "images":
@@ -631,12 +786,21 @@ class _Training:
                 (folder / f"{number}.webp").write_bytes(encoded)
                 given[number] = (caption, {"image": f"{number}.webp"})
         write_pairs(folder / "pairs.jsonl", given)
-        return in_order(build_config(tree), batch, str(folder)), lambda trainer: self._facts(trainer, tree)
+        config = build_config(tree)
+
+        def load() -> tuple[Any, Any]:
+            built = build_embedding_model(config, media_store(config.data))
+            return built, built[0].to(self.scale.device)
+
+        model, preprocessor = self._kept(tree["model"]["dtype"], load)
+        preprocessor.media, preprocessor.features = media_store(config.data), None
+        trainer = in_order(config, batch, str(folder), (model, preprocessor))
+        return trainer, self._facts(trainer, tree)
 
     def _tree(self, setting: str, batch: int, steps: int, folder: Path) -> dict[str, Any]:
         """Our config."""
         precision, how, number = _parts(setting)
-        precision, _, padded = precision.partition("-")
+        precision, _, more = precision.partition("-")
         lora = {"type": "lora", "r": 16, "alpha": 32, "dropout": 0.0}
         images = self.case.kind == "images"
         prompt: dict[str, Any] = {"type": "plain", "mask_instruction": False}
@@ -660,57 +824,100 @@ class _Training:
                 **self._shared_arguments(batch, steps, folder, precision == "autocast"),
                 "token_budget": number,
                 "grad_cache": "auto" if how == "keep" else True,
-                "vision_cache": "off",
-                "attention_kernel": "padded" if padded else "auto",
+                "vision_cache": str(folder / "features") if more == "features" else "off",
+                "attention_kernel": "padded" if more == "padded" else "auto",
             },
         }
 
-    def _facts(self, trainer: Any, tree: dict[str, Any]) -> dict[str, Any]:
-        """What the timed steps held, on average."""
+    def _facts(self, trainer: Any, tree: dict[str, Any]) -> Callable[[slice], dict[str, Any]]:
+        """What some of the steps held, on average."""
         from mmembed.training.batch_report import count_visual
 
-        batches = [trainer.collator([trainer.train_dataset[draw] for draw in draws]) for draws in trainer.plan][1:]
         model, preprocessor = trainer.model.model, trainer.preprocessor
-        whole, computed = [], []
-        for batch in batches:
+        steps = []
+        for draws in trainer.plan:
+            batch = trainer.collator([trainer.train_dataset[draw] for draw in draws])
             rows = [row for chunk in batch.chunks for row in chunk.rows]
             visual = [4 * count_visual([row], preprocessor) for row in rows if row.images]  # patches: 2 x 2 a token
             trained = tree["adapter"]["type"] == "none"
             useful = _useful(model, [len(row) for row in rows], visual, trained)
-            whole.append(useful)
-            computed.append(useful - _of_tokens(model, batch.saved_tokens, trained))
-        return {
-            "tree": tree,
-            "pairs": batches[0].n_queries,
-            "tokens": statistics.mean(batch.tokens for batch in batches),
-            "padded_tokens": statistics.mean(batch.padded_tokens for batch in batches),
-            "chunks": statistics.mean(len(batch.chunks) for batch in batches),
-            "useful_flops": statistics.mean(computed),
-            "useful_flops_unshared": statistics.mean(whole),
-        }
+            steps.append(
+                {
+                    "tokens": batch.tokens,
+                    "padded_tokens": batch.padded_tokens,
+                    "chunks": len(batch.chunks),
+                    "useful_flops": useful - _of_tokens(model, batch.saved_tokens, trained),
+                    "useful_flops_unshared": useful,
+                }
+            )
 
-    def _peer(self, setting: str, batch: int, steps: int, folder: Path) -> tuple[Any, Callable[[Any], dict[str, Any]]]:
+        def facts(timed: slice) -> dict[str, Any]:
+            return {"tree": tree} | {name: statistics.mean(one[name] for one in steps[timed]) for name in steps[0]}
+
+        return facts
+
+    def _peer(
+        self, setting: str, batch: int, steps: int, folder: Path
+    ) -> tuple[Any, Callable[[slice], dict[str, Any]]]:
         import torch
         from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
         from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
+        from torch import nn
+
+        from mmembed.backbones.patch_conv import PatchConv3d
 
         precision, _, size = _parts(setting)
+        precision, *more = precision.split("-")
         images = self.case.kind == "images"
         dtype = torch.float32 if precision == "autocast" else torch.bfloat16
-        model = _peer_model(self.weights, "images" if images else "text", dtype, self.scale.device, DOCUMENT_LENGTH)
-        if images:
-            _add_lora(model)
+
+        def load() -> tuple[Any, Any]:
+            kind = "images" if images else "text"
+            model = _peer_model(self.weights, kind, dtype, self.scale.device, DOCUMENT_LENGTH)
+            if images:
+                _add_lora(model)
+            return model, model
+
+        # accelerate wraps the forward of a model under autocast for good
+        model = self._kept(precision if precision == "bf16" else f"{precision} {folder.name}", load)
+        for module in model.modules():
+            if isinstance(module, nn.Conv3d):
+                module.__class__ = PatchConv3d if "products" in more else nn.Conv3d
+        if "workers" in more:
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not come along with a fork
         args = SentenceTransformerTrainingArguments(
             **self._shared_arguments(batch, steps, folder, precision == "autocast"),
             tf32=True if self.scale.device == "cuda" else None,
             report_to="none",
             batch_sampler=peer_in_order(),
             prompts={"anchor": INSTRUCTION} if self.case.kind == "instruction" else None,
+            dataloader_num_workers=WORKERS if "workers" in more else 0,
         )
         loss = CachedMultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE, mini_batch_size=size)
         data = _peer_data(self._pairs(batch, steps), images)
         trainer = SentenceTransformerTrainer(model=model, args=args, train_dataset=data, loss=loss)
         return trainer, lambda _: {}
+
+
+def _trained(module: Any) -> Iterator[tuple[str, Any]]:
+    return ((name, one) for name, one in module.named_parameters() if one.requires_grad)
+
+
+def _progress(tell: Callable[[], None], clock: Any, left: Callable[[], float]) -> Any:
+    """A callback that tells after every step, and begins none that takes longer than what is left."""
+    from transformers import TrainerCallback
+
+    class Progress(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            _say(f"step of {clock.seconds[-1]:.2f} s, {left():.0f} s are left")
+            if left() < clock.seconds[-1]:
+                control.should_training_stop = True
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if "loss" in logs:
+                tell()
+
+    return Progress()
 
 
 def _parts(setting: str) -> tuple[str, str, int]:

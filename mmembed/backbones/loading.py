@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmembed.backbones.family import Family, family_class, family_of
+from mmembed.backbones.patch_conv import multiply_patches
 from mmembed.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def load_backbone(
         multimodal = "vision_config" in config.to_dict()
         processor = load_processor(processor_path or path, multimodal=multimodal, **common)
     set_attention(model, attention)
+    multiply_patches(model)
     return Backbone(model, processor, family_of(model.config, processor), model.config)
 
 

@@ -7,7 +7,7 @@ one array of the batch. The frames of a still picture are equal, so they are one
 
     pixel_values (N, C, T, p * p), stride 0 along T; `flatten(1)` is the processor's (N, C * T * p * p)
 
-Whoever computes the first layer may use that (`mmembed.inference.cpu.PatchConv3d`); to everybody else it is a tensor.
+Whoever computes the first layer may use that (`mmembed.inference.cpu.OneDnnPatches`); to everybody else it is a tensor.
 Milliseconds a picture of some 20,000 pixels: 0.38, of the processor 0.91 (docs/log.md).
 """
 

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from mmembed.backbones import attention as attending
 from mmembed.backbones import shared_prefix as sharing
+from mmembed.backbones.patch_conv import PatchConv3d
 from mmembed.inference.decoder import fuse_layers
 from mmembed.inference.elementwise import ATTENTION, accelerate_elementwise
 
@@ -53,7 +54,7 @@ def accelerate(model: nn.Module) -> None:
     accelerate_elementwise(model, fused=bool(cpu.get("amx_bf16")))
     if not torch.backends.mkldnn.is_available():
         return
-    better: dict[type[nn.Module], type[nn.Module]] = {nn.Conv3d: PatchConv3d}
+    better: dict[type[nn.Module], type[nn.Module]] = {nn.Conv3d: OneDnnPatches, PatchConv3d: OneDnnPatches}
     if "AMD" in cpu.get("cpu_name", ""):
         better[nn.Linear] = OneDnnLinear
     for module in model.modules():
@@ -81,16 +82,15 @@ class OneDnnLinear(nn.Linear):
         return _onednn_linear(input, self.weight, self.bias)
 
 
-class PatchConv3d(nn.Conv3d):
-    """nn.Conv3d that multiplies matrices where an input is one patch of the kernel's size.
+class OneDnnPatches(PatchConv3d):
+    """`PatchConv3d` whose product without gradients runs in oneDNN.
 
     Frames that are one memory (`mmembed.backbones.patches`) are multiplied once, by the sum of their weights.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, *kernel_size) -> (N, out_channels, 1, 1, 1); any other input as nn.Conv3d."""
-        one_patch = tuple(input.shape[2:]) == self.kernel_size and self.groups == 1 and set(self.padding) == {0}
-        if not one_patch or input.dim() != 5 or torch.is_grad_enabled():
+        if not self.takes_one_patch(input) or torch.is_grad_enabled():
             return super().forward(input)
         weight = self.weight
         if input.shape[2] > 1 and input.stride(2) == 0:

@@ -12,8 +12,9 @@ from PIL import Image
 
 import mmembed.inference.embedder as module
 from mmembed import Embedder
+from mmembed.backbones import load_backbone, patch_conv
 from mmembed.errors import MmembedError
-from mmembed.inference.cpu import OneDnnLinear, PatchConv3d, accelerate, attend, attend_aligned
+from mmembed.inference.cpu import OneDnnLinear, OneDnnPatches, accelerate, attend, attend_aligned
 from mmembed.models.embedding_model import EmbedderSettings, build_from_settings
 from mmembed.quantize import decode, quantize
 
@@ -388,13 +389,34 @@ def test_onednn_products_and_gradients_are_those_of_linear():
 def test_patches_as_products_are_the_convolution():
     torch.manual_seed(0)
     stock = torch.nn.Conv3d(3, 8, kernel_size=(2, 4, 4), stride=(2, 4, 4))
-    ours = PatchConv3d(3, 8, kernel_size=(2, 4, 4), stride=(2, 4, 4))
+    ours = OneDnnPatches(3, 8, kernel_size=(2, 4, 4), stride=(2, 4, 4))
     ours.load_state_dict(stock.state_dict())
     patches, larger = torch.randn(5, 3, 2, 4, 4), torch.randn(5, 3, 4, 8, 4)
     with torch.inference_mode():
         torch.testing.assert_close(ours(patches), stock(patches))
         torch.testing.assert_close(ours(larger), stock(larger))
         torch.testing.assert_close(ours.bfloat16()(patches.bfloat16()), stock.bfloat16()(patches.bfloat16()))
+
+
+def test_where_a_convolution_over_patches_is_slow_they_are_multiplied(family_folder, monkeypatch):
+    """With gradients, too; the modules of a loaded backbone are of that kind."""
+    monkeypatch.setattr(patch_conv, "DEVICES", {"cpu"})
+    torch.manual_seed(0)
+    stock = torch.nn.Conv3d(3, 8, kernel_size=(2, 4, 4), stride=(2, 4, 4))
+    ours = patch_conv.PatchConv3d(3, 8, kernel_size=(2, 4, 4), stride=(2, 4, 4))
+    ours.load_state_dict(stock.state_dict())
+    patches, larger = torch.randn(5, 3, 2, 4, 4), torch.randn(5, 3, 4, 8, 4)
+    torch.testing.assert_close(ours(larger), stock(larger))
+    monkeypatch.setattr(torch.nn.Conv3d, "_conv_forward", None)
+    found = ours(patches)
+    monkeypatch.undo()
+    torch.testing.assert_close(found, stock(patches))
+    for output in (found, stock(patches)):
+        output.square().sum().backward()
+    torch.testing.assert_close(ours.weight.grad, stock.weight.grad)
+    torch.testing.assert_close(ours.bias.grad, stock.bias.grad)
+    model = load_backbone(str(family_folder("qwen2_vl"))).model
+    assert [type(one) for one in model.modules() if isinstance(one, torch.nn.Conv3d)] == [patch_conv.PatchConv3d]
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "mistral", "qwen2_vl", "smolvlm"])

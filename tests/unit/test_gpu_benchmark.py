@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks.gpu import ROWS, _useful
+from benchmarks import gpu
+from benchmarks.gpu import PEAK_FLOPS, ROWS, Scale, _progress, _row_of, _Runner, _useful
 from mmembed.models.embedding_model import EmbedderSettings, build_from_settings
 from tests.runs import ROOT
 
@@ -59,3 +61,60 @@ def test_useful_operations_are_those_of_the_matrices(family_folder):
     assert _useful(model, [length] * 3, [], trained=True) / 3 == pytest.approx(
         expected, rel=1e-4
     )  # but for the angles of the positions
+
+
+def side(pairs, seconds, loss, **more):
+    return {"setting": "s", "pairs": pairs, "seconds_a_step": seconds, "first_loss": loss, "peak_mb": 1, **more}
+
+
+def test_a_row_of_what_is_known():
+    useful = PEAK_FLOPS / 2
+    ours = side(8, 2.0, 5.0, tokens=100, useful_flops=useful, useful_flops_unshared=2 * useful)
+    row = _row_of("name", {"ours": ours})
+    assert (row.ours, row.peer, row.ratio_to_peer, row.meets) == (4.0, None, None, False)
+    assert row.details["ours"]["tokens_per_second"] == 50 and row.details["ours"]["mfu"] == 0.25
+    row = _row_of("name", {"ours": ours, "peer": side(8, 4.0, 5.01)})
+    assert (row.ours, row.peer, row.ratio_to_peer, row.meets) == (4.0, 2.0, 2.0, True)
+    assert row.details["peer"]["tokens_per_second"] == 25 and row.details["peer"]["mfu"] == 0.25
+    assert not _row_of("name", {"ours": ours, "peer": side(8, 4.0, 5.1)}).meets
+    row = _row_of("name", {"ours": ours, "peer": side(4, 4.0, 5.0)})  # of a short step: other pairs, another loss
+    assert (row.peer, row.meets, row.details["peer"]["tokens_per_second"]) == (1.0, False, 12)
+    row = _row_of("name", {"peer": side(8, 4.0, 5.0)})
+    assert (row.ours, row.peer, row.meets) == (None, 2.0, False)
+
+
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [("time.sleep(60)", "x was ended after 1.5 s"), ("sys.exit(3)", "x ended with 3"), ("", None)],
+)
+def test_a_process_that_does_not_end_well_leaves_what_it_said(tmp_path, monkeypatch, end, message):
+    monkeypatch.setattr(gpu, "GRACE", 0.5)
+    scale = Scale(True, "cpu", 1, 24, 1, limit=1.0)
+    answers = "".join(f"print('answer: {{\"steps\": {number}}}', flush=True); print('a log');" for number in (1, 2))
+    for said in (answers, ""):
+        runner = _Runner(SimpleNamespace(in_process=False), scale, tmp_path)
+        command = [sys.executable, "-c", f"import sys, time; print('begun', flush=True); {said} {end}"]
+        runner.waiting["x"] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        heard = []
+        if said:
+            found = runner._answer("x", heard.append)
+            assert found == {"steps": 2, **({} if message is None else {"ended_by": message})}
+            assert heard == [{"steps": 1}, {"steps": 2}]
+        else:
+            with pytest.raises(RuntimeError, match=message or "x said nothing"):
+                runner._answer("x", heard.append)
+
+
+def test_no_step_begins_that_would_not_end_in_time():
+    told = []
+    control = SimpleNamespace(should_training_stop=False)
+    left = 5.0
+    callback = _progress(lambda: told.append(1), SimpleNamespace(seconds=[9.0, 4.0]), lambda: left)
+    callback.on_step_end(None, None, control)
+    assert not control.should_training_stop
+    callback.on_log(None, None, control, logs={"loss": 1.0})
+    callback.on_log(None, None, control, logs={"train_loss": 1.0})
+    assert len(told) == 1
+    left = 3.0
+    callback.on_step_end(None, None, control)
+    assert control.should_training_stop

@@ -11,7 +11,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageP
 from mmembed.backbones import patches
 from mmembed.backbones.family import Family
 from mmembed.content import Image, to_content
-from mmembed.inference.cpu import PatchConv3d, accelerate
+from mmembed.inference.cpu import OneDnnPatches, accelerate
 from mmembed.media import MediaStore
 from mmembed.preprocess import Item
 from tests.equivalence.layouts import built
@@ -124,7 +124,7 @@ def test_equal_frames_are_multiplied_once(bias, monkeypatch):
     torch.manual_seed(0)
     stock = nn.Conv3d(3, 8, (2, 4, 4), stride=(2, 4, 4), bias=bias)
     expected = stock(frames := torch.randn(5, 3, 1, 4, 4).expand(-1, -1, 2, -1, -1))
-    stock.__class__ = PatchConv3d
+    stock.__class__ = OneDnnPatches
     widths, multiply = [], torch.nn.functional.linear
     monkeypatch.setattr(
         "mmembed.inference.cpu._onednn_linear",
