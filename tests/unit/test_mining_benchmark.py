@@ -1,6 +1,7 @@
 """The benchmark of mining: contenders that disagree stop it, and its rows say what was measured."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -80,3 +81,25 @@ def test_memory_above_the_start_is_seen():
         mining.threading.Event().wait(0.05)
         del held
     assert 70 << 10 <= peak[0] <= 120 << 10
+
+
+@pytest.mark.parametrize(
+    ("found", "flags", "wanted"),
+    [
+        ("Prescott", "sse avx2 avx512f", "SkylakeX"),  # a processor that OpenBLAS does not know
+        ("Prescott", "sse avx2", "Haswell"),
+        ("Zen", "sse avx2 avx512f", "Zen"),
+        ("unknown", "sse avx2 avx512f", "unknown"),
+    ],
+)
+def test_faiss_is_given_the_kernels_that_its_processor_has(found, flags, wanted, monkeypatch):
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "")
+    monkeypatch.setattr(mining, "processor_flags", lambda: set(flags.split()))
+    monkeypatch.setattr(mining, "openblas_core", lambda: os.environ["OPENBLAS_CORETYPE"] or found)
+    assert mining.choose_openblas() == wanted
+
+
+def test_the_core_is_the_one_that_faiss_loads(monkeypatch):
+    pytest.importorskip("faiss")
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
+    assert mining.openblas_core() in ("Haswell", "unknown")  # where the package links another library
