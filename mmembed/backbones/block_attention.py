@@ -7,6 +7,8 @@ block N+1    the query again, the answer sees all blocks, and itself, causally
 Positions: block 0 from 0; every document goes on behind block 0, so that none is before another; the last block from
 an offset. The first N + 1 blocks are rows behind a shared prefix (`mmembed.backbones.shared_prefix`): the last one
 stands behind them in the same sequence of P + N * T + L tokens: training, engines and checkpoints see nothing new.
+Without gradients blocks go through the backbone in parts (`Part`), so that the states of a long list need not be
+anywhere at once (`mmembed.inference.lists`).
 
 Which documents the query reads is its score of them: at one layer, of R tokens (signals) of the last block,
 
@@ -29,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mmembed.backbones.shared_prefix import Kernel, SharedPrefix, attend_behind, masked_attention
+from mmembed.backbones.shared_prefix import Kernel, Prefix, SharedPrefix, attend_behind, masked_attention
 from mmembed.errors import MmembedError
 
 
@@ -45,11 +47,9 @@ class Blocks(SharedPrefix):
         signals: places in the last block, of the tokens whose attention that is.
         kernel: "sdpa", or "flex".
         stop: raise `Read` there, where nothing else is wanted of the pass.
-        keep: whether keys and values are kept for tokens that follow.
 
     Attributes:
         shares: (N,) S of each document, once the layer was computed.
-        attended: with `keep`, keys and values (1, G, P + N * T + L, D) of each layer.
     """
 
     def __init__(
@@ -62,11 +62,10 @@ class Blocks(SharedPrefix):
         signals: tuple[int, ...],
         kernel: str = "sdpa",
         stop: bool = False,
-        keep: bool = False,
     ) -> None:
         super().__init__(config, tokens, len(real))
         self.real, self.tail, self.layer, self.signals = real, tail, layer, signals
-        self.kernel, self.stop, self.keep = kernel, stop, keep
+        self.kernel, self.stop = kernel, stop
         self.shares: Tensor | None = None
         self._seen: Tensor | None = None
         self._pattern: Any = None
@@ -98,7 +97,61 @@ class Blocks(SharedPrefix):
 
 
 class Read(Exception):
-    """The layer that is read was computed; the pass needs not go on."""
+    """All that is wanted of a pass was computed; it needs not go on."""
+
+
+class Part(SharedPrefix):
+    """Some documents of a list, or its last block, behind blocks that went through the backbone before. No gradients.
+
+    Args:
+        known: the blocks that these see: block 0; of the last one, all.
+        real: (B, T) bool; false on padding, which is not kept.
+        room: of each layer, keys and values (1, G, S, D) of the whole list, or of a layer whose values nobody needs its
+            keys; this part's own are written there.
+        start: place of its first token there.
+        end: layer, from 0, where the pass ends (`Read`): its attention is not computed.
+    """
+
+    def __init__(
+        self, config: Any, known: Prefix, real: Tensor, room: list[tuple[Tensor, ...]], start: int, end: int | None
+    ) -> None:
+        super().__init__(config, known.attended[0][0].shape[2], len(real), known)
+        self.room, self.end = room, end
+        self.places = slice(start, start + int(real.sum()))
+        self.kept = slice(None) if real.all() else real.flatten()  # to copy by a mask takes twice as long
+
+    def note(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+        for whole, own in zip(self.room[layer], (key, value), strict=False):
+            whole[:, :, self.places] = own[:, :, self.kept]
+        if layer == self.end:
+            raise Read
+
+
+class LastPart(Part):
+    """The last block of a list, and what it attends to at one layer.
+
+    Args:
+        documents: (N, T) bool, whose tokens stand behind block 0 without their padding.
+        prefix: P, tokens of block 0.
+        layer, signals: as of `Blocks`.
+
+    Attributes:
+        shares: (N,), once the layer was computed.
+    """
+
+    def __init__(self, *part: Any, documents: Tensor, prefix: int, layer: int, signals: tuple[int, ...]) -> None:
+        super().__init__(*part)
+        self.documents, self.prefix, self.layer, self.signals = documents, prefix, layer, signals
+        self.shares: Tensor | None = None
+
+    def note(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+        if layer == self.layer - 1:
+            keys = self.room[layer][0][0, :, self.prefix : self.tokens]  # (G, S, D)
+            found = read_logits(query[0, :, list(self.signals)], keys, scaling)  # (H, R, S)
+            logits = found.new_zeros(*found.shape[:2], self.documents.numel())
+            logits[..., self.documents.flatten()] = found
+            self.shares = document_shares(logits, self.documents)
+        super().note(layer, query, key, value, scaling)
 
 
 def attend_blocks(
@@ -127,8 +180,6 @@ def attend_blocks(
         blocks.shares = shares if blocks.shares is None else blocks.shares
         if blocks.stop:
             raise Read
-    if blocks.keep:
-        blocks.attended.append((key, value))
     if blocks.kernel == "flex":
         blocks.calls += 1
         return _attend_flex(blocks, query, key, value, dropout, scaling)

@@ -76,6 +76,11 @@ class SharedPrefix:
             self._masks[key] = seen if window is None else seen.triu(before - window + 1)
         return self._masks[key]
 
+    def note(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+        """What is kept of a layer (from 0), which has yet to attend: of a prefix alone its keys and values."""
+        if not self.rows:
+            self.attended.append((key, value))
+
 
 def attend_behind(
     shared: SharedPrefix,
@@ -98,6 +103,7 @@ def attend_behind(
     layer, shared.calls = shared.calls, shared.calls + 1
     prefix, rows = shared.tokens, shared.rows
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    shared.note(layer, query, key, value, scaling)
     first = prefix if shared.known is None else 0  # tokens of the sequence in front of the rows' own
     length = (query.shape[2] - first) // rows if rows else 0  # T
     window = sliding_window if sliding_window is not None and sliding_window < prefix + length else None
@@ -108,7 +114,6 @@ def attend_behind(
         head = kernel(first_query, first_key, first_value, mask, dropout, scaling)  # (1, H, P, D)
         parts.append(head.transpose(1, 2))
         if not rows:
-            shared.attended.append((first_key, first_value))
             return parts[0]
     else:
         first_key, first_value = shared.known.attended[layer]

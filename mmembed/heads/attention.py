@@ -31,7 +31,8 @@ class Attention(Head):
         layer: whose attention is read, from 1; None: at five eighths of the depth (20 of Mistral's 32).
         offset: position of the last block, the same for lists of any length; 8192 in the paper, 16384 in its code. It
             has to be one that the backbone knows.
-        kernel: "sdpa" computes rows behind a shared block; "flex" one mask in flex_attention, for GPUs.
+        kernel: of lists in one sequence: "sdpa" computes rows behind a shared block; "flex" one mask in flex_attention,
+            for GPUs.
     """
 
     name = "attention"

@@ -1,7 +1,7 @@
 """The order of a list's documents as the model writes it, token by token: decoding, instead of reading attention.
 
 BlockRank (arXiv 2510.05396) ranks as well by attention, without a token being decoded; decoding tells what
-next-token prediction has learned. The keys and values of the list's blocks are those of the one pass that also gives
+next-token prediction has learned. The keys and values of the list's blocks are those of the reading that also gives
 the shares; each further token sees all of them and costs a pass of one token.
 """
 
@@ -13,7 +13,8 @@ import torch
 
 from mmembed.errors import MmembedError
 from mmembed.generation.orders import Order
-from mmembed.models.embedding_model import EmbeddingModel, right_padded
+from mmembed.inference.lists import read_list
+from mmembed.models.embedding_model import EmbeddingModel
 from mmembed.preprocess import ModelInputs
 
 if TYPE_CHECKING:
@@ -33,18 +34,15 @@ def answer(model: EmbeddingModel, inputs: ModelInputs, tokenizer: Any, limit: in
 
     if model.output_embedding is None:
         raise MmembedError("decoding needs the backbone's output embedding, which this model was loaded without")
-    tensors, pool_mask, _ = right_padded(inputs)
-    tensors.pop("attention_mask")
-    blocks, hidden = model.run_list(tensors, pool_mask, inputs, keep=True)
-    assert hidden is not None and inputs.tail is not None and blocks.shares is not None, "the pass went on"
-    ends = torch.ones(blocks.tokens, dtype=torch.bool), torch.ones(blocks.tail, dtype=torch.bool)
-    kept = torch.cat([ends[0].to(hidden.device), blocks.real.flatten(), ends[1].to(hidden.device)])  # (S,)
+    read = read_list(model, inputs, to_the_end=True)
+    hidden = read.hidden
+    assert hidden is not None and inputs.tail is not None, "it went to the end"
     cache = DynamicCache(config=model.config)
-    for layer, (key, value) in enumerate(blocks.attended):
-        cache.update(key[:, :, kept], value[:, :, kept], layer)
+    for layer, (key, value) in enumerate(read.attended):
+        cache.update(key, value, layer)
     weight = model.output_embedding.weight
     weight = cast("Tensor", model.base.get_input_embeddings().weight) if weight is None else weight  # (V, H)
-    position = model.list_offset + len(inputs.tail.ids)
+    position = model.list_head.offset + len(inputs.tail.ids)
     written: list[int] = []
     text = ""
     while len(written) < limit:
@@ -60,7 +58,7 @@ def answer(model: EmbeddingModel, inputs: ModelInputs, tokenizer: Any, limit: in
             use_cache=True,
             return_dict=True,
         ).last_hidden_state
-    return text.split("]")[0], blocks.shares
+    return text.split("]")[0], read.shares
 
 
 def completed(order: Order, shares: Sequence[float]) -> list[int]:

@@ -41,6 +41,7 @@ from mmembed.data.collate import Chunk, plan_chunks
 from mmembed.errors import ConfigError, MmembedError, nearest
 from mmembed.inference.cpu import accelerate, cpu_capabilities
 from mmembed.inference.devices import check_device
+from mmembed.inference.lists import read_list
 from mmembed.models.checkpoint import load_checkpoint, save_checkpoint
 from mmembed.models.vision_cache import open_features, uncached
 from mmembed.preprocess import Item, ModelInputs, Preprocessor, Row
@@ -295,16 +296,21 @@ class Embedder:
         head = list(islice(plan, torch.get_num_threads()))  # as many batches as could be computed at once
         batches = chain(head, plan)
         if len(head) > 1 and self._apart(*_of_first(head)):
-            yield from beside_each_other(batches, lambda one: self._compute(*self._prepare(*one), prefixes), len(head))
+            yield from beside_each_other(
+                batches, lambda one: self._compute(*self._prepare(*one), prefixes, how), len(head)
+            )
         else:  # batch after batch through the model, while threads prepare the next ones
             for prepared in ahead(batches, lambda one: self._prepare(*one), threads=PREPARED):
-                yield self._compute(*prepared, prefixes)
+                yield self._compute(*prepared, prefixes, how)
 
     def _prepare(self, positions: list[int], chunk: Chunk, kept: bool) -> tuple[list[int], ModelInputs, bool]:
         return positions, self._collate(positions, chunk), kept
 
     @torch.inference_mode()
-    def _compute(self, positions: list[int], inputs: ModelInputs, kept: bool, prefixes: _Prefixes) -> Batch:
+    def _compute(self, positions: list[int], inputs: ModelInputs, kept: bool, prefixes: _Prefixes, how: _How) -> Batch:
+        if inputs.tail is not None:
+            shares = read_list(self.model, inputs.to(self.device), how.token_budget).shares  # (N,)
+            return positions, shares.unsqueeze(1).cpu(), None
         if kept:
             inputs = replace(inputs, prefix=prefixes.of(inputs.tensors["input_ids"][0, : inputs.shared]))
         vectors, mask, *_ = self.model(inputs.to(self.device))  # (B, E), or (B, T, E) with (B, T)

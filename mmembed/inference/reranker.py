@@ -106,7 +106,6 @@ class Reranker:
             )
         self.model, self.preprocessor = model, preprocessor
         self.reads_lists = preprocessor.prompt.reads_lists
-        model.reads_only = self.reads_lists
         self._encoder = Embedder(model, preprocessor)
 
     @classmethod
@@ -141,7 +140,7 @@ class Reranker:
     ) -> NDArray[np.float32]:
         """Scores of pairs, in their order.
 
-        An in-context reranker reads all documents of a query in one pass (they are found among the pairs): their scores
+        An in-context reranker reads all documents of a query together (they are found among the pairs): their scores
         are shares, which sum to 1, and so depend on which documents stand beside each other.
 
         Args:
@@ -150,8 +149,9 @@ class Reranker:
             instruction: of all queries that bring none, or one a pair; None: the prompt's.
             scale: "probability" of being relevant (of a list, the share), or the "logit" behind it, which does not
                 round to 0 or 1.
-            token_budget, share_prefix, show_progress: as of `Embedder.encode`. Give the documents of a query one behind
-                another or not: pairs of one query are found.
+            token_budget, share_prefix, show_progress: as of `Embedder.encode`; of a list, tokens of documents that are
+                read at a time (`mmembed.inference.lists`). Give the documents of a query one behind another or not:
+                pairs of one query are found.
 
         Returns:
             (N,) float32.

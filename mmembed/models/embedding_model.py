@@ -110,7 +110,6 @@ class EmbeddingModel(nn.Module):
         self._unshared = self._prepare_sharing()
         self.reads_last = self._prepare_last()  # the last layer can be computed of the last tokens alone
         self.lower_layers: tuple[int, ...] = ()
-        self.reads_only = False  # of lists: nothing is computed above the attention that is read
         self._hooks: list[Any] = []
         self._whole_depth = self.depth
 
@@ -256,16 +255,8 @@ class EmbeddingModel(nn.Module):
     def forward(self, inputs: ModelInputs) -> Embeddings:
         """Embeds a batch: -> vectors (B, E), or (B, T, E) and mask (B, T); as many of each of `lower_layers`; and what
         `inputs.predicted` costs."""
-        tensors, pool_mask, predicted = right_padded(inputs)
+        tensors, pool_mask, predicted = self.given(inputs)
         ids = tensors["input_ids"]  # (B, T)
-        if inputs.padding is None or (self.family.causal and not self._virtual_tokens):
-            tensors.pop("attention_mask")
-        tensors = {
-            name: in_dtype(tensor, self.dtype) if tensor.is_floating_point() else tensor
-            for name, tensor in tensors.items()
-        }
-        if inputs.images is not None:
-            tensors = self._with_features(tensors, inputs.images)
         has_images = "pixel_values" in tensors or inputs.images is not None
         if inputs.tail is not None:
             return self._judge_list(tensors, pool_mask, inputs)
@@ -291,13 +282,24 @@ class EmbeddingModel(nn.Module):
             nll, count = nll[: len(vectors[0])], count[: len(vectors[0])]
         return Embeddings(vectors[0], pool_mask if self.pooling.multi_vector else None, lower, nll, count)
 
+    def given(self, inputs: ModelInputs) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor | None]:
+        """What the backbone gets of a batch, right-padded: tensors, pool mask (B, T), and predicted (B, T), if any."""
+        tensors, pool_mask, predicted = right_padded(inputs)
+        if inputs.padding is None or (self.family.causal and not self._virtual_tokens):
+            tensors.pop("attention_mask")
+        tensors = {
+            name: in_dtype(tensor, self.dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in tensors.items()
+        }
+        if inputs.images is not None:
+            tensors = self._with_features(tensors, inputs.images)
+        return tensors, pool_mask, predicted
+
     def _judge_list(self, tensors: dict[str, Any], pool_mask: torch.Tensor, inputs: ModelInputs) -> Embeddings:
         """Of a list of N documents: their shares of the query's attention (N, 1), and what its answer costs."""
-        blocks, hidden = self.run_list(tensors, pool_mask, inputs, stop=self.reads_only)
-        assert blocks.shares is not None and inputs.tail is not None, "every layer follows"
+        blocks, hidden = self.run_list(tensors, pool_mask, inputs)
+        assert blocks.shares is not None and hidden is not None and inputs.tail is not None, "every layer follows"
         shares = blocks.shares[: len(inputs)].unsqueeze(1)  # (N, 1)
-        if hidden is None:
-            return Embeddings(shares)
         if torch.is_grad_enabled():  # layers above the one that is read take part, on every rank
             shares = shares + 0.0 * hidden.sum()
         if not inputs.tail.predicted:
@@ -310,10 +312,10 @@ class EmbeddingModel(nn.Module):
         return Embeddings(shares, nll=F.pad(nll, others), predicted=F.pad(count, others))
 
     @property
-    def list_offset(self) -> int:
-        """Position of the last block of a list."""
-        assert isinstance(self.projection, Attention), "of a model that reads lists"
-        return self.projection.offset
+    def list_head(self) -> Attention:
+        """The head of a model that reads lists."""
+        assert isinstance(self.projection, Attention), "only such a model reads lists"
+        return self.projection
 
     def one_position(self, position: int, device: torch.device) -> torch.Tensor:
         """Of one token of text, as the backbone takes it."""
@@ -321,48 +323,47 @@ class EmbeddingModel(nn.Module):
         axes = self.family.position_ids(self.base, probe)
         return torch.full((1, 1) if axes is None else (*axes.shape[:-2], 1, 1), position, device=device)
 
-    def run_list(
-        self,
-        tensors: dict[str, Any],
-        pool_mask: torch.Tensor,
-        inputs: ModelInputs,
-        stop: bool = False,
-        keep: bool = False,
-    ) -> tuple[Blocks, torch.Tensor | None]:
-        """The backbone on the documents of a list: what their blocks gave, and hidden states (1, P + N * T + L, H).
-
-        Args:
-            stop: at the layer whose attention is read; there are no hidden states then.
-            keep: keys and values, for tokens that follow.
+    def list_layout(
+        self, tensors: dict[str, Any], pool_mask: torch.Tensor, inputs: ModelInputs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions (..., N, P + T) of a list's rows, and which of the documents' own tokens are real, (N, T) bool.
 
         Raises:
             MmembedError: a document does not end before the last block begins.
         """
-        prefix, tail, head = inputs.shared, inputs.tail, self.projection
-        assert isinstance(head, Attention) and tail is not None, "only such a model reads lists"
-        ids = tensors["input_ids"]  # (N, P + T)
-        rows, length = ids.shape
-        if length > head.offset:
+        ids, offset = tensors["input_ids"], self.list_head.offset  # (N, P + T)
+        if ids.shape[1] > offset:
             raise MmembedError(
-                f"head 'attention': block 0 and a document take {length} tokens, and the last block stands at "
-                f"position {head.offset}; raise head.offset, or lower lengths"
+                f"head 'attention': block 0 and a document take {ids.shape[1]} tokens, and the last block stands at "
+                f"position {offset}; raise head.offset, or lower lengths"
             )
-        real = pool_mask[:, prefix:].clone()  # (N, T)
+        real = pool_mask[:, inputs.shared :].clone()  # (N, T)
         if inputs.filler:
             real[-inputs.filler :] = False
         positions = self.family.position_ids(self.base, tensors)  # (3, N, P + T) or None
-        if positions is None:
-            positions = torch.arange(length, device=ids.device).expand(rows, length)
+        return torch.arange(ids.shape[1], device=ids.device).expand_as(ids) if positions is None else positions, real
+
+    def run_list(
+        self, tensors: dict[str, Any], pool_mask: torch.Tensor, inputs: ModelInputs, stop: bool = False
+    ) -> tuple[Blocks, torch.Tensor | None]:
+        """The backbone on a list in one sequence: what its blocks gave, and hidden states (1, P + N * T + L, H).
+
+        Args:
+            stop: at the layer whose attention is read; there are no hidden states then.
+
+        Raises:
+            MmembedError: as `list_layout`.
+        """
+        prefix, tail, head = inputs.shared, inputs.tail, self.list_head
+        assert tail is not None, "of a list"
+        positions, real = self.list_layout(tensors, pool_mask, inputs)
         places = position_ids(flatten(positions, prefix), len(tail.ids), head.offset)  # (..., 1, P + N * T + L)
-        last = torch.tensor([tail.ids], device=ids.device)  # (1, L)
-        sequence = torch.cat([flatten(ids, prefix), last], dim=1)
+        last = torch.tensor([tail.ids], device=real.device)  # (1, L)
+        sequence = torch.cat([flatten(tensors["input_ids"], prefix), last], dim=1)
         layer = head.of(self.depth)
-        blocks = Blocks(
-            self.config, prefix, real, len(tail.ids), layer, tail.signals, head.kernel, stop=stop, keep=keep
-        )
-        media = {name: tensor for name, tensor in tensors.items() if name not in _SEQUENCE}
+        blocks = Blocks(self.config, prefix, real, len(tail.ids), layer, tail.signals, head.kernel, stop)
         try:
-            return blocks, self._run_behind(blocks, sequence, places, media)[0]
+            return blocks, self.run_behind(blocks, sequence, places, media_of(tensors))[0]
         except Read:
             return blocks, None
 
@@ -405,7 +406,7 @@ class EmbeddingModel(nn.Module):
         """What batches whose rows begin with these tokens (P,) need of them (`ModelInputs.prefix`). Text only."""
         shared = SharedPrefix(self.config, len(ids), 0)
         positions = torch.arange(len(ids), device=ids.device)
-        output = self._run_behind(shared, ids.unsqueeze(0), positions.unsqueeze(0), {})  # (1, P, H) each
+        output = self.run_behind(shared, ids.unsqueeze(0), positions.unsqueeze(0), {})  # (1, P, H) each
         return Prefix(tuple(shared.attended), tuple(one[0] for one in output))
 
     def _run_shared(
@@ -428,11 +429,11 @@ class EmbeddingModel(nn.Module):
         if positions is None:
             positions = torch.arange(length, device=ids.device).expand(rows, length)  # (B, P + T)
         shared = SharedPrefix(self.config, prefix, rows, known)
-        media = {name: tensor for name, tensor in tensors.items() if name not in _SEQUENCE}
         start = 0 if known is None else prefix
         sequence, places = (flatten(tensor, prefix)[..., start:] for tensor in (ids, positions))
         last = LastTokens(last_places(pool_mask[:, prefix:])) if last_alone else None
-        output = self._run_behind(shared, sequence, places, media, last)  # (1, P + B * T, H) each, or without P
+        media = media_of(tensors)
+        output = self.run_behind(shared, sequence, places, media, last)  # (1, P + B * T, H) each, or without P
         if last is not None and last.calls:
             return output, _of_last(pool_mask, last)
         if known is None:
@@ -443,7 +444,7 @@ class EmbeddingModel(nn.Module):
             return [own for _, own in parts], pool_mask[:, prefix:]
         return [torch.cat([head.expand(rows, -1, -1), own], dim=1) for head, own in parts], pool_mask
 
-    def _run_behind(
+    def run_behind(
         self,
         shared: SharedPrefix,
         ids: torch.Tensor,
@@ -451,7 +452,7 @@ class EmbeddingModel(nn.Module):
         media: dict[str, Any],
         last: LastTokens | None = None,
     ) -> list[torch.Tensor]:
-        """The backbone on one sequence (1, N): its hidden states (1, N, H), of each layer."""
+        """The backbone on one sequence (1, N), with its media: hidden states (1, N, H), of each layer."""
         followed = {} if last is None else {"last_tokens": last}
         made = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)  # given in 4 dimensions: none is made
         output = self._with_lower(
@@ -643,6 +644,11 @@ def assemble(
 
 
 _SEQUENCE = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")  # tensors of shape (B, T)
+
+
+def media_of(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Those of pictures, and nothing of texts."""
+    return {name: tensor for name, tensor in tensors.items() if name not in _SEQUENCE}
 
 
 def _of_last(pool_mask: torch.Tensor, last: LastTokens | None) -> torch.Tensor:

@@ -10,8 +10,7 @@ from families import picture
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mmembed.backbones import block_attention
-from mmembed.backbones.block_attention import Blocks, attend_blocks, document_shares, read_logits
+from mmembed.backbones.block_attention import Blocks, Part, attend_blocks, document_shares, read_logits
 from mmembed.backbones.output_embedding import load_output_embedding
 from mmembed.backbones.shared_prefix import masked_attention
 from mmembed.config.blocks import SourceConfig
@@ -19,6 +18,9 @@ from mmembed.content import Document, Example, Image, Text
 from mmembed.data.collate import Collator, plan_chunks
 from mmembed.errors import ConfigError, MmembedError
 from mmembed.inference.answering import answer
+from mmembed.inference.cpu import accelerate
+from mmembed.inference.lists import divided, read_list
+from mmembed.inference.reranker import Reranker
 from mmembed.objectives import build_objective
 from mmembed.preprocess import Item, Place
 from mmembed.training.gradcache import contrastive_step
@@ -29,11 +31,29 @@ OFFSET = 1024
 HEAD = {"type": "attention", "layer": 2, "offset": OFFSET}
 QUERY = "a question about the old town"
 TEXTS = ("the town is old", "a red bus " * 6, "no", "photosynthesis turns sunlight into sugar " * 3)
+FAMILIES = ["qwen3", "llama", "mistral", "qwen2", "qwen3_vl"]
+BUDGETS = [1, 50, 110, 10**6]  # 1: a document at a time
 
 
 def reads_lists(folder, head=HEAD, **options):
     options = {"prompt": "in_context", "pooling": "last_token", "normalize": False, "adapter": FULL} | options
     return built(folder, head=head, **options)
+
+
+def without_window(family_folder, name, tmp_path):
+    """Mistral as since version 0.2: without the window of the tests' own."""
+    folder = family_folder(name)
+    if name == "mistral":
+        folder = shutil.copytree(folder, tmp_path / "mistral")
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "sliding_window": None}))
+    return folder
+
+
+def wider(inputs, columns):
+    """With so many columns of padding more."""
+    tensors = {name: torch.nn.functional.pad(one, (0, columns)) for name, one in inputs.tensors.items()}
+    return replace(inputs, tensors=tensors, pool_mask=torch.nn.functional.pad(inputs.pool_mask, (0, columns)))
 
 
 def listed(documents, query=QUERY, answer=None):
@@ -82,14 +102,9 @@ def by_loops(model, inputs):
     return torch.stack(shares), output.last_hidden_state[0], blocks
 
 
-@pytest.mark.parametrize("name", ["qwen3", "llama", "mistral", "qwen2", "qwen3_vl"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_families(family_folder, name, tmp_path):
-    folder = family_folder(name)
-    if name == "mistral":  # as since version 0.2: without the window of the tests' own
-        folder = shutil.copytree(folder, tmp_path / "mistral")
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, "sliding_window": None}))
-    model, preprocessor = reads_lists(folder)
+    model, preprocessor = reads_lists(without_window(family_folder, name, tmp_path))
     inputs = preprocessor(listed(TEXTS))
     expected, hidden, blocks = by_loops(model, inputs)
     found = model(inputs).vectors[:, 0]
@@ -114,9 +129,7 @@ def test_padding_and_other_documents_do_not_matter(family_folder, data):
     shares = model(inputs).vectors[:, 0]
     left = preprocessor(listed(documents), padding_side="left")
     torch.testing.assert_close(model(left).vectors[:, 0], shares, atol=1e-6, rtol=0)
-    wide = data.draw(st.integers(1, 30))
-    tensors = {name: torch.nn.functional.pad(one, (0, wide)) for name, one in inputs.tensors.items()}
-    padded = replace(inputs, tensors=tensors, pool_mask=torch.nn.functional.pad(inputs.pool_mask, (0, wide)))
+    padded = wider(inputs, data.draw(st.integers(1, 30)))
     torch.testing.assert_close(model(padded).vectors[:, 0], shares, atol=1e-6, rtol=0)
 
     others = [documents[0], *data.draw(st.lists(words, min_size=1, max_size=6))]
@@ -147,6 +160,8 @@ def test_pictures(family_folder):
     items = listed(contents)
     again = model(preprocessor([items[one] for one in turned])).vectors[:, 0]
     torch.testing.assert_close(again, shares[turned], atol=1e-5, rtol=0)
+    for budget in BUDGETS:
+        torch.testing.assert_close(read_list(model, preprocessor(items), budget).shares, shares, atol=1e-5, rtol=0)
     with pytest.raises(MmembedError, match="give a query of text"):
         preprocessor([replace(items[0], content=(Image(picture()),))])
 
@@ -156,6 +171,62 @@ def test_pictures(family_folder):
     inputs = preprocessor(texts)
     assert inputs.filler == 1 and len(inputs.pool_mask) == 5
     torch.testing.assert_close(model(inputs).vectors, plain, atol=1e-6, rtol=0)
+    torch.testing.assert_close(read_list(model, inputs, 1).shares, plain[:, 0], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_parts_of_any_size(family_folder, name, tmp_path):
+    """A list that is read in parts is the list in one sequence."""
+    model, preprocessor = reads_lists(without_window(family_folder, name, tmp_path))
+    items = listed([f"{text} {number}" for number in range(3) for text in TEXTS])
+    inputs = preprocessor(items)
+    with torch.no_grad():
+        expected, hidden, blocks = by_loops(model, inputs)
+    last = hidden[blocks == blocks.max()]
+    for budget in BUDGETS:
+        for given_ in (inputs, preprocessor(items, padding_side="left"), wider(inputs, 21)):
+            read = read_list(model, given_, budget)
+            assert read.hidden is None
+            torch.testing.assert_close(read.shares, expected, atol=2e-6, rtol=0)
+        whole = read_list(model, inputs, budget, to_the_end=True)
+        torch.testing.assert_close(whole.shares, expected, atol=2e-6, rtol=0)
+        torch.testing.assert_close(whole.hidden[0], last, atol=2e-5, rtol=0)
+        assert {tuple(one.shape[1:3]) for layer in whole.attended for one in layer} == {
+            (model.config.num_key_value_heads, len(blocks))
+        }, "no padding"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parts_with_faster_kernels(family_folder, dtype):
+    model, preprocessor = reads_lists(family_folder("qwen3"))
+    inputs = preprocessor(listed([f"{text} {number}" for number in range(3) for text in TEXTS]))
+    expected = model(inputs).vectors[:, 0].detach()
+    model.backbone.to(dtype)
+    accelerate(model.backbone)
+    for budget in BUDGETS:
+        found = read_list(model, inputs, budget).shares
+        tolerance = 2e-6 if dtype == torch.float32 else 0.03 * float(expected.max())
+        torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+
+
+def test_a_reranker_reads_in_parts(family_folder):
+    """Lists of several queries, on threads of their own or not, whatever the budget."""
+    reranker = Reranker(*reads_lists(family_folder("qwen3")))
+    pairs = [(f"{QUERY} {number}", f"{text} {place}") for place in range(2) for text in TEXTS for number in range(3)]
+    expected = reranker.score(pairs, token_budget=10**6)
+    for budget in (None, 1, 60):
+        torch.testing.assert_close(
+            torch.from_numpy(reranker.score(pairs, token_budget=budget)), torch.from_numpy(expected), atol=2e-6, rtol=0
+        )
+
+
+@settings(max_examples=50, deadline=None)
+@given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=20), budget=st.integers(1, 100))
+def test_every_document_is_in_one_part(lengths, budget):
+    parts = [part.tolist() for part in divided(torch.tensor(lengths), budget)]
+    assert sorted(one for part in parts for one in part) == list(range(len(lengths)))
+    for part in parts:
+        assert len(part) == 1 or len(part) * max(lengths[one] for one in part) <= budget
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_vl"])
@@ -203,14 +274,23 @@ def test_flex_attention_gives_the_same(family_folder):
 def test_reading_stops_at_its_layer(family_folder, monkeypatch):
     model, preprocessor = reads_lists(family_folder("qwen3"), head={**HEAD, "layer": 1})
     inputs = preprocessor(listed(TEXTS))
-    calls = []
-    attend = block_attention.attend_behind
-    monkeypatch.setattr(block_attention, "attend_behind", lambda *given, **on: calls.append(1) or attend(*given, **on))
-    whole = model(inputs).vectors
-    assert len(calls) == 2, "layers of the backbone"
-    model.reads_only = True
-    torch.testing.assert_close(model(inputs).vectors, whole, atol=0, rtol=0)
-    assert len(calls) == 2, "the first layer's keys are enough"
+    passes = []
+    note = Part.note
+
+    def noting(part, layer, query, *rest):
+        passes.append((layer, query.shape[2]))
+        note(part, layer, query, *rest)
+
+    monkeypatch.setattr(Part, "note", noting)
+    budget = 60
+    read = read_list(model, inputs, budget)
+    assert {layer for layer, _ in passes} == {0} and read.hidden is None, "the first layer's keys are enough"
+    own = inputs.pool_mask[:, inputs.shared :].sum()
+    *documents, last = (tokens for _, tokens in passes)
+    assert max(documents) <= budget and own <= sum(documents) < len(inputs) * budget and last == len(inputs.tail.ids)
+    passes.clear()
+    read_list(model, inputs, budget, to_the_end=True)
+    assert {layer for layer, _ in passes} == {0, 1}
 
 
 def example(index):
