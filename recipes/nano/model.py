@@ -8,6 +8,7 @@ does not. The output matrix is not tied to the token table: a state that must po
 at the next token with the same vectors does both badly (docs/log.md).
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,9 @@ ALL_ATTENTION_FUNCTIONS.register(PICTURE_KERNEL, _attend_within_pictures)
 def export(model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path) -> int:
     """Write the bf16 model, tokenizer and processor; returns the bytes of the weights."""
     state = {name: tensor.to("cpu", torch.bfloat16) for name, tensor in model.state_dict().items()}
-    twin = Qwen3VLForConditionalGeneration(model.config).bfloat16()
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = {"vision_config": "eager"}  # our kernel is no name that transformers finds again
+    twin = Qwen3VLForConditionalGeneration(config).bfloat16()
     twin.load_state_dict(state)
     gain = model.model.language_model.norm.weight.data  # (H,)
     twin.lm_head.weight.data.copy_(model.lm_head.weight.data / gain)  # trained to read the state before the gain
