@@ -11,6 +11,7 @@ checkpoint. Exit status: 0 done, 2 refused, 75 stopped (SIGTERM, SIGUSR1, a proc
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import logging
 import os
@@ -136,13 +137,18 @@ def check_world(size: int) -> None:
 
 
 def leave(status: int) -> NoReturn:
-    """Ends the process of a command. Of several that have trained to the end each leaves their group first: threads of
-    a group that is still there have aborted a process on its way out, after all was saved."""
+    """Ends the process of a command. Of several that have trained to the end each leaves their group, does what is to be
+    done at exit, and is gone without the C++ destructors of its libraries: threads of theirs have aborted a process on
+    its way out ("terminate called without an active exception"), after all was saved."""
     if status == 0:
         import torch.distributed as dist
 
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
     sys.exit(status)
 
 
