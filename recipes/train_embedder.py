@@ -137,9 +137,9 @@ def check_world(size: int) -> None:
 
 
 def leave(status: int) -> NoReturn:
-    """Ends the process of a command. Of several that have trained to the end each leaves their group, does what is to be
-    done at exit, and is gone without the C++ destructors of its libraries: threads of theirs have aborted a process on
-    its way out ("terminate called without an active exception"), after all was saved."""
+    """Ends the process of a command. Of several that have trained to the end each leaves their group, does what is to
+    be done at exit, and is gone without the C++ destructors of its libraries: threads of theirs have aborted a process
+    on its way out ("terminate called without an active exception"), after all was saved."""
     if status == 0:
         import torch.distributed as dist
 

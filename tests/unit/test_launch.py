@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -293,3 +295,20 @@ def test_documented_launches(words, monkeypatch):
 
 def test_launches_are_documented():
     assert {words[0] for words in commands()} == set(LAUNCH)
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_process_of_a_group_ends_after_what_is_to_be_done_at_exit(status, tmp_path):
+    """And without destructors of its libraries, which have aborted one after everything was saved."""
+    script = f"""
+import atexit, sys
+import torch.distributed as dist
+from recipes.train_embedder import leave
+dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
+atexit.register(lambda: print("at exit"))
+print("trained")
+leave({status})
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=100)
+    assert done.returncode == status and done.stdout.split("\n")[:2] == ["trained", "at exit"], done.stderr
