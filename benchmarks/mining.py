@@ -100,11 +100,11 @@ def main() -> None:
     )
     arguments = options.parse_args()
     threads = set_up(arguments.threads)
-    core = choose_openblas()
     if arguments.peak_of:
         contender, row, setting = arguments.peak_of
         print(peak_of(contender, row, int(setting), arguments.folder, threads))
         return
+    core = choose_openblas()  # processes below this one inherit it
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="mining-", dir=arguments.folder) as folder:
         for documents in arguments.documents if set(arguments.only) - {"curve"} else []:
@@ -122,19 +122,14 @@ def main() -> None:
 def choose_openblas() -> str:
     """The kernels of FAISS's own OpenBLAS, at their best: a processor that it does not know gets those of 2004
     (Prescott), a third of the speed, whatever vectors the processor has. Returns their name."""
-    found = openblas_core()
-    flags = processor_flags()
-    better = "SkylakeX" if "avx512f" in flags else "Haswell" if "avx2" in flags else found
+    from mmembed.inference.cpu import cpu_capabilities
+
+    found, cpu = openblas_core(), cpu_capabilities()
+    better = "SkylakeX" if cpu.get("avx512_f") else "Haswell" if cpu.get("avx2") else found
     if found == "Prescott":
         os.environ["OPENBLAS_CORETYPE"] = better  # read when FAISS is loaded, in this process or one below it
         found = openblas_core()
     return found
-
-
-def processor_flags() -> set[str]:
-    said = Path("/proc/cpuinfo")
-    lines = said.read_text().splitlines() if said.exists() else []
-    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
 
 
 def openblas_core() -> str:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import mining
+from mmembed.inference import cpu
 from mmembed.search import Hits
 
 
@@ -86,15 +87,15 @@ def test_memory_above_the_start_is_seen():
 @pytest.mark.parametrize(
     ("found", "flags", "wanted"),
     [
-        ("Prescott", "sse avx2 avx512f", "SkylakeX"),  # a processor that OpenBLAS does not know
-        ("Prescott", "sse avx2", "Haswell"),
-        ("Zen", "sse avx2 avx512f", "Zen"),
-        ("unknown", "sse avx2 avx512f", "unknown"),
+        ("Prescott", "avx2 avx512_f", "SkylakeX"),  # a processor that OpenBLAS does not know
+        ("Prescott", "avx2", "Haswell"),
+        ("Zen", "avx2 avx512_f", "Zen"),
+        ("unknown", "avx2 avx512_f", "unknown"),
     ],
 )
 def test_faiss_is_given_the_kernels_that_its_processor_has(found, flags, wanted, monkeypatch):
     monkeypatch.setenv("OPENBLAS_CORETYPE", "")
-    monkeypatch.setattr(mining, "processor_flags", lambda: set(flags.split()))
+    monkeypatch.setattr(cpu, "cpu_capabilities", lambda: dict.fromkeys(flags.split(), True))
     monkeypatch.setattr(mining, "openblas_core", lambda: os.environ["OPENBLAS_CORETYPE"] or found)
     assert mining.choose_openblas() == wanted
 
