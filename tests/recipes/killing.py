@@ -3,10 +3,10 @@
     python -m tests.recipes.killing '{"seed": 0, "lives": ["write", "step"], "folder": ..., "arguments": [...]}'
 
 Imports cost most of a start, so this process imports everything once and forks: each life is a real process that
-begins with `main(arguments)`. Where it dies is drawn: up to four milliseconds (less than a step, so a quick machine
-gets no further) after it began its n-th step, its n-th evaluation or its n-th operation on a file of a checkpoint, or
-at its n-th one on the `final` model in the output folder. One that is to `stop` sends SIGTERM to its whole process
-group in its n-th step instead, data workers included. Prints what each life left behind as JSON.
+begins with `main(arguments)`. Where it dies is drawn: up to four milliseconds after it began its n-th step, its n-th
+evaluation or its n-th operation on a file of a checkpoint, and before the next one of these however busy the machine
+is, or at its n-th operation on the `final` model in the output folder. One that is to `stop` sends SIGTERM to its whole
+process group in its n-th step instead, data workers included. Prints what each life left behind as JSON.
 """
 
 import importlib
@@ -80,10 +80,10 @@ def arrange(kind: str, number: int, delay: float, folder: Path) -> None:
         seen += 1
         if seen == number and kind == "stop":
             os.killpg(0, signal.SIGTERM)
-        elif seen == number and kind == "final":  # at once: on a busy machine a timer may come after the last operation
-            os.kill(os.getpid(), signal.SIGKILL)
-        elif seen == number:
+        elif seen == number and kind != "final":
             threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        elif seen >= number and kind != "stop":  # at once: the timer is late, or might come after the last operation
+            os.kill(os.getpid(), signal.SIGKILL)
 
     if kind in ("write", "final"):
         operations = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
