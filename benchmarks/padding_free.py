@@ -77,7 +77,7 @@ def main() -> None:
 
 def build(shape: dict[str, Any], mode: str, device: Any, dtype: Any) -> tuple[EmbeddingModel, Preprocessor]:
     """A random Qwen3 of this shape with the nano tokenizer."""
-    from mmembed.backbones import NANO, Backbone, resolve_backbone  # isort: skip - before transformers' vision parts
+    from mmembed.backbones import Backbone, resolve_backbone  # isort: skip - before transformers' vision parts
 
     import torch
     from transformers import AutoModel, Qwen3Config
@@ -86,7 +86,7 @@ def build(shape: dict[str, Any], mode: str, device: Any, dtype: Any) -> tuple[Em
     from mmembed.backbones.loading import load_processor, set_attention
     from mmembed.models.embedding_model import EmbedderSettings, assemble
 
-    tokenizer = load_processor(resolve_backbone(NANO), multimodal=True).tokenizer
+    tokenizer = load_processor(resolve_backbone("mmembed-nano"), multimodal=True).tokenizer
     torch.manual_seed(0)
     config = Qwen3Config(**shape, pad_token_id=tokenizer.pad_token_id)
     with device:

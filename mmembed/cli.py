@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from mmembed.arguments import Parser, add_media_limits, add_vision_cache, media_limits_of, vision_cache_of
 from mmembed.errors import MmembedError
 from mmembed.media_limits import MediaLimits
+from mmembed.packaged import NANO, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from mmembed.inference.reranking import Question
     from mmembed.inference.sources import Entry
 
-NANO = "mmembed-nano"
 PRECISIONS = ("float32", "float16", "bfloat16", "int8", "binary")  # repeated from mmembed.quantize, which loads numpy
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEPTH = 50  # hits that a reranker orders
@@ -579,13 +579,15 @@ def _add_inspect(subparsers: Any) -> Parser:
         help="show what a checkpoint says of itself",
         description="Shows mmembed.json and the sizes of the weight files, without loading the model.",
     )
-    command.add_argument("checkpoint", help="folder of a saved embedder, or mmembed-nano")
+    command.add_argument(
+        "checkpoint", help="folder of a saved embedder or reranker, or mmembed-nano-judge"
+    )
     command.add_argument("--json", action="store_true", help="print one JSON object")
     return command
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    folder = Path(__file__).parent / "nano" if arguments.checkpoint == NANO else Path(arguments.checkpoint)
+    folder = Path(resolve(arguments.checkpoint))
     described = folder / "mmembed.json"
     if not described.is_file():
         bare = (folder / "config.json").is_file()

@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +19,11 @@ import torch
 from mmembed.backbones.family import Family, family_class, family_of
 from mmembed.backbones.patch_conv import multiply_patches
 from mmembed.errors import ConfigError, nearest
+from mmembed.packaged import FOLDERS, resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NANO = "mmembed-nano"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PLAIN_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")  # classes that are their tokenizer.json
 
@@ -209,16 +208,18 @@ def set_attention(model: PreTrainedModel, attention: str | None) -> None:
 
 
 def resolve_backbone(name_or_path: str) -> str:
-    """The folder of the packaged nano backbone for 'mmembed-nano'; any other name as it is."""
-    if name_or_path != NANO:
-        return name_or_path
-    folder = Path(str(resources.files("mmembed"))) / "nano"
-    if not (folder / "config.json").exists():
+    """The folder of a packaged model (`mmembed.packaged`); any other name as it is.
+
+    Raises:
+        ConfigError: the installation lacks the model.
+    """
+    folder = resolve(name_or_path)
+    if name_or_path in FOLDERS and not Path(folder).is_dir():
         raise ConfigError(
-            "model.name_or_path: 'mmembed-nano' is not in this installation; build it with "
-            "recipes/build_nano.py or reinstall mmembed"
+            f"model.name_or_path: '{name_or_path}' is not in this installation; build it with "
+            f"recipes/build_{FOLDERS[name_or_path]}.py or reinstall mmembed"
         )
-    return str(folder)
+    return folder
 
 
 def load_processor(path: str, multimodal: bool, **common: Any) -> Any:

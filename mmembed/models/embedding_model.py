@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mmembed.backbones import NANO, Backbone, Family, load_backbone
+from mmembed.backbones import Backbone, Family, load_backbone
 from mmembed.backbones.adapters import adapted, apply_adapter, quantization_of, run
 from mmembed.backbones.attention import prepare
 from mmembed.backbones.block_attention import Blocks, Read, position_ids
@@ -33,6 +33,7 @@ from mmembed.embeddings import Embeddings, Layer
 from mmembed.errors import ConfigError, MmembedError
 from mmembed.heads import HEADS, Head
 from mmembed.heads.attention import Attention
+from mmembed.packaged import FOLDERS
 from mmembed.pooling import POOLINGS, Pooling
 from mmembed.pooling.last_token import LastToken, last_places
 from mmembed.preprocess import Lengths, ModelInputs, Preprocessor, StoredImages
@@ -623,7 +624,7 @@ def assemble(
 ) -> tuple[EmbeddingModel, Preprocessor]:
     """Puts pooling, projection, adapter and preprocessor around a loaded backbone."""
     prompt = prompt if prompt is not None else PROMPTS.build(settings.prompt)
-    if settings.name_or_path != NANO and os.path.isdir(settings.name_or_path):  # checkpoints load from anywhere
+    if settings.name_or_path not in FOLDERS and os.path.isdir(settings.name_or_path):  # checkpoints load from anywhere
         settings = replace(settings, name_or_path=os.path.abspath(settings.name_or_path))
     lengths = Lengths(**settings.lengths)
     backbone.family.set_pixel_limits(lengths.min_pixels, lengths.max_pixels)

@@ -16,13 +16,14 @@ import torch
 
 from mmembed.backbones import Family
 from mmembed.backbones.adapters import lora_targets
-from mmembed.backbones.loading import NANO, load_language_model, outline_backbone
+from mmembed.backbones.loading import load_language_model, outline_backbone
 from mmembed.backbones.output_embedding import check_output_embedding
 from mmembed.config.blocks import LengthsConfig
 from mmembed.config.generative import AnswerConfig, GenerativeConfig
 from mmembed.errors import CheckpointError, ConfigError
 from mmembed.generation.prompts import Writer
 from mmembed.models.folder import ADAPTER, FORMAT, GENERATIVE, SETTINGS, check_fit, read_tensors
+from mmembed.packaged import FOLDERS
 from mmembed.preprocess import check_generation
 from mmembed.version import __version__
 
@@ -71,7 +72,7 @@ def settings_of(config: GenerativeConfig) -> GeneratorSettings:
     if is_generative(name):
         saved = read_generator(name)
         name, revision = saved.name_or_path, saved.revision
-    elif name != NANO and os.path.isdir(name):
+    elif name not in FOLDERS and os.path.isdir(name):
         name = os.path.abspath(name)  # checkpoints load from anywhere
     answer, lengths = config.answer.model_dump(mode="json"), config.lengths.model_dump(mode="json")
     return GeneratorSettings(name, revision, model.dtype, model.attn_implementation, answer, lengths)

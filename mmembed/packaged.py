@@ -1,0 +1,15 @@
+"""Models that come with mmembed, by name. Imports nothing heavy: the command line asks here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+NANO = "mmembed-nano"  # the backbone (recipes/build_nano.py)
+JUDGE = "mmembed-nano-judge"  # a reranker of it, and what rerankers of it start from (recipes/build_nano_judge.py)
+FOLDERS = {NANO: "nano", JUDGE: "nano_judge"}
+
+
+def resolve(name_or_path: str) -> str:
+    """The folder of a packaged model; any other name as it is."""
+    folder = FOLDERS.get(name_or_path)
+    return name_or_path if folder is None else str(Path(__file__).parent / folder)
