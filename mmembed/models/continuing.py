@@ -49,12 +49,14 @@ def build_for_training(cfg: EmbedderConfig, media: MediaStore | None = None) -> 
         saved, _ = read_settings(folder)
         whole = saved.adapter_type == "none"  # the folder holds the backbone itself
         base = settings.name_or_path if whole else saved.name_or_path
-        of_base = replace(settings, name_or_path=base, revision=saved.revision, head=saved.head)
-        model, preprocessor = build_from_settings(of_base, media, fresh=False)
-        if whole:
+        new_head = settings.head is not None and _block(settings) != _block(saved)
+        head = settings.head if new_head else saved.head
+        of_base = replace(settings, name_or_path=base, revision=saved.revision, head=head)
+        model, preprocessor = build_from_settings(of_base, media, fresh=new_head)
+        if not whole:
+            read_adapter(folder / ADAPTER, model)
+        if not new_head:
             read_head(folder / POOLING, model)
-        else:
-            restore_weights(folder, model)
     check_trainable(model)
     return model, preprocessor
 
@@ -79,9 +81,10 @@ def reads_pictures(cfg: EmbedderConfig) -> bool:
 def inherit_settings(cfg: EmbedderConfig) -> EmbedderConfig:
     """The config of a run that starts from a saved embedder: what it leaves unset comes from that `mmembed.json`.
 
-    Prompt, lengths, dtype, dropout, and of a fully trained model the frozen towers and a new adapter, may be set anew;
-    the architecture (attention, pooling, projection, normalisation, the saved adapter) may not. The config of a bare
-    backbone comes back as it is.
+    Prompt, lengths, dtype, dropout, a reranker's head, and of a fully trained model the frozen towers and a new adapter,
+    may be set anew; the architecture (attention, pooling, projection, normalisation, the saved adapter) may not. A head
+    that is another than the saved one starts as that of a bare backbone. The config of a bare backbone comes back as it
+    is.
 
     Raises:
         ConfigError: the config sets a part of the architecture to another value than the saved one.
@@ -109,13 +112,16 @@ def inherit_settings(cfg: EmbedderConfig) -> EmbedderConfig:
     tree["model"] = {key: vars(saved)[key] for key in of_model} | tree.get("model", {})
     tree["lengths"] = saved.lengths | tree.get("lengths", {})
     tree = {key: vars(saved)[key] for key in ("pooling", "normalize", "projection", "prompt")} | tree
+    if saved.head is not None:
+        tree = {"head": _block(saved)} | tree
     if not renewed:
         usual = AdapterConfig().model_dump(mode="json")
         held = saved.adapter or {"type": "none"}
         unusual = {key: value for key, value in held.items() if key == "type" or value != usual[key]}
         tree["adapter"] = unusual | tree.get("adapter", {})
     merged = build_config(tree, where=name, kind=type(cfg))
-    for key, value, wanted in _differences(saved, settings_of(merged), adapter=not renewed):
+    settings = replace(settings_of(merged), head=saved.head)  # which may be another
+    for key, value, wanted in _differences(saved, settings, adapter=not renewed):
         raise ConfigError(
             f"{key}: {wanted!r}, but '{name}' was saved with {value!r}; remove the key to go on from its weights, or "
             "start from its backbone"
@@ -184,7 +190,7 @@ def _differences(
     for key in ("attention", "revision", "normalize", "projection"):
         where = f"model.{key}" if key in ("attention", "revision") else key
         yield from _unequal(where, vars(saved)[key], vars(settings)[key])
-    yield from _unequal("head", *(None if one.head is None else block_of(one.head) for one in (saved, settings)))
+    yield from _unequal("head", _block(saved), _block(settings))
     for pair in _unequal("pooling", *(_spelt_out(one.pooling) for one in (saved, settings))):
         yield pair[0], saved.pooling, settings.pooling
     if not adapter or saved.adapter_type == settings.adapter_type == "none":
@@ -194,6 +200,10 @@ def _differences(
     for key in sorted(usual.keys() - {"dropout"}):
         yield from _unequal(f"adapter.{key}", blocks[0][key], blocks[1][key])
     yield from _unequal("model.freeze", sorted(saved.freeze), sorted(settings.freeze))
+
+
+def _block(settings: EmbedderSettings) -> dict[str, Any] | None:
+    return None if settings.head is None else block_of(settings.head)
 
 
 def _unequal(key: str, saved: Any, other: Any) -> Iterator[tuple[str, Any, Any]]:

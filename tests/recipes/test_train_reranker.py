@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from mmembed import Embedder, Reranker
@@ -166,6 +167,45 @@ def test_full_training_and_a_second_stage(config_file, tmp_path):
     again = Reranker.from_pretrained(tmp_path / "second", dtype="float32", device="cpu")
     pair = [("a red bus", "the bus")]
     np.testing.assert_allclose(first.score(pair), again.score(pair), atol=1e-4)
+
+
+def test_a_second_stage_keeps_the_head_or_takes_another(config_file, tmp_path, backbone):
+    """A config that names no head, prompt or adapter has those of the saved reranker; another head starts afresh on the
+    saved adapter."""
+    run(config_file)
+    tree = yaml.safe_load(config_file.read_text())
+    for part in ("head", "prompt", "adapter"):
+        del tree[part]
+    tree["model"]["name_or_path"] = str(tmp_path / "out")
+    tree["training"] |= {"output_dir": str(tmp_path / "second"), "max_steps": 1, "learning_rate": 1e-9}
+    config_file.write_text(yaml.safe_dump(tree))
+    run(config_file)
+    described = [json.loads((tmp_path / name / "mmembed.json").read_text())["settings"] for name in ("out", "second")]
+    assert described[0] == described[1] and described[0]["name_or_path"] == str(backbone)
+    pair = [("a red bus", "the bus"), ("a red bus", "a tree")]
+    first, again = (
+        Reranker.from_pretrained(tmp_path / name, dtype="float32").score(pair) for name in ("out", "second")
+    )
+    np.testing.assert_allclose(first, again, atol=1e-5)
+
+    words = "{type: yes_no, words: [c, d]}"
+    lists = ["head={type: attention, layer: 2, offset: 512}", "prompt=in_context"]
+    others = {
+        "linear": ["head=linear"],
+        "words": [f"head={words}", "prompt={type: judge, words: [c, d]}"],
+        "lists": [*lists, "objective={type: ranking, loss: infonce, temperature: 0.05}"],
+    }
+    for name, overrides in others.items():
+        run(config_file, *overrides, f"training.output_dir={tmp_path / name}")
+        assert all(
+            torch.allclose(tensor, weights(tmp_path / "out")[key], atol=1e-6)
+            for key, tensor in weights(tmp_path / name).items()
+        )
+    head = json.loads((tmp_path / "words/mmembed.json").read_text())["settings"]["head"]
+    assert head["words"] == ["c", "d"] and head["ids"] != described[0]["head"]["ids"]
+    rows = [load_file(tmp_path / name / "pooling.safetensors")["projection.weight"] for name in ("out", "words")]
+    assert rows[0].shape == rows[1].shape and not torch.equal(*rows)
+    assert Reranker.from_pretrained(tmp_path / "lists").reads_lists
 
 
 def test_what_is_cut_of_documents_is_said(config_file, data, tmp_path, capsys):
