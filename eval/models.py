@@ -12,9 +12,9 @@ from eval.tasks.local import Row
 from mmembed.arguments import add_media_limits, add_vision_cache, media_limits_of, vision_cache_of
 from mmembed.errors import ConfigError, nearest
 from mmembed.media_limits import MediaLimits
+from mmembed.packaged import FOLDERS, resolve
 
 BASELINES = ("bm25", "minilm")
-PACKAGED = ("mmembed-nano",)
 RANKINGS = ("retrieval", "reranking")
 
 
@@ -68,7 +68,7 @@ def check_names(names: Sequence[str], flag: str = "--model") -> None:
     for name in names:
         if is_hub_name(name) and name.count("/") != 1:
             raise ConfigError(
-                f"{flag} {name}: neither a folder nor a known name; {nearest(name, (*BASELINES, *PACKAGED))}"
+                f"{flag} {name}: neither a folder nor a known name; {nearest(name, (*BASELINES, *FOLDERS))}"
             )
 
 
@@ -94,7 +94,7 @@ def check_options(options: argparse.Namespace, names: Sequence[str]) -> None:
 
 def is_hub_name(name: str) -> bool:
     """Whether a model can only come from a hub: it is no folder, and neither packaged nor a baseline."""
-    return name not in (*BASELINES, *PACKAGED) and not Path(name).is_dir()
+    return name not in (*BASELINES, *FOLDERS) and not Path(name).is_dir()
 
 
 def is_reranker(name: str) -> bool:
@@ -102,8 +102,8 @@ def is_reranker(name: str) -> bool:
     from mmembed.models.folder import SETTINGS, read_settings, settle
     from mmembed.models.generator import is_generative
 
-    folder = Path(name)
-    if name in (*BASELINES, *PACKAGED) or not folder.is_dir():
+    folder = Path(resolve(name))
+    if name in BASELINES or not folder.is_dir():
         return False
     settle(folder)
     return is_generative(folder) or ((folder / SETTINGS).is_file() and read_settings(folder)[0].head is not None)

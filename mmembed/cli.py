@@ -579,7 +579,7 @@ def _add_inspect(subparsers: Any) -> Parser:
         help="show what a checkpoint says of itself",
         description="Shows mmembed.json and the sizes of the weight files, without loading the model.",
     )
-    command.add_argument("checkpoint", help="folder of a saved embedder or reranker, or mmembed-nano-judge")
+    command.add_argument("checkpoint", help="folder of a saved embedder or reranker, or mmembed-nano")
     command.add_argument("--json", action="store_true", help="print one JSON object")
     return command
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-NANO = "mmembed-nano"  # the backbone (recipes/build_nano.py)
-JUDGE = "mmembed-nano-judge"  # a reranker of it, and what rerankers of it start from (recipes/build_nano_judge.py)
-FOLDERS = {NANO: "nano", JUDGE: "nano_judge"}
+NANO = "mmembed-nano"
+FOLDERS = {NANO: "nano"}  # beside this file; recipes/build_FOLDER.py makes it
 
 
 def resolve(name_or_path: str) -> str:

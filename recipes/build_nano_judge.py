@@ -1,10 +1,13 @@
-"""Build the packaged judge, a reranker of the nano backbone, from its data to an adapter, in one command:
+"""Teach the nano backbone to judge pairs, from its data to a reranker, in one command:
 
-    python recipes/build_nano_judge.py --data-root <shared data> --out mmembed/nano_judge
+    python recipes/build_nano_judge.py --data-root <shared data> --out runs/nano-judge
 
 A LoRA adapter learns in stages (`recipes.nano.judging`), each a run of `recipes/train_reranker.py`: from telling a
-sentence from others to telling which document answers a question. It takes about an hour on two CPU cores; a killed run
-goes on from its last checkpoint when the same command is given again.
+sentence from others to telling which document answers a question. A killed run goes on from its last checkpoint when
+the same command is given again. Two CPU cores take an hour and a half, which is too little for a judge of what a first
+stage finds (docs/log.md, 2026-11-27); on one GPU, with many more queries a step:
+
+    ... --processes 1 --queries 256 training.bf16=true training.token_budget=65536
 """
 
 import argparse
@@ -13,8 +16,10 @@ import json
 import logging
 import os
 import random
+import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -36,23 +41,24 @@ logger = logging.getLogger("build_nano_judge")
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = REPOSITORY / "recipes/configs/reranker/nano_judge.yaml"
 TASKS = ("squad-en", "openstax-glossary", "mbpp", "odex", "medquad", "tldr-commands/en")
-SHORT = {"prompt.system": "Judge.", "prompt.instruction": "Answers?"}  # the usual ones are four times a short document
 
 
 CARD = """---
 library_name: peft
 tags: [reranker, mmembed, test-model]
 ---
-# mmembed-nano-judge
+# A judge of mmembed-nano
 
 A reranker of the packaged nano backbone: a LoRA adapter (rank 64, bf16), built by one command,
-`{command}`, `DATA` being a folder of the shared sets. It exists so
-that rerankers of the demo, the tests and the claims begin with a model that reads a document for a query, which takes a
-bare nano longer than their minutes. **It is not a product model.**
+
+    {command}
+
+`DATA` being a folder of the shared sets. It is for rerankers that begin with a model which reads a document for a
+query; that takes a bare nano longer than the minutes of a test. **It is not a product model.**
 
 ## Use
-`Reranker.from_pretrained("mmembed-nano-judge")`, or `model: {{name_or_path: mmembed-nano-judge}}` in a config of
-`recipes/train_reranker.py`. English texts, queries up to 64 tokens and documents up to 96; it has judged no pictures.
+`Reranker.from_pretrained` of this folder, or its name as `model.name_or_path` in a config of
+`recipes/train_reranker.py`. English texts, queries up to 64 tokens and documents up to 80; it has judged no pictures.
 
 ## How it was made
 Stages of `recipes/train_reranker.py`, each from where the last one ended; eight documents a query, one of them relevant
@@ -83,33 +89,50 @@ def stages(root: Path) -> list[Stage]:
             "sentences, one of which is the query itself",
             300,
             lambda draw: judging.copies(prose, draw),
-            SHORT | lengths(48, 32),
+            lengths(48, 32),
         ),
         Stage(
             "found",
             "parts of paragraphs, one of which holds the query",
             300,
             lambda draw: judging.cloze(prose, draw, characters=180, kept=1.0, near=0.0),
-            SHORT | lengths(64, 48),
+            lengths(64, 48),
         ),
         Stage(
             "cloze",
-            "the same, but the query is cut out of its paragraph six times in ten, and some paragraphs are neighbours",
+            "the same, but the query is cut out of every second paragraph, and some paragraphs are neighbours",
             500,
-            lambda draw: judging.cloze(prose, draw, characters=250, kept=0.4, near=0.15),
+            lambda draw: judging.cloze(prose, draw, characters=250, kept=0.5, near=0.1),
             lengths(64, 64),
         ),
         Stage(
             "questions",
-            "half of them train queries with documents of their set, half harder cloze",
-            700,
+            "half longer parts, many of them neighbours, one of which holds the query; a fifth cloze without it; the "
+            "rest train queries with documents of their set",
+            500,
             lambda draw: judging.mixed(
-                judging.questions(pairs, draw),
-                judging.cloze(prose, draw, characters=350, kept=0.25, near=0.3),
+                [
+                    (0.5, judging.cloze(prose, draw, characters=300, kept=1.0, near=0.4)),
+                    (0.2, judging.cloze(prose, draw, characters=300, kept=0.0, near=0.0)),
+                    (0.3, judging.questions(pairs, draw)),
+                ],
                 draw,
-                share=0.5,
             ),
-            lengths(64, 96),
+            lengths(64, 80) | {"training.learning_rate": 0.001},
+        ),
+        Stage(
+            "keywords",
+            "parts of paragraphs, a third of them neighbours, for a few words of a sentence that one of them holds; a "
+            "quarter train queries",
+            800,
+            lambda draw: judging.mixed(
+                [
+                    (0.75, judging.keywords(prose, draw, characters=250, near=0.3)),
+                    (0.25, judging.questions(pairs, draw)),
+                ],
+                draw,
+            ),
+            lengths(48, 64) | {"training.learning_rate": 0.001},
         ),
     ]
 
@@ -132,7 +155,7 @@ def main() -> None:
         steps = scaled(stage, options.scale)
         if not records.exists():
             drawn = stage.records(random.Random(options.seed + number))
-            count = steps * options.processes * 8
+            count = steps * options.processes * options.queries
             write_records(records.with_suffix(".part"), itertools.islice(drawn, count))
             records.with_suffix(".part").rename(records)
         settings = {
@@ -140,24 +163,26 @@ def main() -> None:
             "data.train": json.dumps([{"path": str(records.resolve())}]),
             "training.output_dir": folder,
             "training.max_steps": steps,
+            "training.per_device_train_batch_size": options.queries,
             "training.seed": options.seed,
             **stage.settings,
         }
         logger.info("stage '%s': %d steps", stage.name, steps)
-        train(settings, options.processes)
+        train(settings, options.processes, options.overrides)
         start = str(folder)
     package(Path(start), options.out)
     measured = measure(options.out, options.data_root, work / "measured")
     (options.out / "README.md").write_text(card(options, measured), encoding="utf-8")
 
 
-def train(settings: dict[str, object], processes: int) -> None:
+def train(settings: dict[str, object], processes: int, overrides: Sequence[str] = ()) -> None:
     """Runs the recipe; where it has run before, it goes on from the last checkpoint."""
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(REPOSITORY / "recipes/accelerate/ddp.yaml")]
     command = [sys.executable, *launcher, "--num_processes", str(processes), "recipes/train_reranker.py"]
-    command += ["--config", str(CONFIG), *(f"{key}={value}" for key, value in settings.items())]
+    command += ["--config", str(CONFIG), *(f"{key}={value}" for key, value in settings.items()), *overrides]
     threads = str(max(1, (os.cpu_count() or 1) // processes))
-    environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": threads} | os.environ
+    usual = {"OMP_NUM_THREADS": threads} | ({} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"})
+    environment = usual | os.environ
     subprocess.run(command, cwd=REPOSITORY, env=environment, check=True)
 
 
@@ -173,16 +198,17 @@ def package(trained: Path, out: Path) -> None:
 
 
 def measure(judge: Path, root: Path, output: Path) -> str:
-    """The table of `eval.rerank` over what BM25 finds for dev queries."""
+    """The table of `eval.rerank` over what BM25 finds for 300 dev queries of each task."""
     command = [sys.executable, "-m", "eval.rerank", "--model", str(judge), "--first-stage", "bm25", "--depth", "10"]
-    command += ["--tasks", *TASKS, "--data-root", str(root), "--output", str(output)]
+    command += ["--max-queries", "300", "--tasks", *TASKS, "--data-root", str(root), "--output", str(output)]
     subprocess.run(command, cwd=REPOSITORY, check=True)
     return (output / "table.md").read_text(encoding="utf-8")
 
 
 def card(options: argparse.Namespace, measured: str) -> str:
-    told = f"python recipes/build_nano_judge.py --data-root DATA --out mmembed/nano_judge --seed {options.seed}"
-    told += f" --processes {options.processes} --scale {options.scale:g}"
+    told = f"python recipes/build_nano_judge.py --data-root DATA --out OUT --seed {options.seed}"
+    told += f" --processes {options.processes} --queries {options.queries} --scale {options.scale:g}"
+    told = shlex.join([*told.split(), *options.overrides])
     rows = "\n".join(f"| {s.name} | {s.about} | {scaled(s, options.scale)} |" for s in stages(options.data_root))
     return CARD.format(command=told, stages=rows, measured=measured.replace("# Rerankers", "## Rerankers"))
 
@@ -194,8 +220,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("out/judge-run"), help="records and runs of the stages")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--queries", type=int, default=8, help="of a step, a process")
     parser.add_argument("--scale", type=float, default=1.0, help="of the steps of all stages")
-    return parser.parse_args()
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of all trainings: training.bf16=true")
+    return parser.parse_intermixed_args()
 
 
 if __name__ == "__main__":

@@ -7,12 +7,14 @@ It strings the project's own commands together, each in a process of its own, ex
     python -m eval.run               mmembed-nano (zero-shot) beside BM25 and MiniLM, dev parts of real data
     python -m recipes.train_embedder LoRA on the training parts
     python -m eval.run               the trained model, same tasks
-    python -m data_tools.mine_negatives  hard negatives that the trained model finds
-    python -m recipes.train_reranker     the packaged judge goes on learning, on these
-    python -m eval.rerank            the trained model's best documents, ordered by the reranker
     python -m eval.report            report.html and report.json
 
---no-rerank leaves the three steps of the reranker out.
+With --rerank three steps come before the report, about three minutes more: a reranker of the same small model is put
+behind the embedder. So few steps do not make a good one of it (docs/log.md); it shows how the commands go together.
+
+    python -m data_tools.mine_negatives  hard negatives that the trained model finds
+    python -m recipes.train_reranker     LoRA on these
+    python -m eval.rerank                the trained model's best documents, ordered by the reranker
 
 An interrupted demo goes on after the last finished step when it is started again; a finished one starts anew. While it
 runs, the memory of all its processes together is sampled four times a second (shared pages count for each of them).
@@ -93,9 +95,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the run (default: runs/demo)")
     parser.add_argument("--config", default=str(CONFIG), help="training configuration (default: the demo's)")
     parser.add_argument("--data-root", default=str(REPOSITORY / "data"), help="data sets (default: the repository's)")
-    parser.add_argument(
-        "--no-rerank", dest="rerank", action="store_false", help="train no reranker to put behind the embedder"
-    )
+    parser.add_argument("--rerank", action="store_true", help="train a reranker, too, and put it behind the embedder")
     parser.add_argument("--mining-config", default=str(MINING), help="negatives for the reranker (default: the demo's)")
     parser.add_argument("--reranker-config", default=str(RERANKER), help="of the reranker (default: the demo's)")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), help="what is measured, of the local benchmark")
@@ -124,7 +124,8 @@ def steps(options: argparse.Namespace) -> dict[str, tuple[str, list[str]]]:
     mining = ["-m", "data_tools.mine_negatives", "--config", options.mining_config, f"root={options.data_root}",
               f"output={mined}", f"retriever.model={trained}"]  # fmt: skip
     reranking = ["-m", "recipes.train_reranker", "--config", options.reranker_config, f"data.root={mined}",
-                 f"data.media_root={options.data_root}", f"training.output_dir={reranker}",
+                 f"data.media_root={options.data_root}",
+                 f"model.name_or_path={options.model}", f"training.output_dir={reranker}",
                  *precision(options.reranker_config == str(RERANKER))]  # fmt: skip
     measuring = ["-m", "eval.rerank", "--model", str(reranker), "--first-stage", str(trained), "--depth", str(DEPTH),
                  "--data-root", options.data_root, "--output", str(output / "reranked"), "--tasks",

@@ -6,6 +6,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from mmembed.packaged import resolve
+
 WHOLE = 1 << 26  # bytes: larger files are sampled
 SAMPLES, SAMPLE = 64, 1 << 16  # a training step changes every tensor, so some of 4 MB of a file
 
@@ -46,8 +48,4 @@ def gives_many(model: str) -> bool:
 
 def model_folder(model: str) -> Path:
     """Where its files are, if it is no name."""
-    if model != "mmembed-nano":
-        return Path(model)
-    import mmembed
-
-    return Path(str(mmembed.__file__)).with_name("nano")
+    return Path(resolve(model))

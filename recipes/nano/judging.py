@@ -10,7 +10,7 @@ All of it comes from `data.train_passages` and `data.train_pairs`: train splits,
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mmembed.content import Document, Example, Text
@@ -18,6 +18,7 @@ from recipes.nano.data import Pair, Passage
 
 SHORTEST_QUERY = 20  # characters
 COPIED = (30, 130)  # characters of a sentence that is query and document at once
+KEYWORDS = (3, 8)  # words of a sentence that are asked
 DOCUMENTS = 8  # of a query, one of them relevant
 
 
@@ -77,6 +78,21 @@ def cloze(
             yield _example(passage.sentences[asked], own, others)
 
 
+def keywords(passages: Sequence[Passage], draw: random.Random, *, characters: int, near: float) -> Iterator[Example]:
+    """Some words of a sentence, in their order, and parts of eight paragraphs of which one holds the sentence.
+
+    It is most of what questions have in common with their answers: few words, of which rare ones matter. Arguments as
+    of `cloze`.
+    """
+    least, most = KEYWORDS
+    for example in cloze(passages, draw, characters=characters, kept=1.0, near=near):
+        (sentence,) = example.query
+        words = sentence.text.split()
+        if len(words) > most:
+            kept = sorted(draw.sample(range(len(words)), draw.randint(least, most)))
+            yield replace(example, query=(Text(" ".join(words[at] for at in kept)),))
+
+
 def questions(pairs: Sequence[Pair], draw: random.Random) -> Iterator[Example]:
     """A query, a document that answers it, and others of the same set, drawn at random."""
     of_source: dict[str, list[Pair]] = {}
@@ -93,10 +109,11 @@ def questions(pairs: Sequence[Pair], draw: random.Random) -> Iterator[Example]:
             yield _example(pair.query, pair.document, others)
 
 
-def mixed(first: Iterator[Example], second: Iterator[Example], draw: random.Random, share: float) -> Iterator[Example]:
-    """Examples of both; `share` is that of the first."""
+def mixed(parts: Sequence[tuple[float, Iterator[Example]]], draw: random.Random) -> Iterator[Example]:
+    """Examples of all parts, each (its weight, its examples)."""
+    weights, examples = zip(*parts, strict=True)
     while True:
-        yield next(first if draw.random() < share else second)
+        yield next(*draw.choices(examples, weights))
 
 
 def _part(sentences: Sequence[str], at: int, kept: bool, characters: int, draw: random.Random) -> str:

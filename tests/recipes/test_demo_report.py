@@ -48,7 +48,6 @@ negatives: 2
 """
     )
     (folder / "reranker.yaml").write_text(
-        f"model: {{name_or_path: {family_folder('qwen3_vl')}}}"
         """
 head: linear
 prompt: {type: judge, words: [a, b]}
@@ -60,7 +59,7 @@ training: {per_device_train_batch_size: 4, max_steps: 2, learning_rate: 1e-2, lo
 """
     )
     common = ["--output", str(folder / "run"), "--config", str(config), "--model", str(family_folder("qwen3_vl"))]
-    common += ["--reranked", PICTURES, "--mining-config", str(folder / "mining.yaml")]
+    common += ["--rerank", "--reranked", PICTURES, "--mining-config", str(folder / "mining.yaml")]
     common += ["--reranker-config", str(folder / "reranker.yaml")]
     assert demo.main([*common, "data.train.0.path=nowhere", "--tasks", *TASKS]) == 2
     steps = json.loads((folder / "run/steps.json").read_text())
@@ -108,7 +107,7 @@ def test_report_has_what_the_reranker_did(run, report):
     page = (run / "report.html").read_text()
     assert "Retrieve, then rerank" in page and "ordered by the reranker" in page
     assert reporting.reranking(run / "nothing.json") == {"reranked": {}}
-    assert "rerank" not in " ".join(demo.steps(demo.parse(["--no-rerank"])))
+    assert "rerank" not in " ".join(demo.steps(demo.parse([])))
 
 
 class Page(html.parser.HTMLParser):

@@ -1,4 +1,4 @@
-"""What the packaged judge learns from, and that the recipe's own steps make a reranker that loads."""
+"""What a judge of the nano learns from, and that the recipe's own steps make a reranker that loads."""
 
 import itertools
 import random
@@ -62,6 +62,13 @@ def test_questions_have_no_second_answer_among_the_others():
         assert relevant in answers and not answers & set(others) and len(sources) == 1
 
 
+def test_parts_are_mixed_by_weight_and_each_goes_on_where_it_was():
+    parts = [(3.0, iter(range(300))), (1.0, iter(range(1000, 1300)))]
+    found = list(itertools.islice(judging.mixed(parts, random.Random(0)), 200))
+    low, high = ([one for one in found if (one < 500) == wanted] for wanted in (True, False))
+    assert low == list(range(len(low))) and high == list(range(1000, 1000 + len(high))) and 120 < len(low) < 180
+
+
 def test_equal_seeds_draw_equal_records():
     first, second = (list(drawn(judging.questions(PAIRS, random.Random(3)))) for _ in range(2))
     assert first == second != list(drawn(judging.questions(PAIRS, random.Random(4))))
@@ -75,7 +82,7 @@ def test_stages_go_on_from_each_other_and_the_packaged_adapter_scores_as_the_tra
         write_records(tmp_path / f"{stage}.jsonl", itertools.islice(examples, 16))
         settings = {"model.name_or_path": start, "training.output_dir": tmp_path / stage, "training.max_steps": 2}
         settings["data.train"] = f"[{{path: {tmp_path / stage}.jsonl}}]"
-        build_nano_judge.train(settings | build_nano_judge.SHORT | build_nano_judge.lengths(48, 32), processes=1)
+        build_nano_judge.train(settings | build_nano_judge.lengths(48, 32), processes=1)
         start = str(tmp_path / stage)
     build_nano_judge.package(tmp_path / "second", tmp_path / "out")
     pairs = [(PASSAGES[0].sentences[0], one) for one in PASSAGES[0].sentences]
