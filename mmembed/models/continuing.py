@@ -81,10 +81,10 @@ def reads_pictures(cfg: EmbedderConfig) -> bool:
 def inherit_settings(cfg: EmbedderConfig) -> EmbedderConfig:
     """The config of a run that starts from a saved embedder: what it leaves unset comes from that `mmembed.json`.
 
-    Prompt, lengths, dtype, dropout, a reranker's head, and of a fully trained model the frozen towers and a new adapter,
-    may be set anew; the architecture (attention, pooling, projection, normalisation, the saved adapter) may not. A head
-    that is another than the saved one starts as that of a bare backbone. The config of a bare backbone comes back as it
-    is.
+    Prompt, lengths, dtype, dropout, a reranker's head, and of a fully trained model the frozen towers and a new
+    adapter, may be set anew; the architecture (attention, pooling, projection, normalisation, the saved adapter) may
+    not. A head that is another than the saved one starts as that of a bare backbone. The config of a bare backbone
+    comes back as it is.
 
     Raises:
         ConfigError: the config sets a part of the architecture to another value than the saved one.
