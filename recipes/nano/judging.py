@@ -10,7 +10,7 @@ All of it comes from `data.train_passages` and `data.train_pairs`: train splits,
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from mmembed.content import Document, Example, Text
@@ -59,23 +59,8 @@ def cloze(
         kept: how often the paragraph still has the sentence.
         near: share of the other paragraphs that are from the same article or section.
     """
-    groups: dict[str, list[Passage]] = {}
-    for passage in passages:
-        groups.setdefault(passage.group, []).append(passage)
-    while True:
-        passage = draw.choice(passages)
-        asked = draw.randrange(len(passage.sentences))
-        if len(passage.sentences[asked]) < SHORTEST_QUERY:
-            continue
-        neighbours = groups[passage.group] if len(groups[passage.group]) >= DOCUMENTS else passages
-        others: list[str] = []
-        while len(others) < DOCUMENTS - 1:
-            other = draw.choice(neighbours if draw.random() < near else passages)
-            if other is not passage:
-                others.append(_part(other.sentences, draw.randrange(len(other.sentences)), True, characters, draw))
-        own = _part(passage.sentences, asked, draw.random() < kept, characters, draw)
-        if own not in others:
-            yield _example(passage.sentences[asked], own, others)
+    for sentence, own, others in _cut(passages, draw, characters=characters, kept=kept, near=near):
+        yield _example(sentence, own, others)
 
 
 def keywords(passages: Sequence[Passage], draw: random.Random, *, characters: int, near: float) -> Iterator[Example]:
@@ -85,12 +70,11 @@ def keywords(passages: Sequence[Passage], draw: random.Random, *, characters: in
     of `cloze`.
     """
     least, most = KEYWORDS
-    for example in cloze(passages, draw, characters=characters, kept=1.0, near=near):
-        (sentence,) = example.query
-        words = sentence.text.split()
+    for sentence, own, others in _cut(passages, draw, characters=characters, kept=1.0, near=near):
+        words = sentence.split()
         if len(words) > most:
-            kept = sorted(draw.sample(range(len(words)), draw.randint(least, most)))
-            yield replace(example, query=(Text(" ".join(words[at] for at in kept)),))
+            asked = sorted(draw.sample(range(len(words)), draw.randint(least, most)))
+            yield _example(" ".join(words[at] for at in asked), own, others)
 
 
 def questions(pairs: Sequence[Pair], draw: random.Random) -> Iterator[Example]:
@@ -114,6 +98,29 @@ def mixed(parts: Sequence[tuple[float, Iterator[Example]]], draw: random.Random)
     weights, examples = zip(*parts, strict=True)
     while True:
         yield next(*draw.choices(examples, weights))
+
+
+def _cut(
+    passages: Sequence[Passage], draw: random.Random, *, characters: int, kept: float, near: float
+) -> Iterator[tuple[str, str, list[str]]]:
+    """A sentence, the part of a paragraph around it, and parts of seven others. Arguments as of `cloze`."""
+    groups: dict[str, list[Passage]] = {}
+    for passage in passages:
+        groups.setdefault(passage.group, []).append(passage)
+    while True:
+        passage = draw.choice(passages)
+        asked = draw.randrange(len(passage.sentences))
+        if len(passage.sentences[asked]) < SHORTEST_QUERY:
+            continue
+        neighbours = groups[passage.group] if len(groups[passage.group]) >= DOCUMENTS else passages
+        others: list[str] = []
+        while len(others) < DOCUMENTS - 1:
+            other = draw.choice(neighbours if draw.random() < near else passages)
+            if other is not passage:
+                others.append(_part(other.sentences, draw.randrange(len(other.sentences)), True, characters, draw))
+        own = _part(passage.sentences, asked, draw.random() < kept, characters, draw)
+        if own not in others:
+            yield passage.sentences[asked], own, others
 
 
 def _part(sentences: Sequence[str], at: int, kept: bool, characters: int, draw: random.Random) -> str:

@@ -55,6 +55,23 @@ def test_cloze_asks_for_the_sentences_around_a_sentence(kept, near):
     assert all(articles) if near else 0.1 < np.mean(articles) < 0.4
 
 
+def test_keywords_are_some_words_of_a_sentence_that_one_document_holds():
+    lengths = set()
+    settings = {"characters": 150, "near": 0.5}
+    for query, relevant, others in drawn(judging.keywords(PASSAGES, random.Random(0), **settings)):
+        asked = query.split()
+        holds = [one for passage in PASSAGES for one in passage.sentences if one in relevant]
+        assert any(in_order(asked, one.split()) for one in holds) and relevant not in others
+        lengths.add(len(asked))
+    assert lengths == set(range(3, 9))
+
+
+def in_order(words, sentence):
+    """Whether the words stand in the sentence in this order."""
+    rest = iter(sentence)
+    return all(word in rest for word in words)
+
+
 def test_questions_have_no_second_answer_among_the_others():
     for query, relevant, others in drawn(judging.questions(PAIRS, random.Random(0))):
         answers = {pair.document for pair in PAIRS if pair.query == query}
