@@ -40,6 +40,7 @@ from recipes.nano.judging import Stage
 logger = logging.getLogger("build_nano_judge")
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = REPOSITORY / "recipes/configs/reranker/nano_judge.yaml"
+FAST = {"training.learning_rate": 0.002}  # harder pairs are lost at this rate
 TASKS = ("squad-en", "openstax-glossary", "mbpp", "odex", "medquad", "tldr-commands/en")
 
 
@@ -89,21 +90,21 @@ def stages(root: Path) -> list[Stage]:
             "sentences, one of which is the query itself",
             300,
             lambda draw: judging.copies(prose, draw),
-            lengths(48, 32),
+            lengths(48, 32) | FAST,
         ),
         Stage(
             "found",
             "parts of paragraphs, one of which holds the query",
             300,
             lambda draw: judging.cloze(prose, draw, characters=180, kept=1.0, near=0.0),
-            lengths(64, 48),
+            lengths(64, 48) | FAST,
         ),
         Stage(
             "cloze",
             "the same, but the query is cut out of every second paragraph, and some paragraphs are neighbours",
             500,
             lambda draw: judging.cloze(prose, draw, characters=250, kept=0.5, near=0.1),
-            lengths(64, 64),
+            lengths(64, 64) | FAST,
         ),
         Stage(
             "questions",
@@ -118,7 +119,7 @@ def stages(root: Path) -> list[Stage]:
                 ],
                 draw,
             ),
-            lengths(64, 80) | {"training.learning_rate": 0.001},
+            lengths(64, 80),
         ),
         Stage(
             "keywords",
@@ -132,7 +133,7 @@ def stages(root: Path) -> list[Stage]:
                 ],
                 draw,
             ),
-            lengths(48, 64) | {"training.learning_rate": 0.001},
+            lengths(48, 64),
         ),
     ]
 

@@ -99,6 +99,9 @@ def test_gradients_of_any_rows(family_folder, lengths, prefix, known, checkpoint
     assert relative(gradients(model), gradients(whole)) < 1e-5
 
 
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this processor has no bfloat16 products in oneDNN"
+)
 def test_fused_layers():
     """The layers for matrix units, which are put before the class of ours, in bfloat16."""
     model, preprocessor = built("mmembed-nano", dtype="bfloat16", pooling="last_token")
