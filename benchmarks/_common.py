@@ -238,6 +238,12 @@ def parser(description: str) -> Parser:
     return options
 
 
+def told(row: Row) -> Row:
+    """The row, which is told on stderr as soon as it is there: a run that is stopped has not measured for nothing."""
+    print(json.dumps(asdict(row)), file=sys.stderr, flush=True)
+    return row
+
+
 def show(rows: Sequence[Row], as_json: bool) -> None:
     """Prints the rows: one JSON object, or a table."""
     if as_json:

@@ -35,6 +35,7 @@ from benchmarks._common import (
     set_up,
     show,
     texts,
+    told,
 )
 
 MAX_LENGTH = 512
@@ -71,7 +72,7 @@ def main() -> None:
         return
     rows = []
     for case in arguments.only:
-        rows.append(_measure(case, counts, arguments.rounds, threads, memory=not arguments.no_memory))
+        rows.append(told(_measure(case, counts, arguments.rounds, threads, memory=not arguments.no_memory)))
     show(rows, arguments.json)
 
 

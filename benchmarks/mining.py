@@ -55,6 +55,7 @@ from benchmarks._common import (
     peak_mb_of,
     set_up,
     show,
+    told,
 )
 
 SIZE, K, NEGATIVES, DEPTH, PERCENT = 256, 10, 8, 50, 5.0
@@ -111,9 +112,9 @@ def main() -> None:
             write(Path(folder), arguments.queries, documents)
             for row in ROWS[:-1]:
                 if row in arguments.only and (row == "search" or documents == arguments.documents[0]):
-                    rows += measure(row, Path(folder), arguments.rounds, threads)
+                    rows += map(told, measure(row, Path(folder), arguments.rounds, threads))
         if "curve" in arguments.only:
-            rows += curve(Path(folder), arguments.queries, sorted(arguments.curve), threads)
+            rows += map(told, curve(Path(folder), arguments.queries, sorted(arguments.curve), threads))
     for one in rows:
         one.details |= {"threads": threads, "openblas": core, **environment()}
     show(rows, arguments.json)

@@ -46,7 +46,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks._common import DATA, Row, compare, environment, own_peak_mb, parser, set_up, show
+from benchmarks._common import DATA, Row, compare, environment, own_peak_mb, parser, set_up, show, told
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,8 +141,7 @@ def main() -> None:
     for name in arguments.only or names():
         if row_name(name, setting) in ran:
             continue
-        row = measured_apart(name, setting, timing)
-        print(json.dumps(asdict(row)), file=sys.stderr, flush=True)  # hours of runs can be followed
+        row = told(measured_apart(name, setting, timing))
         if arguments.keep is not None:
             keep(row, arguments.keep)
         rows.append(row)

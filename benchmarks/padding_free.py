@@ -21,7 +21,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from benchmarks._common import QWEN3, Row, compare, parser, set_up, show, texts
+from benchmarks._common import QWEN3, Row, compare, parser, set_up, show, texts, told
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,8 +69,8 @@ def main() -> None:
             reason = model.unpacked("auto", device, dtype)
             if reason is not None:
                 raise SystemExit(f"padding_free: nothing to measure, texts stay padded ({reason})")
-        rows.append(measure_encode(mode, model, preprocessor, count, arguments.encode_budget, arguments.rounds))
-        rows.append(measure_step(mode, model, preprocessor, pairs, arguments.chunk_tokens, arguments.rounds))
+        rows.append(told(measure_encode(mode, model, preprocessor, count, arguments.encode_budget, arguments.rounds)))
+        rows.append(told(measure_step(mode, model, preprocessor, pairs, arguments.chunk_tokens, arguments.rounds)))
         del model
     show(rows, arguments.json)
 

@@ -48,6 +48,7 @@ from benchmarks._common import (
     peak_mb_of,
     set_up,
     show,
+    told,
 )
 
 WORDS = ("ok", "no")  # one token each of the nano's
@@ -99,9 +100,11 @@ def main() -> None:
         print(own_peak_mb())
     else:
         rows = [
-            _measure(case, counts, arguments.rounds, threads, memory=not arguments.no_memory)
-            if case in CASES
-            else rerank_training.measure(case, arguments.steps, arguments.rounds, threads)
+            told(
+                _measure(case, counts, arguments.rounds, threads, memory=not arguments.no_memory)
+                if case in CASES
+                else rerank_training.measure(case, arguments.steps, arguments.rounds, threads)
+            )
             for case in arguments.only
         ]
         show(rows, arguments.json)

@@ -44,7 +44,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks._common import DATA, INSTRUCTION, Row, environment, own_peak_mb, parser, set_up, show
+from benchmarks._common import DATA, INSTRUCTION, Row, environment, own_peak_mb, parser, set_up, show, told
 
 SEARCHED = 256  # pairs of the steps that choose the peer's setting
 QUERY_LENGTHS, DOCUMENT_LENGTH = {"text": 64, "instruction": 128, "images": 256, "instructed images": 256}, 256
@@ -106,7 +106,7 @@ def main() -> None:
         peer = arguments.peer_setting or _best_peer(name, min(SEARCHED, batch), threads)
         if case.run not in found:
             found[case.run] = _runs(name, batch, steps, arguments.rounds, peer, threads)
-        rows.append(_row(name, batch, found[case.run], peer))
+        rows.append(told(_row(name, batch, found[case.run], peer)))
     show(rows, arguments.json)
 
 

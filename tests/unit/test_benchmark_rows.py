@@ -1,11 +1,12 @@
 """Benchmarks that compare no speeds print the rows of all others: ratios are better higher, goals in the same terms."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 
 from benchmarks import equivalence, startup
-from benchmarks._common import show
+from benchmarks._common import Row, show, told
 from benchmarks.equivalence import Cell
 
 
@@ -32,3 +33,10 @@ def test_rows_of_the_equivalence_table(capsys):
     assert (chunked["ours"], chunked["limit"], chunked["ratio_to_limit"]) == (3e-5, 1e-4, 3.33)
     assert same["ours"] == 0 and same["ratio_to_limit"] is None and same["meets"]
     assert apart["ours"] == 3e-4 and apart["ratio_to_limit"] < apart["goal_to_limit"] and not apart["meets"]
+
+
+def test_a_row_is_told_when_it_is_there_beside_the_object_of_the_end(capsys):
+    row = told(Row("one", "texts/s", 2.0, 1.0, "a peer", ratio_to_peer=2.0))
+    show([row], as_json=True)
+    said = capsys.readouterr()
+    assert json.loads(said.out)["rows"] == [json.loads(said.err)] == [asdict(row)]
