@@ -150,8 +150,8 @@ def main() -> None:
     options = arguments()
     work: Path = options.work
     work.mkdir(parents=True, exist_ok=True)
-    start = "mmembed-nano"
-    for number, stage in enumerate(stages(options.data_root)):
+    start, all_stages = "mmembed-nano", stages(options.data_root)
+    for number, stage in enumerate(all_stages):
         records, folder = work / f"{stage.name}.jsonl", work / stage.name
         steps = scaled(stage, options.scale)
         if not records.exists():
@@ -161,7 +161,7 @@ def main() -> None:
             records.with_suffix(".part").rename(records)
         settings = {
             "model.name_or_path": start,
-            "data.train": json.dumps([{"path": str(records.resolve())}]),
+            "data.train": json.dumps([{"path": str(records)}]),
             "training.output_dir": folder,
             "training.max_steps": steps,
             "training.per_device_train_batch_size": options.queries,
@@ -173,7 +173,7 @@ def main() -> None:
         start = str(folder)
     package(Path(start), options.out)
     measured = measure(options.out, options.data_root, work / "measured")
-    (options.out / "README.md").write_text(card(options, measured), encoding="utf-8")
+    (options.out / "README.md").write_text(card(options, all_stages, measured), encoding="utf-8")
 
 
 def train(settings: dict[str, object], processes: int, overrides: Sequence[str] = ()) -> None:
@@ -206,11 +206,11 @@ def measure(judge: Path, root: Path, output: Path) -> str:
     return (output / "table.md").read_text(encoding="utf-8")
 
 
-def card(options: argparse.Namespace, measured: str) -> str:
+def card(options: argparse.Namespace, trained: Sequence[Stage], measured: str) -> str:
     told = f"python recipes/build_nano_judge.py --data-root DATA --out OUT --seed {options.seed}"
     told += f" --processes {options.processes} --queries {options.queries} --scale {options.scale:g}"
     told = shlex.join([*told.split(), *options.overrides])
-    rows = "\n".join(f"| {s.name} | {s.about} | {scaled(s, options.scale)} |" for s in stages(options.data_root))
+    rows = "\n".join(f"| {s.name} | {s.about} | {scaled(s, options.scale)} |" for s in trained)
     return CARD.format(command=told, stages=rows, measured=measured.replace("# Rerankers", "## Rerankers"))
 
 
@@ -224,7 +224,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--queries", type=int, default=8, help="of a step, a process")
     parser.add_argument("--scale", type=float, default=1.0, help="of the steps of all stages")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of all trainings: training.bf16=true")
-    return parser.parse_intermixed_args()
+    options = parser.parse_intermixed_args()
+    for name in ("data_root", "out", "work"):  # the trainings run in the repository, wherever this was started
+        setattr(options, name, getattr(options, name).absolute())
+    return options
 
 
 if __name__ == "__main__":
