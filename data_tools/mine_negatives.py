@@ -20,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_tools.mining.command import carry_out, parse, stop, training_overrides, write_lines
+from data_tools.command import carry_out, parse, stop, training_overrides, write_lines
 
 if TYPE_CHECKING:
     from data_tools.mining.collection import Collection

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_tools.mining.command import carry_out, parse, stop, training_overrides, write_lines
+from data_tools.command import carry_out, parse, stop, training_overrides, write_lines
 
 if TYPE_CHECKING:
     from data_tools.mining.judging import Judge

@@ -19,10 +19,10 @@ import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
+from data_tools.files import write_whole
 from data_tools.mining.collection import Collection
 from data_tools.mining.retrievers import Item
 from data_tools.mining.settings import MiningConfig
-from data_tools.mining.shards import write_whole
 from data_tools.mining.steps import Mined
 from mmembed.charts import histogram, page_environment
 from mmembed.content import Image, Video, to_content

@@ -30,9 +30,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.files import digest, write_whole
 from data_tools.mining.retrievers import Item
 from data_tools.mining.settings import MiningSource, RecordsConfig
-from data_tools.mining.shards import digest, write_whole
 from mmembed.config.blocks import DataConfig
 from mmembed.content import Audio, Content, Example, Image, Task, Text, Video, to_content
 from mmembed.data.dataset import RecordDataset, locate, media_store

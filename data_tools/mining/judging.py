@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from data_tools.files import digest
 from data_tools.mining.collection import Collection
 from data_tools.mining.models import Models
 from data_tools.mining.retrievers import Encoder, Item
-from data_tools.mining.shards import Shards, digest
+from data_tools.mining.shards import Shards
 from data_tools.mining.teachers import PairTeacher
 from data_tools.mining.teachers.embedder import EmbedderTeacher
 from data_tools.mining.teachers.late_interaction import LateInteraction

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from data_tools.files import digest, write_whole
 from data_tools.mining.retrievers import RETRIEVERS, Encoder, Retriever
-from data_tools.mining.shards import digest, write_whole
 from data_tools.mining.teachers import TEACHERS, Teacher
 from data_tools.mining.teachers.embedder import EmbedderTeacher
 from data_tools.mining.teachers.late_interaction import LateInteraction

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.mining.shards import write_whole
+from data_tools.files import write_whole
 from mmembed.errors import ConfigError, MmembedError
 from mmembed.mining.mcl import composite
 

@@ -18,12 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from data_tools.files import digest
 from data_tools.mining.collection import Collection
 from data_tools.mining.judging import Floats, Judge, Place, Rows, encoded
 from data_tools.mining.models import Models
 from data_tools.mining.retrievers import Lexical, Retriever
 from data_tools.mining.settings import MiningConfig
-from data_tools.mining.shards import Shards, digest
+from data_tools.mining.shards import Shards
 from data_tools.mining.stages import joined, read_stage, remove_stage, write_stage
 from mmembed.errors import ConfigError, MmembedError
 from mmembed.media import MediaStore

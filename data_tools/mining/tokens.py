@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from data_tools.mining.shards import digest, write_whole
+from data_tools.files import digest, write_whole
 from mmembed.errors import MmembedError
 from mmembed.search.late_interaction import TokenVectors
 

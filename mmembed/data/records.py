@@ -5,6 +5,10 @@
 A content is a string, a mapping of `text`, `image`, `images`, `video`, `audio` (+ `sampling_rate`), or a list
 of those when the order of the parts matters. What cannot be right is an error with file, line and remedy; a key that is
 not known is an error as well, because a misspelt `relevancy` would silently make a negative a positive.
+
+A document may hold its `title` apart, as files of other toolkits do: it is read as title and text joined by a space.
+`meta` of a record and of a document is an object of anything: where a text comes from, fields that only another format
+has. The data tools keep it; no model reads it.
 """
 
 from __future__ import annotations
@@ -31,8 +35,8 @@ from mmembed.content import (
 from mmembed.errors import MmembedError, RecordError, nearest
 
 STS_POSITIVE = 0.8  # 4 of 5: what NV-Embed (arXiv 2405.17428) takes for a positive pair
-RECORD_KEYS = ("query", "documents", "instruction", "task", "source", "id", "labels")
-DOCUMENT_KEYS = ("content", "relevance", "score", "id", "rationale")
+RECORD_KEYS = ("query", "documents", "instruction", "task", "source", "id", "labels", "meta")
+DOCUMENT_KEYS = ("content", "title", "relevance", "score", "id", "rationale", "meta")
 
 
 def parse_record(record: Mapping[str, Any], where: str) -> Example:
@@ -50,6 +54,7 @@ def parse_record(record: Mapping[str, Any], where: str) -> Example:
     for key in ("query", "documents"):
         if key not in record:
             raise RecordError(where, f"the record has no '{key}'", f"Add it; a record is {_SHAPE}", "missing key")
+    _check_meta(record, "the record", where)
     task = _task(record.get("task"), where)
     query, instruction = record["query"], parse_string(record, "instruction", where)
     if isinstance(query, Mapping) and query.get("instruction") is not None:
@@ -260,8 +265,33 @@ def _document(item: Any, key: str, where: str) -> Document:
     rationale = parse_string(item, "rationale", where)
     if rationale is not None and not rationale.strip():
         raise RecordError(where, f"{key}.rationale is empty", "Write one, or remove the key", "empty text")
-    content = parse_content(item["content"], key, where)
+    _check_meta(item, key, where)
+    content = parse_content(with_title(item, key, where), key, where)
     return Document(content, relevance, score, parse_string(item, "id", where), rationale)
+
+
+def with_title(document: Mapping[str, Any], key: str, where: str) -> Any:
+    """The JSON content of a document with its title in front of its text, as a model reads it.
+
+    Raises:
+        RecordError: the title is no string, or the content is a list, in which nothing says where a title belongs.
+    """
+    title, content = parse_string(document, "title", where), document["content"]
+    if title is None or not title.strip():
+        return content
+    if isinstance(content, str):
+        return f"{title} {content}" if content.strip() else title
+    if not isinstance(content, Mapping):
+        found = f"{key} has a title, and its content is a {type(content).__name__}"
+        raise RecordError(where, found, "Put the title into the list", "title of a list")
+    text = content.get("text")
+    return {**content, "text": f"{title} {text}" if isinstance(text, str) and text.strip() else title}
+
+
+def _check_meta(item: Mapping[str, Any], key: str, where: str) -> None:
+    if not isinstance(item.get("meta", {}), Mapping):
+        found = f"'meta' of {key} is a {type(item['meta']).__name__}"
+        raise RecordError(where, found, 'Write an object, {"origin": "..."}, or remove the key', "bad meta")
 
 
 def _references(medium: Image | Video | Audio) -> list[str]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from mmembed.content import Content, Image, Video, to_content
 from mmembed.data.format_base import read_json_lines
-from mmembed.data.records import DOCUMENT_KEYS, RECORD_KEYS, check_unicode, parse_content, parse_string
+from mmembed.data.records import DOCUMENT_KEYS, RECORD_KEYS, check_unicode, parse_content, parse_string, with_title
 from mmembed.errors import MmembedError, RecordError, nearest
 from mmembed.inference.reranker import Reranker, Scale
 from mmembed.inference.sources import Entry, entry_of_line
@@ -306,7 +306,7 @@ def _document(value: Any, where: str, place: int, has_table: bool) -> tuple[Entr
                 raise RecordError(
                     where, f"unknown key '{key}'", nearest(key, DOCUMENT_KEYS).capitalize(), "unknown key"
                 )
-        entry, _ = _document(value["content"], where, place, has_table)
+        entry, _ = _document(with_title(value, "the document", where), where, place, has_table)
         relevance = value.get("relevance")
         if relevance is not None and (isinstance(relevance, bool) or not isinstance(relevance, int | float)):
             found = f"'relevance' is a {type(relevance).__name__}"

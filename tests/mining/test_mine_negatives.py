@@ -17,8 +17,8 @@ import PIL.Image
 import pytest
 import yaml
 
+from data_tools.command import OwnKeys, only_one, own_keys
 from data_tools.mine_negatives import main
-from data_tools.mining.command import OwnKeys, only_one, own_keys
 from data_tools.mining.retrievers import RETRIEVERS, Item
 from data_tools.mining.settings import MiningConfig, _check_blocks, load_mining
 from mmembed.errors import ConfigError, MmembedError
@@ -279,7 +279,7 @@ def test_two_processes_on_one_folder(mining, tmp_path, capsys):
     out = tmp_path / "out"
     hold = f"""
 import pathlib, time
-from data_tools.mining.command import only_one
+from data_tools.command import only_one
 with only_one(pathlib.Path({str(out)!r})):
     print("held", flush=True)
     time.sleep(60)

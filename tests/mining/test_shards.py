@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from data_tools.mining.shards import Shards, digest
+from data_tools.files import digest
+from data_tools.mining.shards import Shards
 from mmembed.errors import MmembedError
 
 ROWS, SIZE = 25, 10

@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.files import digest
 from data_tools.mining.retrievers import Encoder, Item
-from data_tools.mining.shards import digest
 from mmembed.content import Role
 from mmembed.errors import MmembedError
 from mmembed.inference.encoding import ITEMS, Encoding, check_model, open_collection
