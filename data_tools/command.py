@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 from mmembed.arguments import Parser
 from mmembed.errors import MmembedError
@@ -21,22 +21,45 @@ from mmembed.errors import MmembedError
 if TYPE_CHECKING:
     from data_tools.mining.settings import MiningSource, RecordsConfig
 
-C = TypeVar("C", bound="RecordsConfig")
+C = TypeVar("C", bound="WithOutput")
+
+
+class WithOutput(Protocol):
+    """A config that names the folder of what is made."""
+
+    @property
+    def output(self) -> str: ...
+
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
-def parse(module: str, doc: str | None, configs: str, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """`config` and `overrides` of a command whose shipped configs lie in a folder."""
+class TooMuchLost(MmembedError):
+    """The work is done, and `summary` says what it made; the message says why that is less than was wanted."""
+
+    def __init__(self, summary: str, message: str) -> None:
+        super().__init__(message)
+        self.summary = summary
+
+
+def parse(
+    module: str, doc: str | None, configs: str, arguments: Sequence[str] | None, dry_run: bool = False
+) -> argparse.Namespace:
+    """`config` and `overrides` of a command whose shipped configs lie in a folder; `dry_run` where it has that."""
     parser = Parser(prog=f"python -m {module}", description=(doc or "").splitlines()[0])
     parser.add_argument("--config", required=True, help=f"YAML file, as in {configs}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the config; they win over the file")
+    if dry_run:
+        parser.add_argument("--dry-run", action="store_true", help="say what would be asked and cost; ask nothing")
     return parser.parse_intermixed_args(arguments)
 
 
 def carry_out(load: Callable[[], C], work: Callable[[C, Path], str]) -> int:
-    """Loads a config, holds its output folder and prints what `work` returns. 0, 2 refused, 130 stopped."""
+    """Loads a config, holds its output folder and prints what `work` returns.
+
+    0 done, 1 done but too much was lost on the way, 2 refused, 130 stopped.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     handler = logging.StreamHandler()
     handler.setFormatter(OwnKeys("%(message)s"))
@@ -56,6 +79,10 @@ def carry_out(load: Callable[[], C], work: Callable[[C, Path], str]) -> int:
                 f"{error.filename or output}: cannot be written ({error.strerror}); what is complete is kept: free "
                 "disk space there, then the same command goes on"
             ) from error
+    except TooMuchLost as lost:
+        print(lost.summary)
+        print(f"error: {lost}", file=sys.stderr)
+        return 1
     except MmembedError as error:
         print(f"error: {own_keys(str(error))}", file=sys.stderr)
         return 2
@@ -103,8 +130,12 @@ def only_one(output: Path) -> Iterator[None]:
 
 def training_overrides(config: RecordsConfig, output: Path, media: list[str]) -> list[str]:
     """What to train with: the overrides that name these records and the folder of their media."""
-    sources = ", ".join(_source(source) for source in config.sources)
-    overrides = [f"data.root={output.absolute()}", f"data.train=[{sources}]"]
+    return training_lines(output, [_source(source) for source in config.sources], media)
+
+
+def training_lines(output: Path, sources: Sequence[str], media: Sequence[str]) -> list[str]:
+    """As `training_overrides`, of sources as YAML."""
+    overrides = [f"data.root={output.absolute()}", f"data.train=[{', '.join(sources)}]"]
     if media:
         overrides.append(f"data.media_root={os.path.commonpath([str(Path(file).parent) for file in media])}")
     return [f"train on them with: {shlex.join(overrides)}"]

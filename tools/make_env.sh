@@ -40,6 +40,6 @@ fi
 
 step "mmembed and its extras"
 pip install -c constraints.txt --no-deps "$torchvision"  # its own pin of torch is not wanted
-pip install -c constraints.txt -e '.[train,deepspeed,quant,eval,bench,dev]'
+pip install -c constraints.txt -e '.[train,deepspeed,quant,eval,data,bench,dev]'
 touch .venv/.complete
 step "done"

@@ -1,0 +1,255 @@
+"""The stages of a run one behind another: each makes a file of items of the file before it.
+
+    OUTPUT/records.jsonl       what the last stage made (documents.jsonl, queries.jsonl where those are what it makes)
+    OUTPUT/left_out.jsonl      every item that was left out: stage, reason, what was found, the item
+    OUTPUT/summary.json        counts of each stage, and of what was asked
+    OUTPUT/work/               items of each stage, and all answers
+
+A stage whose items, settings and generator are those of before is passed over; so is not a stage that lost items to a
+generator that could not answer: the same command asks for those again. Files are put in place whole.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from data_tools.command import TooMuchLost, training_lines, write_lines
+from data_tools.files import digest, write_whole
+from data_tools.generators import GENERATORS, Generator, Sampling
+from data_tools.synthesis.answers import Answers
+from data_tools.synthesis.asking import Desk, Spent, ask_all, results
+from data_tools.synthesis.inputs import Inputs, collect, media_of
+from data_tools.synthesis.settings import Step, SynthesisConfig, steps
+from data_tools.synthesis.stages import AskingStage, Context, Dropped, Item, Items, SetStage, kind_of
+from mmembed.data.records import parse_record
+from mmembed.errors import MmembedError, RecordError
+from mmembed.media import MediaStore
+from mmembed.progress import bar
+
+logger = logging.getLogger(__name__)
+EXAMPLES = 3  # of what a stage left out, in the summary
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
+
+
+class Run:
+    """A run in its output folder, which is this process's alone."""
+
+    def __init__(self, config: SynthesisConfig, output: Path) -> None:
+        self.config, self.output, self.work = config, output, output / "work"
+        self.work.mkdir(exist_ok=True)
+        self.media: MediaStore = media_of(config)
+        self.steps = steps(config)
+        self._running: tuple[Any, Generator] | None = None  # the generator that is started, and its block
+
+    def __call__(self) -> str:
+        """Carries all stages out; returns what was made, as lines.
+
+        Raises:
+            GeneratorDown: a generator answers nothing any more; what it answered is kept.
+            TooMuchLost: a stage lost more than `max_lost` of its items.
+        """
+        inputs = collect(self.config, self.media, self.work)
+        items, key, reports = inputs.items, inputs.key, list[dict[str, Any]]()
+        with Answers(self.work / "answers.jsonl") as answers:
+            budget = self.config.budget
+            spent = Spent(len(answers), answers.prompt_tokens + answers.tokens, budget.requests, budget.tokens)
+            try:
+                for step in self.steps:
+                    report = self._carry_out(step, items, key, answers, spent)
+                    reports.append(report)
+                    items, key = Items(self._folder(step) / "items.jsonl", report["out"]), report["key"]
+            finally:
+                self._stop()
+            asked = {"answers": len(answers), "prompt_tokens": answers.prompt_tokens, "answer_tokens": answers.tokens}
+        return self._finish(items, inputs, reports, asked)
+
+    def _carry_out(self, step: Step, items: Items, key: str, answers: Answers, spent: Spent) -> dict[str, Any]:
+        """The report of a stage whose items are there, made now or before."""
+        folder = self._folder(step)
+        identity = "" if step.generator is None else digest(GENERATORS.build(step.generator).fingerprint())
+        sampling = self.config.sampling.model_dump(mode="json")
+        block = [step.block, step.stage.version, step.stage.fingerprint(), self.config.attempts, self.config.seed]
+        key = digest(key, identity, sampling, block)
+        note = folder / "report.json"
+        if note.exists():
+            report: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
+            if report["key"] == key and not report["unanswered"]:
+                return report
+            note.unlink()
+        if folder.exists() and (folder / "key").read_text() != key:
+            shutil.rmtree(folder)
+        if not folder.exists():
+            folder.mkdir()
+            write_whole(folder / "key", key.encode())
+        context = Context(self.config.seed, self.media, folder, self.config.below_root)
+        began, tokens, count = time.monotonic(), answers.tokens, len(answers)
+        if isinstance(step.stage, AskingStage):
+            desk = Desk(step.stage, context, answers, identity, self.config.attempts, Sampling(**_tupled(sampling)))
+            report = self._asked(step, desk, items, spent)
+        else:
+            assert isinstance(step.stage, SetStage)
+            report = self._written(step, items, step.stage.apply(items, context))
+        seconds = time.monotonic() - began
+        report |= {"key": key, "name": step.name, "kind": step.gives, "seconds": round(seconds, 2)}
+        report |= {
+            "notes": dict(context.notes),
+            "asked": len(answers) - before[1],
+            "tokens": answers.tokens - before[0],
+        }
+        write_whole(note, json.dumps(report, ensure_ascii=False).encode())
+        return report
+
+    def _asked(self, step: Step, desk: Desk, items: Items, spent: Spent) -> dict[str, Any]:
+        with bar(step.name, len(items), " items") as shown:
+            ask_all(desk, items, lambda: self._started(step.generator), spent, shown)
+        desk.context.notes.clear()  # of looks at items before all of their answers were there
+        report = self._written(step, items, _flat(results(desk, items)))
+        report["unusable"] = dict(desk.unusable)
+        report["unanswered"] = len(desk.failed)
+        return report
+
+    def _written(self, step: Step, items: Items, made: Iterator[Item | Dropped]) -> dict[str, Any]:
+        """Puts the items of a stage in place, and beside them what it left out."""
+        report: dict[str, Any] = {"in": len(items), "out": 0, "left_out": 0, "lost": 0, "unusable": {}, "unanswered": 0}
+        reasons: Counter[str] = Counter()
+        examples: dict[str, list[Any]] = {}
+        folder, seen = self._folder(step), set[str]()
+
+        def lines(left_out: BinaryIO) -> Iterator[bytes]:
+            for one in made:
+                if not isinstance(one, Dropped) and one["id"] in seen:
+                    one = Dropped(one, "duplicate id")
+                if isinstance(one, Dropped):
+                    reasons[one.reason] += 1
+                    report["left_out"] += 1
+                    report["lost"] += one.lost
+                    shown = {"stage": step.name, "reason": one.reason, "found": one.found, "item": one.item}
+                    left_out.write(_line(shown))
+                    if len(examples.setdefault(one.reason, [])) < EXAMPLES:
+                        examples[one.reason].append({"found": one.found, "item": one.item})
+                    continue
+                seen.add(one["id"])
+                report["out"] += 1
+                yield _line(one)
+
+        with (folder / "left_out.jsonl").open("wb") as left_out:
+            write_lines(folder / "items.jsonl", lines(left_out))
+        return {**report, "reasons": dict(reasons), "examples": examples}
+
+    def _started(self, block: Any) -> Generator:
+        """A generator that is ready; another one is stopped first."""
+        if self._running is not None and self._running[0] is not block:
+            self._stop()
+        if self._running is None:
+            generator = GENERATORS.build(block)
+            self._running = (block, generator)
+            generator.start(self.media)
+        return self._running[1]
+
+    def _stop(self) -> None:
+        if self._running is not None:
+            self._running[1].close()
+            self._running = None
+
+    def _folder(self, step: Step) -> Path:
+        return self.work / step.name
+
+    def _finish(self, items: Items, inputs: Inputs, reports: list[dict[str, Any]], asked: dict[str, Any]) -> str:
+        """Puts what was made in place; returns it as lines."""
+        kind = self.steps[-1].gives
+        file = self.output / f"{kind}.jsonl"
+        write_lines(file, _checked(items))
+        write_lines(self.output / "left_out.jsonl", _all_lines(self._folder(step) for step in self.steps))
+        read = {"items": len(inputs.items), "left_out": inputs.left_out, "first": inputs.first}
+        stages = [{key: value for key, value in report.items() if key != "key"} for report in reports]
+        summary = {"read": read, "stages": stages, "asked": asked, "made": {"kind": kind, "items": len(items)}}
+        write_whole(self.output / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1).encode())
+        lines = [*_told(inputs, reports, asked), f"{file}: {len(items):,} {kind}"]
+        if kind == "records" and len(items):
+            lines += training_lines(self.output, ["{path: records.jsonl}"], _media_files(items))
+        for report in reports:
+            if report["lost"] > self.config.max_lost * report["in"]:
+                share = f"{report['lost']:,} of {report['in']:,} items"
+                what = max(report["reasons"], key=report["reasons"].get)
+                raise TooMuchLost(
+                    "\n".join(lines),
+                    f"stage {report['name']} lost {share}, more than max_lost {self.config.max_lost:g} (most of all: "
+                    f"{what}); see {self.output / 'left_out.jsonl'}"
+                    + ("; the same command asks again for what was not answered" if report["unanswered"] else ""),
+                )
+        return "\n".join(lines)
+
+
+def _checked(items: Items) -> Iterator[bytes]:
+    """Lines of items; records are read as training will read them.
+
+    Raises:
+        MmembedError: a stage made a record that training cannot read.
+    """
+    for item in items:
+        if kind_of(item) == "records":
+            try:
+                parse_record(item, f"{items.path.parent.name}: record '{item['id']}'")
+            except RecordError as error:
+                raise MmembedError(f"{error} (this is a fault of the stage that made it)") from None
+        yield _line(item)
+
+
+def _told(inputs: Inputs, reports: list[dict[str, Any]], asked: dict[str, Any]) -> list[str]:
+    lines = [f"read: {len(inputs.items):,} items"]
+    lines[0] += "".join(f", {count:,} left out ({reason})" for reason, count in inputs.left_out.most_common())
+    for report in reports:
+        line = f"{report['name']}: {report['in']:,} items -> {report['out']:,} {report['kind']}"
+        line += "".join(f", {count:,} {reason}" for reason, count in Counter(report["reasons"]).most_common())
+        if report["asked"]:
+            rates = (report["in"] / report["seconds"], report["tokens"] / report["seconds"])
+            line += f"; {report['asked']:,} answers, {rates[0]:,.1f} items/s, {rates[1]:,.0f} tokens/s"
+        if report["unusable"]:
+            counts = ", ".join(f"{count:,} {kind}" for kind, count in Counter(report["unusable"]).most_common())
+            line += f"; unusable answers: {counts}"
+        lines.append(line)
+        lines += [f"    {note}: {count:,}" for note, count in sorted(report["notes"].items())]
+    if asked["answers"]:
+        tokens = f"{asked['prompt_tokens']:,} tokens of prompts, {asked['answer_tokens']:,} of answers"
+        lines.append(f"asked in all: {asked['answers']:,} answers, {tokens}")
+    return lines
+
+
+def _flat(outcomes: Iterator[list[Item] | Dropped]) -> Iterator[Item | Dropped]:
+    for outcome in outcomes:
+        if isinstance(outcome, Dropped):
+            yield outcome
+        else:
+            yield from outcome
+
+
+def _all_lines(folders: Iterator[Path]) -> Iterator[bytes]:
+    for folder in folders:
+        with (folder / "left_out.jsonl").open("rb") as lines:
+            yield from lines
+
+
+def _media_files(items: Items) -> list[str]:
+    """Files of the pictures that records show."""
+    from data_tools.synthesis.templates import pictures_of
+
+    found: set[str] = set()
+    for item in items:
+        for content in (item["query"], *(document["content"] for document in item["documents"])):
+            found.update(source.split("#")[0] for source in pictures_of(content))
+    return sorted(found)
+
+
+def _tupled(sampling: dict[str, Any]) -> dict[str, Any]:
+    return {**sampling, "stop": tuple(sampling["stop"])}
+
+
+def _line(value: Any) -> bytes:
+    return _ENCODER.encode(value).encode("utf-8", errors="replace") + b"\n"

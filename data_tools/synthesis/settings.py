@@ -1,0 +1,215 @@
+"""The config of a pipeline. The constructors of generators and stages are the schema of their blocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from data_tools.synthesis.stages import STAGES, AskingStage, Kind, Stage
+from mmembed.config import load_blocks
+from mmembed.config.blocks import MediaLimitsConfig, Positive, TypedBlock, block_type, check_type
+from mmembed.content import Task
+from mmembed.errors import ConfigError, MmembedError, nearest
+from mmembed.media_limits import MediaLimits
+
+EXAMPLES = "recipes/configs/synthesis"
+
+
+class _Block(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SynthesisSource(_Block):
+    """What a pipeline begins with.
+
+    path: relative to `root`. Of documents and queries a `.jsonl` file (a corpus.jsonl or queries.jsonl of BEIR, lines
+        of content, records, of which one side is taken) or a folder of pictures; of records what `format` reads.
+    kind: documents, queries or records.
+    format, options: of records, as in a training config.
+    name: goes into the records as their source.
+    instruction, task: of queries and records that have none of their own.
+    max_examples: a sample, drawn with the run's seed.
+    """
+
+    path: str
+    kind: Kind = "records"
+    format: str = "jsonl"
+    options: dict[str, Any] = Field(default_factory=dict)
+    name: str = ""
+    instruction: str | None = None
+    task: Task | None = None
+    max_examples: Positive | None = None
+
+    @model_validator(mode="after")
+    def _readable(self) -> SynthesisSource:
+        if self.kind != "records" and (self.format != "jsonl" or self.options):
+            raise ConfigError(
+                f"source '{self.path}': format and options are of records; remove them, or set kind: records"
+            )
+        if self.kind == "documents" and (self.instruction is not None or self.task is not None):
+            raise ConfigError(f"source '{self.path}': documents have no instruction and no task; give them to a stage")
+        return self
+
+    @property
+    def title(self) -> str:
+        return self.name or self.path
+
+
+class Budget(_Block):
+    """What a run may ask for in all its lives; None is without bound. tokens: of prompts and answers together."""
+
+    requests: Positive | None = None
+    tokens: Positive | None = None
+
+
+class SamplingConfig(_Block):
+    """Of asks whose stage says nothing else."""
+
+    max_tokens: Positive = 512
+    temperature: float = Field(default=0.7, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    stop: tuple[str, ...] = ()
+
+
+class Prices(_Block):
+    """Of a million tokens, in any currency, for the estimate. tokens_per_second: of answers, for its time."""
+
+    prompt: float = Field(default=0.0, ge=0)
+    answer: float = Field(default=0.0, ge=0)
+    tokens_per_second: float | None = Field(default=None, gt=0)
+
+
+class SynthesisConfig(_Block):
+    """A run of `data_tools.synthesize`.
+
+    output: folder of what is made, and `work`, what was answered and computed.
+    root, media_root, media_limits, on_bad_record: as `data` of a training run.
+    generator: what answers; `generators` are others by names, which a stage's `generator` chooses.
+    stages: blocks in order; besides the stage's options each may hold `generator` and `name`.
+    attempts: of a question whose answer cannot be used.
+    max_lost: the share of a stage's items that may be lost before the run ends with status 1.
+    """
+
+    output: str
+    root: str | None = None
+    media_root: str | None = None
+    media_limits: MediaLimitsConfig = MediaLimitsConfig()
+    on_bad_record: Literal["raise", "skip"] = "raise"
+    sources: tuple[SynthesisSource, ...] = Field(min_length=1)
+    generator: TypedBlock | None = None
+    generators: dict[str, TypedBlock] = Field(default_factory=dict)
+    sampling: SamplingConfig = SamplingConfig()
+    stages: tuple[TypedBlock, ...] = Field(min_length=1)
+    attempts: Positive = 3
+    budget: Budget = Budget()
+    prices: Prices = Prices()
+    max_lost: float = Field(default=0.05, ge=0, le=1)
+    seed: int = Field(default=0, ge=0)
+
+    @field_validator("sources", "stages", mode="before")
+    @classmethod
+    def _lists(cls, value: Any) -> Any:
+        if isinstance(value, str | dict):
+            raise ConfigError(f"found {value!r}; write a list: [{value if isinstance(value, str) else '{...}'}]")
+        return value
+
+    @field_validator("generator", "stages")
+    @classmethod
+    def _has_type(cls, value: Any) -> Any:
+        check_type(*(value if isinstance(value, tuple) else (value,)))
+        return value
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> SynthesisConfig:
+        kinds = {source.kind for source in self.sources}
+        if len(kinds) > 1:
+            raise ConfigError(f"sources: {' and '.join(sorted(kinds))} in one run; give each kind a run of its own")
+        return self
+
+    @property
+    def limits(self) -> MediaLimits:
+        return MediaLimits(**self.media_limits.model_dump())
+
+    def below_root(self, path: str) -> Path:
+        """An absolute path of one in the config."""
+        return (Path(path) if self.root is None else Path(self.root) / path).absolute()
+
+
+class Step:
+    """A stage of a run.
+
+    Attributes:
+        name: NN-type, the name of its folder.
+        block: the stage's own options.
+        generator: block of what answers it; None where it asks nothing.
+        takes, gives: kinds of items.
+    """
+
+    def __init__(self, number: int, block: TypedBlock, config: SynthesisConfig, takes: Kind) -> None:
+        options: dict[str, Any] = {"type": block} if isinstance(block, str) else dict(block)
+        where = f"stages[{number}] ({block_type(block)})"
+        chosen, title = options.pop("generator", None), options.pop("name", None)
+        if title is not None and (not isinstance(title, str) or not title.replace("-", "").replace("_", "").isalnum()):
+            raise ConfigError(f"{where}: name {title!r}: use letters, digits, - and _")
+        try:
+            self.stage: Stage = STAGES.build(options, below_root=config.below_root)
+        except MmembedError as error:
+            raise ConfigError(f"{where}: {error}") from None
+        self.name, self.block = f"{number + 1:02d}-{title or self.stage.name}", options
+        self.generator = _generator_of(self.stage, chosen, config, where)
+        if takes not in self.stage.takes:
+            raise ConfigError(
+                f"{where} works on {' or '.join(sorted(self.stage.takes))}, and what comes to it are {takes}; "
+                "put a stage in between that makes them, or change the sources"
+            )
+        self.takes, self.gives = takes, self.stage.gives(takes)
+
+
+def load_synthesis(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> SynthesisConfig:
+    """Reads and checks a config with its blocks. Raises ConfigError; loads no weights."""
+    config = load_blocks(SynthesisConfig, path, overrides, EXAMPLES)
+    try:
+        steps(config)
+    except MmembedError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return config
+
+
+def steps(config: SynthesisConfig) -> list[Step]:
+    """The stages of a run, and that they fit together.
+
+    Raises:
+        ConfigError: an unknown stage, generator or option, a stage that cannot work on what comes to it, or a generator
+            that nothing uses.
+    """
+    from data_tools.generators import GENERATORS
+
+    kind, found = config.sources[0].kind, list[Step]()
+    for block in (config.generator, *config.generators.values()):
+        if block is not None:
+            GENERATORS.build(block)
+    for number, block in enumerate(config.stages):
+        found.append(Step(number, block, config, kind))
+        kind = found[-1].gives
+    used = [step.generator for step in found]
+    for name, block in (("generator", config.generator), *config.generators.items()):
+        if block is not None and not any(block is one for one in used):
+            raise ConfigError(f"no stage asks generator '{name}'; remove it, or name it in a stage")
+    return found
+
+
+def _generator_of(stage: Stage, chosen: Any, config: SynthesisConfig, where: str) -> TypedBlock | None:
+    if not isinstance(stage, AskingStage):
+        if chosen is not None:
+            raise ConfigError(f"{where}: asks nothing, so 'generator' has no effect; remove it")
+        return None
+    if chosen is None:
+        if config.generator is None:
+            raise ConfigError(f"{where}: asks a language model, and there is no 'generator'; add one")
+        return config.generator
+    if chosen not in config.generators:
+        known = nearest(str(chosen), config.generators) if config.generators else "there are none in 'generators'"
+        raise ConfigError(f"{where}: there is no generator '{chosen}'; {known}")
+    return config.generators[chosen]
