@@ -1,39 +1,35 @@
-"""What a run will ask, before it starts: its stages at work on a few items, with answers made up of the schemas.
+"""What a run will ask, before it starts: its stages at work on a few items, with the sample answers of their questions.
 
-Stages that ask get made-up answers of the longest length their questions allow, so answer tokens are an upper bound;
-filters and selections keep everything, because what they will leave out depends on texts that are not written yet. So
-the estimate is one of the most that the pipeline asks for when no answer is unusable. Tokens are counted as four
-characters each, of pictures 256 each, since the generator is not loaded.
+Filters and selections keep everything, because what they will leave out depends on texts that are not written yet; no
+answer is unusable. Tokens are counted as four characters each, of pictures 256 each, since the generator is not loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from data_tools.generators import parts_of
 from data_tools.synthesis.inputs import collect, media_of
 from data_tools.synthesis.settings import Step, SynthesisConfig, steps
-from data_tools.synthesis.stages import Ask, AskingStage, Context, Item, Lost, Unusable
-from mmembed.errors import MmembedError
+from data_tools.synthesis.stages import AskingStage, Context, Item
+from data_tools.synthesis.templates import as_answer
 
 SAMPLE = 32  # items that go through the stages
 CHARACTERS = 4  # of a token
 PICTURE_TOKENS = 256
-_WORDS = "words that stand for an answer "
 
 
 @dataclass
 class Count:
-    """Of one stage, of the whole run. tokens: of prompts, and at most of answers."""
+    """Of one stage, of the whole run. most_tokens: of answers, where each goes on to its limit."""
 
     items: float = 0.0
     requests: float = 0.0
     prompt_tokens: float = 0.0
     answer_tokens: float = 0.0
+    most_tokens: float = 0.0
 
 
 def estimate(config: SynthesisConfig, output: Path) -> str:
@@ -51,12 +47,12 @@ def estimate(config: SynthesisConfig, output: Path) -> str:
         count, sample = _of_stage(step, sample, context, config, scale)
         what = f"{step.name}: {count.items:,.0f} items"
         if count.requests:
-            what += f", {count.requests:,.0f} requests, {count.prompt_tokens:,.0f} tokens of prompts, "
-            what += f"at most {count.answer_tokens:,.0f} of answers"
+            what += f", {_asked(count)}"
         lines.append(what)
         total.requests += count.requests
         total.prompt_tokens += count.prompt_tokens
         total.answer_tokens += count.answer_tokens
+        total.most_tokens += count.most_tokens
         if not sample:
             lines.append("nothing of the sample is left for the stages behind it; they are not estimated")
             break
@@ -71,10 +67,7 @@ def _of_stage(
     if not isinstance(step.stage, AskingStage):
         return count, sample
     for item in sample:
-        try:
-            made += _answered(step.stage, item, context, config, count, scale)
-        except (Lost, MmembedError):
-            continue
+        made += _answered(step.stage, item, context, config, count, scale)
     return count, made
 
 
@@ -91,48 +84,30 @@ def _answered(
                 pictures = sum(part["type"] == "image" for part in parts)
                 count.requests += scale
                 count.prompt_tokens += scale * (texts / CHARACTERS + pictures * PICTURE_TOKENS)
-                count.answer_tokens += scale * (ask.max_tokens or config.sampling.max_tokens)
-            asks = work.send([_made_up(ask) for ask in asks])
+                count.answer_tokens += scale * len(as_answer(ask.sample)) / CHARACTERS
+                count.most_tokens += scale * (ask.max_tokens or config.sampling.max_tokens)
+            asks = work.send([ask.read(ask.sample) for ask in asks])
     except StopIteration as end:
         return list(end.value)
 
 
-def _made_up(ask: Ask) -> Any:
-    value = _WORDS * 4 if ask.schema is None else _of_schema(ask.schema)
-    try:
-        return ask.read(value)
-    except Unusable:
-        return value
-
-
-def _of_schema(schema: Mapping[str, Any]) -> Any:
-    """A value that satisfies a schema, as far as stages use schemas."""
-    if "const" in schema:
-        return schema["const"]
-    if "enum" in schema:
-        return schema["enum"][0]
-    kind = schema.get("type")
-    if kind == "object":
-        return {key: _of_schema(one) for key, one in schema.get("properties", {}).items()}
-    if kind == "array":
-        return [_of_schema(schema.get("items", {})) for _ in range(max(1, schema.get("minItems", 1)))]
-    if kind in ("integer", "number"):
-        return schema.get("minimum", 0)
-    if kind == "boolean":
-        return True
-    text = _WORDS * (1 + schema.get("minLength", 0) // len(_WORDS))
-    return text[: schema.get("maxLength", len(text))]
+def _asked(count: Count) -> str:
+    answers = f"{count.answer_tokens:,.0f} of answers (at most {count.most_tokens:,.0f})"
+    return f"{count.requests:,.0f} requests, {count.prompt_tokens:,.0f} tokens of prompts, {answers}"
 
 
 def _summed(total: Count, config: SynthesisConfig) -> list[str]:
-    tokens = f"{total.prompt_tokens:,.0f} tokens of prompts, at most {total.answer_tokens:,.0f} of answers"
-    lines = [f"in all: {total.requests:,.0f} requests, {tokens}"]
-    prices = config.prices
+    lines = [f"in all: about {_asked(total)}"]
+    prices, answers = config.prices, (total.answer_tokens, total.most_tokens)
     if prices.prompt or prices.answer:
-        cost = (total.prompt_tokens * prices.prompt + total.answer_tokens * prices.answer) / 1e6
-        lines.append(f"cost: at most {cost:,.2f} (prices of the config, a million tokens)")
+        of_prompts = total.prompt_tokens * prices.prompt
+        cost, most = (
+            (of_prompts + tokens * prices.answer) / 1e6 for tokens in (total.answer_tokens, total.most_tokens)
+        )
+        lines.append(f"cost: about {cost:,.2f}, at most {most:,.2f} (by `prices` of the config)")
     if prices.tokens_per_second is not None:
-        lines.append(f"time: at most {total.answer_tokens / prices.tokens_per_second / 3600:,.2f} hours")
+        hours, longest = (tokens / prices.tokens_per_second / 3600 for tokens in answers)
+        lines.append(f"time: about {hours:,.2f} hours, at most {longest:,.2f}")
     budget = config.budget
     for name, found, most in (
         ("requests", total.requests, budget.requests),

@@ -100,8 +100,8 @@ class Run:
         report |= {"key": key, "name": step.name, "kind": step.gives, "seconds": round(seconds, 2)}
         report |= {
             "notes": dict(context.notes),
-            "asked": len(answers) - before[1],
-            "tokens": answers.tokens - before[0],
+            "asked": len(answers) - count,
+            "tokens": answers.tokens - tokens,
         }
         write_whole(note, json.dumps(report, ensure_ascii=False).encode())
         return report
@@ -209,8 +209,9 @@ def _told(inputs: Inputs, reports: list[dict[str, Any]], asked: dict[str, Any]) 
         line = f"{report['name']}: {report['in']:,} items -> {report['out']:,} {report['kind']}"
         line += "".join(f", {count:,} {reason}" for reason, count in Counter(report["reasons"]).most_common())
         if report["asked"]:
-            rates = (report["in"] / report["seconds"], report["tokens"] / report["seconds"])
-            line += f"; {report['asked']:,} answers, {rates[0]:,.1f} items/s, {rates[1]:,.0f} tokens/s"
+            seconds = max(report["seconds"], 0.01)
+            rates = f"{report['asked'] / seconds:,.1f} answers/s, {report['tokens'] / seconds:,.0f} tokens/s"
+            line += f"; {report['asked']:,} answers, {rates}"
         if report["unusable"]:
             counts = ", ".join(f"{count:,} {kind}" for kind, count in Counter(report["unusable"]).most_common())
             line += f"; unusable answers: {counts}"

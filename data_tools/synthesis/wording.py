@@ -48,3 +48,8 @@ def check_distinct(texts: Sequence[str]) -> None:
     for place, text in enumerate(plain):
         if text in plain[:place]:
             raise Unusable("copies", texts[place][:100])
+
+
+def filler(name: str, count: int) -> str:
+    """A text of so many words, for the samples of answers."""
+    return " ".join([name, *["words"] * (count - 1)])

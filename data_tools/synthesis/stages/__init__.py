@@ -57,6 +57,8 @@ class Ask:
     Attributes:
         name: of the question, unique among those of its item.
         messages: a chat.
+        sample: an answer that is usable, of the usual length: the text, or the JSON where there is a schema. A run is
+            estimated with it.
         read: makes a value of the answer: of its text, or of its JSON where there is a schema, which has been checked.
             Raises Unusable.
         schema: of the answer.
@@ -67,6 +69,7 @@ class Ask:
 
     name: str
     messages: tuple[Message, ...]
+    sample: Any
     read: Callable[[Any], Any] = lambda value: value
     schema: Mapping[str, Any] | None = None
     max_tokens: int | None = None

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from data_tools.synthesis.stages import Ask, AskingStage, Context, Item, Kind, Work
 from data_tools.synthesis.templates import Template, pictures_of, text_of
-from data_tools.synthesis.wording import check_distinct, check_words, language_name
+from data_tools.synthesis.wording import check_distinct, check_words, filler, language_name
 from mmembed.errors import ConfigError
 from mmembed.registry import Count, Positive
 
@@ -56,6 +56,7 @@ class GradedPassages(AskingStage):
         self.levels, self.language, self.keep_documents = tuple(levels), language, keep_documents
         self.words, self.max_tokens, self.temperature = (min_words, max_words), max_tokens, temperature
         self.template = Template(self.name, template, below_root, _VARIABLES)
+        self.sample = {_key(level): filler(_key(level), (min_words + max_words) // 2) for level in levels}
         properties = {_key(level): {"type": "string", "minLength": 1, "maxLength": 12 * max_words} for level in levels}
         self.schema = {
             "type": "object", "properties": properties, "required": list(properties), "additionalProperties": False,
@@ -76,8 +77,8 @@ class GradedPassages(AskingStage):
         messages = self.template.messages(values, pictures_of(item["query"]), item.get("demonstrations", ()))
         (passages,) = yield [
             Ask(
-                "passages", messages, partial(self._read, query), self.schema, self.max_tokens, self.temperature,
-                self.language,
+                "passages", messages, self.sample, partial(self._read, query), self.schema, self.max_tokens,
+                self.temperature, self.language,
             )
         ]  # fmt: skip
         made = [
