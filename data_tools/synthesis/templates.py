@@ -92,7 +92,7 @@ class Template:
 
         try:
             return str(template.render(values)).strip()
-        except jinja2.UndefinedError as error:
+        except (jinja2.TemplateError, TypeError) as error:
             raise ConfigError(f"{self.path}: {error}; variables are {', '.join(self.variables)}") from None
 
 

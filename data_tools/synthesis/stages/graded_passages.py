@@ -7,7 +7,7 @@ an answer, 0 is unrelated or misleading. The prompt is ours (templates/graded_pa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -40,7 +40,7 @@ class GradedPassages(AskingStage):
     def __init__(
         self,
         below_root: Callable[[str], Path],
-        levels: tuple[Count, ...] = (3, 2, 1, 0),
+        levels: Sequence[Count] = (3, 2, 1, 0),
         language: str | None = None,
         min_words: Positive = 30,
         max_words: Positive = 120,
@@ -53,6 +53,7 @@ class GradedPassages(AskingStage):
             raise ConfigError(f"{self.name}.levels: found {list(levels)}; give different levels, one of them above 0")
         if min_words > max_words:
             raise ConfigError(f"{self.name}: min_words {min_words} is above max_words {max_words}")
+        language_name(language)
         self.levels, self.language, self.keep_documents = tuple(levels), language, keep_documents
         self.words, self.max_tokens, self.temperature = (min_words, max_words), max_tokens, temperature
         self.template = Template(self.name, template, below_root, _VARIABLES)
