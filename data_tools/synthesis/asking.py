@@ -89,7 +89,7 @@ class Desk:
                 lost = next((one for one in values if isinstance(one, Lost)), None)
                 asks = work.throw(lost) if lost is not None else work.send(values)
         except StopIteration as end:
-            return list(end.value)
+            return end.value if isinstance(end.value, Dropped) else list(end.value)
         except Lost as lost:
             return Dropped(item, lost.kind, lost.found, lost=True)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from data_tools.generators import parts_of
 from data_tools.synthesis.inputs import collect, media_of
 from data_tools.synthesis.settings import Step, SynthesisConfig, steps
-from data_tools.synthesis.stages import AskingStage, Context, Item
+from data_tools.synthesis.stages import AskingStage, Context, Dropped, Item
 from data_tools.synthesis.templates import as_answer
 
 SAMPLE = 32  # items that go through the stages
@@ -88,7 +88,7 @@ def _answered(
                 count.most_tokens += scale * (ask.max_tokens or config.sampling.max_tokens)
             asks = work.send([ask.read(ask.sample) for ask in asks])
     except StopIteration as end:
-        return list(end.value)
+        return [] if isinstance(end.value, Dropped) else list(end.value)
 
 
 def _asked(count: Count) -> str:

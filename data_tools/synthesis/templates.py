@@ -21,6 +21,7 @@ import yaml
 
 from data_tools.generators import Message
 from mmembed.content import Image, Text, Video, to_content
+from mmembed.data.records import content_to_json
 from mmembed.errors import ConfigError, MmembedError, nearest
 
 PACKAGED = Path(__file__).with_name("templates")
@@ -104,6 +105,11 @@ def as_answer(value: Any) -> str:
 def text_of(content: Any) -> str:
     """The texts of JSON content, one a line."""
     return "\n".join(part.text for part in to_content(content) if isinstance(part, Text))
+
+
+def reworded(content: Any, text: str) -> Any:
+    """JSON content with a text in the place of its own, behind its media."""
+    return content_to_json((*(part for part in to_content(content) if not isinstance(part, Text)), Text(text)))
 
 
 def pictures_of(content: Any) -> list[str]:

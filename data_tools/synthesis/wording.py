@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from data_tools.synthesis.stages import Unusable
 from mmembed.errors import ConfigError, nearest
 
+_QUOTES = {'"': '"', "'": "'", "“": "”", "«": "»", "„": "“", "「": "」"}
 WITHOUT_BLANKS = 2  # characters of a word in texts without blanks between words
 LANGUAGES = {
     "ar": "Arabic", "bg": "Bulgarian", "bn": "Bengali", "ca": "Catalan", "cs": "Czech", "da": "Danish", "de": "German",
@@ -48,6 +49,18 @@ def check_distinct(texts: Sequence[str]) -> None:
     for place, text in enumerate(plain):
         if text in plain[:place]:
             raise Unusable("copies", texts[place][:100])
+
+
+def unquoted(text: str) -> str:
+    """A text on one line, without the quotation marks that a model put around the whole of it.
+
+    >>> unquoted('"A red bus\\nwaits."')
+    'A red bus waits.'
+    """
+    line = " ".join(text.split())
+    closing = _QUOTES.get(line[:1])
+    whole = closing is not None and len(line) > 2 and line[-1] == closing and closing not in line[1:-1]
+    return line[1:-1].strip() if whole else line
 
 
 def filler(name: str, count: int) -> str:

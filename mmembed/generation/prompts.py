@@ -21,6 +21,7 @@ from mmembed.backbones import Family
 from mmembed.config.blocks import LengthsConfig
 from mmembed.content import Audio, Content, Image, Text, Video
 from mmembed.errors import MmembedError
+from mmembed.generation.judgements import read_judgement, write_judgement
 from mmembed.preprocess import broken_up, control_tokens
 from mmembed.prompts.judge import INSTRUCTION
 
@@ -94,16 +95,11 @@ class Writer:
 
     def judgement(self, rationale: str, relevant: bool) -> str:
         """What is answered to `rationale`."""
-        return f"{rationale.strip()}\n{self.yes if relevant else self.no}"
+        return write_judgement(rationale, relevant, (self.yes, self.no))
 
     def read_judgement(self, text: str) -> tuple[str, bool | None]:
         """The reason, and whether the document is relevant; None where the last line is neither word."""
-        reason, _, last = text.strip().rpartition("\n")
-        said = last.strip().strip(".!\"'*").lower()
-        for word, relevant in ((self.yes, True), (self.no, False)):
-            if said == word.strip().lower():
-                return reason.strip(), relevant
-        return text.strip(), None
+        return read_judgement(text, (self.yes, self.no))
 
     def _told(self, instruction: str | None) -> str:
         return broken_up(instruction or INSTRUCTION, self._control)

@@ -40,7 +40,6 @@ NOT_COVERED = {
         "multicsr",
         "stage-3 masked loss as released",
     ): "counts masked cells as exp(0), ours as 0",
-    ("multicsr", "stage-2 self-curation"): "a filter of records that is not built",
     ("model-soups", ""): "a merge of checkpoints, which is not built",
     ("atlas", ""): "a merge of checkpoints, which is not built",
     ("gda", ""): "a closed-form classifier, which is not built",

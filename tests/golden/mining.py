@@ -1,4 +1,4 @@
-"""Cases of rules that choose negatives."""
+"""Cases of rules that choose negatives and records."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from data_tools.synthesis.stages.multicsr_curate import curate
 from mmembed.mining import MINERS, Candidates
 from mmembed.mining.mcl import composite
 from mmembed.mining.retrieval import retrieve
@@ -54,3 +55,13 @@ def mcl(entry: Entry) -> Iterator[Compared]:
     joined = composite(stages, entry["inputs"]["K"])
     yield equal(LOSS, joined.sum(), entry["loss"])
     yield equal("composite", joined.tolist(), entry["expected"]["pseudo_labels"])
+
+
+@golden("multicsr", "stage `multicsr_curate`", "stage-2 self-curation", trains=False)
+def curation(entry: Entry) -> Iterator[Compared]:
+    """Which pairs of scores keep a record. The file's loss is how many."""
+    lines = entry["params"]["positive_line"], entry["params"]["negative_line"]
+    pairs = entry["inputs"]["scores_pos_neg"]
+    kept = [place for place, (positive, negative) in enumerate(pairs) if curate(positive, negative, *lines) == "keep"]
+    yield equal(LOSS, len(kept), entry["loss"])
+    yield equal("kept", kept, entry["expected"]["kept"])

@@ -78,9 +78,6 @@ class Ask:
     optional: bool = False
 
 
-Work = Generator[Sequence[Ask], list[Any], Sequence[Item]]  # yields asks, is sent their values, returns items
-
-
 @dataclass(frozen=True)
 class Dropped:
     """An item that goes no further. `item` is shown as an example; `lost` says that it was to be kept."""
@@ -89,6 +86,10 @@ class Dropped:
     reason: str
     found: str = ""
     lost: bool = False
+
+
+# yields asks, is sent their values, returns items, or why the item goes no further
+Work = Generator[Sequence[Ask], list[Any], Sequence[Item] | Dropped]
 
 
 @dataclass
@@ -154,7 +155,7 @@ class AskingStage(Stage):
 
     def work(self, item: Item, context: Context) -> Work:
         """Yields asks, which are sent to the model together, and gets their values back in order; returns what is made
-        of the item. Raises Lost, or lets it pass, where nothing can be made of it; Dropped is for `SetStage`."""
+        of the item, or Dropped where that is nothing. Raises Lost, or lets it pass, for want of an answer."""
         raise NotImplementedError
 
 
