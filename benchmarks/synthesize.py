@@ -8,35 +8,51 @@ Passages at four levels for real queries, with a JSON schema. Engine, its settin
             process, answers checked and stored
     limit   `LLM.chat` of all prompts at once, in a process of its own that does nothing else
 
-Both engines are loaded before anything is timed, and take turns; seeds are new in every round. Goal: 0.95 of the limit.
-Needs the environment of `make vllm-env`.
+Each run is a process of its own with an engine of its own, timed from the first request to the last answer (loading is
+left out on both sides), and they take turns; seeds are new in every round. Goal: 0.95 of the limit. Needs the environment
+of `make vllm-env`.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks._common import DATA, Row, alternate, environment, parser, set_up, show, told
+from benchmarks._common import DATA, Row, environment, parser, set_up, show, told
+from mmembed import packaged
 
 GOAL = 0.95
 ENGINE = {"max_model_len": 2048, "dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 2 << 30}
 TOKENS = 160  # of an answer
+REPOSITORY = Path(__file__).resolve().parents[1]
+PYTHON = REPOSITORY / ".venv-vllm/bin/python"
+QUIET = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+DUMP = """
+import json, sys
+from data_tools.synthesis.inputs import collect, media_of
+from data_tools.synthesis.settings import load_synthesis, steps
+from data_tools.synthesis.stages import Context
+from pathlib import Path
+import tempfile
+config = load_synthesis(sys.argv[1])
+media, step = media_of(config), steps(config)[0]
+with tempfile.TemporaryDirectory() as folder:
+    items = collect(config, media, Path(folder)).items
+    asks = [next(step.stage.work(item, Context(0, media, Path(folder), Path)))[0] for item in items]
+json.dump({"messages": [ask.messages for ask in asks], "schema": asks[0].schema}, sys.stdout)
+"""  # benchmarks do not import the data tools
 
 
 def main() -> None:
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--model", default="mmembed-nano", help="what writes (default: the packaged nano)")
     options.add_argument("--queries", type=int, default=256)
-    options.add_argument("--python", help="interpreter that has vLLM (default: that of make vllm-env)")
-    options.add_argument("--direct", action="store_true", help="used by the benchmark itself")
+    options.add_argument("--python", default=str(PYTHON), help="has vLLM (default: that of make vllm-env)")
     options.set_defaults(rounds=3)
     arguments = options.parse_args()
     set_up()
@@ -44,102 +60,67 @@ def main() -> None:
     show([told(row)], arguments.json)
 
 
-def measured(model: str, queries: int, python: str | None, rounds: int) -> Row:
-    from data_tools.generators.child import vllm_python
-    from data_tools.generators.vllm import VllmGenerator
-
-    from mmembed.media import MediaStore
-    from mmembed.packaged import resolve
-
-    items = [{"id": f"q{number}", "query": text} for number, text in enumerate(questions(queries))]
-    generator = VllmGenerator(model, python=python, engine=ENGINE)
-    direct = subprocess.Popen(
-        [vllm_python(python, "benchmarks.synthesize"), str(Path(__file__).with_name("synthesize_direct.py"))],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "VLLM_NO_USAGE_STATS": "1"},
-    )  # fmt: skip
-    try:
-        _ask(direct, {"model": resolve(model), "engine": ENGINE})
-        generator.start(MediaStore(None))
-        counts: dict[str, list[tuple[int, int]]] = {"ours": [], "limit": []}
-        number, asks = itertools.count(), asks_of(items)
-
-        def ours() -> None:
-            counts["ours"].append(through_pipeline(generator, items, next(number)))
-
-        def limit() -> None:
-            counts["limit"].append(at_once(direct, asks, next(number)))
-
-        seconds = alternate({"ours": ours, "limit": limit}, rounds)
-    finally:
-        generator.close()
-        direct.kill()
-    return row_of(seconds, {name: given[-rounds:] for name, given in counts.items()}, model)
+def measured(model: str, queries: int, python: str, rounds: int) -> Row:
+    rates: dict[str, list[float]] = {"ours": [], "limit": []}
+    counts: dict[str, list[Any]] = {"ours": [], "limit": []}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        lines = (DATA / "squad-en" / "queries.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:queries]
+        (folder / "queries.jsonl").write_text("".join(lines), encoding="utf-8")
+        config = folder / "synthesis.yaml"
+        config.write_text(json.dumps(pipeline(model, python, folder)), encoding="utf-8")
+        contenders = {"ours": through_pipeline, "limit": at_once}
+        for turn in range(rounds):
+            for contender in sorted(contenders, reverse=bool(turn % 2)):
+                seconds, tokens = contenders[contender](config, python, turn)
+                rates[contender].append(tokens / seconds)
+                counts[contender].append([tokens, round(seconds, 2)])
+                print(f"round {turn + 1}: {contender} {tokens / seconds:,.0f} tokens/s", file=sys.stderr, flush=True)
+    return row_of(rates, counts, model)
 
 
-def row_of(seconds: dict[str, list[float]], counts: dict[str, list[tuple[int, int]]], model: str) -> Row:
-    """Args: counts: prompt and answer tokens of each round."""
-    rates = {
-        name: [tokens / time for (_, tokens), time in zip(counts[name], times, strict=True)]
-        for name, times in seconds.items()
-    }
+def pipeline(model: str, python: str, folder: Path) -> dict[str, Any]:
+    """The config of ours."""
+    stage = {"type": "graded_passages", "max_tokens": TOKENS, "min_words": 5, "max_words": 20}
+    return {
+        "output": str(folder / "out"), "sources": [{"path": str(folder / "queries.jsonl"), "kind": "queries"}],
+        "generator": {"type": "vllm", "model": model, "python": python, "engine": ENGINE},
+        "stages": [stage], "attempts": 1, "max_lost": 1.0,
+    }  # fmt: skip
+
+
+def row_of(rates: dict[str, list[float]], counts: dict[str, list[Any]], model: str) -> Row:
+    """Args: counts: tokens and seconds of each round."""
     ratios = [own / other for own, other in zip(rates["ours"], rates["limit"], strict=True)]
     ratio, speeds = statistics.median(ratios), {name: statistics.median(given) for name, given in rates.items()}
-    details = {"rounds": [round(one, 3) for one in ratios], "tokens": counts, "model": model, "engine": ENGINE}
+    details = {"ratios": [round(one, 3) for one in ratios], "tokens": counts, "model": model, "engine": ENGINE}
     return Row(
         "graded passages, tokens of answers", "tokens/s", round(speeds["ours"], 1), limit=round(speeds["limit"], 1),
         ratio_to_limit=round(ratio, 3), goal_to_limit=GOAL, meets=ratio >= GOAL, details={**details, **environment()},
     )  # fmt: skip
 
 
-def through_pipeline(generator: Any, items: Sequence[dict[str, Any]], seed: int) -> tuple[int, int]:
-    """Prompt and answer tokens of one pass of the stage over the items."""
-    from data_tools.generators import Sampling
-    from data_tools.synthesis.answers import Answers
-    from data_tools.synthesis.asking import Desk, Spent, ask_all, results
-    from data_tools.synthesis.stages import Context
-    from mmembed.progress import bar
-
-    with tempfile.TemporaryDirectory() as folder, Answers(Path(folder) / "answers.jsonl") as answers:
-        desk = Desk(_stage(), Context(seed, generator._media, Path(folder), Path), answers, "", 1, Sampling())
-        with bar("ours", len(items), " items") as shown:
-            ask_all(desk, items, lambda: generator, Spent(0, 0, None, None), shown)
-        assert len(list(results(desk, items))) == len(items) and not desk.failed
-        return answers.prompt_tokens, answers.tokens
+def through_pipeline(config: Path, python: str, seed: int) -> tuple[float, int]:
+    """Seconds and answer tokens of the command."""
+    output = config.parent / f"out-{seed}"
+    command = [sys.executable, "-m", "data_tools.synthesize", "--config", str(config)]
+    subprocess.run([*command, f"output={output}", f"seed={seed}"], cwd=REPOSITORY, check=True, stdout=sys.stderr)
+    summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
+    return summary["stages"][0]["seconds"], summary["stages"][0]["tokens"]
 
 
-def at_once(direct: subprocess.Popen[str], asks: Sequence[Any], seed: int) -> tuple[int, int]:
-    """The same of the engine itself."""
-    messages, schema = [ask.messages for ask in asks], asks[0].schema
-    asked = {"messages": messages, "schema": schema, "seed": seed, "max_tokens": TOKENS, "temperature": 0.7}
-    said = _ask(direct, asked)
-    return said["prompt_tokens"], said["tokens"]
-
-
-def asks_of(items: Sequence[dict[str, Any]]) -> list[Any]:
-    from data_tools.synthesis.stages import Context
-    from mmembed.media import MediaStore
-
-    stage, context = _stage(), Context(0, MediaStore(None), Path(), Path)
-    return [next(stage.work(item, context))[0] for item in items]
-
-
-def questions(count: int) -> list[str]:
-    lines = (DATA / "squad-en" / "queries.jsonl").read_text(encoding="utf-8").splitlines()[:count]
-    return [json.loads(line)["text"] for line in lines]
-
-
-def _stage() -> Any:
-    from data_tools.synthesis.stages.graded_passages import GradedPassages
-
-    return GradedPassages(Path, max_tokens=TOKENS, min_words=5, max_words=20)
-
-
-def _ask(direct: subprocess.Popen[str], message: dict[str, Any]) -> dict[str, Any]:
-    assert direct.stdin is not None and direct.stdout is not None
-    direct.stdin.write(json.dumps(message) + "\n")
-    direct.stdin.flush()
-    return json.loads(direct.stdout.readline())
+def at_once(config: Path, python: str, seed: int) -> tuple[float, int]:
+    """The same of the engine itself, on the prompts of the command."""
+    dump = subprocess.run([sys.executable, "-c", DUMP, str(config)], cwd=REPOSITORY, check=True, capture_output=True)
+    generator = json.loads(config.read_text(encoding="utf-8"))["generator"]
+    job = {**json.loads(dump.stdout), "engine": ENGINE, "seed": 1000 * (seed + 1), "max_tokens": TOKENS}
+    job["model"] = packaged.resolve(generator["model"])
+    done = subprocess.run(
+        [python, str(Path(__file__).with_name("synthesize_direct.py"))],
+        input=json.dumps(job), text=True, check=True, stdout=subprocess.PIPE, env={**os.environ, **QUIET},
+    )  # fmt: skip
+    said = json.loads(done.stdout)
+    return said["seconds"], said["tokens"]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The engine itself, for `benchmarks.synthesize`: a script for the environment that has vLLM; imports nothing of ours.
 
-{"model": ..., "engine": {...}}                                    first line in; {} out when it is ready
-{"messages": [[...], ...], "schema": ..., "seed": 1, ...}          a round; {"prompt_tokens": ..., "tokens": ...} out
+Reads one JSON object, {"model", "engine", "messages": [[...], ...], "schema", "seed", "max_tokens"}, and writes one,
+{"seconds", "tokens"}: all prompts at once, timed without the loading.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 
 
 def main() -> None:
@@ -17,29 +18,21 @@ def main() -> None:
     from vllm import LLM, SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
-    job = json.loads(sys.stdin.readline())
+    job = json.load(sys.stdin)
     structured = {"backend": "xgrammar", "disable_any_whitespace": True}
     engine = LLM(job["model"], structured_outputs_config=structured, **job["engine"])
-    say(answers, {})
-    for line in sys.stdin:
-        asked = json.loads(line)
-        sampling = [
-            SamplingParams(
-                max_tokens=asked["max_tokens"], temperature=asked["temperature"], seed=asked["seed"] + number,
-                structured_outputs=StructuredOutputsParams(json=asked["schema"]),
-            )
-            for number in range(len(asked["messages"]))
-        ]  # fmt: skip
-        outputs = engine.chat(asked["messages"], sampling, use_tqdm=False)
-        say(answers, {
-            "prompt_tokens": sum(len(one.prompt_token_ids) for one in outputs),
-            "tokens": sum(len(one.outputs[0].token_ids) for one in outputs),
-        })  # fmt: skip
-
-
-def say(answers, message) -> None:
-    answers.write(json.dumps(message) + "\n")
-    answers.flush()
+    sampling = [
+        SamplingParams(
+            max_tokens=job["max_tokens"], temperature=0.7, seed=job["seed"] + number,
+            structured_outputs=StructuredOutputsParams(json=job["schema"]),
+        )
+        for number in range(len(job["messages"]))
+    ]  # fmt: skip
+    began = time.perf_counter()
+    outputs = engine.chat(job["messages"], sampling, use_tqdm=False)
+    seconds = time.perf_counter() - began
+    json.dump({"seconds": seconds, "tokens": sum(len(one.outputs[0].token_ids) for one in outputs)}, answers)
+    answers.close()
 
 
 if __name__ == "__main__":

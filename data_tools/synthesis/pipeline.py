@@ -47,6 +47,7 @@ class Run:
         self.media: MediaStore = media_of(config)
         self.steps = steps(config)
         self._running: tuple[Any, Generator] | None = None  # the generator that is started, and its block
+        self._starting = 0.0  # seconds that generators took to start, of the stage at work
 
     def __call__(self) -> str:
         """Carries all stages out; returns what was made, as lines.
@@ -89,15 +90,15 @@ class Run:
             folder.mkdir()
             write_whole(folder / "key", key.encode())
         context = Context(self.config.seed, self.media, folder, self.config.below_root)
-        began, tokens, count = time.monotonic(), answers.tokens, len(answers)
+        began, tokens, count, self._starting = time.monotonic(), answers.tokens, len(answers), 0.0
         if isinstance(step.stage, AskingStage):
             desk = Desk(step.stage, context, answers, identity, self.config.attempts, Sampling(**_tupled(sampling)))
             report = self._asked(step, desk, items, spent)
         else:
             assert isinstance(step.stage, SetStage)
             report = self._written(step, items, step.stage.apply(items, context))
-        seconds = time.monotonic() - began
-        report |= {"key": key, "name": step.name, "kind": step.gives, "seconds": round(seconds, 2)}
+        seconds = time.monotonic() - began - self._starting
+        report |= {"key": key, "name": step.name, "kind": step.gives, "seconds": round(seconds, 3)}
         report |= {
             "notes": dict(context.notes),
             "asked": len(answers) - count,
@@ -149,8 +150,10 @@ class Run:
             self._stop()
         if self._running is None:
             generator = GENERATORS.build(block)
+            began = time.monotonic()
             self._running = (block, generator)
             generator.start(self.media)
+            self._starting += time.monotonic() - began
         return self._running[1]
 
     def _stop(self) -> None:
