@@ -9,8 +9,8 @@ Passages at four levels for real queries, with a JSON schema. Engine, its settin
     limit   `LLM.chat` of all prompts at once, in a process of its own that does nothing else
 
 Each run is a process of its own with an engine of its own, timed from the first request to the last answer (loading is
-left out on both sides), and they take turns; seeds are new in every round. Goal: 0.95 of the limit. Needs the environment
-of `make vllm-env`.
+left out on both sides), and they take turns; seeds are new in every round. Goal: 0.95 of the limit. Needs the
+environment of `make vllm-env`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import json
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
