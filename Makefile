@@ -5,11 +5,16 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= true
 PYTEST_ARGS ?=
 
-.PHONY: demo test check format bench env llm clean
+.PHONY: demo test check format bench env vllm-env llm clean
 env: .venv/.complete
+vllm-env: .venv-vllm/.complete
 
 .venv/.complete: pyproject.toml constraints.txt
 	tools/make_env.sh
+
+# Of vLLM alone, which pins torch and transformers. `make test` uses it where it is there.
+.venv-vllm/.complete: tools/make_vllm_env.sh
+	tools/make_vllm_env.sh
 
 demo: env
 	$(PY) recipes/demo.py --output runs/demo

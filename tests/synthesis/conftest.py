@@ -1,54 +1,25 @@
-"""A generator whose answers a test writes, in threads and in any order, as servers give them."""
+"""Generators: one that a test scripts, and real ones that are started once: the nano model in this process, behind a
+server, and in vLLM where it is there."""
 
 import json
-import random
-import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
 from data_tools import generators
-from data_tools.generators import Answer, Generator, Request
+from data_tools.generators import GENERATORS, GeneratorDown
+from data_tools.generators.child import vllm_python
+from mmembed.media import MediaStore
+from tests.synthesis.scripted import Scripted
+from tests.synthesis.servers import ChatServer, answering_with
 
-Script = Callable[[Request], Answer | str]
-
-
-class Scripted(Generator):
-    """Registered for the time of a test as `scripted`."""
-
-    name = "scripted"
-    reads = frozenset({"text", "image"})
-    script: Script
-    asked: list[Request]
-    started = 0
-
-    def __init__(self, model: str = "a") -> None:
-        self.model = model
-
-    @property
-    def capacity(self) -> int:
-        return 8
-
-    def fingerprint(self):
-        return [self.name, self.model]
-
-    def start(self, media) -> None:
-        type(self).started += 1
-        self.media = media
-        self.pool = ThreadPoolExecutor(8)
-
-    def submit(self, request: Request) -> Future[Answer]:
-        type(self).asked.append(request)
-        return self.pool.submit(self._answer, request)
-
-    def _answer(self, request: Request) -> Answer:
-        time.sleep(random.random() * 0.002)  # answers come in any order
-        given = type(self).script(request)
-        return given if isinstance(given, Answer) else Answer(given, "stop", 10, len(given.split()))
-
-    def close(self) -> None:
-        pass
+# float32: in bfloat16 an answer may depend on what else is in the batch
+ENGINE = {
+    "dtype": "float32",
+    "max_model_len": 512,
+    "enforce_eager": True,
+    "max_num_seqs": 32,
+    "kv_cache_memory_bytes": 1 << 28,
+}
 
 
 @pytest.fixture
@@ -68,3 +39,78 @@ def write_lines(tmp_path):
         return str(path)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def need_vllm():
+    """Skips where there is no environment with vLLM, and says what makes one."""
+    try:
+        vllm_python(None, "tests")
+    except GeneratorDown as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory):
+    """A media folder: red.png, noise.jpg, half.jpg (truncated)."""
+    import numpy as np
+    import PIL.Image
+
+    folder = tmp_path_factory.mktemp("media")
+    PIL.Image.new("RGB", (120, 80), (200, 10, 10)).save(folder / "red.png")
+    noise = np.random.default_rng(0).integers(0, 255, (90, 120, 3), dtype=np.uint8)
+    PIL.Image.fromarray(noise).save(folder / "noise.jpg")
+    encoded = (folder / "noise.jpg").read_bytes()
+    (folder / "half.jpg").write_bytes(encoded[: len(encoded) // 2])
+    return MediaStore(folder)
+
+
+@pytest.fixture(scope="session")
+def started(request, store):
+    """started(name, **block) -> a generator that is closed after the last test; one a name."""
+    running = {}
+
+    def get(name, **block):
+        if name not in running:
+            running[name] = GENERATORS.build(block)
+            request.addfinalizer(running[name].close)
+            running[name].start(store)
+        return running[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def nano(started):
+    return started("transformers", type="transformers", model="mmembed-nano", batch_size=8)
+
+
+@pytest.fixture(scope="session")
+def behind_http(started, nano, request):
+    """The nano model behind a server of the chat API."""
+    server = ChatServer(answering_with(nano), model="mmembed-nano")
+    request.addfinalizer(server.close)
+    return started("openai", type="openai", model="mmembed-nano", url=server.url, concurrency=8)
+
+
+@pytest.fixture(scope="session")
+def vllm(need_vllm, started):
+    return started("vllm", type="vllm", model="mmembed-nano", engine=ENGINE)
+
+
+@pytest.fixture(scope="session")
+def served(need_vllm, started):
+    return started("served", type="openai", model="mmembed-nano", serve={"options": ENGINE}, concurrency=32)
+
+
+KINDS = [
+    "nano",
+    "behind_http",
+    pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.slow]),
+    pytest.param("served", marks=[pytest.mark.vllm, pytest.mark.slow]),
+]
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def generator(request):
+    return request.getfixturevalue(request.param)

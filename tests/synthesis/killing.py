@@ -66,7 +66,7 @@ def life(job, how: str, draw: random.Random) -> int:
 def register(log: str) -> None:
     """The scripted generator, which answers by the request's seed: a quarter of the answers cannot be used."""
     from data_tools import generators
-    from tests.synthesis.conftest import Scripted
+    from tests.synthesis.scripted import Scripted
 
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
