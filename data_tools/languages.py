@@ -1,6 +1,6 @@
 """The language of a text: what filters of languages keep, and reports count.
 
-py3langid (a naive Bayes over byte n-grams, MIT and BSD licences) brings its model of 4.6 MB in the package: nothing is
+py3langid (a naive Bayes over byte n-grams, BSD licence) brings its model of 4.6 MB in the package: nothing is
 fetched. It was chosen by accuracy on 4,780 sentences of sib200 in 20 languages, whole and cut to 40 characters:
 
     py3langid 0.4      99.7 %  98.0 %    2,700/s   135 MB      without its codes of three letters, as here

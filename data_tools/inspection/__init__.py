@@ -1,0 +1,1 @@
+"""What `python -m data_tools.inspect` counts, asks of a training config, generates and shows."""
