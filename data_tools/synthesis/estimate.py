@@ -13,7 +13,7 @@ from pathlib import Path
 from data_tools.generators import parts_of
 from data_tools.synthesis.inputs import collect, media_of
 from data_tools.synthesis.settings import Step, SynthesisConfig, steps
-from data_tools.synthesis.stages import AskingStage, Context, Dropped, Item
+from data_tools.synthesis.stages import AskingStage, Context, Dropped, Item, SetStage
 from data_tools.synthesis.templates import as_answer
 
 SAMPLE = 32  # items that go through the stages
@@ -64,8 +64,9 @@ def _of_stage(
 ) -> tuple[Count, list[Item]]:
     """The count of a stage, and the items that the sample becomes."""
     count, made = Count(items=len(sample) * scale), list[Item]()
-    if not isinstance(step.stage, AskingStage):
-        return count, sample
+    if isinstance(step.stage, SetStage):
+        return count, [step.stage.sampled(item, context) for item in sample]
+    assert isinstance(step.stage, AskingStage)
     for item in sample:
         made += _answered(step.stage, item, context, config, count, scale)
     return count, made

@@ -100,7 +100,7 @@ class Run:
         seconds = time.monotonic() - began - self._starting
         report |= {"key": key, "name": step.name, "kind": step.gives, "seconds": round(seconds, 3)}
         report |= {
-            "notes": dict(context.notes),
+            "notes": step.stage.told(context.notes),
             "asked": len(answers) - count,
             "tokens": answers.tokens - tokens,
         }

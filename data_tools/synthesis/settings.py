@@ -193,11 +193,28 @@ def steps(config: SynthesisConfig) -> list[Step]:
     for number, block in enumerate(config.stages):
         found.append(Step(number, block, config, kind))
         kind = found[-1].gives
+    _check_left(found)
     used = [step.generator for step in found]
     for name, block in (("generator", config.generator), *config.generators.items()):
         if block is not None and not any(block is one for one in used):
             raise ConfigError(f"no stage asks generator '{name}'; remove it, or name it in a stage")
     return found
+
+
+def _check_left(found: list[Step]) -> None:
+    """Raises ConfigError where a stage needs what none before it adds, or adds what none behind it uses."""
+    for number, step in enumerate(found):
+        where = f"stages[{number}] ({step.stage.name})"
+        for key in sorted(step.stage.needs):
+            adding = sorted(name for name, cls in STAGES.classes().items() if key in cls.adds)
+            if not any(key in earlier.stage.adds for earlier in found[:number]):
+                raise ConfigError(f"{where}: needs {key}, and no stage before it adds them; add {' or '.join(adding)}")
+        for key in sorted(step.stage.adds):
+            using = sorted(name for name, cls in STAGES.classes().items() if key in cls.uses)
+            if not any(key in later.stage.uses for later in found[number + 1 :]):
+                raise ConfigError(
+                    f"{where}: adds {key}, and no stage behind it uses them; remove it, or add {' or '.join(using)}"
+                )
 
 
 def _generator_of(stage: Stage, chosen: Any, config: SynthesisConfig, where: str) -> TypedBlock | None:

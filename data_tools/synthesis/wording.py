@@ -6,6 +6,7 @@ import unicodedata
 from collections.abc import Sequence
 
 from data_tools.synthesis.stages import Unusable
+from mmembed.data.words import search_words
 from mmembed.errors import ConfigError, nearest
 
 _QUOTES = {'"': '"', "'": "'", "“": "”", "«": "»", "„": "“", "「": "」"}
@@ -66,3 +67,18 @@ def unquoted(text: str) -> str:
 def filler(name: str, count: int) -> str:
     """A text of so many words, for the samples of answers."""
     return " ".join([name, *["words"] * (count - 1)])
+
+
+def copies_run(text: str, source: str, count: int) -> bool:
+    """Whether a text repeats so many words of a source in their order; case and punctuation do not matter."""
+    ours, theirs = search_words(text), search_words(source)
+    runs = {tuple(theirs[start : start + count]) for start in range(len(theirs) - count + 1)}
+    return any(tuple(ours[start : start + count]) in runs for start in range(len(ours) - count + 1))
+
+
+def shortened(text: str, most: int) -> str:
+    """A text of at most so many characters, cut between words where it has blanks."""
+    if len(text) <= most:
+        return text
+    cut = text[: most + 1]
+    return (cut[: cut.rfind(" ")] if " " in cut[most // 2 :] else text[:most]).rstrip()

@@ -6,8 +6,11 @@
 An item is a JSON object with an `id`, of one of three kinds, which its keys tell apart:
 
     documents   {"id", "content", ...}                       what there is to be found
-    queries     {"id", "query", ...}                         what is looked for; `candidates` are not judged yet
+    queries     {"id", "query", ...}                         what is looked for
     records     {"id", "query", "documents": [...], ...}     what is trained on (docs/data.md)
+
+Besides, an item carries what one stage leaves for another, which takes it out again: `candidates`, documents that are
+not judged yet, and `demonstrations`, labelled records that a prompt shows. A config in which none takes it is refused.
 
 The constructor's arguments are the options of the block; one that names `below_root` is given the function that finds
 files which options name. Nothing here depends on the order in which answers come, and
@@ -135,11 +138,17 @@ class Stage:
 
     takes: kinds of items that it works on.
     version: raised when the stage makes something else of the same items, settings and answers.
+    adds: what it leaves in items for a stage behind it.
+    uses: what it takes out of items, where they have it; `needs` is what it cannot do without. Of an object, they may
+        follow from its options.
     """
 
     name: ClassVar[str]
     takes: ClassVar[frozenset[Kind]] = frozenset(KINDS)
     version: ClassVar[int] = 1
+    adds: ClassVar[frozenset[str]] = frozenset()
+    uses: frozenset[str] = frozenset()
+    needs: frozenset[str] = frozenset()
 
     def gives(self, kind: Kind) -> Kind:
         """The kind of items that it makes of one that it takes."""
@@ -148,6 +157,10 @@ class Stage:
     def fingerprint(self) -> Any:
         """What its work depends on besides its options: contents of files that they name, as JSON."""
         return None
+
+    def told(self, notes: Counter[str]) -> dict[str, Any]:
+        """The numbers of the summary, from what `Context.notes` holds at the end."""
+        return dict(+notes)
 
 
 class AskingStage(Stage):
@@ -165,6 +178,10 @@ class SetStage(Stage):
     def apply(self, items: Items, context: Context) -> Iterator[Item | Dropped]:
         """Each item as it goes on, or why it does not, in the order of the items."""
         raise NotImplementedError
+
+    def sampled(self, item: Item, context: Context) -> Item:
+        """What a run is estimated with in the place of an item, before anything is computed."""
+        return item
 
 
 STAGES: Registry[Stage] = Registry("data_tools.synthesis.stages", Stage, given={"below_root"})

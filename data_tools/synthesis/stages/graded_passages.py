@@ -3,17 +3,18 @@
 A language model writes all passages of a query in one answer, so that it sees what tells the levels apart. The levels
 are those of TREC's deep-learning tracks: 3 answers the query wholly, 2 partly or unclearly, 1 is on its topic without
 an answer, 0 is unrelated or misleading. The prompt is ours (templates/graded_passages.yaml): the paper's is not public.
+Of demonstrations it shows those that have a passage at each level.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 from data_tools.synthesis.stages import Ask, AskingStage, Context, Item, Kind, Work
-from data_tools.synthesis.templates import Template, pictures_of, text_of
+from data_tools.synthesis.templates import Template, as_answer, pictures_of, text_of
 from data_tools.synthesis.wording import check_distinct, check_words, filler, language_name
 from mmembed.errors import ConfigError
 from mmembed.registry import Count, Positive
@@ -36,6 +37,7 @@ class GradedPassages(AskingStage):
 
     name: ClassVar[str] = "graded_passages"
     takes: ClassVar[frozenset[Kind]] = frozenset({"queries", "records"})
+    uses = frozenset({"demonstrations"})
 
     def __init__(
         self,
@@ -75,7 +77,9 @@ class GradedPassages(AskingStage):
             "query": query, "instruction": item.get("instruction", ""), "levels": self.levels,
             "language": language_name(self.language), "min_words": self.words[0], "max_words": self.words[1],
         }  # fmt: skip
-        messages = self.template.messages(values, pictures_of(item["query"]), item.get("demonstrations", ()))
+        shown = [self._shown(one, values) for one in item.get("demonstrations", ())]
+        context.notes["demonstrations without a passage at each level"] += shown.count(None)
+        messages = self.template.messages(values, pictures_of(item["query"]), [one for one in shown if one is not None])
         (passages,) = yield [
             Ask(
                 "passages", messages, self.sample, partial(self._read, query), self.schema, self.max_tokens,
@@ -89,6 +93,18 @@ class GradedPassages(AskingStage):
         own = [self._raised(document) for document in item.get("documents", ())] if self.keep_documents else []
         record = {key: value for key, value in item.items() if key != "demonstrations"}
         return [{**record, "documents": [*own, *made]}]
+
+    def _shown(self, record: Item, values: Mapping[str, Any]) -> tuple[str, str] | None:
+        """A labelled record as question and answer; None where it lacks a level, or has pictures."""
+        of_level = {document.get("relevance", 1.0): document["content"] for document in record["documents"][::-1]}
+        if not of_level.keys() >= {float(level) for level in self.levels}:
+            return None
+        contents = [record["query"], *(of_level[float(level)] for level in self.levels)]
+        if any(pictures_of(content) for content in contents):
+            return None
+        question = {**values, "query": text_of(record["query"]), "instruction": record.get("instruction", "")}
+        answer = {_key(level): text_of(of_level[float(level)]) for level in self.levels}
+        return self.template.question(question), as_answer(answer)
 
     def _raised(self, document: dict[str, Any]) -> dict[str, Any]:
         relevant = document.get("relevance", 1.0) > 0
