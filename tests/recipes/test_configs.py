@@ -15,6 +15,8 @@ RERANKER = sorted((ROOT / "recipes" / "configs" / "reranker").rglob("*.yaml"))  
 GENERATIVE = sorted(
     (ROOT / "recipes" / "configs" / "generative_reranker").rglob("*.yaml")
 )  # and its own test reads these
+SYNTHESIS = sorted((ROOT / "recipes" / "configs" / "synthesis").rglob("*.yaml"))
+PIPELINES = sorted((ROOT / "recipes" / "configs" / "pipelines").rglob("*.yaml"))
 FAMILIES = {  # the first part of a name that is in a model's name -> the tiny family that stands for it
     "Qwen3-VL": "qwen3_vl",
     "mmembed-nano": "qwen3_vl",
@@ -29,7 +31,8 @@ FAMILIES = {  # the first part of a name that is in a model's name -> the tiny f
 
 def test_there_are_configs():
     assert len(FILES) >= 8 and MINING and RERANKER and GENERATIVE
-    assert {*FILES, *MINING, *DISTIL, *RERANKER, *GENERATIVE} == set((ROOT / "recipes" / "configs").rglob("*.yaml"))
+    known = {*FILES, *MINING, *DISTIL, *RERANKER, *GENERATIVE, *SYNTHESIS, *PIPELINES}
+    assert SYNTHESIS and PIPELINES and known == set((ROOT / "recipes" / "configs").rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("file", FILES + RERANKER + GENERATIVE, ids=lambda file: file.stem)
@@ -53,6 +56,46 @@ def test_mining_config_is_read_and_its_data_is_there(file):
     for source in config.sources:
         assert locate(source.records, ROOT / config.root).exists()
         assert all((ROOT / config.root / path).exists() for path in source.corpus)
+
+
+@pytest.mark.parametrize("file", SYNTHESIS, ids=lambda file: file.stem)
+def test_synthesis_config_is_read_and_its_data_is_there(file):
+    from data_tools.synthesis.settings import load_synthesis
+
+    first = file.read_text().splitlines()[0]
+    assert first.startswith(f"# python -m data_tools.synthesize --config {file.relative_to(ROOT)}")
+    config = load_synthesis(file, [f"root={ROOT / 'data'}"])
+    for source in config.sources:
+        assert config.below_root(source.path).exists() or source.path.startswith("runs/"), source.path
+
+
+@pytest.mark.parametrize("file", PIPELINES, ids=lambda file: file.stem)
+def test_steps_of_a_pipeline_are_commands_whose_configs_are_read(file, tmp_path):
+    from data_tools.mining.settings import load_mining
+    from data_tools.synthesis.settings import load_synthesis
+    from mmembed.config import load_blocks
+    from mmembed.config.blocks import RerankerConfig
+    from recipes.run_pipeline import PipelineConfig, command_of
+
+    assert (
+        file.read_text()
+        .splitlines()[0]
+        .startswith(f"# python -m recipes.run_pipeline --config {file.relative_to(ROOT)}")
+    )
+    job = load_blocks(PipelineConfig, file)
+    readers = {
+        "data_tools.synthesize": load_synthesis,
+        "data_tools.mine_negatives": load_mining,
+        "recipes.train_embedder": load_config,
+        "recipes.train_reranker": lambda path, overrides: load_config(path, overrides, RerankerConfig),
+    }
+    read = 0
+    for step in job.steps:
+        command = command_of(step, job, tmp_path)
+        if step.config is not None:
+            readers[step.run](ROOT / step.config, command[command.index("--config") + 2 :])
+            read += 1
+    assert read >= 4
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
