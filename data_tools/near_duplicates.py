@@ -75,19 +75,41 @@ def picture_groups(pictures: Iterable[Image | None], distance: int = 8) -> list[
     Raises:
         MmembedError: the distance is not from 0 to 64, or imagehash is not installed.
     """
-    if not 0 <= distance <= HASH_SIDE**2 // 4:
-        raise MmembedError(f"distance: found {distance}; give 0 to {HASH_SIDE**2 // 4} of the {HASH_SIDE**2} bits")
+    _check_distance(distance)
     bits, colours, places = _looks(pictures)  # (N, 256), (N, 192)
-    # Of distance + 1 pieces of two hashes within the distance one is equal: no pair is missed.
-    pieces = np.array_split(np.arange(HASH_SIDE**2), distance + 1)
-    keys = np.stack([_digests(np.packbits(bits[:, piece], axis=1)) for piece in pieces], axis=1)
 
     def near(row: int, others: NDArray[np.int64]) -> NDArray[np.bool_]:
-        alike = (bits[others] != bits[row]).sum(axis=1) <= distance
-        shift = np.abs(colours[others].astype(np.int16) - colours[row]).mean(axis=1)
-        return alike & (shift <= COLOUR_DISTANCE)
+        return _alike(bits[others], colours[others], bits[row], colours[row], distance)
 
-    return [[int(places[row]) for row in group] for group in _grouped(keys, near)]
+    return [[int(places[row]) for row in group] for group in _grouped(_pieces(bits, distance), near)]
+
+
+def picture_matches(
+    pictures: Iterable[Image | None], known: Iterable[Image | None], distance: int = 8
+) -> dict[int, int]:
+    """The places of pictures that look like one of the known ones, each with the place of the first such one.
+
+    Args:
+        pictures, known: None stands for one that cannot be opened, and is like no other.
+        distance: as `picture_groups`.
+
+    Raises:
+        MmembedError: as `picture_groups`.
+    """
+    _check_distance(distance)
+    known_bits, known_colours, known_places = _looks(known)  # (M, 256), (M, 192)
+    bits, colours, places = _looks(pictures)
+    with_key: dict[tuple[int, int], list[int]] = {}
+    for row, keys in enumerate(_pieces(known_bits, distance).tolist()):
+        for key in enumerate(keys):
+            with_key.setdefault(key, []).append(row)
+    found = {}
+    for row, keys in enumerate(_pieces(bits, distance).tolist()):
+        others = np.array(sorted({one for key in enumerate(keys) for one in with_key.get(key, ())}), np.int64)
+        close = others[_alike(known_bits[others], known_colours[others], bits[row], colours[row], distance)]
+        if close.size:
+            found[int(places[row])] = int(known_places[close[0]])
+    return found
 
 
 def shingles(text: str) -> set[bytes]:
@@ -138,6 +160,29 @@ def _looks(pictures: Iterable[Image | None]) -> tuple[NDArray[np.bool_], NDArray
     rows_found, places = _stacked(rows(), (HASH_SIDE**2 // 8 + 3 * side**2,), np.uint8)
     packed, colours = rows_found[:, : HASH_SIDE**2 // 8], rows_found[:, HASH_SIDE**2 // 8 :]
     return np.unpackbits(packed, axis=1).astype(np.bool_), colours, places
+
+
+def _check_distance(distance: int) -> None:
+    if not 0 <= distance <= HASH_SIDE**2 // 4:
+        raise MmembedError(f"distance: found {distance}; give 0 to {HASH_SIDE**2 // 4} of the {HASH_SIDE**2} bits")
+
+
+def _pieces(bits: NDArray[np.bool_], distance: int) -> NDArray[np.uint64]:
+    """(N, distance + 1): of two hashes within the distance one is equal, so no pair is missed."""
+    pieces = np.array_split(np.arange(HASH_SIDE**2), distance + 1)
+    return np.stack([_digests(np.packbits(bits[:, piece], axis=1)) for piece in pieces], axis=1)
+
+
+def _alike(
+    bits: NDArray[np.bool_],
+    colours: NDArray[np.uint8],
+    own: NDArray[np.bool_],
+    colour: NDArray[np.uint8],
+    distance: int,
+) -> NDArray[np.bool_]:
+    """(N,) which of N pictures look like one."""
+    shift = np.abs(colours.astype(np.int16) - colour).mean(axis=1)
+    return ((bits != own).sum(axis=1) <= distance) & (shift <= COLOUR_DISTANCE)
 
 
 def _stacked(rows: Iterator[tuple[int, Any]], shape: tuple[int, ...], kind: Any) -> tuple[Any, NDArray[np.int64]]:

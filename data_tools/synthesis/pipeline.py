@@ -1,7 +1,7 @@
 """The stages of a run one behind another: each makes a file of items of the file before it.
 
     OUTPUT/records.jsonl       what the last stage made (documents.jsonl, queries.jsonl where those are what it makes)
-    OUTPUT/left_out.jsonl      every item that was left out: stage, reason, what was found, the item
+    OUTPUT/left_out.jsonl      what was left out: stage, reason, what was found, the item, or the document and of which
     OUTPUT/summary.json        counts of each stage, and of what was asked
     OUTPUT/work/               items of each stage, and all answers
 
@@ -27,7 +27,7 @@ from data_tools.synthesis.answers import Answers
 from data_tools.synthesis.asking import Desk, Spent, ask_all, results
 from data_tools.synthesis.inputs import Inputs, collect, media_of
 from data_tools.synthesis.settings import Step, SynthesisConfig, steps
-from data_tools.synthesis.stages import AskingStage, Context, Dropped, Item, Items, SetStage, kind_of
+from data_tools.synthesis.stages import AskingStage, Context, Dropped, Item, Items, SetStage, Trimmed, kind_of
 from mmembed.data.records import parse_record
 from mmembed.errors import MmembedError, RecordError
 from mmembed.media import MediaStore
@@ -116,25 +116,27 @@ class Run:
         report["unanswered"] = len(desk.failed)
         return report
 
-    def _written(self, step: Step, items: Items, made: Iterator[Item | Dropped]) -> dict[str, Any]:
+    def _written(self, step: Step, items: Items, made: Iterator[Item | Dropped | Trimmed]) -> dict[str, Any]:
         """Puts the items of a stage in place, and beside them what it left out."""
         report: dict[str, Any] = {"in": len(items), "out": 0, "left_out": 0, "lost": 0, "unusable": {}, "unanswered": 0}
-        reasons: Counter[str] = Counter()
+        reasons, trimmed = Counter[str](), Counter[str]()
         examples: dict[str, list[Any]] = {}
         folder, seen = self._folder(step), set[str]()
 
         def lines(left_out: BinaryIO) -> Iterator[bytes]:
             for one in made:
-                if not isinstance(one, Dropped) and one["id"] in seen:
+                if isinstance(one, dict) and one["id"] in seen:
                     one = Dropped(one, "duplicate id")
-                if isinstance(one, Dropped):
-                    reasons[one.reason] += 1
-                    report["left_out"] += 1
-                    report["lost"] += one.lost
-                    shown = {"stage": step.name, "reason": one.reason, "found": one.found, "item": one.item}
-                    left_out.write(_line(shown))
+                if isinstance(one, Dropped | Trimmed):
+                    what = (
+                        {"item": one.item} if isinstance(one, Dropped) else {"of": one.item, "document": one.document}
+                    )
+                    left_out.write(_line({"stage": step.name, "reason": one.reason, "found": one.found, **what}))
                     if len(examples.setdefault(one.reason, [])) < EXAMPLES:
-                        examples[one.reason].append({"found": one.found, "item": one.item})
+                        examples[one.reason].append({"found": one.found, **what})
+                    (reasons if isinstance(one, Dropped) else trimmed)[one.reason] += 1
+                    report["left_out"] += isinstance(one, Dropped)
+                    report["lost"] += isinstance(one, Dropped) and one.lost
                     continue
                 seen.add(one["id"])
                 report["out"] += 1
@@ -142,7 +144,7 @@ class Run:
 
         with (folder / "left_out.jsonl").open("wb") as left_out:
             write_lines(folder / "items.jsonl", lines(left_out))
-        return {**report, "reasons": dict(reasons), "examples": examples}
+        return {**report, "reasons": dict(reasons), "trimmed": dict(trimmed), "examples": examples}
 
     def _started(self, block: Any) -> Generator:
         """A generator that is ready; another one is stopped first."""
@@ -210,6 +212,7 @@ def _told(inputs: Inputs, reports: list[dict[str, Any]], asked: dict[str, Any]) 
     lines[0] += "".join(f", {count:,} left out ({reason})" for reason, count in inputs.left_out.most_common())
     for report in reports:
         line = f"{report['name']}: {report['in']:,} items -> {report['out']:,} {report['kind']}"
+        line += f" ({1 - report['left_out'] / report['in']:.1%} kept)" if report["left_out"] else ""
         line += "".join(f", {count:,} {reason}" for reason, count in Counter(report["reasons"]).most_common())
         if report["asked"]:
             seconds = max(report["seconds"], 0.01)
@@ -219,6 +222,8 @@ def _told(inputs: Inputs, reports: list[dict[str, Any]], asked: dict[str, Any]) 
             counts = ", ".join(f"{count:,} {kind}" for kind, count in Counter(report["unusable"]).most_common())
             line += f"; unusable answers: {counts}"
         lines.append(line)
+        for reason, count in Counter(report["trimmed"]).most_common():
+            lines.append(f"    documents taken out of records, {reason}: {count:,}")
         lines += [f"    {note}: {count:,}" for note, count in sorted(report["notes"].items())]
     if asked["answers"]:
         tokens = f"{asked['prompt_tokens']:,} tokens of prompts, {asked['answer_tokens']:,} of answers"

@@ -2,12 +2,14 @@
 server, and in vLLM where it is there."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from data_tools import generators
 from data_tools.generators import GENERATORS, GeneratorDown
 from data_tools.generators.child import vllm_python
+from data_tools.synthesis.stages import STAGES, Context, Dropped, Items, Trimmed
 from mmembed.media import MediaStore
 from tests.synthesis.scripted import Scripted
 from tests.synthesis.servers import ChatServer, answering_with
@@ -39,6 +41,28 @@ def write_lines(tmp_path):
         return str(path)
 
     return write
+
+
+@pytest.fixture
+def sift(tmp_path):
+    """Applies one filter to items: what is kept, why items are dropped, what is taken out of records, and the notes."""
+
+    def call(block, items, kind="records", media=None, seed=0):
+        path = tmp_path / "items-of-a-test.jsonl"
+        path.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
+        stage = STAGES.build(block, below_root=lambda name: Path(name).absolute())
+        assert stage.gives(kind) == kind
+        folder = tmp_path / f"01-{stage.name}"
+        folder.mkdir(exist_ok=True)
+        context = Context(seed, media or MediaStore(None), folder, lambda name: Path(name).absolute())
+        made = list(stage.apply(Items(path, len(items)), context))
+        kept = [one for one in made if isinstance(one, dict)]
+        dropped = {one.item["id"]: one.reason for one in made if isinstance(one, Dropped)}
+        trimmed = [(one.item, one.document["content"], one.reason) for one in made if isinstance(one, Trimmed)]
+        assert len(kept) + len(dropped) == len(items)
+        return kept, dropped, trimmed, context.notes
+
+    return call
 
 
 @pytest.fixture(scope="session")

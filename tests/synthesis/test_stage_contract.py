@@ -19,6 +19,7 @@ from data_tools.synthesis.stages import (
     Dropped,
     Items,
     SetStage,
+    Trimmed,
     kind_of,
 )
 from data_tools.synthesis.templates import as_answer
@@ -40,6 +41,14 @@ OPTIONS = {  # besides `type`; paths are below the folder of a test, which holds
     "demonstrations": {"examples": "labelled.jsonl", "count": 2},
     "alip_gates": {"embedder": "mmembed"},
     "match_descriptions": {"descriptions": "described.jsonl", "embedder": "mmembed"},
+    "balanced": {"least": 1},
+    "decontaminate": {"against": ["corpus.jsonl"]},
+    "guide_model": {"guide": "embedder"},
+    "language": {"languages": ["en"]},
+    "length": {"most": 500},
+    "noise": {"embedder": "mmembed"},
+    "score_gap": {"missing": "keep"},
+    "target_directed": {"embedder": "mmembed", "target": "corpus.jsonl", "share": 0.7},
 }
 TEXTS_ALONE = ("retrieve", "demonstrations")  # as their default, BM25, reads them
 ALSO = {"candidates": [{"content": "A loaf.", "id": "other", "score": 1.5}, {"content": "A train.", "score": 0.5}]}
@@ -141,7 +150,8 @@ def made_of(stage, items, context):
     if isinstance(stage, SetStage):
         path = context.folder / "given.jsonl"
         path.write_text("".join(json.dumps(item) + "\n" for item in items))
-        return list(stage.apply(Items(path, len(items)), context))
+        made = stage.apply(Items(path, len(items)), context)
+        return [one for one in made if not isinstance(one, Trimmed)]  # what is said of items, not of parts of them
     return [one for item in items for one in driven(stage, item, context)[0]]
 
 

@@ -1,7 +1,7 @@
 """The stages of a pipeline: a file each. `type` of an entry of `stages` is the name.
 
     item -> what is asked, in turns -> items            `AskingStage.work`, a generator function
-    all items -> items, or why they are left out        `SetStage.apply`
+    all items -> items, or why they (or documents of them) are left out        `SetStage.apply`
 
 An item is a JSON object with an `id`, of one of three kinds, which its keys tell apart:
 
@@ -91,6 +91,19 @@ class Dropped:
     lost: bool = False
 
 
+@dataclass(frozen=True)
+class Trimmed:
+    """A document that is taken out of a record, which goes on without it: `Dropped` of a part.
+
+    item: id of the record.
+    """
+
+    item: str
+    document: Mapping[str, Any]
+    reason: str
+    found: str = ""
+
+
 # yields asks, is sent their values, returns items, or why the item goes no further
 Work = Generator[Sequence[Ask], list[Any], Sequence[Item] | Dropped]
 
@@ -175,8 +188,9 @@ class AskingStage(Stage):
 class SetStage(Stage):
     """Base of stages that see all items: filters, selections, retrieval."""
 
-    def apply(self, items: Items, context: Context) -> Iterator[Item | Dropped]:
-        """Each item as it goes on, or why it does not, in the order of the items."""
+    def apply(self, items: Items, context: Context) -> Iterator[Item | Dropped | Trimmed]:
+        """Each item as it goes on, or why it does not, in the order of the items; documents that a record goes on
+        without come before it."""
         raise NotImplementedError
 
     def sampled(self, item: Item, context: Context) -> Item:
