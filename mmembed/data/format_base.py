@@ -3,6 +3,8 @@
 A format turns the files of one data source into canonical records (see `mmembed.data.records`), one at a time and in
 constant memory: it is read once, into the memory-mapped cache of `RecordDataset`. A bad record is *yielded* as a
 RecordError, not raised: a generator that raised is over, and `on_bad_record: skip` must go on with the next line.
+
+A `WritableFormat` is written too (`data_tools.convert`): it says what it can hold, and reads all that a file has.
 """
 
 from __future__ import annotations
@@ -10,12 +12,16 @@ from __future__ import annotations
 import codecs
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar
 
+from mmembed.data.holding import Holds
 from mmembed.errors import ConfigError, RecordError, nearest
 from mmembed.registry import Registry
+
+if TYPE_CHECKING:
+    from mmembed.media import MediaStore
 
 COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
 DEEPEST = 100  # lists and objects within each other: far from Python's limit of recursion
@@ -43,13 +49,53 @@ class Format:
         return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
 
 
+class WritableFormat(Format):
+    """A format that is written as well. What it reads whole and writes again is the same file; so is a record that it
+    writes and reads again, if it is one that it `holds`."""
+
+    holds: Holds
+    folder: ClassVar[bool] = False  # what is written is a folder
+    copies_pictures: ClassVar[bool] = False  # into its own files: paths of records mean nothing there
+
+    def read_whole(self, path: Path) -> Iterator[RawRecord | RecordError]:
+        """Yields everything that the files have: fields that training has no use for in `meta`, queries without
+        documents (`documents` is empty) and documents without a query (there is no `query`).
+
+        Raises:
+            ConfigError: as `read`.
+        """
+        raise NotImplementedError
+
+    def write(self, path: Path, records: Iterator[RawRecord], media: MediaStore) -> None:
+        """Writes records that the format holds; one that it cannot write after all raises RecordError.
+
+        Args:
+            media: opens the pictures of the records, of a format that has them inside.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def looks_like(cls, path: Path, first: Mapping[str, Any] | None) -> bool:
+        """Whether files at `path` may be of this format.
+
+        Args:
+            first: the first object of a file of JSON lines.
+        """
+        return False
+
+    def read(self, path: Path) -> Iterator[RawRecord | RecordError]:
+        for record in self.read_whole(path):
+            if isinstance(record, RecordError) or ("query" in record and record.get("documents")):
+                yield record
+
+
 FORMATS: Registry[Format] = Registry("mmembed.data.formats", Format)
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | RecordError]]:
     """(`file:line`, object) of each non-blank line; a line that is not one JSON object comes as a RecordError."""
-    with _opened(path) as file:
-        for number, line in enumerate(_lines(file, path), start=1):
+    with opened(path) as file:
+        for number, line in enumerate(lines_of(file, path), start=1):
             if line.isspace():
                 continue
             where = f"{path}:{number}"
@@ -109,7 +155,8 @@ def _depth(value: Any) -> int:
     return depth
 
 
-def _opened(path: Path) -> BinaryIO:
+def opened(path: Path) -> BinaryIO:
+    """An existing file, unpacked where it is compressed."""
     if existing(path).suffix not in COMPRESSED:
         return path.open("rb")
     import pyarrow as pa
@@ -117,8 +164,8 @@ def _opened(path: Path) -> BinaryIO:
     return io.BufferedReader(pa.input_stream(str(path), buffer_size=2**20))
 
 
-def _lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
-    """Raises ConfigError where a compressed file is broken or cut short."""
+def lines_of(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    """The lines of an opened file. Raises ConfigError where a compressed file is broken or cut short."""
     if path.suffix not in COMPRESSED:
         yield from file
         return

@@ -3,22 +3,40 @@
 One record a judged query: its documents are the judged ones, in the order of the qrels, with their grades; a grade of 0
 is a labelled negative. The corpus is not loaded: only the places of the judged documents are kept (220 bytes a
 document), so the memory follows the judgements and not the corpus; for the same reason an `_id` that stands twice is
-found among the judged ones only.
+found among the judged ones only. For a conversion the whole corpus is read, with titles apart and every other field.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO, ClassVar, NotRequired
 
-from mmembed.data.format_base import Format, RawRecord, column, existing, read_json_lines, read_object
+from typing_extensions import TypedDict
+
+from mmembed.data.corpora import PICTURES, JudgedFolder, Judgement, Pictures, number_text, picture_of, tsv_line
+from mmembed.data.format_base import RawRecord, column, existing, read_json_lines, read_object
+from mmembed.data.holding import Holds
+from mmembed.data.rows import Row, Schema, fields_of, put
 from mmembed.errors import ConfigError, RecordError
 
-Judgement = tuple[str, str, int]  # document id, grade, number of the line
+Line = tuple[str, str, int]  # document id, grade, number of the line
 
 
-class Beir(Format):
+class CorpusFields(TypedDict):
+    _id: str
+    title: NotRequired[str | None]
+    text: NotRequired[str | None]
+    image: NotRequired[str | None]
+
+
+class QueryFields(TypedDict):
+    _id: str
+    text: NotRequired[str | None]
+    image: NotRequired[str | None]
+
+
+class Beir(JudgedFolder):
     """A BEIR folder.
 
     Args:
@@ -32,6 +50,19 @@ class Beir(Format):
     """
 
     name: ClassVar[str] = "beir"
+    copies_pictures: ClassVar[bool] = True
+    query_schema: ClassVar[Schema] = Schema(QueryFields)
+    corpus_schema: ClassVar[Schema] = Schema(CorpusFields)
+    holds: Holds = Holds(
+        record=frozenset({"id", "meta"}),
+        document=frozenset({"id", "title", "meta"}),
+        relevance="graded",
+        media=frozenset({"image"}),
+        positives=(0, None),
+        ordered=True,
+        needs=frozenset({"id", "documents.id"}),
+        unjudged=frozenset({"queries", "documents"}),
+    )
 
     def __init__(
         self,
@@ -45,12 +76,12 @@ class Beir(Format):
         self.negatives_from_zero_scores = negatives_from_zero_scores
 
     def files(self, path: Path) -> list[Path]:
-        names = ("corpus.jsonl", "queries.jsonl", f"qrels/{self.split}.tsv", "images.parquet")
+        names = ("corpus.jsonl", "queries.jsonl", f"qrels/{self.split}.tsv", PICTURES)
         return [path / name for name in names if (path / name).is_file()]
 
     def read(self, path: Path) -> Iterator[RawRecord | RecordError]:
         bad: list[RecordError] = []
-        qrels = path / "qrels" / f"{self.split}.tsv"
+        qrels = self.judgements_file(path)
         judged = _read_qrels(qrels, bad)
         wanted = {document for rows in judged.values() for document, _, _ in rows}
         places = _places(path / "corpus.jsonl", wanted, bad)
@@ -83,20 +114,74 @@ class Beir(Format):
                 missing = f"query '{query_id}' is not in queries.jsonl"
                 yield RecordError(f"{qrels}:{rows[0][2]}", missing, "Correct the id", "missing query")
 
+    @classmethod
+    def looks_like(cls, path: Path, first: Mapping[str, Any] | None) -> bool:
+        return (path / "corpus.jsonl").is_file() and (path / "queries.jsonl").is_file() and (path / "qrels").is_dir()
+
+    def judgements_file(self, folder: Path) -> Path:
+        return folder / "qrels" / f"{self.split}.tsv"
+
+    def judgements(self, folder: Path, bad: list[RecordError]) -> dict[str, list[Judgement]]:
+        file, judged = self.judgements_file(folder), dict[str, list[Judgement]]()
+        for query, rows in _read_qrels(file, bad).items():
+            for document, grade, number in rows:
+                where = f"{file}:{number}"
+                try:
+                    relevance = _grade(grade, where)
+                except RecordError as error:
+                    bad.append(error)
+                    continue
+                if relevance > 0 or self.negatives_from_zero_scores:
+                    judged.setdefault(query, []).append((document, relevance, where))
+        return judged
+
+    def begin_judgements(self, file: BinaryIO) -> None:
+        file.write(b"query-id\tcorpus-id\tscore\n")
+
+    def write_judgements(self, file: BinaryIO, query: str, documents: list[tuple[str, float]], where: str) -> None:
+        file.writelines(tsv_line((query, name, number_text(grade)), where) for name, grade in documents)
+
+    def skips(self, row: Row) -> bool:
+        return not all(row.get(key) in values for key, values in self.filters.items())
+
+    def document(self, row: Row, folder: Path) -> dict[str, Any]:
+        document = {"content": self._shown(row, folder), "id": row["_id"]}
+        return put(document, title=row.get("title"), meta=self.corpus_schema.extras(row))
+
+    def document_row(self, document: Mapping[str, Any], where: str, pictures: Pictures | None = None) -> Row:
+        content = document["content"]
+        text = content if isinstance(content, str) else fields_of(content).get("text", "")
+        row = {"_id": document["id"], "title": document.get("title") or "", "text": text}
+        return self.corpus_schema.with_extras(put(row, image=picture_of(content, pictures, where)), document, where)
+
+    def query(self, row: Row, folder: Path) -> RawRecord:
+        return put({"query": self._shown(row, folder), "id": row["_id"]}, meta=self.query_schema.extras(row))
+
+    @staticmethod
+    def _shown(row: Row, folder: Path) -> Any:
+        image = row.get("image")
+        return row.get("text") or "" if image is None else _content(row.get("text"), image, folder / PICTURES)
+
+    def query_row(self, record: RawRecord, pictures: Pictures | None = None) -> Row:
+        content, where = record["query"], record["where"]
+        text = content if isinstance(content, str) else fields_of(content).get("text", "")
+        row = put({"_id": record["id"], "text": text}, image=picture_of(content, pictures, where))
+        return self.query_schema.with_extras(row, record, where)
+
     def _wanted(self, row: RawRecord, where: str) -> bool:
         return all(column(row, key, where) in values for key, values in self.filters.items())
 
     def _record(
         self,
         query: RawRecord,
-        rows: list[Judgement],
+        rows: list[Line],
         places: dict[str, tuple[int, int]],
         corpus: BinaryIO,
         folder: Path,
         qrels: Path,
         where: str,
     ) -> RawRecord:
-        documents, table = [], folder / "images.parquet"
+        documents, table = [], folder / PICTURES
         grades: dict[str, float] = {}
         for document_id, grade, number in rows:
             line = f"{qrels}:{number}"
@@ -130,9 +215,9 @@ class Beir(Format):
         return {"query": content, "documents": documents, "id": str(query["_id"]), "where": where}
 
 
-def _read_qrels(path: Path, bad: list[RecordError]) -> dict[str, list[Judgement]]:
+def _read_qrels(path: Path, bad: list[RecordError]) -> dict[str, list[Line]]:
     """Query id -> its judgements. Lines that cannot be read go to `bad`."""
-    judged: dict[str, list[Judgement]] = {}
+    judged: dict[str, list[Line]] = {}
     with existing(path).open("rb") as file:
         for number, encoded in enumerate(file, start=1):
             line = encoded.decode("utf-8", errors="replace")

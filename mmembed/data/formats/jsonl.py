@@ -1,29 +1,65 @@
 """Canonical JSON lines: one record a line, as `mmembed.data.records` describes."""
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from mmembed.data.format_base import COMPRESSED, Format, RawRecord, read_json_lines
-from mmembed.errors import ConfigError, RecordError
+from mmembed.data.format_base import RawRecord, WritableFormat, read_json_lines
+from mmembed.data.holding import DOCUMENT_FIELDS, MEDIA, RECORD_FIELDS, Holds
+from mmembed.data.rows import json_lines_of, write_rows
+from mmembed.errors import RecordError
+
+if TYPE_CHECKING:
+    from mmembed.media import MediaStore
 
 
-class JsonLines(Format):
+class JsonLines(WritableFormat):
     """A `.jsonl` file of canonical records, or a folder of them; also compressed (`.jsonl.gz`, `.jsonl.zst`)."""
 
     name: ClassVar[str] = "jsonl"
     streamable: ClassVar[bool] = True
+    holds: Holds = Holds(
+        record=frozenset(RECORD_FIELDS),
+        document=frozenset(DOCUMENT_FIELDS),
+        relevance="any",
+        media=frozenset(MEDIA),
+        pictures=None,
+        interleaved="any",
+        sampling_rate=True,
+        positives=(0, None),
+        ordered=True,
+    )
 
     def files(self, path: Path) -> list[Path]:
-        if not path.is_dir():
-            return [path]
-        names = tuple(f".jsonl{ending}" for ending in ("", *COMPRESSED))
-        return sorted(file for file in path.rglob("*.jsonl*") if file.name.endswith(names))
+        return json_lines_of(path)
 
     def read(self, path: Path) -> Iterator[RawRecord | RecordError]:
-        files = self.files(path)
-        if not files:
-            raise ConfigError(f"{path}: the folder holds no .jsonl file; give the folder with the records")
-        for file in files:
+        return self._rows(path)
+
+    def read_whole(self, path: Path) -> Iterator[RawRecord | RecordError]:
+        for record in self._rows(path):
+            yield record if isinstance(record, RecordError) else _complete(record)
+
+    def _rows(self, path: Path) -> Iterator[RawRecord | RecordError]:
+        for file in self.files(path):
             for where, row in read_json_lines(file):
                 yield row if isinstance(row, RecordError) else {**row, "where": where}
+
+    def write(self, path: Path, records: Iterator[RawRecord], media: MediaStore) -> None:
+        write_rows(path, ({key: value for key, value in record.items() if key != "where"} for record in records))
+
+    @classmethod
+    def looks_like(cls, path: Path, first: Mapping[str, Any] | None) -> bool:
+        documents = (first or {}).get("documents")
+        return isinstance(documents, list) and all(isinstance(one, dict) and "content" in one for one in documents)
+
+
+def _complete(record: RawRecord) -> RawRecord | RecordError:
+    """The record, or that it lacks a side: it would be taken for what nobody judged."""
+    for key in ("query", "documents"):
+        if not record.get(key):
+            found = f"the record has no '{key}'"
+            return RecordError(record["where"], found, "Add it, or remove the line", "missing key")
+    return record
