@@ -8,6 +8,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from typing import Annotated, Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -20,6 +21,7 @@ Count = Annotated[int, Field(ge=0)]
 Above0 = Annotated[float, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0)]
 Below1 = Annotated[float, Field(ge=0, lt=1)]
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
@@ -74,11 +76,16 @@ class Registry(Generic[T]):
         """Builds from `"mean"` or `{"type": "mean", **constructor arguments}`: the constructor is the schema.
 
         `extra` holds what the caller knows and a user does not write (for example `hidden_size`); a constructor takes
-        of it what it names. Raises ConfigError as `check` does.
+        of it what it names. Raises ConfigError as `check` does, and for an option that is missing.
         """
         cls, arguments = self.check(block)
         accepted = inspect.signature(cls).parameters
-        return cls(**arguments, **{key: value for key, value in extra.items() if key in accepted})
+        arguments |= {key: value for key, value in extra.items() if key in accepted}
+        for one in accepted.values():
+            if one.default is one.empty and one.kind in _NAMED and one.name not in arguments:
+                family = self.package.rsplit(".", 1)[-1]
+                raise ConfigError(f"{family}.{vars(cls)['name']}: the option '{one.name}' is missing; give it")
+        return cls(**arguments)
 
 
 def check_options(cls: type, options: Mapping[str, Any], where: str, given: Collection[str] = ()) -> dict[str, Any]:
@@ -103,10 +110,23 @@ def check_options(cls: type, options: Mapping[str, Any], where: str, given: Coll
             raise ConfigError(f"{where}: unknown option '{key}'; {hint}")
         annotation = hints.get(key, Any)
         try:
-            checked[key] = TypeAdapter(annotation, config=_STRICT).validate_python(value)
+            checked[key] = _validated(annotation, value)
         except ValidationError as error:
             raise ConfigError(f"{where}.{key}: {_explain(error, annotation, value)}") from None
     return checked
+
+
+def _validated(annotation: Any, value: Any) -> Any:
+    """YAML has lists alone: one stands for a tuple where that is what is asked for."""
+    adapter = TypeAdapter(annotation, config=_STRICT)
+    try:
+        return adapter.validate_python(value)
+    except ValidationError:
+        if not isinstance(value, list):
+            raise
+        with suppress(ValidationError):
+            return adapter.validate_python(tuple(value))
+        raise
 
 
 def _explain(error: ValidationError, annotation: Any, value: Any) -> str:
