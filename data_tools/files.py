@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,16 @@ def write_whole(path: Path, content: bytes) -> None:
         os.replace(staged, path)
     finally:
         staged.unlink(missing_ok=True)
+
+
+def stamps(paths: Iterable[Path]) -> list[Any]:
+    """Names, sizes and times of files, of those in folders, and of the pictures' table beside a file."""
+    files: list[Path] = []
+    for path in paths:
+        files += sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
+        table = path.with_name("images.parquet")
+        files += [table] if path.is_file() and table.is_file() else []
+    return [[one.name, one.stat().st_size, one.stat().st_mtime_ns] for one in files if one.is_file()]
 
 
 def digest(*parts: Any) -> str:

@@ -15,19 +15,31 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data_tools.command import carry_out, parse, stop
+
+if TYPE_CHECKING:
+    from data_tools.synthesis.settings import SynthesisConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status."""
     options = parse("data_tools.synthesize", __doc__, "recipes/configs/synthesis", arguments, dry_run=True)
-    from data_tools.synthesis.estimate import estimate
-    from data_tools.synthesis.pipeline import Run
-    from data_tools.synthesis.settings import load_synthesis
 
-    work = estimate if options.dry_run else lambda config, output: Run(config, output)()
-    return carry_out(lambda: load_synthesis(options.config, options.overrides), work)
+    def load() -> SynthesisConfig:
+        from data_tools.synthesis.settings import load_synthesis
+
+        return load_synthesis(options.config, options.overrides)
+
+    def work(config: SynthesisConfig, output: Path) -> str:
+        from data_tools.synthesis.estimate import estimate
+        from data_tools.synthesis.pipeline import Run
+
+        return estimate(config, output) if options.dry_run else Run(config, output)()
+
+    return carry_out(load, work)
 
 
 if __name__ == "__main__":

@@ -24,12 +24,15 @@ from typing import Any
 
 from tqdm import tqdm
 
+from data_tools.command import TooMuchLost
 from data_tools.files import digest
 from data_tools.generators import Answer, Generator, Message, Request, RequestFailed, Sampling
 from data_tools.synthesis.answers import Answers
-from data_tools.synthesis.stages import Ask, AskingStage, Context, Dropped, Item, Lost, Unusable
+from data_tools.synthesis.stages import Ask, AskingStage, Context, Dropped, Item, Items, Lost, Unusable
 from mmembed.content import Image
 
+BUDGET = "the budget is spent"
+EARLIEST = 50  # items, before which nothing is said about how many are lost
 LANGUAGE_CHARACTERS = 40  # texts below say too little about their language
 SURE = 0.9  # of a language
 _SHOWN = 300  # characters of an answer
@@ -66,8 +69,9 @@ class Desk:
         identity: digest of the generator.
         attempts: of an ask.
         sampling: of asks that say nothing else.
-        failed: item's id -> why the generator could not answer in this life.
+        failed: key of a request -> why the generator could not answer it in this life.
         unusable: how many answers could not be used, by kind.
+        asks, lost: questions, and those of them that have no usable answer.
     """
 
     stage: AskingStage
@@ -78,6 +82,8 @@ class Desk:
     sampling: Sampling
     failed: dict[str, str] = field(default_factory=dict)
     unusable: Counter[str] = field(default_factory=Counter)
+    asks: int = 0
+    lost: int = 0
 
     def outcome(self, item: Item) -> list[Item] | Dropped:
         """What the stage makes of an item. Raises Missing."""
@@ -98,6 +104,8 @@ class Desk:
         values = [self._value(item, ask, missing) for ask in asks]
         if missing:
             raise Missing(missing)
+        self.asks += len(asks)
+        self.lost += sum(isinstance(value, Lost) for value in values)
         return [
             None if isinstance(value, Lost) and ask.optional else value for value, ask in zip(values, asks, strict=True)
         ]
@@ -108,6 +116,8 @@ class Desk:
         for attempt in range(self.attempts):
             request = self._request(item, ask, attempt)
             answer = self.answers.get(request.key)
+            if answer is None and request.key in self.failed:
+                return Lost(self.failed[request.key])
             if answer is None:
                 missing[request.key] = request
                 return None
@@ -122,7 +132,7 @@ class Desk:
 
     def _request(self, item: Item, ask: Ask, attempt: int) -> Request:
         """The seed is of the question, not of its wording: of two templates the same draw is seen."""
-        seed = int(digest(self.context.seed, self.context.folder.name, item["id"], ask.name, attempt)[:8], 16) >> 1
+        seed = int(digest(self.context.seed, self.context.name, item["id"], ask.name, attempt)[:8], 16) >> 1
         sampling = Sampling(
             max_tokens=ask.max_tokens or self.sampling.max_tokens,
             temperature=self.sampling.temperature if ask.temperature is None else ask.temperature,
@@ -136,28 +146,34 @@ class Desk:
 
 
 def ask_all(
-    desk: Desk, items: Iterable[Item], started: Callable[[], Generator], spent: Spent, shown: tqdm[Any]
+    desk: Desk, items: Items, started: Callable[[], Generator], spent: Spent, max_lost: float, shown: tqdm[Any]
 ) -> None:
-    """Asks until every item has an outcome, or cannot get one in this life (`desk.failed`).
+    """Asks until every item has an outcome.
 
     Args:
         started: the generator, ready; not called where every answer is there.
+        max_lost: the share of items above which it is of no use to go on.
 
     Raises:
         GeneratorDown: nothing is answered any more; what was is stored.
+        TooMuchLost: of `EARLIEST` items or more a share is lost that is surely above `max_lost`.
     """
     arrived: queue.SimpleQueue[Future[Answer]] = queue.SimpleQueue()
     of_future: dict[Future[Answer], tuple[str, Item]] = {}
     waiting: dict[str, int] = {}  # item's id -> its requests in flight
     tokens, began = desk.answers.tokens, time.monotonic()
+    done = lost = 0
 
     def look(item: Item) -> None:
-        try:
-            desk.outcome(item)
-        except Missing as missing:
-            if spent.over:
-                desk.failed[item["id"]] = "the budget is spent"
-            elif item["id"] not in desk.failed:
+        nonlocal done, lost
+        while True:
+            try:
+                outcome = desk.outcome(item)
+                break
+            except Missing as missing:
+                if spent.over:
+                    desk.failed |= dict.fromkeys(missing.requests, BUDGET)
+                    continue
                 waiting[item["id"]] = len(missing.requests)
                 generator = started()
                 for key, request in missing.requests.items():
@@ -166,14 +182,17 @@ def ask_all(
                     future.add_done_callback(arrived.put)
                 spent.requests += len(missing.requests)
                 return
+        done += 1
+        lost += isinstance(outcome, Dropped) and outcome.lost and outcome.reason != BUDGET
         shown.update()
+        _check_lost(done, lost, len(items), max_lost)
 
     def take(future: Future[Answer]) -> None:
         key, item = of_future.pop(future)
         try:
             answer = future.result()
         except RequestFailed as error:
-            desk.failed[item["id"]] = error.kind
+            desk.failed[key] = error.kind
         else:
             desk.answers.add(key, answer)
             spent.tokens += answer.prompt_tokens + answer.tokens
@@ -192,14 +211,25 @@ def ask_all(
         take(arrived.get())
 
 
+def _check_lost(done: int, lost: int, count: int, max_lost: float) -> None:
+    """Raises TooMuchLost where the share is above `max_lost` whatever comes, or three standard errors above it."""
+    certain = lost > max_lost * count
+    likely = lost / done > max_lost + 3 * (max_lost * (1 - max_lost) / done) ** 0.5
+    if done >= EARLIEST and done < count and (certain or (likely and done >= 4 * EARLIEST)):
+        raise TooMuchLost(
+            "",
+            f"{lost:,} of the first {done:,} items of {count:,} are lost, more than max_lost {max_lost:g} allows; "
+            "stopped, and what was answered is kept: look at the generator and the stage's settings (their reasons: "
+            "the same command with max_lost=1 goes on to the end and writes them down)",
+        )
+
+
 def results(desk: Desk, items: Iterable[Item]) -> Iterator[list[Item] | Dropped]:
     """The outcome of each item, in order; nothing is asked."""
     desk.unusable.clear()
+    desk.asks = desk.lost = 0
     for item in items:
-        try:
-            yield desk.outcome(item)
-        except Missing:
-            yield Dropped(item, desk.failed.get(item["id"], "unanswered"), lost=True)
+        yield desk.outcome(item)
 
 
 def read(answer: Answer, ask: Ask) -> Any:

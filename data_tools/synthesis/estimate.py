@@ -42,7 +42,7 @@ def estimate(config: SynthesisConfig, output: Path) -> str:
     whole, begun = float(len(inputs.items)), len(sample)
     lines, total = [f"read: {len(inputs.items):,} items; estimated from the first {len(sample)}"], Count()
     for step in steps(config):
-        context = Context(config.seed, media, work / step.name, config.below_root)
+        context = Context(config.seed, media, work / step.title, config.below_root, step.title)
         scale = whole / begun  # items of the run for one of the sample
         count, sample = _of_stage(step, sample, context, config, scale)
         what = f"{step.name}: {count.items:,.0f} items"

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_tools.files import digest, write_whole
+from data_tools.files import digest, stamps, write_whole
 from data_tools.synthesis.settings import SynthesisConfig, SynthesisSource
 from data_tools.synthesis.stages import Item, Items
 from data_tools.synthesis.templates import pictures_of
@@ -24,7 +24,7 @@ from mmembed.content import Image
 from mmembed.data.dataset import locate
 from mmembed.data.format_base import FORMATS
 from mmembed.data.records import parse_record, resolve_media, with_title
-from mmembed.errors import MediaError, RecordError
+from mmembed.errors import MediaError, MmembedError, RecordError
 from mmembed.inference.sources import media_root, read_entries
 from mmembed.media import MediaStore
 from mmembed.progress import bar
@@ -92,7 +92,7 @@ def _distinct(config: SynthesisConfig, media: MediaStore, inputs: Inputs) -> Ite
                     raise item
                 where, item["id"] = item.pop("where"), f"{prefix}{item['id']}"
                 for content in _contents(item):
-                    for picture in pictures_of(content):
+                    for picture in _pictures(content, where):
                         media.check(Image(picture))
                 if item["id"] in seen:
                     raise RecordError(
@@ -103,6 +103,13 @@ def _distinct(config: SynthesisConfig, media: MediaStore, inputs: Inputs) -> Ite
                 continue
             seen.add(item["id"])
             yield item
+
+
+def _pictures(content: Any, where: str) -> list[str]:
+    try:
+        return pictures_of(content)
+    except MmembedError as error:
+        raise RecordError(where, str(error), "Remove the medium or the item", "unreadable content") from None
 
 
 def _leave_out(error: RecordError | MediaError, config: SynthesisConfig, inputs: Inputs) -> None:
@@ -178,10 +185,12 @@ def _contents(item: Item) -> list[Any]:
 
 
 def _key(config: SynthesisConfig) -> str:
-    stamps = []
+    found = []
     for source in config.sources:
         path = config.below_root(source.path)
-        files = FORMATS.build({"type": source.format, **source.options}).files(path) if path.exists() else []
-        stamps += [(str(one), one.stat().st_size, one.stat().st_mtime_ns) for one in files if one.is_file()]
+        if source.kind == "records" and path.exists():
+            found += stamps(FORMATS.build({"type": source.format, **source.options}).files(path))
+        elif path.exists():
+            found += stamps([path])
     read = config.model_dump(mode="json", include={"root", "media_root", "media_limits", "sources", "on_bad_record"})
-    return digest(VERSION, read, config.seed, stamps)
+    return digest(VERSION, read, config.seed, found)

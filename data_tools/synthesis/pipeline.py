@@ -5,15 +5,16 @@
     OUTPUT/summary.json        counts of each stage, and of what was asked
     OUTPUT/work/               items of each stage, and all answers
 
-A stage whose items, settings and generator are those of before is passed over; so is not a stage that lost items to a
-generator that could not answer: the same command asks for those again. Files are put in place whole.
+A stage whose items, settings and generator are those of before is passed over, whatever made the items; not so one
+that lost answers to a generator that could not give them: the same command asks for those again. Files are put in place
+whole.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -65,7 +66,7 @@ class Run:
                 for step in self.steps:
                     report = self._carry_out(step, items, key, answers, spent)
                     reports.append(report)
-                    items, key = Items(self._folder(step) / "items.jsonl", report["out"]), report["key"]
+                    items, key = Items(self._folder(step) / "items.jsonl", report["out"]), report["items"]
             finally:
                 self._stop()
             asked = {"answers": len(answers), "prompt_tokens": answers.prompt_tokens, "answer_tokens": answers.tokens}
@@ -76,20 +77,18 @@ class Run:
         folder = self._folder(step)
         identity = "" if step.generator is None else digest(GENERATORS.build(step.generator).fingerprint())
         sampling = self.config.sampling.model_dump(mode="json")
-        block = [step.block, step.stage.version, step.stage.fingerprint(), self.config.attempts, self.config.seed]
-        key = digest(key, identity, sampling, block)
+        asking = [identity, sampling, self.config.attempts] if isinstance(step.stage, AskingStage) else []
+        key = digest(
+            key, step.title, step.block, step.stage.version, step.stage.fingerprint(), self.config.seed, asking
+        )
         note = folder / "report.json"
         if note.exists():
             report: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
             if report["key"] == key and not report["unanswered"]:
                 return report
             note.unlink()
-        if folder.exists() and (folder / "key").read_text() != key:
-            shutil.rmtree(folder)
-        if not folder.exists():
-            folder.mkdir()
-            write_whole(folder / "key", key.encode())
-        context = Context(self.config.seed, self.media, folder, self.config.below_root)
+        folder.mkdir(exist_ok=True)
+        context = Context(self.config.seed, self.media, folder, self.config.below_root, step.title)
         began, tokens, count, self._starting = time.monotonic(), answers.tokens, len(answers), 0.0
         if isinstance(step.stage, AskingStage):
             desk = Desk(step.stage, context, answers, identity, self.config.attempts, Sampling(**_tupled(sampling)))
@@ -109,16 +108,21 @@ class Run:
 
     def _asked(self, step: Step, desk: Desk, items: Items, spent: Spent) -> dict[str, Any]:
         with bar(step.name, len(items), " items") as shown:
-            ask_all(desk, items, lambda: self._started(step.generator), spent, shown)
+            try:
+                ask_all(desk, items, lambda: self._started(step.generator), spent, self.config.max_lost, shown)
+            except TooMuchLost as lost:
+                raise TooMuchLost(f"read: {len(items):,} items", f"stage {step.name}: {lost}") from None
         desk.context.notes.clear()  # of looks at items before all of their answers were there
         report = self._written(step, items, _flat(results(desk, items)))
         report["unusable"] = dict(desk.unusable)
-        report["unanswered"] = len(desk.failed)
+        report |= {"unanswered": len(desk.failed), "asks": desk.asks, "asks_lost": desk.lost}
         return report
 
     def _written(self, step: Step, items: Items, made: Iterator[Item | Dropped | Trimmed]) -> dict[str, Any]:
         """Puts the items of a stage in place, and beside them what it left out."""
         report: dict[str, Any] = {"in": len(items), "out": 0, "left_out": 0, "lost": 0, "unusable": {}, "unanswered": 0}
+        report |= {"asks": 0, "asks_lost": 0}
+        content = hashlib.blake2b(digest_size=16)
         reasons, trimmed = Counter[str](), Counter[str]()
         examples: dict[str, list[Any]] = {}
         folder, seen = self._folder(step), set[str]()
@@ -140,10 +144,13 @@ class Run:
                     continue
                 seen.add(one["id"])
                 report["out"] += 1
-                yield _line(one)
+                line = _line(one)
+                content.update(line)
+                yield line
 
         with (folder / "left_out.jsonl").open("wb") as left_out:
             write_lines(folder / "items.jsonl", lines(left_out))
+        report["items"] = content.hexdigest()  # what the next stage works on
         return {**report, "reasons": dict(reasons), "trimmed": dict(trimmed), "examples": examples}
 
     def _started(self, block: Any) -> Generator:
@@ -164,7 +171,7 @@ class Run:
             self._running = None
 
     def _folder(self, step: Step) -> Path:
-        return self.work / step.name
+        return self.work / step.title
 
     def _finish(self, items: Items, inputs: Inputs, reports: list[dict[str, Any]], asked: dict[str, Any]) -> str:
         """Puts what was made in place; returns it as lines."""
@@ -173,23 +180,30 @@ class Run:
         write_lines(file, _checked(items))
         write_lines(self.output / "left_out.jsonl", _all_lines(self._folder(step) for step in self.steps))
         read = {"items": len(inputs.items), "left_out": inputs.left_out, "first": inputs.first}
-        stages = [{key: value for key, value in report.items() if key != "key"} for report in reports]
+        stages = [{key: value for key, value in one.items() if key not in ("key", "items")} for one in reports]
         summary = {"read": read, "stages": stages, "asked": asked, "made": {"kind": kind, "items": len(items)}}
         write_whole(self.output / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1).encode())
         lines = [*_told(inputs, reports, asked), f"{file}: {len(items):,} {kind}"]
         if kind == "records" and len(items):
             lines += training_lines(self.output, ["{path: records.jsonl}"], _media_files(items))
         for report in reports:
-            if report["lost"] > self.config.max_lost * report["in"]:
-                share = f"{report['lost']:,} of {report['in']:,} items"
-                what = max(report["reasons"], key=report["reasons"].get)
-                raise TooMuchLost(
-                    "\n".join(lines),
-                    f"stage {report['name']} lost {share}, more than max_lost {self.config.max_lost:g} (most of all: "
-                    f"{what}); see {self.output / 'left_out.jsonl'}"
-                    + ("; the same command asks again for what was not answered" if report["unanswered"] else ""),
-                )
+            if complaint := self._too_much(report):
+                raise TooMuchLost("\n".join(lines), complaint)
         return "\n".join(lines)
+
+    def _too_much(self, report: dict[str, Any]) -> str:
+        """What to say where a stage lost more than it may; empty where it did not."""
+        lost = ""
+        if report["lost"] > self.config.max_lost * report["in"]:
+            what = max(report["reasons"], key=report["reasons"].get)
+            lost = f"{report['lost']:,} of {report['in']:,} items ... (most of all: {what})"
+        elif report["asks_lost"] > self.config.max_lost * report["asks"]:
+            lost = f"the answers to {report['asks_lost']:,} of {report['asks']:,} questions ..."
+        if not lost:
+            return ""
+        lost = lost.replace(" ...", f", more than max_lost {self.config.max_lost:g}")
+        again = "; the same command asks again for what was not answered" if report["unanswered"] else ""
+        return f"stage {report['name']} lost {lost}; see {self.output / 'left_out.jsonl'}{again}"
 
 
 def _checked(items: Items) -> Iterator[bytes]:

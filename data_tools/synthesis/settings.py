@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -141,13 +143,17 @@ class Step:
     """A stage of a run.
 
     Attributes:
-        name: NN-type, the name of its folder.
+        title: its type, or the name that it has in the config; `TYPE-2` of the second one. Names its folder, and its
+            seeds follow from it, so a stage more in front of it asks for nothing anew.
+        name: NN-TITLE, in reports.
         block: the stage's own options.
         generator: block of what answers it; None where it asks nothing.
         takes, gives: kinds of items.
     """
 
-    def __init__(self, number: int, block: TypedBlock, config: SynthesisConfig, takes: Kind) -> None:
+    def __init__(
+        self, number: int, block: TypedBlock, config: SynthesisConfig, takes: Kind, taken: Collection[str]
+    ) -> None:
         options: dict[str, Any] = {"type": block} if isinstance(block, str) else dict(block)
         where = f"stages[{number}] ({block_type(block)})"
         chosen, title = options.pop("generator", None), options.pop("name", None)
@@ -157,7 +163,10 @@ class Step:
             self.stage: Stage = STAGES.build(options, below_root=config.below_root)
         except MmembedError as error:
             raise ConfigError(f"{where}: {error}") from None
-        self.name, self.block = f"{number + 1:02d}-{title or self.stage.name}", options
+        first = title or self.stage.name
+        again = next(turn for turn in count(1) if (first if turn == 1 else f"{first}-{turn}") not in taken)
+        self.title, self.block = first if again == 1 else f"{first}-{again}", options
+        self.name = f"{number + 1:02d}-{self.title}"
         self.generator = _generator_of(self.stage, chosen, config, where)
         if takes not in self.stage.takes:
             raise ConfigError(
@@ -191,7 +200,7 @@ def steps(config: SynthesisConfig) -> list[Step]:
         if block is not None:
             GENERATORS.build(block)
     for number, block in enumerate(config.stages):
-        found.append(Step(number, block, config, kind))
+        found.append(Step(number, block, config, kind, [step.title for step in found]))
         kind = found[-1].gives
     _check_left(found)
     used = [step.generator for step in found]

@@ -43,16 +43,18 @@ class Template:
     ) -> None:
         self.path = PACKAGED / f"{name}.yaml" if path is None else below_root(path)
         self.variables = tuple(variables)
+        from jinja2 import TemplateError
+
         tree = _read(self.path)
         self.source = tree
         environment = _environment()
         try:
             self._system = environment.from_string(tree.get("system", ""))
             self._user = environment.from_string(tree["user"])
-        except Exception as error:  # of Jinja's own kinds
+            self._check_names(environment, tree)
+        except TemplateError as error:
             raise ConfigError(f"{self.path}: {error}") from None
         self.examples = tuple(self._example(one, place) for place, one in enumerate(tree.get("examples", [])))
-        self.messages(dict.fromkeys(variables, ""))  # names are right
 
     def messages(
         self, values: Mapping[str, Any], pictures: Sequence[str] = (), demonstrations: Sequence[tuple[str, str]] = ()
@@ -88,12 +90,23 @@ class Template:
                 raise ConfigError(f"{where}: unknown variable '{key}'; {nearest(key, self.variables)}")
         return self._render(self._user, values), as_answer(one["answer"])
 
+    def _check_names(self, environment: Any, tree: Mapping[str, Any]) -> None:
+        """Raises ConfigError for a variable that does not exist, wherever it stands."""
+        from jinja2 import meta
+
+        for key in ("system", "user"):
+            for name in sorted(meta.find_undeclared_variables(environment.parse(tree.get(key, "")))):
+                if name not in self.variables:
+                    raise ConfigError(
+                        f"{self.path}: {key}: there is no variable '{name}'; {nearest(name, self.variables)}"
+                    )
+
     def _render(self, template: Any, values: Mapping[str, Any]) -> str:
         import jinja2
 
         try:
             return str(template.render(values)).strip()
-        except (jinja2.TemplateError, TypeError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise ConfigError(f"{self.path}: {error}; variables are {', '.join(self.variables)}") from None
 
 

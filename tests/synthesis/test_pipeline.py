@@ -286,15 +286,17 @@ def test_configs_that_cannot_work_are_refused_before_anything_starts(
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("user: '{{ qeury }}'", "'qeury' is undefined; variables are query"),
+        ("user: '{{ qeury }}'", "user: there is no variable 'qeury'; did you mean 'query'"),
         ("user: '{{ query'", "mine.yaml: "),
         ("system: hello", "has no 'user'"),
         ("user: a\nexamles: []", "did you mean 'examples'"),
         ("user: '{{ query }}'\nexamples: [{query: a}]", "examples[0] has no 'answer'"),
         ("user: '{{ query }}'\nexamples: [{qery: a, answer: b}]", "did you mean 'query'"),
+        ("user: '{% for level in levels %}{{ qurey }}{% endfor %}'", "there is no variable 'qurey'"),
+        ("user: '{% if instruction %}{{ instrction }}{% endif %}'", "did you mean 'instruction'"),
         ("user: '{{ query }} {{ levels }}'\nexamples: [{query: a, answer: b}]", "'levels' is undefined"),
         ("user: [a", "not YAML"),
-        ("user: '{{ query.__class__.__mro__ }}'", "mine.yaml: "),
+        ("user: '{{ query.__class__.__mro__ }}'", "mine.yaml: access to attribute '__class__'"),
     ],
 )
 def test_templates_that_cannot_work_are_refused_before_anything_starts(
@@ -302,4 +304,120 @@ def test_templates_that_cannot_work_are_refused_before_anything_starts(
 ):
     (tmp_path / "mine.yaml").write_text(template)
     status, _ = command([{"type": "graded_passages", "template": str(tmp_path / "mine.yaml")}])
-    assert status == 2 and message in capsys.readouterr().err and not scripted.started
+    assert status == 2 and message in capsys.readouterr().err and not scripted.asked
+
+
+TWICE = [
+    {"type": "graded_passages", "levels": [3, 0]},
+    {"type": "graded_passages", "levels": [2, 1], "keep_documents": True},
+]
+
+
+@pytest.mark.parametrize("reason", ["failed", "budget"])
+def test_answers_of_a_later_run_reach_the_stages_behind(scripted, command, reason):
+    """Two stages: what the first one could not be answered at first goes through the second one, too."""
+
+    def failing(request):
+        if "number 1" in request.messages[-1]["content"] and "level_3" in request.schema["properties"]:
+            raise RequestFailed("no answer", "no answer")
+        return graded(request)
+
+    scripted.script = staticmethod(failing if reason == "failed" else graded)
+    status, folder = command(stages=TWICE, budget={"requests": 25} if reason == "budget" else {})
+    assert status == 1 and len(records(folder)) < 30
+    scripted.script = staticmethod(graded)
+    status, folder = command(stages=TWICE, budget={"requests": 60} if reason == "budget" else {})
+    assert status == 0
+    assert [len(one["documents"]) for one in records(folder)] == [4] * 30
+    assert len(scripted.asked) == 60 + 11 * (reason == "failed")
+
+
+def test_a_stage_folder_that_a_kill_left_without_anything_is_used(scripted, command):
+    scripted.script = staticmethod(graded)
+    folder = command()[1]
+    before = (folder / "records.jsonl").read_bytes()
+    for file in (folder / "work/graded_passages").iterdir():
+        file.unlink()
+    assert command()[0] == 0 and (folder / "records.jsonl").read_bytes() == before
+    assert len(scripted.asked) == 30
+
+
+def test_a_stage_more_in_front_asks_for_nothing_anew(scripted, command):
+    scripted.script = staticmethod(graded)
+    record = [{"query": f"q {number}", "documents": [{"content": "a document"}]} for number in range(6)]
+    command(["graded_passages"], record, "records")
+    command([{"type": "length", "min_document": 1}, "graded_passages"], record, "records")
+    assert len(scripted.asked) == 6
+
+
+def test_a_run_that_loses_everything_is_stopped_before_it_has_asked_for_all(scripted, command, capsys):
+    def rejecting(request):
+        raise RequestFailed("no", "rejected by the server")
+
+    scripted.script = staticmethod(rejecting)
+    many = [{"_id": f"q{number}", "text": f"query number {number}"} for number in range(600)]
+    status, _ = command(lines=many)
+    assert status == 1 and len(scripted.asked) < 120
+    assert "items of 600 are lost, more than max_lost 0.05 allows" in capsys.readouterr().err
+    status, folder = command(lines=many, max_lost=1.0)
+    assert status == 0 and len(left_out(folder)) == 600
+
+
+def test_lost_answers_that_a_stage_does_without_are_too_much_as_well(scripted, command, capsys):
+    scripted.script = staticmethod(lambda request: "")
+    lines = [{"query": "a dog", "documents": [{"content": f"a dog chases {number} cats"}]} for number in range(6)]
+    status, folder = command(["composition_negatives"], lines, "records", max_lost=0.2)
+    assert status == 1 and len(records(folder)) == 6
+    assert "questions, more than max_lost 0.2" in capsys.readouterr().err
+
+
+def test_a_failed_question_costs_itself_alone_where_the_stage_does_without(scripted, command):
+    def failing(request):
+        if "horse" in json.dumps(request.messages):
+            raise RequestFailed("too long", "rejected by the server")
+        return json.dumps({"relevance": 3})
+
+    scripted.script = staticmethod(failing)
+    lines = [{"query": "animals", "documents": [{"content": text} for text in ("a dog", "a cat", "a horse", "a cow")]}]
+    stage = {"type": "judge", "what": "documents", "use": "labels"}
+    status, folder = command([stage], lines, "records", max_lost=0.5)
+    assert status == 0 and [one["relevance"] for one in records(folder)[0]["documents"]].count(3.0) == 3
+    scripted.script, before = staticmethod(lambda request: json.dumps({"relevance": 2})), len(scripted.asked)
+    assert command([stage], lines, "records", max_lost=0.5)[0] == 0
+    assert len(scripted.asked) == before + 1
+
+
+def test_a_picture_more_in_a_folder_is_noticed(scripted, tmp_path):
+    import PIL.Image
+
+    scripted.script = staticmethod(graded)
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    config = {
+        "output": str(tmp_path / "out"), "sources": [{"path": str(pictures), "kind": "documents"}],
+        "stages": [{"type": "near_duplicates"}],
+    }  # fmt: skip
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    for count in (1, 2):
+        PIL.Image.effect_noise((40, 40), 90 * count).save(pictures / f"{count}.png")
+        main(["--config", str(tmp_path / "config.yaml")])
+        summary = json.loads((tmp_path / "out/summary.json").read_text())
+        assert summary["read"]["items"] == count
+
+
+def test_a_sound_is_a_bad_record_that_is_named_and_skipped(scripted, command, capsys):
+    scripted.script = staticmethod(graded)
+    lines = [*QUERIES, {"_id": "s", "audio": "said.wav"}]
+    assert command(lines=lines)[0] == 2 and "source.jsonl:31: no generator reads audio" in capsys.readouterr().err
+    status, folder = command(lines=lines, on_bad_record="skip")
+    assert status == 0 and len(records(folder)) == 30
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["user: '{{ query }} {{ max_words + 5 }} {{ levels[0] }}'", "user: '{% for one in levels %}{{ one }}{% endfor %}'"],
+)
+def test_templates_that_compute_with_their_variables_are_taken(scripted, command, tmp_path, template):
+    scripted.script = staticmethod(graded)
+    (tmp_path / "mine.yaml").write_text(template)
+    assert command([{"type": "graded_passages", "template": str(tmp_path / "mine.yaml")}])[0] == 0

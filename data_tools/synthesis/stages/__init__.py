@@ -115,8 +115,10 @@ class Context:
     Attributes:
         seed: of the run.
         media: opens pictures.
-        folder: the stage's own, for what it computes; kept until its settings or its items change.
+        folder: the stage's own, for what it computes. It is kept, so what lies there goes under digests of what it
+            depends on (`data_tools.mining.shards`).
         below_root: an absolute path of one in the config.
+        name: of the stage among those of its run, whatever stands in front of it.
         notes: what the stage counts besides items, for the summary; of a function of the items alone.
     """
 
@@ -124,11 +126,12 @@ class Context:
     media: MediaStore
     folder: Path
     below_root: Callable[[str], Path]
+    name: str = ""
     notes: Counter[str] = field(default_factory=Counter)
 
     def random(self, *names: str) -> random.Random:
         """A generator of its own for a name: an item's id."""
-        return random.Random(digest(self.seed, self.folder.name, *names))
+        return random.Random(digest(self.seed, self.name, *names))
 
 
 class Items:
