@@ -1,4 +1,4 @@
-"""What the commands that write records share: arguments, exit status, the lock of an output folder, whole files."""
+"""What the commands that write records share: arguments, exit status, whole files."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 from mmembed.arguments import Parser
 from mmembed.errors import MmembedError
+from mmembed.locks import only_one as only_one
 
 if TYPE_CHECKING:
     from data_tools.mining.settings import MiningSource, RecordsConfig
@@ -102,30 +102,6 @@ def write_lines(file: Path, lines: Iterable[bytes]) -> None:
             output.flush()
             os.fsync(output.fileno())
         os.replace(staged, file)
-
-
-@contextmanager
-def only_one(output: Path) -> Iterator[None]:
-    """Holds the output folder. The system frees the lock of a process that died.
-
-    Raises:
-        MmembedError: another process works there.
-    """
-    from filelock import FileLock, Timeout
-
-    output.mkdir(parents=True, exist_ok=True)
-    owner = output / ".owner"
-    lock = FileLock(output / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        who = owner.read_text(encoding="utf-8").strip() if owner.exists() else "another process"
-        raise MmembedError(f"{output}: {who} works there; wait for its end, or choose another output") from None
-    try:
-        owner.write_text(f"process {os.getpid()} on {os.uname().nodename}\n", encoding="utf-8")
-        yield
-    finally:
-        lock.release()
 
 
 def training_overrides(config: RecordsConfig, output: Path, media: list[str]) -> list[str]:

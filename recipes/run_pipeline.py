@@ -6,8 +6,8 @@
 Each step is a process of its own, exactly as a user would type it, and goes on by itself where it was killed. The job
 notes which steps are done, each under a digest of its command, its config and the steps before it: the same command
 again passes over them; a step that would run otherwise now, and all behind it, run anew, in folders that are emptied
-first. A step ends with the job, also when that is killed.
-docs/synthesis.md has the config. Exit status: 0 done, 2 refused, else that of the step that failed.
+first. A step ends with the job, also when that is killed. One job at a time holds a folder.
+docs/synthesis.md has the config. Exit status: 0 done, 2 refused, 130 stopped, else that of the step that failed.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 if __name__ == "__main__" and __package__ is None:  # run as a file: its folder is on the path, the repository is not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -34,6 +35,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from mmembed.arguments import Parser
 from mmembed.config import load_blocks
 from mmembed.errors import ConfigError, MmembedError, nearest
+from mmembed.locks import only_one
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 EXAMPLES = "recipes/configs/pipelines"
@@ -98,15 +100,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_blocks(PipelineConfig, options.config, options.overrides, EXAMPLES)
         output = Path(config.output).absolute()
         commands = {step.name: command_of(step, config, output) for step in config.steps}  # all, before the first
+        with only_one(output):
+            return run(config, output, commands)
     except MmembedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return run(config, output, commands)
+    except OSError as error:
+        print(
+            f"error: {error.filename or output}: {error.strerror or error}; what is done is kept: correct that, then "
+            "the same command goes on",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on", file=sys.stderr)
+        return 130
 
 
 def run(config: PipelineConfig, output: Path, commands: dict[str, list[str]]) -> int:
-    """Carries out what is left of the steps."""
-    output.mkdir(parents=True, exist_ok=True)
+    """Carries out what is left of the steps, in a folder that this process holds."""
     record = output / "steps.json"
     done: dict[str, dict[str, Any]] = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
     before = ""
@@ -181,12 +193,13 @@ def run_step(command: Sequence[str], note: Path) -> tuple[int, float]:
     began = time.monotonic()
     guarded = [sys.executable, "-m", "mmembed.guard", str(os.getpid()), *command]
     process = subprocess.Popen(guarded, cwd=REPOSITORY, env=environment)
-    note.write_text(str(process.pid), encoding="utf-8")
     try:
+        note.write_text(str(process.pid), encoding="utf-8")
         code = process.wait()
-    except KeyboardInterrupt:
+    except BaseException:  # of any kind: a step ends with the job
         process.terminate()
         process.wait()
+        note.unlink(missing_ok=True)
         raise
     note.unlink()
     return code, time.monotonic() - began
@@ -206,5 +219,10 @@ def _write(record: Path, done: dict[str, dict[str, Any]]) -> None:
     staged.replace(record)
 
 
+def _stop(*_: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _stop)
     sys.exit(main())

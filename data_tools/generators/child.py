@@ -29,18 +29,26 @@ class Child:
         log: file that its output is added to; None writes one in the folder of temporary files, which `stop` removes
             where the command ended well.
         piped: whether we write its input and read its output, which then does not go to the log.
+
+    Raises:
+        GeneratorDown: the system starts no process, or the log cannot be written.
     """
 
     def __init__(self, command: Sequence[str], log: str | None, piped: bool = False) -> None:
         self._temporary = log is None
-        if log is None:
-            descriptor, log = tempfile.mkstemp(prefix="mmembed-generator-", suffix=".log")
-            os.close(descriptor)
-        self.log = Path(log)
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        pipe = subprocess.PIPE if piped else None
+        try:
+            if log is None:
+                descriptor, log = tempfile.mkstemp(prefix="mmembed-generator-", suffix=".log")
+                os.close(descriptor)
+            self.log = Path(log)
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            self.process = self._begin(command, subprocess.PIPE if piped else None)
+        except OSError as error:
+            raise GeneratorDown(f"the process of an engine cannot be started, with the log {log}: {error}") from error
+
+    def _begin(self, command: Sequence[str], pipe: int | None) -> subprocess.Popen[bytes]:
         with self.log.open("ab") as output:
-            self.process = subprocess.Popen(
+            return subprocess.Popen(
                 [sys.executable, "-I", guard.__file__, str(os.getpid()), *command],
                 stdin=pipe or subprocess.DEVNULL,
                 stdout=pipe or output,
@@ -66,7 +74,10 @@ class Child:
     def last_words(self) -> str:
         """The end of its log, for an error."""
         self._temporary = False  # it is named in an error: whoever reads that wants the file
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_READ:]
+        try:
+            lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_READ:]
+        except OSError as error:
+            return f"its log cannot be read ({error})"
         causes = list(dict.fromkeys(found[0] for line in lines if (found := _CAUSE.search(line))))
         shown = [f"    {line[:_WIDE]}" for line in [*causes[:_SHOWN], "...", *lines[-_SHOWN:]]]
         return "\n".join([f"errors and last lines of {self.log}:", *shown])

@@ -24,6 +24,7 @@ import time
 from concurrent.futures import Future
 from email.utils import parsedate_to_datetime
 from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
 from data_tools.generators import Answer, Finish, Generator, GeneratorDown, Request, RequestFailed
 from data_tools.generators.identity import model_identity, settings
@@ -40,6 +41,9 @@ _BUSY = (429, 502, 503, 504)
 _AGAIN = (408, 409, 425)  # of the 4xx, those that another try may mend
 _FILTERS = ("content_filter", "content_policy_violation", "moderation_blocked")
 _NO_CREDIT = ("insufficient_quota", "billing_hard_limit_reached")
+_NO_READING = (  # a body of another shape; numbers and nesting beyond what Python takes
+    KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError
+)  # fmt: skip
 _FINISH: dict[str | None, Finish] = {"stop": "stop", "length": "length", "content_filter": "refused"}
 
 
@@ -48,7 +52,8 @@ class OpenAiGenerator(Generator):
 
     Args:
         model: its name there; with `serve`, a folder or a name that vLLM loads.
-        url: of the API, for example http://localhost:8000/v1; None with `serve`.
+        url: of the API, for example http://localhost:8000/v1; a query (?api-version=...) goes with every request.
+            None with `serve`.
         key_variable: environment variable that holds the key; None sends none.
         serve: options of `Server`: vLLM's own server is started and stopped with the run; {} takes all defaults.
         options: more of the request's body, for example {top_k: 20}; null takes out what would be sent.
@@ -75,15 +80,13 @@ class OpenAiGenerator(Generator):
     ) -> None:
         if (url is None) == (serve is None):
             raise ConfigError("generators.openai: give either url (a server that runs) or serve (one that we start)")
-        if url is not None and not url.startswith(("http://", "https://")):
-            raise ConfigError(f"generators.openai.url: found '{url}'; give an http or https address, up to /v1")
         self.model, self.key_variable, self.options = model, key_variable, options or {}
         self.concurrency, self.timeout, self.patience, self.retries = concurrency, timeout, patience, retries
         self.server: Server | None = None
         if serve is not None:
             checked = check_options(Server, serve, "generators.openai.serve", given=("model",))
             self.server = Server(model, **checked)
-        self._url = url
+        self._url, self._query = ("", "") if url is None else _checked(url)
         self._threads: list[threading.Thread] = []
         self._lines: list[Line] = []
         self._asked: queue.SimpleQueue[tuple[Request, Future[Answer]] | None] = queue.SimpleQueue()
@@ -98,8 +101,8 @@ class OpenAiGenerator(Generator):
 
     @property
     def url(self) -> str:
-        """Of the API; that of a server of our own changes when it is started again."""
-        return f"http://127.0.0.1:{self.server.port}/v1" if self.server else str(self._url).rstrip("/")
+        """Of the API, without a query; that of a server of our own changes when it is started again."""
+        return f"http://127.0.0.1:{self.server.port}/v1" if self.server else self._url
 
     def fingerprint(self) -> Any:
         self._headers()
@@ -153,7 +156,7 @@ class OpenAiGenerator(Generator):
         for turn in itertools.count():
             self._await_turn()
             try:
-                reply = line.ask("GET", f"{self.url}/models")
+                reply = line.ask("GET", f"{self.url}/models{self._query}")
                 if reply.status not in _BUSY:
                     break
                 reason = _reason(reply)
@@ -192,7 +195,7 @@ class OpenAiGenerator(Generator):
             try:
                 if self.server is not None and self.server.ensure():
                     first = self._good = time.monotonic()
-                answer = self._read(line.ask("POST", f"{self.url}/chat/completions", body), request)
+                answer = self._read(line.ask("POST", f"{self.url}/chat/completions{self._query}", body), request)
                 self._good = time.monotonic()
                 return answer
             except Unreachable as error:
@@ -281,6 +284,23 @@ class OpenAiGenerator(Generator):
         return GeneratorDown(f"{self.url} refuses {key} ({reason})")
 
 
+def _checked(url: str) -> tuple[str, str]:
+    """An address of an API without its query, and that, with its mark. Raises ConfigError."""
+    where = "generators.openai.url"
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, half of a bracket
+        usable = False
+    if not usable:
+        raise ConfigError(f"{where}: found '{url}'; give an http or https address, up to /v1")
+    if parts.fragment:
+        raise ConfigError(f"{where}: found '#{parts.fragment}', which no server gets to see; leave it out")
+    if parts.username is not None:
+        raise ConfigError(f"{where}: it names a user; leave that out, and give the key by key_variable")
+    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}", f"?{parts.query}" if parts.query else ""
+
+
 def _answer_in(body: bytes) -> Answer:
     """Raises Broken: no answer of the chat API."""
     try:
@@ -295,7 +315,7 @@ def _answer_in(body: bytes) -> Answer:
         if not isinstance(text, str) and finish != "refused":
             raise TypeError(f"content is {text!r}")
         return Answer(text or "", finish, *counts)
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except _NO_READING as error:
         found = body[:80] if body else "nothing"
         raise Broken(f"not an answer of the chat API ({error!r} in {found!r})") from None
 
@@ -304,7 +324,7 @@ def _reason(reply: Reply) -> str:
     try:
         error = json.loads(reply.body)
         text = str(error["error"]["message"] if isinstance(error["error"], dict) else error["error"])
-    except (KeyError, TypeError, ValueError):
+    except _NO_READING:
         text = reply.body[:300].decode("utf-8", errors="replace")
     return f"{reply.status} {' '.join(text.split())[:300]}"
 
@@ -312,14 +332,14 @@ def _reason(reply: Reply) -> str:
 def _error_code(body: bytes) -> Any:
     try:
         return json.loads(body)["error"]["code"]
-    except (KeyError, TypeError, ValueError):
+    except _NO_READING:
         return None
 
 
 def _model_names(reply: Reply) -> list[str]:
     try:
         return [str(model["id"]) for model in json.loads(reply.body)["data"]] if reply.status == 200 else []
-    except (KeyError, TypeError, ValueError):
+    except _NO_READING:
         return []
 
 
@@ -333,5 +353,5 @@ def _seconds(retry_after: str | None) -> float:
         pass
     try:
         return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0.0

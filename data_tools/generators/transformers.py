@@ -90,8 +90,22 @@ class TransformersGenerator(Generator):
             self._thread.join()
 
     def _work(self, writer: Writer) -> None:
-        """Takes batches of like length until it is closed; the oldest request is in the next one."""
+        """Answers until it is closed; whatever happens, no future is left open."""
         waiting: list[tuple[Prepared, Future[Answer]]] = []
+        over = GeneratorDown(f"{_WHERE}: it was closed before the answer came")
+        try:
+            self._serve(writer, waiting)
+        except Exception as error:  # of any kind: the callers wait for the futures
+            over = GeneratorDown(f"{_WHERE}: it broke ({type(error).__name__}: {error}); the same command goes on")
+        for _, future in waiting:
+            if not future.done():
+                future.set_exception(over)
+        while not (self._closing.is_set() and self._asked.empty()):
+            if (item := self._asked.get()) is not None:
+                item[1].set_exception(over)
+
+    def _serve(self, writer: Writer, waiting: list[tuple[Prepared, Future[Answer]]]) -> None:
+        """Takes batches of like length out of what waits; the oldest request is in the next one."""
         while not self._closing.is_set():
             self._gather(writer, waiting)
             if not waiting:
@@ -100,15 +114,9 @@ class TransformersGenerator(Generator):
             like = [one for one in waiting if bool(one[0].pictures) == bool(oldest.pictures)]
             like.sort(key=lambda one: abs(one[0].length - oldest.length))
             batch = like[: self.batch_size]
-            taken = {id(future) for _, future in batch}
-            waiting = [one for one in waiting if id(one[1]) not in taken]
             self._answer(writer, batch)
-        left = [future for _, future in waiting]
-        while not self._asked.empty():
-            if (item := self._asked.get()) is not None:
-                left.append(item[1])
-        for future in left:
-            future.set_exception(GeneratorDown(f"{_WHERE}: it was closed before the answer came"))
+            taken = {id(future) for _, future in batch}
+            waiting[:] = [one for one in waiting if id(one[1]) not in taken]
 
     def _gather(self, writer: Writer, waiting: list[tuple[Prepared, Future[Answer]]]) -> None:
         """Prepares what was asked; waits for the first, and `_PATIENCE` seconds for a batch to be full."""
@@ -124,6 +132,9 @@ class TransformersGenerator(Generator):
                 waiting.append((writer.prepare(request), future))
             except MmembedError as error:
                 future.set_exception(error)
+            except Exception as error:  # of any kind: a chat template raises what it likes
+                found = f"{request.key}: {type(error).__name__}: {error}"
+                future.set_exception(RequestFailed(found, "rejected by the engine"))
 
     def _answer(self, writer: Writer, batch: list[tuple[Prepared, Future[Answer]]]) -> None:
         """Answers together; where that fails, one by one, so that a request fails alone."""

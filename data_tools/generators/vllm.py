@@ -121,10 +121,16 @@ class VllmGenerator(Generator):
             self._process = worker = Child(command, self.log, piped=True)
         self._write(worker, json.dumps({"model": resolve(self.model), "engine": self.engine}).encode() + b"\n")
         late = threading.Timer(self.start_seconds, worker.stop)
+        late.daemon = True  # else an interrupted start would wait for it
         late.start()
-        first = worker.output.readline()
-        late.cancel()
-        said = json.loads(first) if first else {}
+        try:
+            first = worker.output.readline()
+        finally:
+            late.cancel()
+        try:
+            said = json.loads(first)
+        except ValueError:  # nothing, or cut off by the worker's death
+            said = {}
         if "ready" not in said:
             words = worker.last_words()
             worker.stop()
@@ -142,20 +148,27 @@ class VllmGenerator(Generator):
             worker.input.flush()
 
     def _read(self) -> None:
-        """Takes answers, from one worker after another."""
-        while True:
-            assert self._process is not None
-            for line in self._process.output:
-                self._take(line)
-            try:
+        """Takes answers, from one worker after another; whatever happens, no future is left open."""
+        try:
+            while True:
+                assert self._process is not None
+                for line in self._process.output:
+                    self._take(line)
                 self._replace(self._process)
-            except GeneratorDown as error:
-                with self._lock:
-                    self._down = error
-                    left, self._waiting = list(self._waiting.values()), {}
-                for _, _, future in left:
-                    future.set_exception(error)
-                return
+        except GeneratorDown as error:
+            self._end(error)
+        except Exception as error:  # of any kind: the callers wait for the futures
+            assert self._process is not None
+            words = self._process.last_words()
+            self._process.stop()
+            self._end(GeneratorDown(f"{_WHERE}: the engine cannot be read ({type(error).__name__}: {error}); {words}"))
+
+    def _end(self, error: GeneratorDown) -> None:
+        with self._lock:
+            self._down = error
+            left, self._waiting = list(self._waiting.values()), {}
+        for _, _, future in left:
+            future.set_exception(error)
 
     def _replace(self, worker: Child) -> None:
         """Another worker for one that died. Raises GeneratorDown where there is to be none."""

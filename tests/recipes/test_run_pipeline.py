@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mmembed.locks import only_one
 from recipes.run_pipeline import main
 
 ROOT = Path(__file__).parents[2]
@@ -93,6 +94,35 @@ def test_a_killed_job_takes_its_step_with_it_and_goes_on(job, tmp_path):
             assert not Path(f"/proc/{guard}").exists()
     assert subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL).returncode == 0
     assert len((tmp_path / "out/second/records.jsonl").read_text().splitlines()) == 10
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_job_that_is_stopped_ends_its_step_first(job, tmp_path, number):
+    command = [sys.executable, "-m", "recipes.run_pipeline", "--config", job()]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    note = tmp_path / "out/step.pid"
+    deadline = time.monotonic() + 60
+    while not (note.exists() and note.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    guard = int(note.read_text())
+    process.send_signal(number)
+    error = process.communicate(timeout=30)[1]
+    assert process.returncode == 130 and "stopped; the same command goes on" in error and "Traceback" not in error
+    assert not Path(f"/proc/{guard}").exists() and not note.exists()
+
+
+def test_one_job_at_a_time_holds_a_folder(job, tmp_path, capsys):
+    with only_one(tmp_path / "out"):
+        assert main(["--config", job()]) == 2
+    error = capsys.readouterr().err
+    assert f"process {os.getpid()}" in error and "works there; wait for its end" in error
+    assert not (tmp_path / "out/steps.json").exists() and not (tmp_path / "out/first").exists()
+
+
+def test_an_output_that_cannot_be_is_refused_with_its_path(job, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["--config", job(), f"output={tmp_path}/file/out"]) == 2
+    assert f"error: {tmp_path}/file/out: Not a directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

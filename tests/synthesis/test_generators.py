@@ -1,12 +1,13 @@
 """What every generator promises, asked of each with a real model: the nano backbone."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from data_tools.generators import GENERATORS, GeneratorDown, Request, RequestFailed, Sampling
+from data_tools.generators import GENERATORS, GeneratorDown, Request, RequestFailed, Sampling, transformers
 from mmembed.errors import MmembedError
 from mmembed.media import MediaStore
 
@@ -155,6 +156,37 @@ def test_closing_ends_what_waits(store):
     with pytest.raises(GeneratorDown, match="closed before the answer came"):
         futures[-1].result(1)
     assert all(future.done() for future in futures)
+
+
+@pytest.fixture
+def strict(family_folder, tmp_path):
+    """A model whose chat template takes no system message, as those of Gemma 2 do."""
+    folder = shutil.copytree(family_folder("qwen3"), tmp_path / "strict")
+    refuses = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    (folder / "chat_template.jinja").write_text(refuses + "{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    return folder
+
+
+def test_a_template_that_refuses_one_request_leaves_the_others(strict, store):
+    generator = GENERATORS.build({"type": "transformers", "model": str(strict)})
+    generator.start(store)
+    refused = generator.submit(Request("seven", ({"role": "system", "content": "be brief"},), Sampling(max_tokens=3)))
+    right = generator.submit(question("a red bus", max_tokens=3))
+    with pytest.raises(RequestFailed, match="seven: TemplateError: no system role") as raised:
+        refused.result(60)
+    assert raised.value.kind == "rejected by the engine" and right.result(60).tokens <= 3
+    generator.close()
+
+
+def test_a_thread_that_breaks_leaves_no_future_open(store, monkeypatch):
+    generator = GENERATORS.build({"type": "transformers", "model": "mmembed-nano", "batch_size": 2})
+    monkeypatch.setattr(transformers.Writer, "write", lambda self, batch, stopped: [])  # fewer answers than questions
+    generator.start(store)
+    for _ in range(2):
+        for future in [generator.submit(question("a red bus")) for _ in range(5)]:
+            with pytest.raises(GeneratorDown, match="it broke .ValueError"):
+                future.result(60)
+    generator.close()
 
 
 def test_a_text_model_refuses_pictures_alone(family_folder, store):

@@ -13,11 +13,13 @@ import PIL.Image
 import pytest
 
 from data_tools.generators import GENERATORS, GeneratorDown, Request, RequestFailed, Sampling
+from data_tools.generators.line import Line
 from mmembed.errors import ConfigError
 from mmembed.media import MediaStore
-from tests.synthesis.servers import ChatServer, FaultyProxy, completion, oracle, right_text
+from tests.synthesis.servers import ChatServer, FaultyProxy, Handler, completion, oracle, right_text
 
 ROOT = Path(__file__).parents[2]
+NESTED = b"[" * 200_000 + b"]" * 200_000
 
 
 @pytest.fixture
@@ -172,7 +174,8 @@ def test_answers_that_a_filter_cut_are_refused(server, ask):
     "body",
     [b"", b"<html>", b"{}", b"[]", b'{"choices": []}', b'{"choices": [{"message": {}, "finish_reason": "stop"}]}',
      json.dumps(completion(None)).encode(), json.dumps(completion("x", "tool_calls")).encode(),
-     json.dumps(completion("caf\u00e9"), ensure_ascii=False).encode("latin-1"), b'{"choices": "\0"}'],
+     json.dumps(completion("caf\u00e9"), ensure_ascii=False).encode("latin-1"), b'{"choices": "\0"}', NESTED,
+     json.dumps(completion("x", tokens=0)).replace('"completion_tokens": 0', '"completion_tokens": 1e999').encode()],
 )  # fmt: skip
 def test_what_is_no_answer_is_asked_again_and_then_given_up(server, ask, body):
     server.instead = [(200, body)]
@@ -181,6 +184,31 @@ def test_what_is_no_answer_is_asked_again_and_then_given_up(server, ask, body):
     with pytest.raises(RequestFailed, match="no answer of .* after 2 tries") as raised:
         ask(question(1), retries=1).result(10)
     assert raised.value.kind == "no answer" and len(server.bodies) == 4
+
+
+@pytest.mark.parametrize("status", [400, 429, 500])
+def test_an_error_that_cannot_be_read_counts_by_its_status(server, ask, status):
+    server.instead = [(status, NESTED)]
+    future = ask(question(1))
+    if status == 400:
+        with pytest.raises(RequestFailed, match=r"rejects it: 400 \[\[\["):
+            future.result(10)
+    else:
+        assert future.result(10).text == right(question(1))
+
+
+def test_a_list_of_models_that_cannot_be_read_is_none(server, ask, monkeypatch):
+    monkeypatch.setattr(Handler, "do_GET", lambda handler: handler.reply(200, NESTED))
+    assert ask(question(1)).result(10).text == right(question(1))
+
+
+def test_a_query_of_the_address_goes_with_every_request(server, ask, monkeypatch):
+    paths, reply = [], Handler.reply
+    monkeypatch.setattr(Handler, "reply", lambda handler, *said: (paths.append(handler.path), reply(handler, *said)))
+    future = ask(question(1), url=f"http://127.0.0.1:{server.port}/openai/?api-version=2024-10-21&a=%20b")
+    assert future.result(10).text == right(question(1))
+    query = "?api-version=2024-10-21&a=%20b"
+    assert paths == [f"/openai/models{query}", f"/openai/chat/completions{query}"]
 
 
 @pytest.mark.parametrize("date", [False, True], ids=["seconds", "date"])
@@ -253,6 +281,10 @@ def test_a_missing_key_is_told_before_anything_is_sent(server):
         ({}, "either url .* or serve"),
         ({"url": "http://a/v1", "serve": {}}, "either url .* or serve"),
         ({"url": "a/v1"}, "give an http or https address"),
+        ({"url": "http:///v1"}, "give an http or https address"),
+        ({"url": "http://a:b/v1"}, "give an http or https address"),
+        ({"url": "http://a/v1#models"}, "found '#models', which no server gets to see"),
+        ({"url": "http://me:secret@a/v1"}, "url: it names a user; .* key_variable"),
         ({"serve": {"optoins": {}}}, "serve: unknown option 'optoins'; did you mean 'options'"),
         ({"url": "http://a/v1", "concurrency": 0}, "concurrency"),
     ],
@@ -276,21 +308,18 @@ def test_closing_ends_what_is_waited_for(server, ask):
 
 
 class Tunnel(threading.Thread):
-    """A proxy that knows CONNECT alone."""
+    """A proxy that knows CONNECT alone, and one machine, by any name."""
 
     def __init__(self):
-
         super().__init__(daemon=True)
         self.listening, self.asked = socket.create_server(("127.0.0.1", 0)), []
         self.start()
 
     def run(self):
-
         client, _ = self.listening.accept()
         head = client.recv(65536).decode()
-        self.asked.append(head.split()[:2])
-        host, _, port = head.split()[1].partition(":")
-        server = socket.create_connection((host, int(port)))
+        self.asked.append([*head.split()[:2], *(line for line in head.splitlines() if line.startswith("Proxy-"))])
+        server = socket.create_connection(("127.0.0.1", int(head.split()[1].partition(":")[2])))
         client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
 
         def pump(source, target):
@@ -301,10 +330,49 @@ class Tunnel(threading.Thread):
         pump(client, server)
 
 
-def test_a_proxy_of_the_environment_is_gone_through(server, ask, monkeypatch):
-    tunnel = Tunnel()
-    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{tunnel.listening.getsockname()[1]}")
+@pytest.fixture
+def no_exceptions(monkeypatch):
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
-    assert ask(question(1)).result(10).text == right(question(1))
-    assert tunnel.asked == [["CONNECT", f"127.0.0.1:{server.port}"]]
+
+
+@pytest.mark.parametrize(
+    ("form", "headers"),
+    [
+        ("http://127.0.0.1:{}", []),
+        ("127.0.0.1:{}", []),
+        ("http://me:p%40ss@127.0.0.1:{}/", [f"Proxy-Authorization: Basic {base64.b64encode(b'me:p@ss').decode()}"]),
+    ],
+    ids=["address", "no scheme", "password"],
+)
+def test_a_proxy_of_the_environment_is_gone_through(server, ask, monkeypatch, no_exceptions, form, headers):
+    tunnel = Tunnel()
+    monkeypatch.setenv("http_proxy", form.format(tunnel.listening.getsockname()[1]))
+    future = ask(question(1), url=f"http://oracle.invalid:{server.port}/v1")
+    assert future.result(10).text == right(question(1))
+    assert tunnel.asked == [["CONNECT", f"oracle.invalid:{server.port}", *headers]]
+    assert "Proxy-Authorization" not in server.headers[0], "the password is the proxy's"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_this_machine_is_never_asked_through_a_proxy(server, ask, monkeypatch, no_exceptions, host):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody there
+    future = ask(question(1), url=f"http://{host}:{server.port}/v1")
+    assert future.result(10).text == right(question(1))
+
+
+def test_addresses_of_this_machine_and_of_others(monkeypatch, no_exceptions):
+    monkeypatch.setenv("http_proxy", "http://proxy.invalid")
+    line = Line({}, 1.0)
+    here = [line._to("http", f"{host}:8000").host for host in ("127.8.0.1", "[::1]", "LOCALHOST")]
+    assert here == ["127.8.0.1", "::1", "LOCALHOST"]
+    others = [line._to("http", f"{host}:8000") for host in ("128.0.0.1", "[::2]", "localhost.invalid")]
+    assert [(one.host, one.port) for one in others] == [("proxy.invalid", 80)] * 3
+
+
+@pytest.mark.parametrize("proxy", ["socks5://me:secret@a:1080", "http://me:secret@a:b"])
+def test_a_proxy_that_cannot_be_used_is_named_without_its_password(server, ask, monkeypatch, no_exceptions, proxy):
+    monkeypatch.setenv("http_proxy", proxy)
+    with pytest.raises(GeneratorDown, match="http_proxy of the environment is no address") as raised:
+        ask(question(1), url=f"http://oracle.invalid:{server.port}/v1")
+    assert "secret" not in str(raised.value)

@@ -164,6 +164,68 @@ def test_one_that_is_loading_can_be_stopped(build, kind, pids, monkeypatch, tmp_
     assert wait_until_gone(pids(), 15)
 
 
+WORKER = """#!{python}
+import json, os, sys
+sys.stdin.readline()
+life = open({pids!r}, "a+"); life.write(str(os.getpid()) + "\\n"); life.flush(); life.seek(0)
+again = len(life.readlines()) > 1
+if again:
+    os.write(1, {again!r})
+    os._exit(1)
+os.write(1, b'{{"ready": {{}}}}\\n')
+sys.stdin.readline()
+os.write(1, {said!r})
+os._exit(1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("said", "again", "says"),
+    [
+        (b"", b'{"rea', r"the engine does not start: its process ended"),
+        (b"Segmentation fault\n", b"", r"the engine cannot be read \(JSONDecodeError"),
+    ],
+    ids=["a ready line that is cut", "no protocol"],
+)
+def test_an_engine_that_says_nonsense_leaves_no_future_open(build, pids, tmp_path, said, again, says):
+    program = tmp_path / "worker"
+    program.write_text(WORKER.format(python=sys.executable, pids=str(tmp_path / "pids"), said=said, again=again))
+    program.chmod(0o755)
+    generator = build("vllm", python=str(program))
+    generator.start(MediaStore())
+    futures = [generator.submit(question(number)) for number in range(3)]
+    for future in futures:
+        with pytest.raises(GeneratorDown, match=says):
+            future.result(20)
+    with pytest.raises(GeneratorDown, match=says):
+        generator.submit(question(4)).result(1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_process_that_cannot_be_started_again_ends_all(build, kind, pids, monkeypatch, tmp_path):
+    monkeypatch.setenv("DIES", "0")
+    monkeypatch.setenv("LIVES", "99")
+    generator = build(kind)
+    generator.start(MediaStore())
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "nowhere"))  # an upgrade of Python under our feet
+    for future in [generator.submit(CASES[0]) for _ in range(3)]:
+        with pytest.raises(GeneratorDown, match="cannot be started, .*No such file or directory: .*/nowhere"):
+            future.result(20)
+
+
+def test_a_start_that_is_interrupted_ends_its_process_at_once(build, pids, tmp_path, monkeypatch):
+    """The limit of the start, half an hour, is no thread that Python would wait for."""
+    monkeypatch.setenv("LOADS", "1")
+    block = {"type": "vllm", "model": "mmembed-nano", "python": build("vllm").python, "engine": ENGINE}
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, json.dumps(block)], cwd=ROOT, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 60
+    while not (tmp_path / "pids").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    parent.send_signal(signal.SIGINT)
+    parent.wait(20)
+    assert wait_until_gone(pids(), 15)
+
+
 PARENT = """
 import json, sys
 from data_tools.generators import GENERATORS
