@@ -1,5 +1,6 @@
-"""What a model says of the contents of items, or of pairs of them, computed once: in shards below the stage's folder.
+"""What a model says of contents, or of pairs of them, computed once: in shards below the stage's folder.
 
+    encoded("texts", contents, encoder, "document", context)  (N, E), mapped: a row of each content
     rows = Rows(items, "query", media, encoder.reads)         which content stands where; equal contents are one row
     vectors = rows.vectors(encoder, context)                  (N, E), mapped
     scores = scores_of_pairs(teacher, rows, others, context)  (P, 1), mapped
@@ -24,6 +25,7 @@ from data_tools.mining.shards import Shards
 from data_tools.synthesis.sides import Side
 from data_tools.synthesis.stages import Context, Item, Items
 from data_tools.synthesis.templates import pictures_of
+from mmembed.config.blocks import TypedBlock
 from mmembed.content import Image, Role, Text, to_content
 from mmembed.data.records import resolve_media
 from mmembed.errors import ConfigError, MmembedError, RecordError
@@ -39,6 +41,60 @@ if TYPE_CHECKING:  # they import torch, which a run without models does not need
 SHARD = 1024  # contents, or pairs, that a kill may lose
 Rows64 = NDArray[np.int64]
 T = TypeVar("T")
+
+
+def encoder_of(block: TypedBlock | None, stage: str) -> Encoder:
+    """What gives vectors, as a block of mining's `retriever` names it; loads nothing.
+
+    Raises:
+        ConfigError: none is named, there is no such one, or it gives no vectors.
+    """
+    from data_tools.mining.retrievers import RETRIEVERS, Encoder  # imports torch
+
+    if block is None:
+        raise ConfigError(f"{stage}.embedder: is missing; name one: {{type: mmembed, model: runs/embedder}}")
+    found = RETRIEVERS.build(block)
+    if not isinstance(found, Encoder):
+        raise ConfigError(
+            f"{stage}.embedder: '{found.name}' gives no vectors; name an embedder, {{type: mmembed, ...}}"
+        )
+    return found
+
+
+def encoded(
+    name: str,
+    contents: Callable[[], Iterator[Entry]],
+    encoder: Encoder,
+    role: Role,
+    context: Context,
+    load: Callable[[], None] | None = None,
+    written: Callable[[], None] | None = None,
+) -> NDArray[np.float32]:
+    """(N, E), mapped: a row of each content; equal ones are computed as often as they come.
+
+    Args:
+        contents: begins to give all of them, anew at each call.
+        load, written: as of `in_shards`; None loads the encoder.
+
+    Raises:
+        MmembedError: NaN or infinity, or a content that the encoder cannot read.
+    """
+    digests = b"".join(seen(one, context.media, encoder.reads) for one in contents())
+    return in_shards(
+        context,
+        name,
+        np.frombuffer(digests, "V16"),
+        contents(),
+        lambda part: encoder.encode(part, role),
+        load or (lambda: encoder.load(context.media)),
+        written,
+    )
+
+
+def unit(vectors: NDArray[Any]) -> NDArray[np.float32]:
+    """(n, E) of length 1."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(vectors / np.maximum(lengths, np.finfo(np.float32).tiny), np.float32)
 
 
 class Rows:
@@ -172,14 +228,21 @@ def in_shards(
     values: Iterator[T],
     compute: Callable[[Sequence[T]], NDArray[np.float32]],
     load: Callable[[], None],
+    written: Callable[[], None] | None = None,
 ) -> NDArray[np.float32]:
-    """(N, W), mapped: a row of each value.
+    """(N, W), mapped: a row of each value; (0, 0) of none.
 
     Args:
         digests: (N,) of the values.
         values: in order; read as far as something is missing.
         load: readies what computes, where something is missing.
+        written: called behind each shard.
+
+    Raises:
+        MmembedError: NaN or infinity; names the value.
     """
+    if not len(digests):
+        return np.empty((0, 0), np.float32)
     keys = [digest(digests[start : start + SHARD]) for start in range(0, len(digests), SHARD)]
     context.folder.mkdir(exist_ok=True)
     shards = Shards(context.folder, name, len(digests), SHARD, keys)
@@ -193,6 +256,8 @@ def in_shards(
                     made = compute(part)
                     _check_finite(made, part)
                     shards.write(number, made)
+                    if written is not None:
+                        written()
                     shown.update(len(part))
     return shards.open()
 

@@ -1,8 +1,8 @@
 """What is nearest to items among documents: for stages that retrieve. Retrievers are those of mining.
 
 Documents whose contents are equal, or whose ids are, are one. Equal are texts in Unicode's compatible form without case
-and white space, and the bytes of their pictures. Vectors are kept in shards (`data_tools.mining.shards`) in the stage's
-folder, so a killed run encodes none twice; search is exact, and is done again.
+and white space, and the bytes of their pictures. Vectors are kept (`data_tools.synthesis.encoding`), so a killed run
+encodes none twice; search is exact, and is done again.
 
 Cost: documents stay in memory, about 1 kB each besides their texts; each picture is read once for its digest.
 """
@@ -17,25 +17,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from data_tools.files import digest
+from data_tools.synthesis.encoding import encoded
 from data_tools.synthesis.stages import Context
 from data_tools.synthesis.templates import pictures_of, text_of
 from mmembed.config.blocks import TypedBlock
 from mmembed.content import Image, Role
 from mmembed.data.records import resolve_media
-from mmembed.errors import ConfigError, MmembedError, RecordError
+from mmembed.errors import ConfigError, RecordError
 from mmembed.inference.sources import media_root, read_entries
 from mmembed.media import MediaStore
 from mmembed.progress import bar
 
 if TYPE_CHECKING:
     from data_tools.mining.models import Models
+    from data_tools.mining.retrievers import Encoder
     from data_tools.mining.retrievers import Item as Content
     from mmembed.search import Hits, Similarity
 
-BLOCK = 1024  # contents that are encoded and searched at a time; a kill loses so many at most
+BLOCK = 1024  # contents that are searched for at a time
 Found = list[tuple[int, float]]  # rows of documents and their scores, best first
 
 
@@ -147,7 +148,7 @@ class Finder:
             wanted: begins to give all of them, anew at each call.
             count: how many it gives.
         """
-        search, given = self._search(wanted, count), wanted()
+        search, given = self._search(wanted), wanted()
         with bar("search", count, " queries") as shown:
             for start in range(0, count, BLOCK):
                 block = list(islice(given, BLOCK))
@@ -158,7 +159,7 @@ class Finder:
                     yield [(row, score) for row, score in pairs if row >= 0 and row not in one.barred][:depth]
                 shown.update(len(block))
 
-    def _search(self, wanted: Callable[[], Iterator[Wanted]], count: int) -> Callable[[int, list[Wanted], int], Hits]:
+    def _search(self, wanted: Callable[[], Iterator[Wanted]]) -> Callable[[int, list[Wanted], int], Hits]:
         """(start, block, k) -> the k best of a block of those wanted, which begins at `start`."""
         from data_tools.mining.retrievers import Encoder, Lexical
         from mmembed.search import top_k
@@ -172,40 +173,18 @@ class Finder:
                 [one.content for one in block], k, np.empty((len(block), 0), np.int64)
             )[0]
         assert isinstance(retriever, Encoder), "a retriever searches or gives vectors"
-        corpus = self._encoded("documents", lambda: iter(self.documents), len(self.documents), self.roles[1])
-        queries = self._encoded("queries", lambda: (one.content for one in wanted()), count, self.roles[0])
+        corpus = self._encoded("documents", lambda: iter(self.documents), retriever, self.roles[1])
+        queries = self._encoded("queries", lambda: (one.content for one in wanted()), retriever, self.roles[0])
         return lambda start, block, k: top_k(queries[start : start + len(block)], corpus, k, similarity=self.similarity)
 
-    def _encoded(self, name: str, contents: Callable[[], Iterator[Content]], count: int, role: Role) -> NDArray[Any]:
-        """(N, E) vectors, mapped. Raises MmembedError: NaN or infinity."""
-        from data_tools.mining.retrievers import Encoder
-        from data_tools.mining.shards import Shards
-
-        encoder = self.models.retriever
-        assert isinstance(encoder, Encoder), "it gives vectors"
-        given, keys = contents(), list[str]()
-        for _ in range(0, count, BLOCK):
-            keys.append(digest(self.models.of_retriever, role, [self._seen(one) for one in islice(given, BLOCK)]))
-        shards, given = Shards(self.context.folder, name, count, BLOCK, keys), contents()
-        missing = {number for number, _ in shards.missing()}
-        if missing:
-            self.models.load(encoder, self.context.media)
-        with bar(f"encode {name}", count, " contents", shards.complete) as shown:
-            for number in range(len(keys)):
-                block = list(islice(given, BLOCK))
-                if number not in missing:
-                    continue
-                vectors = encoder.encode(block, role)
-                finite = np.isfinite(vectors).all(axis=1)
-                if not finite.all():
-                    bad = block[int(np.flatnonzero(~finite)[0])]
-                    raise MmembedError(f"{bad}: the retriever gives NaN or infinity for it; load the model in float32")
-                shards.write(number, vectors)
-                self.models.keep("retriever")
-                shown.update(len(block))
-        return shards.open()
-
-    def _seen(self, content: Content) -> list[Any]:
-        """What an encoder sees."""
-        pictures = [self.context.media.digest(Image(source)).hex() for source in pictures_of(content.content)]
-        return [content.content, content.instruction, pictures]
+    def _encoded(self, name: str, contents: Callable[[], Iterator[Content]], encoder: Encoder, role: Role) -> Any:
+        """(N, E) vectors, mapped. The model behind a name must stay the same over the lives of a run."""
+        return encoded(
+            name,
+            contents,
+            encoder,
+            role,
+            self.context,
+            lambda: self.models.load(encoder, self.context.media),
+            lambda: self.models.keep("retriever"),
+        )

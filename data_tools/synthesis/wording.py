@@ -65,8 +65,12 @@ def unquoted(text: str) -> str:
 
 
 def filler(name: str, count: int) -> str:
-    """A text of so many words, for the samples of answers."""
-    return " ".join([name, *["words"] * (count - 1)])
+    """A text of so many words, for the samples of answers; the name is the first of them.
+
+    >>> filler("number 1", 3)
+    'number-1 words words'
+    """
+    return " ".join(["-".join(name.split()), *["words"] * (count - 1)])
 
 
 def copies_run(text: str, source: str, count: int) -> bool:

@@ -284,9 +284,10 @@ def test_an_encoder_finds_what_brute_force_finds_and_encodes_nothing_twice(tmp_p
     """The packaged nano over texts and pictures; a run that died within the corpus goes on behind its last shard."""
     from data_tools.mining.retrievers import Item as Content
     from data_tools.mining.retrievers.mmembed_model import MmembedModel
-    from data_tools.synthesis import finding
+    from data_tools.synthesis import encoding, finding
 
     monkeypatch.setattr(finding, "BLOCK", 8)
+    monkeypatch.setattr(encoding, "SHARD", 8)
     corpus = tmp_path / "corpus.jsonl"
     rows = [{"id": f"d{row}", "text": text} for row, text in enumerate(list(texts("corpus").values())[:36])]
     corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -17,13 +17,14 @@ from data_tools.generators import Answer
 from data_tools.synthesis.estimate import estimate
 from data_tools.synthesis.pipeline import Run
 from data_tools.synthesis.settings import load_synthesis
-from data_tools.synthesis.stages import STAGES, Unusable
+from data_tools.synthesis.stages import STAGES, Context, Unusable
 from data_tools.synthesis.stages.composition_negatives import changed_words
 from data_tools.synthesis.stages.multicsr_curate import curate, read_score
 from data_tools.synthesis.stages.sub_captions import sentences_of
 from data_tools.synthesis.stages.word_swaps import swaps_of, tagged
 from mmembed.data.records import parse_record
-from mmembed.errors import ConfigError
+from mmembed.errors import ConfigError, MmembedError
+from mmembed.media import MediaStore
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "losses.json").read_text(encoding="utf-8"))
 SWAPS = ("noun_phrases", "nouns", "adjectives", "adverbs", "verbs")
@@ -158,7 +159,7 @@ def test_rewrites_stand_beside_the_caption_under_its_id(run):
     assert original == {"content": "a dog asleep", "id": "two-0"} and len(others) == 3
     assert {one["id"] for one in others} == {"two-0"} and len({one["content"] for one in others}) == 3
     assert others[0]["meta"] == {"by": "rewrite", "style": "caption"} and "relevance" not in others[0]
-    assert notes(summary)["rewrites that fell back to the original"] == 3
+    assert notes(summary) == {"lost rewrites": 3}
     assert summary["stages"][0]["unusable"] == {"too short": 9}
 
 
@@ -279,14 +280,16 @@ class Given:
         return np.array([self.vectors[json.dumps(item.content)] for item in items], dtype=np.float32)
 
 
-def applied(stage, items):
-    from data_tools.synthesis.stages import Context
+@pytest.fixture
+def applied(tmp_path):
+    def apply(stage, items, name="01-x"):
+        context = Context(0, MediaStore(), tmp_path / name, Path)
+        return list(stage.apply(items, context)), context
 
-    context = Context(0, None, Path("01-x"), Path)
-    return list(stage.apply(items, context)), context
+    return apply
 
 
-def test_gates_are_those_of_the_reference_implementation():
+def test_gates_are_those_of_the_reference_implementation(applied):
     """The golden values of ALIP's first step, sample weights and both pair weights."""
     (entry,) = GOLDEN["alip"]
     inputs, expected = entry["inputs"], entry["expected"]
@@ -314,7 +317,7 @@ def test_gates_are_those_of_the_reference_implementation():
     assert context.notes == {"captions taken off": 2}
 
 
-def test_means_go_on_over_batches():
+def test_means_go_on_over_batches(applied):
     """H after n batches by a loop of its own; batches of one."""
     cosines = [0.9, 0.1, 0.5]
     vectors, items = {json.dumps("p"): [1.0, 0.0], json.dumps("c"): [1.0, 0.0]}, []
@@ -394,6 +397,37 @@ def test_classes_are_described_matched_and_summarised(run, tmp_path):
     best = model.similarity(shown, model.encode(owls))[0].argsort()[::-1][:2]
     assert [one["content"] for one in made[1]["documents"]] == [f"{owls[place][-20:]} in short" for place in best]
     assert {one["id"] for one in made[1]["documents"]} == {"owl"} and made[1]["documents"][0]["relevance"] == 1.0
+
+
+def test_a_line_that_is_no_description_is_named(tmp_path):
+    whole = {"id": "owl-0", "content": "an owl", "meta": {"class": "owl"}}
+    stage = {"type": "match_descriptions", "descriptions": "told.jsonl", "embedder": "mmembed"}
+    file = tmp_path / "told.jsonl"
+    for bad in ('{"id": ', '["owl"]', '{"id": "x", "content": "x"}', '{"id": "x", "content": "x", "meta": 3}'):
+        file.write_text(f"{json.dumps(whole)}\n{bad}\n")
+        with pytest.raises(ConfigError, match=r"told\.jsonl:2: "):
+            list(STAGES.build(stage, below_root=tmp_path.joinpath).apply([], None))
+    file.write_text("\n")
+    with pytest.raises(ConfigError, match="holds no description"):
+        list(STAGES.build(stage, below_root=tmp_path.joinpath).apply([], None))
+
+
+def test_a_vector_that_is_not_finite_names_its_item(tmp_path, applied):
+    items = [{"id": f"r{row}", "query": "p", "documents": [{"content": "t"}, {"content": f"c{row}"}]} for row in (1, 2)]
+    vectors = {json.dumps(one): [1.0, 0.0] for one in ("p", "t", "c1")} | {json.dumps("c2"): [float("nan"), 0.0]}
+    stage = STAGES.get("alip_gates")(embedder="mmembed")
+    stage.encoder = Given(vectors)
+    with pytest.raises(MmembedError, match=r"record 'r2': .* NaN"):
+        applied(stage, items)
+
+
+def test_a_second_life_encodes_nothing_again(applied):
+    items = [{"id": "r", "query": "p", "documents": [{"content": "t"}, {"content": "c"}]}]
+    stage = STAGES.get("alip_gates")(embedder="mmembed")
+    stage.encoder = Given({json.dumps(one): [1.0, 0.5] for one in "ptc"})
+    first, _ = applied(stage, items)
+    stage.encoder = Given({})  # has no vector of anything
+    assert applied(stage, items)[0] == first
 
 
 # Composition ---------------------------------------------------------------------------------------------------------
@@ -516,7 +550,7 @@ def test_written_negatives_are_checked(run):
         }
     ]  # fmt: skip
     assert summary["stages"][0]["unusable"] == {"copies": 3, "too many words changed": 3}
-    assert notes(summary) == {f"no negative: {kind}": 1 for kind in ("attribute", "relation", "count")}
+    assert notes(summary) == {"lost: attribute": 1, "lost: relation": 1, "no negative: count": 1}
 
 
 # S3FT ----------------------------------------------------------------------------------------------------------------

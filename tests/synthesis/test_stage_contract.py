@@ -50,6 +50,24 @@ OPTIONS = {  # besides `type`; paths are below the folder of a test, which holds
     "score_gap": {"missing": "keep"},
     "target_directed": {"embedder": "mmembed", "target": "corpus.jsonl", "share": 0.7},
 }
+EXTREMES = {  # of every stage that asks: options at the ends of what they may be
+    "captions": [{"min_words": 1, "max_words": 1}, {"min_words": 300, "max_words": 300, "levels": [9]}],
+    "class_descriptions": [{"max_words": 1}, {"max_words": 2, "count": 1}, {"max_words": 500, "count": 40}],
+    "composition_negatives": [{"most_changed": 1}, {"positives": 9}],
+    "graded_passages": [{"min_words": 1, "max_words": 1}, {"min_words": 900, "max_words": 900, "levels": [1]}],
+    "judge": [{"samples": 9, "reason": True}, {"levels": [0, 2]}],
+    "multicsr_curate": [{"positive_line": 0.0, "negative_line": 5.0}],
+    "multicsr_generate": [{"min_words": 1, "max_words": 1}, {"min_words": 400, "max_words": 400}],
+    "queries": [
+        {"words": {"keyword": [1, 1]}, "types": ["keyword"], "per_document": 30},
+        {"words": {"long": [500, 500]}, "types": ["long"], "per_document": 1, "copied_words": 1},
+    ],
+    "rewrite": [{"least_words": 1, "most_words": 1}, {"least_words": 90, "each": 9}],
+    "s3ft_answers": [{"words": ["relevant", "irrelevant"]}],
+    "s3ft_select": [{}],
+    "sub_captions": [{"captions": 1, "least_words": 1}, {"captions": 60, "least": 60, "least_words": 90}],
+    "tasks": [{"tasks": 1}, {"tasks": 40, "examples": 2}],
+}
 TEXTS_ALONE = ("retrieve", "demonstrations")  # as their default, BM25, reads them
 ALSO = {"candidates": [{"content": "A loaf.", "id": "other", "score": 1.5}, {"content": "A train.", "score": 0.5}]}
 
@@ -225,6 +243,19 @@ def test_its_questions(name, folder, context):
         assert questions
 
 
+@pytest.mark.parametrize("name", [name for name, cls in STAGES.classes().items() if issubclass(cls, AskingStage)])
+def test_its_samples_can_be_used_whatever_its_options(name, folder, context):
+    """What a run is estimated with: of the schema, and read by the stage itself, which `driven` has it do."""
+    for number, more in enumerate(EXTREMES[name]):
+        stage = build(name, folder, **more)
+        for kind in sorted(stage.takes):
+            here = context(f"{number}-{kind}")
+            for item in needed(stage, items_of(kind, name)):
+                for ask in driven(stage, item, here)[1]:
+                    if ask.schema is not None:
+                        jsonschema.validate(json.loads(as_answer(ask.sample)), ask.schema)
+
+
 @pytest.mark.parametrize("name", [name for name, cls in STAGES.classes().items() if issubclass(cls, SetStage)])
 def test_a_stage_that_sees_all_items_leaves_their_order(name, folder, context):
     """It says something of each, unless it makes others of them."""
@@ -236,6 +267,22 @@ def test_a_stage_that_sees_all_items_leaves_their_order(name, folder, context):
         given = [item["id"] for item in items]
         assert [one for one in ids if one in given] == (given if {*ids} & {*given} else [])
         assert stage.sampled(items[0], context(f"02-{kind}"))["id"] == items[0]["id"]
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        *((name, {}) for name, cls in STAGES.classes().items() if issubclass(cls, SetStage)),
+        ("retrieve", {"retriever": "mmembed"}),
+        ("demonstrations", {"retriever": "mmembed"}),
+        ("balanced", {"metadata": "labelled.jsonl", "least": None}),
+        ("guide_model", {"top_k": 1, "corpus": ["corpus.jsonl"]}),
+    ],
+)
+def test_of_no_items_nothing_is_made(name, more, folder, context):
+    """A stage in front of it may have left all out."""
+    stage = build(name, folder, **more)
+    assert list(stage.apply(Items(Path("/dev/null"), 0), context())) == []
 
 
 @pytest.mark.parametrize("name", [name for name, cls in STAGES.classes().items() if issubclass(cls, AskingStage)])

@@ -7,20 +7,25 @@ s are cosines of an embedder, H running means over batches of records in their o
 The record's query is the picture, its first two positives are text and caption. Objective `alip` computes the same
 gates of the model that it trains, and reads no field of a record; here a model that is trained already decides before
 training, once: the weights go into the record's `meta.alip`, records of a low w are left out, and where text and
-caption disagree only the better one may stay. Cost: one pass of the embedder over pictures and texts.
+caption disagree only the better one may stay. Cost: one pass of the embedder over pictures and texts, in shards that
+a kill leaves there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from typing import Annotated, Any, ClassVar
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
-from data_tools.synthesis.embedding import encoder_of, unit_vectors
+from data_tools.synthesis.encoding import encoded, encoder_of, unit
 from data_tools.synthesis.stages import Context, Dropped, Item, Items, Kind, SetStage
 from mmembed.config.blocks import TypedBlock
+from mmembed.content import Role
 from mmembed.registry import Above0, Below1, Positive
 
 
@@ -62,14 +67,15 @@ class ALIPGates(SetStage):
 
         from mmembed.objectives.alip import agreement, gates
 
-        self.encoder.load(context.media)
-        means = torch.ones(3)
+        views = self._views(items, context)
+        means, at = torch.ones(3), 0
         rest = iter(items)
         while chunk := list(islice(rest, self.batch)):
-            whole = [item for item in chunk if len(_positives(item)) > 1]
+            whole = [item for item in chunk if _is_whole(item)]
             weighed: dict[str, tuple[list[float], list[float]]] = {}
             if whole:
-                found = agreement(torch.from_numpy(self._views(whole)))  # (3, n)
+                span, at = slice(at, at + len(whole)), at + len(whole)
+                found = agreement(torch.from_numpy(np.stack([unit(view[span]) for view in views])))  # (3, n)
                 means = self.decay * means + (1 - self.decay) * found.mean(1)
                 weights = torch.stack(gates(found, means, self.gamma))  # (3, n)
                 for item, gate, cosines in zip(whole, weights.T.tolist(), found[1:].T.tolist(), strict=True):
@@ -80,15 +86,21 @@ class ALIPGates(SetStage):
                 else:
                     yield Dropped(item, "no text and caption")
 
-    def _views(self, items: Sequence[Item]) -> Any:
-        """(3, n, E): pictures, texts, captions."""
-        import numpy as np
+    def _views(self, items: Items, context: Context) -> list[NDArray[np.float32]]:
+        """Pictures, texts, captions of the whole records: (n, E) each, mapped."""
+        from data_tools.mining.retrievers import Item as Entry
 
-        where = [f"record '{item['id']}'" for item in items]
-        pictures = unit_vectors(self.encoder, [item["query"] for item in items], where, "query")
-        both = [item["documents"][_positives(item)[number]]["content"] for number in (0, 1) for item in items]
-        texts = unit_vectors(self.encoder, both, where * 2, "document")
-        return np.concatenate([pictures, texts]).reshape(3, len(items), -1)
+        def of(number: int | None) -> Iterator[Entry]:
+            for item in filter(_is_whole, items):
+                content = item["query"] if number is None else item["documents"][_positives(item)[number]]["content"]
+                yield Entry(content, None, None, f"record '{item['id']}'")
+
+        views: tuple[tuple[str, int | None, Role], ...] = (
+            ("pictures", None, "query"),
+            ("texts", 0, "document"),
+            ("captions", 1, "document"),
+        )
+        return [encoded(name, partial(of, number), self.encoder, role, context) for name, number, role in views]
 
     def _judged(self, item: Item, weights: list[float], cosines: list[float], context: Context) -> Item | Dropped:
         sample, *gates = weights
@@ -109,3 +121,8 @@ class ALIPGates(SetStage):
 
 def _positives(item: Item) -> list[int]:
     return [place for place, one in enumerate(item["documents"]) if one.get("relevance", 1.0) > 0]
+
+
+def _is_whole(item: Item) -> bool:
+    """Whether it has a text and a caption."""
+    return len(_positives(item)) > 1

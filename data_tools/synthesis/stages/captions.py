@@ -53,7 +53,7 @@ class Captions(AskingStage):
         max_words: Positive = 40,
         instruction: str | None = None,
         most_characters: Positive = 2000,
-        max_tokens: Positive = 512,
+        max_tokens: Positive | None = None,
         temperature: float | None = None,
         template: str | None = None,
     ) -> None:

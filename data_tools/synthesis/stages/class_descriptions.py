@@ -1,9 +1,9 @@
-"""Descriptions of classes, the first half of GIST: Generating Image-Specific Text (arXiv 2307.11315).
+"""Descriptions of classes, a first half of GIST, Generating Image-Specific Text (arXiv 2307.11315, after the abstract).
 
 A document is a class: its id the label that records carry, its text the name. A language model that knows the domain
 writes how members of the class look, once for each aspect; each description is a document of its own.
 `match_descriptions` then finds for a picture those of its class that fit it, and `rewrite` with `styles: [summary]`
-shortens them, as the paper does. The paper's prompts are of its four data sets; ours has the domain as an option. Cost:
+shortens them. The prompt is ours, with the domain as an option. Cost:
 one answer a class and aspect.
 """
 
@@ -52,6 +52,7 @@ class ClassDescriptions(AskingStage):
         if len(set(aspects)) < len(aspects):
             raise ConfigError(f"{self.name}.aspects: found {list(aspects)}; give each once")
         self.domain, self.aspects, self.count, self.max_words = domain, tuple(aspects) or ("",), count, max_words
+        self.least_words = min(3, max_words)
         self.language, self.in_words = language, language_name(language)
         self.max_tokens, self.temperature = max_tokens, temperature
         self.template = Template(self.name, template, below_root, _VARIABLES)
@@ -61,7 +62,9 @@ class ClassDescriptions(AskingStage):
             "type": "object", "properties": {"descriptions": listed}, "required": ["descriptions"],
             "additionalProperties": False,
         }  # fmt: skip
-        self.sample = {"descriptions": [filler(f"number {one}", max(3, max_words // 2)) for one in range(count)]}
+        self.sample = {
+            "descriptions": [filler(f"number {one}", max(self.least_words, max_words // 2)) for one in range(count)]
+        }
 
     def fingerprint(self) -> Any:
         return self.template.source
@@ -97,6 +100,6 @@ class ClassDescriptions(AskingStage):
     def _read(self, value: Any) -> list[str]:
         texts = [" ".join(text.split()) for text in value["descriptions"]]
         for text in texts:
-            check_words(text, 3, 2 * self.max_words)
+            check_words(text, self.least_words, 2 * self.max_words)
         check_distinct(texts)
         return texts

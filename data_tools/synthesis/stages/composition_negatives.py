@@ -5,7 +5,7 @@
     relation    on the table  -> under the table
     count       two dogs      -> three dogs
 
-DeGLA (arXiv 2504.16801) trains on four such negatives a caption, written by a language model from examples; the four
+After the abstract of DeGLA (arXiv 2504.16801), where a language model writes negative captions from examples; the four
 kinds here and the prompt are ours. Each negative is a question of its own, so that one that fails costs no other, and
 is checked: at least one word differs from the original, at most `most_changed` do (insertions, deletions and
 replacements; characters in scripts without blanks), and no other document of the record reads the same. A model that
@@ -81,7 +81,7 @@ class CompositionNegatives(AskingStage):
         made: list[Any] = []
         for (place, document, change), text in zip(wanted, answers, strict=True):
             if text is None or text == NONE or _plain(text) in there:
-                context.notes[f"no negative: {change}"] += 1
+                context.notes[f"{'lost' if text is None else 'no negative'}: {change}"] += 1
                 continue
             there.add(_plain(text))
             name = document.get("id") or f"{item['id']}-{place}"

@@ -56,7 +56,10 @@ class Demonstrations(SetStage):
     def apply(self, items: Items, context: Context) -> Iterator[Item | Dropped]:
         from data_tools.mining.retrievers import Item as Content
 
-        key = "content" if "content" in next(iter(items)) else "query"
+        first = next(iter(items), None)
+        if first is None:
+            return
+        key = "content" if "content" in first else "query"
         examples: dict[str, Item] = {}  # by the id that its content has in the library
         contents = []
         for number, record in enumerate(self._records()):

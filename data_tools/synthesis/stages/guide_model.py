@@ -3,10 +3,9 @@
     negatives: out goes a negative n of a query q with  g(q, n) > g(q, p) - margin,  p the lowest positive that stays
     top_k:     out goes a positive above which more than top_k - 1 other documents stand in the guide's ranking
 
-The first is the rule of GISTEmbed (arXiv 2402.16829: what the guide rates above the positive is no negative), here once
-for all instead of at each step. The second is the consistency filter of Promptagator (arXiv 2209.11755: the document
-comes first for its query, k = 1) and of E5 (arXiv 2212.03533: k = 2 in a pool of a million); here the pool is all
-documents of the items, and `corpus`. It needs a guide with vectors.
+The first is after GISTEmbed's abstract (arXiv 2402.16829: a guide chooses the negatives of training), here once.
+The second is a consistency filter in the manner of Promptagator (arXiv 2209.11755) and E5 (arXiv 2212.03533), of which
+no number is taken; the pool is all documents of the items, and `corpus`. It needs a guide with vectors.
 
 Cost: each distinct content (of a reranker: each pair) is computed once, in shards that a kill leaves there; then one
 search. Memory: 170 bytes a distinct content, and 4,096 records with their scores; vectors stay on the disk.
@@ -84,6 +83,8 @@ class GuideModel(SetStage):
         return [self.guide.fingerprint(), stamps]
 
     def apply(self, items: Items, context: Context) -> Iterator[Item | Dropped | Trimmed]:
+        if not len(items):
+            return
         for record, scores, rivals in self._scored(items, context):
             faults = self._faults(record, scores, rivals)
             yield from without(self._noted(record, scores), faults)

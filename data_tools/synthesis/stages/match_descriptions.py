@@ -1,32 +1,28 @@
-"""The descriptions of its class that fit a picture best, the second half of GIST (arXiv 2307.11315).
+"""The descriptions of its class that fit a picture best, a second half of GIST (arXiv 2307.11315, after the abstract).
 
 positives = the `top` descriptions d of the picture's class by cos(picture, d)
 
-as the authors' code matches them. A record is a picture with its class in `labels`; what it had as documents goes.
+A record is a picture with its class in `labels`; what it had as documents goes.
 Descriptions come from a run of `class_descriptions`. Positives have the class as id, so that descriptions of one class
-are never negatives of each other, as in format `labelled`; the paper's contrastive training makes no such difference.
-Cost: one pass of the embedder over descriptions, kept in memory, and over pictures.
+are never negatives of each other, as in format `labelled`.
+Cost: one pass of the embedder over descriptions, kept in memory, and over pictures, in shards that a kill leaves there.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from data_tools.files import digest
-from data_tools.synthesis.embedding import encoder_of, unit_vectors
+from data_tools.synthesis.encoding import encoded, encoder_of, unit
 from data_tools.synthesis.stages import Context, Dropped, Item, Items, Kind, SetStage
 from mmembed.config.blocks import TypedBlock
-from mmembed.data.format_base import existing
-from mmembed.errors import ConfigError
+from mmembed.data.format_base import existing, read_json_lines
+from mmembed.errors import ConfigError, RecordError
 from mmembed.registry import Positive
-
-_BATCH = 256  # pictures that are embedded together
 
 
 class MatchDescriptions(SetStage):
@@ -35,7 +31,7 @@ class MatchDescriptions(SetStage):
     Args:
         descriptions: documents.jsonl of a run of `class_descriptions`.
         embedder: a block as mining's `retriever`, of a model that reads pictures and texts.
-        top: descriptions a picture (5 in the authors' code).
+        top: descriptions a picture.
     """
 
     name: ClassVar[str] = "match_descriptions"
@@ -57,24 +53,30 @@ class MatchDescriptions(SetStage):
         return [self.encoder.fingerprint(), digest(existing(self.file).read_bytes())]
 
     def apply(self, items: Items, context: Context) -> Iterator[Item | Dropped]:
+        from data_tools.mining.retrievers import Item as Entry
+
         described = _of_classes(self.file)
-        self.encoder.load(context.media)
-        texts = [one["content"] for of_class in described.values() for one in of_class]
-        where = [f"description '{one['id']}'" for of_class in described.values() for one in of_class]
-        vectors, start = unit_vectors(self.encoder, texts, where, "document"), 0  # (D, E)
+        flat = [
+            Entry(one["content"], None, None, f"description '{one['id']}'")
+            for of_class in described.values()
+            for one in of_class
+        ]
+
+        def shown() -> Iterator[Entry]:
+            return (Entry(item["query"], None, None, f"record '{item['id']}'") for item in items)
+
+        vectors = unit(encoded("descriptions", lambda: iter(flat), self.encoder, "document", context))  # (D, E)
+        pictures, start = encoded("pictures", shown, self.encoder, "query", context), 0  # (n, E)
         rows: dict[str, slice] = {}
         for label, of_class in described.items():
             rows[label], start = slice(start, start + len(of_class)), start + len(of_class)
-        rest = iter(items)
-        while chunk := list(islice(rest, _BATCH)):
-            names = [f"record '{item['id']}'" for item in chunk]
-            pictures = unit_vectors(self.encoder, [item["query"] for item in chunk], names, "query")  # (n, E)
-            for item, picture in zip(chunk, pictures, strict=True):
-                own = label_of(item)
-                if own is None or own not in described:
-                    yield Dropped(item, "no label" if own is None else "no description of its class", own or "")
-                else:
-                    yield self._matched(item, own, described[own], vectors[rows[own]] @ picture)
+        for place, item in enumerate(items):
+            own = label_of(item)
+            if own is None or own not in described:
+                yield Dropped(item, "no label" if own is None else "no description of its class", own or "")
+            else:
+                picture = unit(pictures[place : place + 1])[0]  # (E,)
+                yield self._matched(item, own, described[own], vectors[rows[own]] @ picture)
 
     def _matched(self, item: Item, label: str, of_class: list[Item], cosines: Any) -> Item:
         best = np.argsort(-cosines, kind="stable")[: self.top].tolist()
@@ -97,11 +99,14 @@ def label_of(item: Item) -> str | None:
 def _of_classes(file: Path) -> dict[str, list[Item]]:
     """Descriptions by class. Raises ConfigError where a line is not one of `class_descriptions`."""
     found: dict[str, list[Item]] = {}
-    with existing(file).open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            item = json.loads(line)
-            label = item.get("meta", {}).get("class")
-            if label is None or "content" not in item:
-                raise ConfigError(f"{file}:{number}: no description of a class; give documents of `class_descriptions`")
-            found.setdefault(label, []).append(item)
+    for where, item in read_json_lines(file):
+        if isinstance(item, RecordError):
+            raise ConfigError(str(item))
+        meta = item.get("meta")
+        label = meta.get("class") if isinstance(meta, dict) else None
+        if not isinstance(label, str) or not all(isinstance(item.get(key), str) for key in ("id", "content")):
+            raise ConfigError(f"{where}: no description of a class; give documents of `class_descriptions`")
+        found.setdefault(label, []).append(item)
+    if not found:
+        raise ConfigError(f"{file}: holds no description; give documents of `class_descriptions`")
     return found

@@ -33,8 +33,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.synthesis.embedding import encoder_of
-from data_tools.synthesis.encoding import Rows
+from data_tools.synthesis.encoding import Rows, encoder_of, unit
 from data_tools.synthesis.sides import Fault, is_positive, without
 from data_tools.synthesis.stages import Context, Dropped, Item, Items, Kind, SetStage, Trimmed
 from mmembed.errors import MmembedError
@@ -111,11 +110,11 @@ class Noise(SetStage):
         drawn = np.sort(generator.choice(len(pool), min(self.others, len(pool)), replace=False))  # (M,)
         if len(drawn) < 2:
             raise MmembedError(f"{self.name}: one document in all records tells nothing; give more records")
-        against = _unit(pool[drawn])  # (M, E)
+        against = unit(pool[drawn])  # (M, E)
         losses, wrong = np.empty(len(pairs), np.float32), [np.empty(0, np.float32)]
         for start in range(0, len(pairs), BLOCK):
             span = slice(start, min(start + BLOCK, len(pairs)))
-            left, right = _unit(asked[pairs.queries[span]]), _unit(pool[pairs.documents[span]])  # (B, E)
+            left, right = unit(asked[pairs.queries[span]]), unit(pool[pairs.documents[span]])  # (B, E)
             own = (left * right).sum(axis=1) / self.temperature  # (B,)
             scores = left @ against.T / self.temperature  # (B, M)
             known = np.zeros(scores.shape, np.bool_)  # (B, M)
@@ -197,11 +196,5 @@ class _Pairs:
     def features(self, places: NDArray[np.int64]) -> Floats:
         """(n, 2 E) of some pairs."""
         asked, pool = self.vectors
-        left, right = _unit(asked[self.queries[places]]), _unit(pool[self.documents[places]])
+        left, right = unit(asked[self.queries[places]]), unit(pool[self.documents[places]])
         return np.concatenate([left * right, np.abs(left - right)], axis=1)
-
-
-def _unit(vectors: NDArray[Any]) -> Floats:
-    """(n, E) of length 1."""
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.asarray(vectors / np.maximum(lengths, np.finfo(np.float32).tiny), np.float32)

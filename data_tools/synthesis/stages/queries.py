@@ -1,11 +1,10 @@
 """Queries for documents: of several types, all of a document in one answer; each query is a record with the document.
 
-Query generation as in Promptagator (arXiv 2209.11755, abstract: a model writes the queries of a task, a few examples
-shown). The types and their lengths are ours, and so is writing several at once: the model sees what it has asked
-already. All records of a document carry its id, so none of them takes it for a negative of another one. A query that
-breaks a rule is left out and counted; an answer is asked for again where none is left. Whether a search finds the
-document again (Promptagator's filter) is for `retrieve` and `judge`; here a query must not repeat a run of the
-document's words.
+After the abstract of Promptagator (arXiv 2209.11755): a model writes the queries of a task, a few examples shown. The
+types and their lengths are ours, and so is writing several at once: the model sees what it has asked already. All
+records of a document carry its id, so none of them takes it for a negative of another one. A query that breaks a rule
+is left out and counted; an answer is asked for again where none is left. Whether a search finds the document again (a
+filter in its manner) is for `retrieve` and `judge`; here a query must not repeat a run of the document's words.
 """
 
 from __future__ import annotations
@@ -100,7 +99,7 @@ class Queries(AskingStage):
         shown = [self._shown(one) for one in item.get("demonstrations", ())]
         context.notes["demonstrations with pictures"] += shown.count(None)
         messages = self.template.messages(values, pictures_of(item["content"]), [one for one in shown if one])
-        sample = {"queries": [filler(f"{one}-{place}", sum(self.words[one]) // 2) for place, one in enumerate(types)]}
+        sample = {"queries": [filler(f"query-{place}", sum(self.words[one]) // 2) for place, one in enumerate(types)]}
         read = partial(self._read, document, types)
         (taken,) = yield [
             Ask("queries", messages, sample, read, self.schema, self.max_tokens, self.temperature, language)

@@ -61,6 +61,8 @@ class Retrieve(SetStage):
     def apply(self, items: Items, context: Context) -> Iterator[Item | Dropped]:
         from data_tools.mining.retrievers import Item as Content
 
+        if not len(items):
+            return
         library = Library(read_corpus(self.corpus, context.media), context.media)
         context.notes["documents of the corpus"] = len(library.documents)
         finder = Finder(self.retriever, library, context, similarity=self.similarity)

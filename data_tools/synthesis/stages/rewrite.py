@@ -5,16 +5,16 @@
     medium    in the clear style of an encyclopaedia             WRAP
     hard      in terse, scholarly words                          WRAP
     qa        as questions and answers                           WRAP
-    summary   in one sentence                                    the last step of GIST (arXiv 2307.11315)
+    summary   in one sentence                                    after GIST (arXiv 2307.11315)
 
 Of a record the positives are rewritten: rewrites stand beside the original as further positives under its id, since
 documents of one id are never negatives of each other. Training with `positives_per_query: 1` draws one of them at each
-visit, all with the same chance: LaCLIP's step. With `of: query` each rewrite of the query is a record with the same
+visit, all with the same chance, after LaCLIP. With `of: query` each rewrite of the query is a record with the same
 documents. Of documents and queries each rewrite is an item of its own.
 
-LaCLIP takes the original where a rewrite has fewer than 2 words. Here such an answer is asked for again first; if none
-is usable, the text has one rewrite less, and the original's share of the draws grows among fewer. Prompts are ours, and
-LaCLIP's examples by several sources are not: the template has two captions. Cost: one answer a text, style and `each`.
+A rewrite under `least_words` is asked for again; if none is usable, the text has one rewrite less, and the original's
+share of the draws grows among fewer. Papers are followed after their abstracts: prompts, styles' words and examples
+(two captions in the template) are ours. Cost: one answer a text, style and `each`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Rewrite(AskingStage):
         of: of records, whether the positives (the default) or the query are rewritten.
         keep_original: false leaves the original out where a rewrite takes its place.
         language: ISO 639-1 code of what is written; None takes the text's, unchecked.
-        least_words: of a rewrite (LaCLIP: 2).
+        least_words: of a rewrite.
         most_words: of a rewrite.
         template: a YAML file in the place of the packaged one.
     """
@@ -61,7 +61,7 @@ class Rewrite(AskingStage):
         language: str | None = None,
         least_words: Positive = 2,
         most_words: Positive = 300,
-        max_tokens: Positive = 512,
+        max_tokens: Positive | None = None,
         temperature: float | None = None,
         template: str | None = None,
     ) -> None:
@@ -92,7 +92,9 @@ class Rewrite(AskingStage):
         for place, content in contents.items():
             tried = [(style, next(answers)) for style in self._tries(content)]
             found = list(_new(tried))
-            context.notes["rewrites that fell back to the original"] += len(tried) - len(found)
+            lost = sum(text is None for _, text in tried)
+            context.notes["lost rewrites"] += lost
+            context.notes["rewrites that repeat another one"] += len(tried) - lost - len(found)
             made[place] = found
         return self._items(item, contents, made)
 

@@ -1,11 +1,11 @@
-"""A model's own judgements, and its own words for the gold ones: what `s3ft_select` chooses from (arXiv 2502.08130).
+"""A model's own judgements, and its own words for the gold ones: what `s3ft_select` chooses from.
 
 Of each document of a record the model that is to be tuned is asked what training will ask it, a reason and then yes or
 no (docs/reranking.md, answers in words); where the document has a `rationale`, the gold one, it also rewrites that. An
 answer counts where its verdict is that of the document's relevance; it goes into `meta.own`, the rewritten one into
 `meta.paraphrase`. For orders (`[2] > [1]`) there is nothing to select: an order that is equivalent to the gold one is
-the same text. Cost: two answers a document with a rationale, one of others. The paper rewrites only where the own
-answer is wrong; here it cannot know yet, because another model may judge.
+the same text. Cost: two answers a document with a rationale, one of others. All gold reasons are rewritten, because
+whether an own answer is right may be for another model to judge.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class S3FTAnswers(AskingStage):
         below_root: Callable[[str], Path],
         words: Sequence[str] = ("yes", "no"),
         language: str | None = None,
-        max_tokens: Positive = 256,
+        max_tokens: Positive | None = None,
         temperature: float | None = None,
         template: str | None = None,
         paraphrase_template: str | None = None,
@@ -69,12 +69,14 @@ class S3FTAnswers(AskingStage):
         for place, document in enumerate(documents):
             meta, right = dict(document.get("meta", {})), document.get("relevance", 1.0) > 0
             if own[place] is None:
-                context.notes["no judgement"] += 1
+                context.notes["lost judgements"] += 1
             elif own[place][1] != right:
                 context.notes["wrong verdict"] += 1
             else:
                 context.notes["right verdict"] += 1
                 meta["own"] = own[place][0]
+            if place in paraphrases:
+                context.notes["lost paraphrases"] += paraphrases[place] is None
             if paraphrases.get(place) is not None:
                 meta["paraphrase"] = paraphrases[place]
             told.append({**document, "meta": meta})

@@ -1,13 +1,13 @@
 """Selective self-to-supervised fine-tuning: what a model is tuned on is its own answer where that is right
-(S3FT, arXiv 2502.08130).
+(after the abstract of S3FT, arXiv 2502.08130).
 
 answer = own, where it is equivalent to the gold one
          else its own paraphrase of the gold one, where that is equivalent
          else the gold one
 
 `s3ft_answers` wrote both. A model judges whether two reasons are equivalent: give it a `generator` of its own, which
-may be a stronger one, as the paper's. Of a document without a gold `rationale` the relevance is all the gold there is,
-and an own answer with the right verdict is taken. What was chosen becomes the document's `rationale`, which
+may be a stronger one. Of a document without a gold `rationale` the relevance is all the gold there is, and an own
+answer with the right verdict is taken. What was chosen becomes the document's `rationale`, which
 recipes/train_generative_reranker.py trains on; records without any are left out. Cost: a short answer for each own one,
 another where that is refused.
 """
@@ -59,6 +59,7 @@ class S3FTSelect(AskingStage):
         for kind in kinds:
             tried = [place for place in judged if chosen[place] == "gold" and kind in documents[place].get("meta", {})]
             verdicts = (yield [self._ask(item, place, kind) for place in tried]) if tried else []
+            context.notes["lost verdicts"] += verdicts.count(None)
             chosen |= {place: kind for place, same in zip(tried, verdicts, strict=True) if same}
         for kind_chosen in chosen.values():
             context.notes[f"trained on: {kind_chosen}"] += 1

@@ -1,10 +1,10 @@
-"""Sub-captions: the sentences of a long description of a picture, each a positive of it (DreamLIP, arXiv 2403.17007).
+"""Sub-captions: sentences of a long description of a picture, its positives, after DreamLIP (arXiv 2403.17007).
 
 A multimodal model describes the picture at length; every sentence that is long enough is a caption of its own. The
 picture becomes the query, its own text the first positive, the sentences those behind it. Objective `dreamlip` takes as
-many as its `captions` says, `alip` the first text and one sentence (`captions: 1`). The paper joins long captions of
-several models; run the stage several times with other generators for that: sentences that are there are not added
-again. Cost: one long answer a picture.
+many as its `captions` says, `alip` the first text and one sentence (`captions: 1`). For long captions of several models
+run the stage several times with other generators: sentences that are there are not added again. Cost: one long answer a
+picture.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class SubCaptions(AskingStage):
         least_words: Positive = 4,
         keep_text: bool = True,
         language: str | None = None,
-        max_tokens: Positive = 384,
+        max_tokens: Positive | None = None,
         temperature: float | None = None,
         template: str | None = None,
     ) -> None:
@@ -74,7 +74,7 @@ class SubCaptions(AskingStage):
         if not pictures:
             return Dropped(item, "no picture")
         messages = self.template.messages({"captions": self.captions, "language": self.in_words}, pictures)
-        sample = " ".join(filler(f"Sentence {n}", 10) + "." for n in range(self.captions))
+        sample = " ".join(filler(f"Sentence {n}", max(10, self.least_words)) + "." for n in range(self.captions))
         ask = Ask("description", messages, sample, self._read, None, self.max_tokens, self.temperature, self.language)
         (sentences,) = yield [ask]
         record = self._record(item, content)

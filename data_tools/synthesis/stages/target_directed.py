@@ -25,8 +25,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.synthesis.embedding import encoder_of
-from data_tools.synthesis.encoding import Rows, in_shards, seen
+from data_tools.synthesis.encoding import Rows, encoder_of, in_shards, seen
 from data_tools.synthesis.evaluation_sets import EvaluationSet, Opened
 from data_tools.synthesis.sides import SIDES_OF, Side, check_sides, is_positive
 from data_tools.synthesis.stages import Context, Dropped, Item, Items, Kind, SetStage, kind_of
