@@ -182,13 +182,19 @@ def _of_chat(chat: list[Row], key: str, where: str) -> Any:
     content = chat[0].get("content") if len(chat) == 1 and chat[0]["role"] == "user" else None
     if isinstance(content, str):
         return content
-    listed = content if isinstance(content, list) and content else [None]
-    parts = [one.get(one.get("type")) if isinstance(one, dict) else None for one in listed]
-    if None in parts:
+    parts = [_part(one) for one in content] if isinstance(content, list) else []
+    if not parts or None in parts:
         remedy = "Write one user turn; the chat of a backbone is made when it is trained"
         raise RecordError(where, f"{key} is a chat with other turns or parts", remedy, "bad field")
-    kinds = [str(one["type"]) for one in listed if isinstance(one, dict)]
-    return parts[0] if kinds == ["text"] else [{kind: part} for kind, part in zip(kinds, parts, strict=True)]
+    return parts[0]["text"] if len(parts) == 1 and "text" in parts[0] else parts
+
+
+def _part(part: Any) -> Any:
+    """A mapping of one part of a chat's content; None where it is no such thing."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if not isinstance(kind, str) or kind not in _KEYS or part.get(kind) is None:
+        return None
+    return {kind: part[kind]}
 
 
 def _names(documents: int, label: str | None) -> list[str]:
