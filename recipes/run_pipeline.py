@@ -131,8 +131,8 @@ def run(config: PipelineConfig, output: Path, commands: dict[str, list[str]]) ->
         if noted.get("digest") == before and noted.get("seconds") is not None:
             print(f"{title}: done before, in {noted['seconds']:.0f} s", flush=True)
             continue
-        if noted and noted["digest"] != before:
-            shutil.rmtree(here, ignore_errors=True)  # of another command: the step made it
+        if noted and noted["digest"] != before and step.run.startswith("recipes."):
+            shutil.rmtree(here, ignore_errors=True)  # another training; the data tools keep what is still of use
         done[step.name] = {"digest": before, "seconds": None}
         _write(record, done)
         print(f"\n{title}\n$ {shlex.join(command)}", flush=True)
