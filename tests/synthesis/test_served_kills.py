@@ -31,11 +31,11 @@ def test_passages_of_a_real_server_survive_kills(tmp_path, need_vllm):
     lines = (ROOT / "data/squad-en/queries.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (tmp_path / "queries.jsonl").write_text("".join(lines[:QUERIES]), encoding="utf-8")
     serve = {"options": {**ENGINE, "max_model_len": 1536, "max_num_seqs": 64}}
-    stage = {"type": "graded_passages", "min_words": 2, "max_words": 6, "max_tokens": 400}
+    stage = {"type": "graded_passages", "min_words": 2, "max_words": 12, "max_tokens": 640, "temperature": 1.0}
     config = {
         "output": str(tmp_path / "out"), "sources": [{"path": str(tmp_path / "queries.jsonl"), "kind": "queries"}],
         "generator": {"type": "openai", "model": "mmembed-nano", "serve": serve, "concurrency": 64},
-        "stages": [stage], "attempts": 8,
+        "stages": [stage], "attempts": 20,
     }  # fmt: skip
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "data_tools.synthesize", "--config", str(tmp_path / "config.yaml")]
