@@ -10,7 +10,6 @@ from __future__ import annotations
 import codecs
 import hashlib
 import io
-import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -163,7 +162,7 @@ class RowFormat(WritableFormat):
         return respelled(self.name, record, self.row(record), still_says)
 
     def _records(self, path: Path, whole: bool) -> Iterator[RawRecord | RecordError]:
-        for where, row in itertools.chain.from_iterable(map(read_json_lines, json_lines_of(path))):
+        for where, row in read_files(path):
             try:
                 if isinstance(row, RecordError):
                     raise row
@@ -174,14 +173,20 @@ class RowFormat(WritableFormat):
 
 
 def json_lines_of(path: Path) -> list[Path]:
-    """The file itself, or all that lie below a folder. Raises ConfigError where a folder has none."""
+    """The file itself, or all that lie below a folder."""
     if not path.is_dir():
         return [path]
     names = tuple(f".jsonl{ending}" for ending in ("", *COMPRESSED))
-    found = sorted(file for file in path.rglob("*.jsonl*") if file.name.endswith(names))
-    if not found:
+    return sorted(file for file in path.rglob("*.jsonl*") if file.name.endswith(names))
+
+
+def read_files(path: Path) -> Iterator[tuple[str, Row | RecordError]]:
+    """(`file:line`, object) of all lines of `json_lines_of`. Raises ConfigError where a folder has no file."""
+    files = json_lines_of(path)
+    if not files:
         raise ConfigError(f"{path}: the folder holds no .jsonl file; give the folder with the records")
-    return found
+    for file in files:
+        yield from read_json_lines(file)
 
 
 def read_rows(path: Path, schema: Schema) -> Iterator[tuple[str, Row | RecordError]]:

@@ -526,6 +526,15 @@ def test_the_corpus_may_be_packed_too(tmp_path):
 
 USER = [{"role": "user", "content": "q"}]
 BAD = [  # format, a row, what is said
+    ("jsonl", {"documents": [{"content": "a"}]}, "the record has no 'query'"),
+    ("jsonl", {"query": "q", "documents": []}, "the record has no 'documents'"),
+    ("jsonl", {"query": "q", "documents": ["a"]}, r"documents\[0\] is a str"),
+    ("jsonl", {"query": "q", "documents": [{"content": "a"}], "lang": "en"}, "the record has an unknown key 'lang'"),
+    (
+        "jsonl",
+        {"query": "q", "documents": [{"content": "a"}], "where": "here"},
+        "unknown key 'where'. Put it into meta",
+    ),
     ("flag_embedding", {"qury": "q", "pos": ["a"]}, "there is no 'query'. Did you mean 'qury'?"),
     ("flag_embedding", {"query": "q", "pos": []}, r"pos is \[\]. Give at least one entry"),
     ("flag_embedding", {"query": "q", "pos": "a"}, "pos is 'a'. It should be a valid list"),

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mmembed.data.format_base import RawRecord, WritableFormat, read_json_lines
+from mmembed.data.format_base import RawRecord, WritableFormat
 from mmembed.data.holding import DOCUMENT_FIELDS, MEDIA, RECORD_FIELDS, Holds
-from mmembed.data.rows import json_lines_of, write_rows
+from mmembed.data.rows import json_lines_of, read_files, write_rows
 from mmembed.errors import RecordError
 
 if TYPE_CHECKING:
@@ -36,16 +36,12 @@ class JsonLines(WritableFormat):
         return json_lines_of(path)
 
     def read(self, path: Path) -> Iterator[RawRecord | RecordError]:
-        return self._rows(path)
+        for where, row in read_files(path):
+            yield row if isinstance(row, RecordError) else {**row, "where": where}
 
     def read_whole(self, path: Path) -> Iterator[RawRecord | RecordError]:
-        for record in self._rows(path):
-            yield record if isinstance(record, RecordError) else _complete(record)
-
-    def _rows(self, path: Path) -> Iterator[RawRecord | RecordError]:
-        for file in self.files(path):
-            for where, row in read_json_lines(file):
-                yield row if isinstance(row, RecordError) else {**row, "where": where}
+        for where, row in read_files(path):
+            yield row if isinstance(row, RecordError) else _complete(row, where)
 
     def write(self, path: Path, records: Iterator[RawRecord], media: MediaStore) -> None:
         write_rows(path, ({key: value for key, value in record.items() if key != "where"} for record in records))
@@ -56,10 +52,11 @@ class JsonLines(WritableFormat):
         return isinstance(documents, list) and all(isinstance(one, dict) and "content" in one for one in documents)
 
 
-def _complete(record: RawRecord) -> RawRecord | RecordError:
-    """The record, or that it lacks a side: it would be taken for what nobody judged."""
+def _complete(row: dict[str, Any], where: str) -> RawRecord | RecordError:
+    """The record; or that it lacks a side, and would be taken for what nobody judged."""
     for key in ("query", "documents"):
-        if not record.get(key):
-            found = f"the record has no '{key}'"
-            return RecordError(record["where"], found, "Add it, or remove the line", "missing key")
-    return record
+        if not row.get(key):
+            return RecordError(where, f"the record has no '{key}'", "Add it, or remove the line", "missing key")
+    if "where" in row:
+        return RecordError(where, "the record has an unknown key 'where'", "Put it into meta", "unknown key")
+    return {**row, "where": where}
