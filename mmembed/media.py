@@ -352,6 +352,10 @@ class _PictureTable:
             row, column = int(match["row"]), match["column"]
             if row >= self._rows.num_rows:
                 raise MediaError(f"{self.path}#{reference}: the table has {self._rows.num_rows} rows", kind="missing")
+        if column not in self._rows.column_names:
+            there = next(name for name in self._rows.column_names if name != "image_id")
+            remedy = f"name the picture as {there}[{row}], or its column 'image'"
+            raise MediaError(f"{self.path}#{reference}: the table has no column 'image'; {remedy}", kind="missing")
         encoded = self._rows[column][row].as_py()
         if encoded is None:
             raise MediaError(f"{self.path}#{reference}: the row has no image bytes", kind="missing")

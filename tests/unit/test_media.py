@@ -203,3 +203,11 @@ def test_only_errors_of_writing_are_the_caches(error, of_the_cache, tmp_path):
         build_once(tmp_path / "key", build)
     assert isinstance(caught.value, CacheError) == of_the_cache
     assert not (tmp_path / "key").exists()
+
+
+def test_a_table_whose_pictures_stand_in_another_column_says_how_to_name_them(root, store):
+    table = pa.table({"image_id": ["a"], "page": [encoded(gradient())]})
+    pq.write_table(table, root / "pages.parquet")
+    with pytest.raises(MediaError, match=r"no column 'image'; name the picture as page\[0\]"):
+        store.read(Image("pages.parquet#a"))
+    assert store.open(Image("pages.parquet#page[0]")).size == (40, 20)
