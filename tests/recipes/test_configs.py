@@ -64,9 +64,12 @@ def test_synthesis_config_is_read_and_its_data_is_there(file):
 
     first = file.read_text().splitlines()[0]
     assert first.startswith(f"# python -m data_tools.synthesize --config {file.relative_to(ROOT)}")
-    config = load_synthesis(file, [f"root={ROOT / 'data'}"])
+    config = load_synthesis(file)
+    if "sources=" in first:  # of files that only a user has
+        return
     for source in config.sources:
-        assert config.below_root(source.path).exists() or source.path.startswith("runs/"), source.path
+        there = ROOT / (config.root or "") / source.path
+        assert there.exists() or source.path.startswith("runs/"), source.path
 
 
 @pytest.mark.parametrize("file", PIPELINES, ids=lambda file: file.stem)
