@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import logging
 import os
 import signal
@@ -48,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         _check(options)
+        for name in ("page", "reading", "statistics"):  # seconds: before the folder is held
+            importlib.import_module(f"data_tools.inspection.{name}")
         with only_one(Path(options.output)):
             print(inspect(options))
     except OSError as error:
