@@ -34,9 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status."""
     options = parse("data_tools.mine_negatives", __doc__, "recipes/configs/mining", arguments)
 
-    from data_tools.mining.settings import load_mining
+    def load() -> MiningConfig:
+        from data_tools.mining.settings import load_mining
 
-    return carry_out(lambda: load_mining(options.config, options.overrides), mine)
+        return load_mining(options.config, options.overrides)
+
+    return carry_out(load, mine)
 
 
 def mine(config: MiningConfig, output: Path) -> str:

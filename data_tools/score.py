@@ -31,9 +31,13 @@ QUERIES = 4096  # whose scores are in memory together
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status."""
     options = parse("data_tools.score", __doc__, "recipes/configs/distil", arguments)
-    from data_tools.mining.settings import load_scoring
 
-    return carry_out(lambda: load_scoring(options.config, options.overrides), score)
+    def load() -> ScoreConfig:
+        from data_tools.mining.settings import load_scoring
+
+        return load_scoring(options.config, options.overrides)
+
+    return carry_out(load, score)
 
 
 def score(config: ScoreConfig, output: Path) -> str:
