@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from tqdm import tqdm
@@ -35,6 +36,7 @@ BUDGET = "the budget is spent"
 EARLIEST = 50  # items, before which nothing is said about how many are lost
 LANGUAGE_CHARACTERS = 40  # texts below say too little about their language
 SURE = 0.9  # of a language
+_SORTED = json.JSONEncoder(sort_keys=True)  # kept: json.dumps with an option builds one at every call
 _SHOWN = 300  # characters of an answer
 
 
@@ -255,10 +257,18 @@ def _json(text: str, schema: Mapping[str, Any]) -> Any:
         value = json.loads(inner, strict=False)
     except (ValueError, RecursionError):
         raise Unusable("not JSON", text[:_SHOWN]) from None
-    error = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(value))
+    error = jsonschema.exceptions.best_match(_validator(_SORTED.encode(schema)).iter_errors(value))
     if error is not None:
         raise Unusable("not of the schema", f"{error.json_path}: {error.message}"[:_SHOWN])
     return value
+
+
+@lru_cache(256)
+def _validator(schema: str) -> Any:
+    """Made once for a schema, of its JSON: that takes longer than its use."""
+    import jsonschema
+
+    return jsonschema.Draft202012Validator(json.loads(schema))
 
 
 def _check_language(value: Any, language: str) -> None:
