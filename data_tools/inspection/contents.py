@@ -6,21 +6,17 @@ compatible form, case and white space left out, and the encoded bytes of their p
 
 from __future__ import annotations
 
-import base64
-import io
 import unicodedata
 from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
-
+from data_tools.thumbnails import shortened, thumbnail
 from mmembed.content import Audio, Content, Image, Text, Video
 from mmembed.errors import MediaError, RecordError
 from mmembed.media import MediaStore
 
-THUMBNAIL = 132  # pixels of the longer side
 TEXT = 320  # characters of a text that is shown
 PICTURES = 4  # of a content that are shown
 _REMEMBERED = 100_000  # digests of pictures
@@ -85,29 +81,14 @@ def kinds_of(content: Content) -> str:
     return " + ".join(sorted({type(part).__name__.lower() for part in content}))
 
 
-def shortened(text: str, length: int = TEXT) -> str:
-    return text if len(text) <= length else f"{text[:length].rsplit(' ', 1)[0]} …"
-
-
 def shown(content: Content, media: MediaStore) -> dict[str, Any]:
     """The text, cut, and small pictures as data URLs; of one that cannot be opened an empty string."""
     pictures = list(pictures_of(content))
     return {
-        "text": shortened(text_of(content)),
+        "text": shortened(text_of(content), TEXT),
         "pictures": [thumbnail(one, media) for one in pictures[:PICTURES]],
         "sounds": sum(isinstance(part, Audio) for part in content),
     }
-
-
-def thumbnail(image: Image, media: MediaStore) -> str:
-    try:
-        picture = media.open(image)
-    except MediaError:
-        return ""
-    picture.thumbnail((THUMBNAIL, THUMBNAIL), PIL.Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=78, optimize=True)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _sound(part: Audio, where: str) -> bytes:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.files import write_whole
-from data_tools.inspection.contents import shown, thumbnail
+from data_tools.inspection.contents import shown
 from data_tools.inspection.statistics import Statistics
+from data_tools.thumbnails import thumbnail
 from mmembed.charts import histogram, page_environment
 from mmembed.content import Document, Example, Image
 from mmembed.data.records import content_to_json

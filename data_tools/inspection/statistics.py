@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from data_tools.inspection.contents import Keys, kinds_of, number, pictures_of, shortened, text_of
+from data_tools.inspection.contents import Keys, kinds_of, number, pictures_of, text_of
 from data_tools.inspection.reading import Reading
 from data_tools.inspection.sketches import Digests, Names, Numbers, Repeated, Reservoir
 from data_tools.languages import SURE, UNDETERMINED, identify
 from data_tools.near_duplicates import picture_groups, text_groups
+from data_tools.thumbnails import shortened
 from mmembed.content import Content, Document, Example, Image, Task
 from mmembed.data.dataset import fields_of
 from mmembed.data.words import split_words

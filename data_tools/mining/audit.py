@@ -8,15 +8,12 @@ pictures are inlined as small JPEGs.
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
 from numpy.typing import NDArray
 
 from data_tools.files import write_whole
@@ -24,13 +21,12 @@ from data_tools.mining.collection import Collection
 from data_tools.mining.retrievers import Item
 from data_tools.mining.settings import MiningConfig
 from data_tools.mining.steps import Mined
+from data_tools.thumbnails import shortened, thumbnail
 from mmembed.charts import histogram, page_environment
 from mmembed.content import Image, Video, to_content
-from mmembed.errors import MediaError
 from mmembed.media import MediaStore
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
-THUMBNAIL = 132  # pixels of the longer side
 TEXT = 280  # characters of a text that is shown
 SHOWN = 4  # pictures a content
 SAMPLES = 4  # of all that was mined, spread over the queries
@@ -164,20 +160,8 @@ def _shown(item: Item, media: MediaStore) -> dict[str, Any]:
     images = []
     for part in to_content(item.content):
         images += list(part.frames) if isinstance(part, Video) else [part] if isinstance(part, Image) else []
-    text = item.text if len(item.text) <= TEXT else item.text[:TEXT].rsplit(" ", 1)[0] + " …"
-    return {"text": text, "id": item.id or item.where, "pictures": [_thumbnail(one, media) for one in images[:SHOWN]]}
-
-
-def _thumbnail(image: Image, media: MediaStore) -> str:
-    """A small JPEG as a data URL; of a picture that is gone meanwhile, an empty string."""
-    try:
-        picture = media.open(image)
-    except MediaError:
-        return ""
-    picture.thumbnail((THUMBNAIL, THUMBNAIL), PIL.Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=78, optimize=True)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    pictures = [thumbnail(one, media) for one in images[:SHOWN]]
+    return {"text": shortened(item.text, TEXT), "id": item.id or item.where, "pictures": pictures}
 
 
 def _compared(positives: NDArray[Any], negatives: NDArray[Any]) -> dict[str, Any]:

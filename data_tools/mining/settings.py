@@ -6,20 +6,16 @@ import importlib.util
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from data_tools.settings import Block, Reading, listed
 from mmembed.config import load_blocks
-from mmembed.config.blocks import MediaLimitsConfig, Positive, SourceConfig, TypedBlock, block_type, check_type
+from mmembed.config.blocks import Positive, SourceConfig, TypedBlock, block_type, check_type
 from mmembed.content import Task
 from mmembed.errors import ConfigError, MmembedError, nearest
-from mmembed.media_limits import MediaLimits
 
 
-class _Block(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class MiningSource(_Block):
+class MiningSource(Block):
     """Records to mine for. Their documents are the corpus, and what is in `corpus` beside them.
 
     path, format, options, name, instruction, document_instruction, task, max_examples: as of a training source.
@@ -40,7 +36,7 @@ class MiningSource(_Block):
     @field_validator("corpus", mode="before")
     @classmethod
     def _lists(cls, value: Any) -> Any:
-        return _listed(value)
+        return listed(value)
 
     @property
     def title(self) -> str:
@@ -58,7 +54,7 @@ class MiningSource(_Block):
         return SourceConfig(**{**self.model_dump(exclude={"corpus", "name"}), "name": self.title})
 
 
-class SearchConfig(_Block):
+class SearchConfig(Block):
     """The search for candidates.
 
     depth: candidates a query.
@@ -86,7 +82,7 @@ class SearchConfig(_Block):
         return self
 
 
-class RecordsConfig(_Block):
+class RecordsConfig(Reading):
     """A run that reads sources, asks models about them, and writes records.
 
     output: folder of the records (a .jsonl file a source), and `work`, what was computed.
@@ -95,19 +91,14 @@ class RecordsConfig(_Block):
     overwrite: what was computed by another retriever or teacher may be replaced.
     """
 
-    output: str
-    root: str | None = None
-    media_root: str | None = None
-    media_limits: MediaLimitsConfig = MediaLimitsConfig()
     sources: tuple[MiningSource, ...] = Field(min_length=1)
-    on_bad_record: Literal["raise", "skip"] = "raise"
     shard: Positive = 1024
     overwrite: bool = False
 
     @field_validator("sources", mode="before")
     @classmethod
     def _sources(cls, value: Any) -> Any:
-        return _listed(value)
+        return listed(value)
 
     @model_validator(mode="after")
     def _files(self) -> Self:
@@ -116,14 +107,6 @@ class RecordsConfig(_Block):
             if files.count(source.file) > 1:
                 raise ConfigError(f"two sources would be written to '{source.file}.jsonl'; give one a name of its own")
         return self
-
-    @property
-    def limits(self) -> MediaLimits:
-        return MediaLimits(**self.media_limits.model_dump())
-
-    def below_root(self, path: str) -> Path:
-        """An absolute path of a source."""
-        return (Path(path) if self.root is None else Path(self.root) / path).absolute()
 
 
 class ScoreConfig(RecordsConfig):
@@ -180,7 +163,7 @@ class MiningConfig(RecordsConfig):
     @field_validator("rules", "earlier", mode="before")
     @classmethod
     def _lists(cls, value: Any) -> Any:
-        return _listed(value)
+        return listed(value)
 
     @field_validator("retriever", "teacher", "rules")
     @classmethod
@@ -213,12 +196,6 @@ class MiningConfig(RecordsConfig):
         if self.clusters is not None and self.search.precision in ("int8", "binary", "bfloat16"):
             raise ConfigError(f"clusters + search.precision '{self.search.precision}': use float32 or float16")
         return self
-
-
-def _listed(value: Any) -> Any:
-    if isinstance(value, str | dict):
-        raise ConfigError(f"found {value!r}; write a list: [{value if isinstance(value, str) else '{...}'}]")
-    return value
 
 
 def load_mining(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> MiningConfig:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
+from data_tools.files import stamps
 from data_tools.synthesis.sides import Side, is_positive
 from mmembed.data.format_base import FORMATS, read_json_lines
 from mmembed.data.records import parse_record, resolve_media, with_title
@@ -68,8 +69,7 @@ class Opened:
 
     def stamps(self) -> list[Any]:
         """What tells that it has changed."""
-        folder = [one for one in sorted(self.path.rglob("*")) if one.is_file()] if self.path.is_dir() else [self.path]
-        return [[str(one), one.stat().st_size, one.stat().st_mtime_ns] for one in folder]
+        return [str(self.path), stamps([self.path])]
 
     def __iter__(self) -> Iterator[Entry]:
         """Its contents, each document once a query that it is relevant to. Raises RecordError for a bad line."""

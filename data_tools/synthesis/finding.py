@@ -109,16 +109,6 @@ def existing(where: str, paths: Sequence[Path]) -> list[Path]:
     return list(paths)
 
 
-def stamps(paths: Sequence[Path]) -> list[Any]:
-    """Sizes and times of files, of those in folders, and of the pictures' table beside a file."""
-    files: list[Path] = []
-    for path in paths:
-        files += sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
-        table = path.with_name("images.parquet")
-        files += [table] if path.is_file() and table.is_file() else []
-    return [[one.name, one.stat().st_size, one.stat().st_mtime_ns] for one in files]
-
-
 class Finder:
     """Finds documents with a retriever of mining.
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -34,7 +33,6 @@ from mmembed.errors import MmembedError, RecordError
 from mmembed.media import MediaStore
 from mmembed.progress import bar
 
-logger = logging.getLogger(__name__)
 EXAMPLES = 3  # of what a stage left out, in the summary
 _ENCODER = json.JSONEncoder(ensure_ascii=False)
 

@@ -5,25 +5,21 @@ from __future__ import annotations
 from collections.abc import Collection
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from data_tools.settings import Block, Reading, listed
 from data_tools.synthesis.stages import STAGES, AskingStage, Kind, Stage
 from mmembed.config import load_blocks
-from mmembed.config.blocks import MediaLimitsConfig, Positive, TypedBlock, block_type, check_type
+from mmembed.config.blocks import Positive, TypedBlock, block_type, check_type
 from mmembed.content import Task
 from mmembed.errors import ConfigError, MmembedError, nearest
-from mmembed.media_limits import MediaLimits
 
 EXAMPLES = "recipes/configs/synthesis"
 
 
-class _Block(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SynthesisSource(_Block):
+class SynthesisSource(Block):
     """What a pipeline begins with.
 
     path: relative to `root`. Of documents and queries a `.jsonl` file (a corpus.jsonl or queries.jsonl of BEIR, lines
@@ -59,14 +55,14 @@ class SynthesisSource(_Block):
         return self.name or self.path
 
 
-class Budget(_Block):
+class Budget(Block):
     """What a run may ask for in all its lives; None is without bound. tokens: of prompts and answers together."""
 
     requests: Positive | None = None
     tokens: Positive | None = None
 
 
-class SamplingConfig(_Block):
+class SamplingConfig(Block):
     """Of asks whose stage says nothing else."""
 
     max_tokens: Positive = 512
@@ -75,7 +71,7 @@ class SamplingConfig(_Block):
     stop: tuple[str, ...] = ()
 
 
-class Prices(_Block):
+class Prices(Block):
     """Of a million tokens, in any currency, for the estimate. tokens_per_second: of answers, for its time."""
 
     prompt: float = Field(default=0.0, ge=0)
@@ -83,7 +79,7 @@ class Prices(_Block):
     tokens_per_second: float | None = Field(default=None, gt=0)
 
 
-class SynthesisConfig(_Block):
+class SynthesisConfig(Reading):
     """A run of `data_tools.synthesize`.
 
     output: folder of what is made, and `work`, what was answered and computed.
@@ -94,11 +90,6 @@ class SynthesisConfig(_Block):
     max_lost: the share of a stage's items that may be lost before the run ends with status 1.
     """
 
-    output: str
-    root: str | None = None
-    media_root: str | None = None
-    media_limits: MediaLimitsConfig = MediaLimitsConfig()
-    on_bad_record: Literal["raise", "skip"] = "raise"
     sources: tuple[SynthesisSource, ...] = Field(min_length=1)
     generator: TypedBlock | None = None
     generators: dict[str, TypedBlock] = Field(default_factory=dict)
@@ -113,9 +104,7 @@ class SynthesisConfig(_Block):
     @field_validator("sources", "stages", mode="before")
     @classmethod
     def _lists(cls, value: Any) -> Any:
-        if isinstance(value, str | dict):
-            raise ConfigError(f"found {value!r}; write a list: [{value if isinstance(value, str) else '{...}'}]")
-        return value
+        return listed(value)
 
     @field_validator("generator", "stages")
     @classmethod
@@ -129,14 +118,6 @@ class SynthesisConfig(_Block):
         if len(kinds) > 1:
             raise ConfigError(f"sources: {' and '.join(sorted(kinds))} in one run; give each kind a run of its own")
         return self
-
-    @property
-    def limits(self) -> MediaLimits:
-        return MediaLimits(**self.media_limits.model_dump())
-
-    def below_root(self, path: str) -> Path:
-        """An absolute path of one in the config."""
-        return (Path(path) if self.root is None else Path(self.root) / path).absolute()
 
 
 class Step:

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from data_tools.synthesis.finding import Finder, Library, Wanted, existing, stamps
+from data_tools.files import stamps
+from data_tools.synthesis.finding import Finder, Library, Wanted, existing
 from data_tools.synthesis.stages import Context, Dropped, Item, Items, SetStage
 from mmembed.config.blocks import TypedBlock
 from mmembed.content import Role

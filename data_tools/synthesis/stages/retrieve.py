@@ -12,7 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from data_tools.synthesis.finding import Finder, Library, Wanted, existing, read_corpus, stamps
+from data_tools.files import stamps
+from data_tools.synthesis.finding import Finder, Library, Wanted, existing, read_corpus
 from data_tools.synthesis.stages import Context, Dropped, Item, Items, Kind, SetStage
 from mmembed.config.blocks import TypedBlock
 from mmembed.errors import ConfigError
