@@ -28,7 +28,13 @@ from benchmarks._common import DATA, Row, environment, parser, set_up, show, tol
 from mmembed import packaged
 
 GOAL = 0.95
-ENGINE = {"max_model_len": 2048, "dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 2 << 30}
+ENGINE = {
+    "max_model_len": 2048,
+    "dtype": "float32",
+    "enforce_eager": True,
+    "kv_cache_memory_bytes": 2 << 30,
+    "enable_chunked_prefill": False,
+}
 TOKENS = 160  # of an answer
 REPOSITORY = Path(__file__).resolve().parents[1]
 PYTHON = REPOSITORY / ".venv-vllm/bin/python"

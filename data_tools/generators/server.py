@@ -10,11 +10,10 @@ import time
 from typing import Any
 
 from data_tools.generators import GeneratorDown
-from data_tools.generators.child import Child, flags, vllm_python
+from data_tools.generators.child import Child, engine_options, flags, vllm_python
 from mmembed.packaged import resolve
 from mmembed.registry import Above0, Count
 
-WHITESPACE = {"structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True}}
 _log = logging.getLogger(__name__)
 _WHERE = "generators.openai.serve"
 _POLL = 0.2
@@ -41,7 +40,7 @@ class Server:
         restarts: Count = 3,
         log: str | None = None,
     ) -> None:
-        self.model, self.python, self.options = model, python, {**WHITESPACE, **(options or {})}
+        self.model, self.python, self.options = model, python, options or {}
         self.start_seconds, self.restarts, self.log = start_seconds, restarts, log
         self.port = 0
         self._lock, self._closing = threading.Lock(), threading.Event()
@@ -86,9 +85,10 @@ class Server:
         with socket.socket() as chosen:
             chosen.bind(("127.0.0.1", 0))
             self.port = chosen.getsockname()[1]
-        command = [vllm_python(self.python, _WHERE), "-m", "vllm.entrypoints.openai.api_server"]
+        python = vllm_python(self.python, _WHERE)
+        command = [python, "-m", "vllm.entrypoints.openai.api_server"]
         command += ["--model", resolve(self.model), "--served-model-name", self.model]
-        command += ["--host", "127.0.0.1", "--port", str(self.port), *flags(self.options)]
+        command += ["--host", "127.0.0.1", "--port", str(self.port), *flags(engine_options(python, self.options))]
         self._child = Child(command, self.log)
 
     def _becomes_ready(self) -> bool:

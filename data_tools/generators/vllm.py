@@ -17,7 +17,7 @@ from dataclasses import asdict
 from typing import Any, ClassVar
 
 from data_tools.generators import Answer, Generator, GeneratorDown, Request, RequestFailed, vllm_worker
-from data_tools.generators.child import Child, vllm_python
+from data_tools.generators.child import Child, engine_options, vllm_python
 from data_tools.generators.identity import model_identity, settings
 from data_tools.generators.wire import to_wire
 from mmembed.media import MediaStore
@@ -113,13 +113,14 @@ class VllmGenerator(Generator):
 
     def _launch(self) -> None:
         """Starts a worker, waits until it is ready, and asks it all that waits. Raises GeneratorDown."""
-        command = [vllm_python(self.python, _WHERE), vllm_worker.__file__]
+        python = vllm_python(self.python, _WHERE)
         with self._lock:
             if self._closed:
                 raise GeneratorDown(f"{_WHERE}: it was closed")
             self._starts += 1
-            self._process = worker = Child(command, self.log, piped=True)
-        self._write(worker, json.dumps({"model": resolve(self.model), "engine": self.engine}).encode() + b"\n")
+            self._process = worker = Child([python, vllm_worker.__file__], self.log, piped=True)
+        job = {"model": resolve(self.model), "engine": engine_options(python, self.engine)}
+        self._write(worker, json.dumps(job).encode() + b"\n")
         late = threading.Timer(self.start_seconds, worker.stop)
         late.daemon = True  # else an interrupted start would wait for it
         late.start()

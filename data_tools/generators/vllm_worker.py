@@ -25,7 +25,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-_DEFAULTS = {"structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True}}
 _READ_AT_ONCE = 64  # requests between two steps: reading a thousand would let the engine run dry
 
 
@@ -37,7 +36,7 @@ def main() -> int:
     sys.path[:] = [place for place in sys.path if Path(place or os.curdir).resolve() != here]
     job = json.loads(sys.stdin.buffer.readline())
     try:
-        engine = load(job["model"], {**_DEFAULTS, **job["engine"]})
+        engine = load(job["model"], job["engine"])
     except Exception as error:  # of any kind: it is the answer
         say(answers, {"error": f"{type(error).__name__}: {error}"})
         raise

@@ -88,6 +88,7 @@ class Claim(_Block):
     instructions: as in `python -m eval.run`.
     model: what the arms are.
     stages: made before the arms, in their order.
+    compares_data: arms are trained on different sources, which is what is compared.
     first_stages: name -> `bm25`, `mmembed-nano` or `{stage}`: what finds the candidates that rerankers rank.
     depth: candidates a query.
     note: what a reader of the result must know.
@@ -105,6 +106,7 @@ class Claim(_Block):
     instructions: Literal["never", "auto", "always"] = "never"
     model: Literal["embedder", "reranker"] = "embedder"
     stages: dict[str, Stage] = Field(default_factory=dict)
+    compares_data: bool = False
     first_stages: dict[str, str] = Field(default_factory=dict)
     depth: int = Field(default=20, gt=0)
     note: str = ""
@@ -241,6 +243,8 @@ def check_matched(claim: Claim, path: Path) -> None:
         try:
             kind = RerankerConfig if claim.model == "reranker" else EmbedderConfig
             given[arm] = _given(kind(**claim.config(arm, steps=1, seed=0)))
+            if claim.compares_data:
+                del given[arm]["data.train"]
         except ValueError as error:  # of ours or pydantic's
             raise ConfigError(f"{path}: arm '{arm}': {error}") from error
     first, *others = given

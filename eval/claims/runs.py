@@ -119,6 +119,12 @@ def code_digest() -> str:
     return digest.hexdigest()[:16]
 
 
+def place(folder: str | Path, root: Path) -> Path:
+    """Of a folder or file of a data set: below the data root, or in `data/` what only the repository ships."""
+    shipped = REPOSITORY / "data" / folder
+    return shipped if shipped.exists() and not (root / folder).exists() else root / folder
+
+
 def data_of(claim: Claim, root: Path) -> dict[str, str]:
     """folder -> fingerprint, of the sources and tasks. Raises ConfigError where the data root lacks one."""
     offered = available(root)
@@ -127,9 +133,9 @@ def data_of(claim: Claim, root: Path) -> dict[str, str]:
                           "whose folder is not there")  # fmt: skip
     rows = select(offered, claim.tasks)
     for folder in folders(claim, rows):
-        if not (root / folder).is_dir():
+        if not place(folder, root).is_dir():
             raise ConfigError(f"--data-root {root}: claim '{claim.name}' reads {folder}, which is not there")
-    return {folder: fingerprint(root / folder) for folder in folders(claim, rows)}
+    return {folder: fingerprint(place(folder, root)) for folder in folders(claim, rows)}
 
 
 def distinct(runs: Iterable[Run]) -> list[Run]:
@@ -266,7 +272,7 @@ def execute(
     seconds: dict[str, float] = {}
     with one_at_a_time or nullcontext():
         made = make_stages(run, work, command, seconds)
-    config = with_folders(run.config, made)
+    config = placed(with_folders(run.config, made), run.data_root)
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     module = MODULES[claim.model] if claim.trained else "eval.claims.untrained"
     training = ["-m", module, "--config", str(folder / "config.yaml"), *paths(config, root, model)]
@@ -323,6 +329,14 @@ def make_stages(
             done.touch()
         made[name] = folder
     return made
+
+
+def placed(config: dict[str, Any], root: Path) -> dict[str, Any]:
+    """A training's config whose sources that the data root lacks have the path of those in the repository."""
+    if "root" in config["data"]:
+        return config
+    sources = [source | {"path": str(place(source["path"], root))} for source in config["data"]["train"]]
+    return config | {"data": config["data"] | {"train": sources}}
 
 
 def paths(config: Mapping[str, Any], root: str, output: Path) -> list[str]:

@@ -134,9 +134,9 @@ class Halving:
             if not found:  # outside of the handler: the error's frames held the activations
                 self._batches = [] if last else self._batches
                 return result, self.budget != before
+            forget()  # first, so that what follows finds room on the processor
             clear_device_cache(garbage_collection=True)
             self._halve(found)
-            forget()
             assert self._state is not None
             self._state.restore()
             pending = list(self._batches)

@@ -108,7 +108,7 @@ def test_one_trajectory(config_file, backbone, tmp_path, strategy):  # noqa: F81
     arguments = [*run_of(config_file, tmp_path, "two", 4), *case]
     if launched == "zero1":  # its weights are whole: no process has to run the vision tower because another does
         arguments += [f"training.vision_cache={tmp_path / 'features'}"]
-    done = launch(launched, *arguments)
+    done = launch(launched, *arguments, cold=not variant)  # each strategy once as a user starts it
     assert f"processes: 2, {says}\n" in done.stdout
     assert ("image features: not kept" in done.stdout) == (launched != "zero1")
     one, two = tmp_path / "one", tmp_path / "two"

