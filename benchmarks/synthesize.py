@@ -59,15 +59,18 @@ def main() -> None:
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--model", default="mmembed-nano", help="what writes (default: the packaged nano)")
     options.add_argument("--queries", type=int, default=256)
+    options.add_argument("--backend", default="guidance", help="of vLLM, for schemas (default: guidance; or xgrammar)")
     options.add_argument("--python", default=str(PYTHON), help="has vLLM (default: that of make vllm-env)")
     options.set_defaults(rounds=3)
     arguments = options.parse_args()
     set_up()
-    row = measured(arguments.model, arguments.queries, arguments.python, arguments.rounds)
+    engine = {**ENGINE, "structured_outputs_config": {"backend": arguments.backend, "disable_any_whitespace": True}}
+    generator = {"type": "vllm", "model": arguments.model, "python": arguments.python, "engine": engine}
+    row = measured(generator, arguments.queries, arguments.rounds)
     show([told(row)], arguments.json)
 
 
-def measured(model: str, queries: int, python: str, rounds: int) -> Row:
+def measured(generator: dict[str, Any], queries: int, rounds: int) -> Row:
     rates: dict[str, list[float]] = {"ours": [], "limit": []}
     counts: dict[str, list[Any]] = {"ours": [], "limit": []}
     with tempfile.TemporaryDirectory() as name:
@@ -75,39 +78,39 @@ def measured(model: str, queries: int, python: str, rounds: int) -> Row:
         lines = (DATA / "squad-en" / "queries.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:queries]
         (folder / "queries.jsonl").write_text("".join(lines), encoding="utf-8")
         config = folder / "synthesis.yaml"
-        config.write_text(json.dumps(pipeline(model, python, folder)), encoding="utf-8")
+        config.write_text(json.dumps(pipeline(generator, folder)), encoding="utf-8")
         contenders = {"ours": through_pipeline, "limit": at_once}
         for turn in range(rounds):
             for contender in sorted(contenders, reverse=bool(turn % 2)):
-                seconds, tokens = contenders[contender](config, python, turn)
+                seconds, tokens = contenders[contender](config, generator, turn)
                 rates[contender].append(tokens / seconds)
                 counts[contender].append([tokens, round(seconds, 2)])
                 print(f"round {turn + 1}: {contender} {tokens / seconds:,.0f} tokens/s", file=sys.stderr, flush=True)
-    return row_of(rates, counts, model)
+    return row_of(rates, counts, generator)
 
 
-def pipeline(model: str, python: str, folder: Path) -> dict[str, Any]:
+def pipeline(generator: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The config of ours."""
     stage = {"type": "graded_passages", "max_tokens": TOKENS, "min_words": 5, "max_words": 20}
     return {
         "output": str(folder / "out"), "sources": [{"path": str(folder / "queries.jsonl"), "kind": "queries"}],
-        "generator": {"type": "vllm", "model": model, "python": python, "engine": ENGINE},
-        "stages": [stage], "attempts": 1, "max_lost": 1.0,
+        "generator": generator, "stages": [stage], "attempts": 1, "max_lost": 1.0,
     }  # fmt: skip
 
 
-def row_of(rates: dict[str, list[float]], counts: dict[str, list[Any]], model: str) -> Row:
+def row_of(rates: dict[str, list[float]], counts: dict[str, list[Any]], generator: dict[str, Any]) -> Row:
     """Args: counts: tokens and seconds of each round."""
     ratios = [own / other for own, other in zip(rates["ours"], rates["limit"], strict=True)]
     ratio, speeds = statistics.median(ratios), {name: statistics.median(given) for name, given in rates.items()}
-    details = {"ratios": [round(one, 3) for one in ratios], "tokens": counts, "model": model, "engine": ENGINE}
+    details = {"ratios": [round(one, 3) for one in ratios], "tokens": counts}
+    details |= {"model": generator["model"], "engine": generator["engine"]}
     return Row(
         "graded passages, tokens of answers", "tokens/s", round(speeds["ours"], 1), limit=round(speeds["limit"], 1),
         ratio_to_limit=round(ratio, 3), goal_to_limit=GOAL, meets=ratio >= GOAL, details={**details, **environment()},
     )  # fmt: skip
 
 
-def through_pipeline(config: Path, python: str, seed: int) -> tuple[float, int]:
+def through_pipeline(config: Path, _: dict[str, Any], seed: int) -> tuple[float, int]:
     """Seconds and answer tokens of the command."""
     output = config.parent / f"out-{seed}"
     command = [sys.executable, "-m", "data_tools.synthesize", "--config", str(config)]
@@ -116,14 +119,13 @@ def through_pipeline(config: Path, python: str, seed: int) -> tuple[float, int]:
     return summary["stages"][0]["seconds"], summary["stages"][0]["tokens"]
 
 
-def at_once(config: Path, python: str, seed: int) -> tuple[float, int]:
+def at_once(config: Path, generator: dict[str, Any], seed: int) -> tuple[float, int]:
     """The same of the engine itself, on the prompts of the command."""
     dump = subprocess.run([sys.executable, "-c", DUMP, str(config)], cwd=REPOSITORY, check=True, capture_output=True)
-    generator = json.loads(config.read_text(encoding="utf-8"))["generator"]
-    job = {**json.loads(dump.stdout), "engine": ENGINE, "seed": 1000 * (seed + 1), "max_tokens": TOKENS}
+    job = {**json.loads(dump.stdout), "engine": generator["engine"], "seed": 1000 * (seed + 1), "max_tokens": TOKENS}
     job["model"] = packaged.resolve(generator["model"])
     done = subprocess.run(
-        [python, str(Path(__file__).with_name("synthesize_direct.py"))],
+        [generator["python"], str(Path(__file__).with_name("synthesize_direct.py"))],
         input=json.dumps(job), text=True, check=True, stdout=subprocess.PIPE, env={**os.environ, **QUIET},
     )  # fmt: skip
     said = json.loads(done.stdout)

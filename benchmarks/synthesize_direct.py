@@ -19,8 +19,7 @@ def main() -> None:
     from vllm.sampling_params import StructuredOutputsParams
 
     job = json.load(sys.stdin)
-    structured = {"backend": "xgrammar", "disable_any_whitespace": True}
-    engine = LLM(job["model"], structured_outputs_config=structured, **job["engine"])
+    engine = LLM(job["model"], **job["engine"])
     sampling = [
         SamplingParams(
             max_tokens=job["max_tokens"], temperature=0.7, seed=job["seed"] + number,

@@ -1,5 +1,6 @@
 """Shared fixtures: tiny backbones, built once a session and process."""
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -24,3 +25,9 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
         return built[name]
 
     return folder
+
+
+def pytest_collection_finish() -> None:
+    """Everything is imported: what is looked through for garbage, after every training for one, leaves that out."""
+    gc.collect()
+    gc.freeze()

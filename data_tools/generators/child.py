@@ -19,7 +19,7 @@ from mmembed import guard
 
 ENVIRONMENT = Path(".venv-vllm/bin/python")
 _READ, _SHOWN, _WIDE = 400, 8, 400  # lines of a log that are searched and shown in an error; characters
-_OPTIONS = {"structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True}}
+_OPTIONS = {"structured_outputs_config": {"backend": "guidance", "disable_any_whitespace": True}}
 _CAUSE = re.compile(r"\b[A-Z]\w*(Error|Exception): \S.*")
 
 
@@ -125,8 +125,9 @@ def vllm_python(python: str | None, where: str) -> str:
 def engine_options(python: str, given: Mapping[str, object]) -> dict[str, object]:
     """What vLLM's engine is started with: the given options over our defaults.
 
-    Answers of a schema have no white space between their parts. On a CPU prompts are read whole: vLLM 0.32 dies of a
-    request with a seed whose prompt it has read a part of, since it cannot wind a CPU's random generator back.
+    Answers of a schema have no white space between their parts, and llguidance holds them to it: bounds of lengths,
+    which our schemas have, cost xgrammar a multiple of the model's own time. On a CPU prompts are read whole: vLLM 0.32
+    dies of a request with a seed whose prompt it has read a part of: it cannot wind a CPU's random generator back.
     """
     options = {**_OPTIONS, **given}
     whole = "max_num_batched_tokens" not in given  # which would have to be max_model_len or more
