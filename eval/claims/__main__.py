@@ -88,9 +88,9 @@ def with_enough_data(claims: Sequence[Claim], options: argparse.Namespace) -> li
     """
     enough = []
     for claim in claims:
-        data_of(claim, options.data_root)  # refuses what is missing before the first hour
         reason = lacking(claim, options.data_root)
         if reason is None:
+            data_of(claim, options.data_root)  # refuses what is missing before the first hour
             enough.append(claim)
         elif options.only:
             raise ConfigError(reason)

@@ -147,9 +147,12 @@ def distinct(runs: Iterable[Run]) -> list[Run]:
 
 
 def lacking(claim: Claim, root: Path) -> str | None:
-    """Why a data root is too small for a claim, if it is."""
+    """Why a data root is too small for a claim, if it is; a set that is not there at all is `data_of`'s to refuse."""
     for folder, needed in claim.needs.items():
-        lines = (root / folder / "qrels" / "train.tsv").read_text(encoding="utf-8").splitlines()[1:]
+        judgements = root / folder / "qrels" / "train.tsv"
+        if not judgements.is_file():
+            continue
+        lines = judgements.read_text(encoding="utf-8").splitlines()[1:]
         queries = len({line.split("\t")[0] for line in lines})
         if queries < needed:
             return (f"claim '{claim.name}' says nothing on {queries} train queries of {folder}: it needs {needed}; "

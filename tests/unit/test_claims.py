@@ -364,6 +364,26 @@ def test_commands_end_with_their_workers(tmp_path):
     assert workers.command(sleeper, log) == -signal.SIGKILL  # nothing starts any more
 
 
+def test_a_claim_about_data_may_train_its_arms_on_different_sets(tmp_path):
+    other = CLAIM.replace("type: dcl}", "type: dcl}, data: {train: [{path: odex, format: beir}]}")
+    claim = read_claim(declared(tmp_path, "compares_data: true" + other))
+    assert [claim.config(arm, 1, 0)["data"]["train"][0]["path"] for arm in claim.arms] == ["mbpp", "odex"]
+    with pytest.raises(ConfigError, match="differ in lengths"):
+        longer = other.replace("objective: {type: dcl", "lengths: {query_max_length: 8}, objective: {type: dcl")
+        read_claim(declared(tmp_path, "compares_data: true" + longer))
+
+
+def test_what_only_the_repository_ships_is_read_there(tmp_path):
+    root = tmp_path / "root"
+    (root / "mbpp").mkdir(parents=True)
+    config = {"data": {"train": [{"path": "mbpp"}, {"path": "odex/corpus.jsonl"}], "train_group_size": 2}}
+    shipped = runs.REPOSITORY / "data"
+    paths = [source["path"] for source in runs.placed(config, root)["data"]["train"]]
+    assert paths == [str(root / "mbpp"), str(shipped / "odex/corpus.jsonl")]
+    made = {"data": {"root": "made", "train": [{"path": "odex"}]}}
+    assert runs.placed(made, root) == made, "what a stage made is there"
+
+
 def test_steps_follow_the_claim(tmp_path):
     claim = read_claim(declared(tmp_path, "steps: 2.5" + CLAIM))
     assert {run.steps for run in planned([claim], 1, 10, tmp_path)} == {25}
