@@ -18,6 +18,7 @@ import json
 import os
 import runpy
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
@@ -33,6 +34,7 @@ CLIENT = Path(__file__).with_name("warm_client.py")
 def python() -> str:
     """The program that stands for the interpreter; starts the servers of this process, which end with it."""
     folder = Path(tempfile.mkdtemp(prefix="warm-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for seed in (0, 1):
         command = [sys.executable, "-m", "tests.warm", str(folder / f"{seed}.sock")]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": str(seed + 1)}
