@@ -3,19 +3,21 @@
 import argparse
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.tasks.local import Row
+from eval.tasks.rows import RANKINGS, TaskRow
 from mmembed.arguments import add_media_limits, add_vision_cache, media_limits_of, vision_cache_of
 from mmembed.errors import ConfigError, nearest
 from mmembed.media_limits import MediaLimits
 from mmembed.packaged import FOLDERS, resolve
 
 BASELINES = ("bm25", "minilm")
-RANKINGS = ("retrieval", "reranking")
+TEXT, PICTURES = ("text",), ("text", "image", "frames")
+UNREAD = {"image": "pictures", "frames": "videos", "video": "video files", "audio": "sound"}
 
 
 @dataclass(frozen=True)
@@ -23,14 +25,18 @@ class Loaded:
     """A model ready to be evaluated: what mteb runs, and what the results file says of it.
 
     Attributes:
+        lacks: why it leaves a task out, in words; None: it does it.
         reranks: it scores pairs, so it needs candidates: those of a reranking task, or of a first stage.
     """
 
     name: str
     runner: Any
     provenance: dict[str, Any]
-    supports: Callable[[Row], bool]
+    lacks: Callable[[TaskRow], str | None]
     reranks: bool = False
+
+    def supports(self, row: TaskRow) -> bool:
+        return self.lacks(row) is None
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +65,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layers", type=int, help="of embedders: compute the first decoder layers only (2-D Matryoshka)"
     )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        metavar="FOLDER",
+        help="keep the vectors of embedders and minilm there: tasks share them, a killed run goes on, a second run "
+        "encodes nothing",
+    )
+    parser.add_argument("--cache-gb", type=float, metavar="GB", help="bound of that folder (default 20)")
     add_vision_cache(parser)
     add_media_limits(parser, "max_pixels_decoded")  # the pictures of the benchmark lie decoded in tables
 
@@ -75,6 +89,10 @@ def check_names(names: Sequence[str], flag: str = "--model") -> None:
 def check_options(options: argparse.Namespace, names: Sequence[str]) -> None:
     """Raises MmembedError where an option has no effect on any of the models."""
     vision_cache_of(options)
+    if options.cache_gb is not None and (options.cache is None or not 0 < options.cache_gb < math.inf):
+        raise ConfigError("--cache-gb: needs --cache FOLDER and a number above 0")
+    if options.cache is not None and all(name == "bm25" or is_reranker(name) for name in names):
+        raise ConfigError("--cache: keeps vectors, and no model here makes any; remove it")
     given = {
         "--vision-cache": options.vision_cache != "off",
         "--max-pixels-decoded": media_limits_of(options) != MediaLimits(),
@@ -121,26 +139,14 @@ def load(name: str, options: argparse.Namespace, task_names: Sequence[str]) -> L
     return _load_reranker(name, options, task_names) if is_reranker(name) else _load_embedder(name, options, task_names)
 
 
-def _load_baseline(name: str, options: argparse.Namespace) -> Loaded:
-    from eval.baselines import BM25, MiniLM
-    from eval.mteb_adapter import MtebEncoder
-
-    if name == "bm25":
-        bm25 = BM25()
-        return Loaded(name, bm25, {"kind": "baseline", **bm25.settings}, READS[name])
-    minilm = MiniLM(options.dtype, options.device)
-    runner = MtebEncoder(minilm, name, modalities=["text"])
-    return Loaded(name, runner, {"kind": "baseline", **minilm.settings}, READS[name])
-
-
-def _load_embedder(name: str, options: argparse.Namespace, task_names: Sequence[str]) -> Loaded:
-    from eval.mteb_adapter import MtebEncoder
+def open_embedder(name: str, options: argparse.Namespace) -> Any:
+    """An `mmembed.Embedder` as `add_model_options` ask for it. Raises ConfigError naming the model."""
     from mmembed import Embedder
     from mmembed.media import MediaStore
 
     _quiet()
     try:
-        embedder = Embedder.from_pretrained(
+        return Embedder.from_pretrained(
             name,
             device=options.device,
             dtype=options.dtype,
@@ -150,23 +156,42 @@ def _load_embedder(name: str, options: argparse.Namespace, task_names: Sequence[
         )
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error
+
+
+def _load_baseline(name: str, options: argparse.Namespace) -> Loaded:
+    from eval.baselines import BM25, MiniLM
+    from eval.mteb_adapter import MtebEncoder
+
+    if name == "bm25":
+        bm25 = BM25()
+        return Loaded(name, bm25, {"kind": "baseline", **bm25.settings}, READS[name])
+    minilm = MiniLM(options.dtype, options.device)
+    runner = MtebEncoder(cached(minilm, options, minilm.settings), name, modalities=["text"])
+    return Loaded(name, runner, {"kind": "baseline", **minilm.settings}, READS[name])
+
+
+def _load_embedder(name: str, options: argparse.Namespace, task_names: Sequence[str]) -> Loaded:
+    from eval.mteb_adapter import MtebEncoder
+
+    embedder = open_embedder(name, options)
     instructions, told = _instructions(options, _prompt(embedder.preprocessor), task_names)
     sees, multi_vector = embedder.preprocessor.family.multimodal, embedder.model.pooling.multi_vector
     settings = {"token_budget": options.token_budget, "truncate_dim": options.truncate_dim}
-    runner = MtebEncoder(
-        Bound(functools.partial(embedder.encode, **settings), embedder.similarity),
-        file_name(name), modalities=_modalities(sees), instructions=instructions,
-    )  # fmt: skip
+    origin, inputs = _origin(name, embedder.model), _inputs(options, embedder)
+    made_by = {key: origin[key] for key in ("fingerprint", "dtype", "device")} | inputs
+    made_by |= {"layers": options.layers, "truncate_dim": options.truncate_dim, "prompt": told["prompt"]}
+    bound = cached(Bound(functools.partial(embedder.encode, **settings), embedder.similarity), options, made_by)
+    runner = MtebEncoder(bound, file_name(name), modalities=_modalities(sees), instructions=instructions)
     provenance = {
-        "kind": "mmembed", **_origin(name, embedder.model),
+        "kind": "mmembed", **origin, **inputs,
         "embedding_size": embedder.embedding_size, "multi_vector": multi_vector, "layers": options.layers, **settings,
         **told,
     }  # fmt: skip
 
-    def supports(row: Row) -> bool:
-        return (sees or not row.has_images) and (not multi_vector or row.kind in RANKINGS)
+    def lacks(row: TaskRow) -> str | None:
+        return unread(row, sees) or (ranks_alone(row) if multi_vector else None)
 
-    return Loaded(name, runner, provenance, supports)
+    return Loaded(name, runner, provenance, lacks)
 
 
 def _load_reranker(name: str, options: argparse.Namespace, task_names: Sequence[str]) -> Loaded:
@@ -186,16 +211,17 @@ def _load_reranker(name: str, options: argparse.Namespace, task_names: Sequence[
     score = functools.partial(reranker.score, scale="logit", token_budget=options.token_budget)
     runner = MtebReranker(score, file_name(name), modalities=_modalities(sees), instructions=instructions)
     provenance = {
-        "kind": "reranker", **_origin(name, reranker.model),
+        "kind": "reranker", **_origin(name, reranker.model), **_inputs(options, reranker),
         "head": (reranker.model.settings.head or {}).get("type"), "reads_lists": reranker.reads_lists,
         "calibrated": not reranker.reads_lists, "scores": True, "token_budget": options.token_budget, **told,
     }  # fmt: skip
 
-    def supports(row: Row) -> bool:
-        queries_seen = not (reranker.reads_lists and "i" in row.category.split("2")[0])
-        return (sees or not row.has_images) and row.kind in RANKINGS and queries_seen
+    def lacks(row: TaskRow) -> str | None:
+        if reranker.reads_lists and set("iv") & set(row.category.split("2")[0]):
+            return "it reads no pictures in queries"
+        return unread(row, sees) or ranks_alone(row)
 
-    return Loaded(name, runner, provenance, supports, reranks=True)
+    return Loaded(name, runner, provenance, lacks, reranks=True)
 
 
 def _load_listwise(name: str, options: argparse.Namespace, task_names: Sequence[str]) -> Loaded:
@@ -218,10 +244,10 @@ def _load_listwise(name: str, options: argparse.Namespace, task_names: Sequence[
         "reads_lists": True, "calibrated": False, "scores": False, **told,
     }  # fmt: skip
 
-    def supports(row: Row) -> bool:
-        return (sees or not row.has_images) and row.kind in RANKINGS
+    def lacks(row: TaskRow) -> str | None:
+        return unread(row, sees) or ranks_alone(row)
 
-    return Loaded(name, runner, provenance, supports, reranks=True)
+    return Loaded(name, runner, provenance, lacks, reranks=True)
 
 
 @dataclass(frozen=True)
@@ -230,6 +256,16 @@ class Bound:
 
     encode: Callable[..., Any]
     similarity: Callable[[Any, Any], Any]
+
+
+def cached(embedder: Any, options: argparse.Namespace, made_by: Mapping[str, Any]) -> Any:
+    """The embedder, with `--cache` one that keeps its vectors."""
+    if options.cache is None:
+        return embedder
+    from eval.embedding_cache import Caching
+    from mmembed.version import __version__
+
+    return Caching(embedder, options.cache, int((options.cache_gb or 20) * 1e9), {**made_by, "mmembed": __version__})
 
 
 def _quiet() -> None:
@@ -254,17 +290,27 @@ def _prompt(preprocessor: Any) -> str:
     return str(vars(type(preprocessor.prompt))["name"])
 
 
+def _inputs(options: argparse.Namespace, model: Any) -> dict[str, Any]:
+    """What a model's inputs are made with: its prompt, the lengths in tokens, the sizes of pictures in pixels."""
+    preprocessor = model.preprocessor
+    sees = preprocessor.family.multimodal
+    sides = dict(preprocessor.processor.image_processor.size) if sees else {}
+    size = {key: value for key, value in sides.items() if value is not None} or None
+    return {"prompt_settings": model.model.settings.prompt, **asdict(preprocessor.limits), "image_size": size,
+            "max_pixels_decoded": media_limits_of(options).max_pixels_decoded}  # fmt: skip
+
+
 def _origin(name: str, model: Any) -> dict[str, Any]:
-    weights = next(model.parameters())
+    weights, folder = next(model.parameters()), Path(resolve(name))
     return {
         "path": name, "dtype": str(weights.dtype).removeprefix("torch."), "device": str(weights.device),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "fingerprint": model_fingerprint(Path(name)) if Path(name).is_dir() else None,
+        "fingerprint": model_fingerprint(folder) if folder.is_dir() else weights_fingerprint(model),
     }  # fmt: skip
 
 
 def _modalities(sees: bool) -> list[str]:
-    return ["text", "image"] if sees else ["text"]
+    return ["text", "image", "video"] if sees else ["text"]
 
 
 def model_fingerprint(folder: Path) -> str:
@@ -276,17 +322,37 @@ def model_fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def weights_fingerprint(model: Any) -> str:
+    """A digest of the tensors of a model that came from a hub, 16 hexadecimal digits."""
+    from mmembed.quantize import to_array
+
+    digest = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        digest.update(key.encode() + to_array(tensor.contiguous()).tobytes())
+    return digest.hexdigest()[:16]
+
+
 def file_name(model: str) -> str:
     """A model's name as a file name: `runs/demo/embedder` -> `runs-demo-embedder`."""
     return model.strip("/.").replace("/", "-")
 
 
-def searches_text(row: Row) -> bool:
-    return row.kind in RANKINGS and not row.has_images
+def unread(row: TaskRow, sees: bool) -> str | None:
+    """What a task holds that a model does not read."""
+    missing = [name for name in row.modalities if name not in (PICTURES if sees else TEXT)]
+    return f"it reads no {UNREAD[missing[0]]}" if missing else None
 
 
-def reads_text(row: Row) -> bool:
-    return not row.has_images
+def ranks_alone(row: TaskRow) -> str | None:
+    return None if row.kind in RANKINGS else "it does rankings alone"
+
+
+def searches_text(row: TaskRow) -> str | None:
+    return unread(row, False) or ranks_alone(row)
+
+
+def reads_text(row: TaskRow) -> str | None:
+    return unread(row, False)
 
 
 READS = {"bm25": searches_text, "minilm": reads_text}

@@ -1,8 +1,9 @@
 """Shows an `Embedder` to mteb as one of its encoders, and a `Reranker` as one of its cross-encoders.
 
-mteb hands over batches of columns (`text`, `image`) and says which side of a task they are. Here that becomes contents,
-a role and an instruction. Texts are collected before encoding, so that the embedder sorts all of them by length and
-packs its own batches; pictures are encoded a block at a time, because decoded pixels are what fills memory.
+mteb hands over batches of columns (`text`, `image`, `video` as frames) and says which side of a task they are. Here
+that becomes contents, a role and an instruction. Texts are collected before encoding, so that the embedder sorts all of
+them by length and packs its own batches; pictures are encoded a block at a time, because decoded pixels are what fills
+memory.
 
     queries                          role query, with the task's instruction
     documents                        role document, without one unless the task or the user gives one
@@ -16,6 +17,7 @@ vector behind it. `Instructions.use_tasks` says whether the tasks' own are given
 """
 
 import fnmatch
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,11 +31,12 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta
 from mteb.types import PromptType
 
-from mmembed.content import Content, Image, Role, Text
-from mmembed.errors import ConfigError, nearest
+from mmembed.content import Content, Image, Role, Text, Video
+from mmembed.errors import ConfigError, MmembedError, nearest
 
 PAIRS_AT_ONCE = 16384  # of texts
 PICTURES_AT_ONCE = 256  # decoded 320-pixel pictures: about 80 MB
+VIDEOS_AT_ONCE = 16  # 8 frames of 720 lines each: about 350 MB
 NO_TEXT = "."  # mteb wants a vector of every document, Embedder.encode takes no blank one
 
 
@@ -103,6 +106,7 @@ class MtebEncoder(AbsEncoder):
         self.embedder = embedder
         self.instructions = instructions or Instructions()
         self.mteb_model_meta = _meta(name, modalities)
+        self._size: int | None = None  # of every vector, once there is one
 
     def encode(
         self,
@@ -112,13 +116,32 @@ class MtebEncoder(AbsEncoder):
         prompt_type: PromptType | None = None,
         **kwargs: Any,
     ) -> Any:
-        """(N, E) vectors as a numpy array, or a list of (T, E) arrays of a multi-vector model."""
+        """(N, E) vectors as a numpy array, or a list of (T, E) arrays of a multi-vector model.
+
+        Raises:
+            MmembedError: a vector is not finite, or not as long as the others; task and row are named.
+        """
         role: Role = "document" if prompt_type == PromptType.document else "query"
         instruction = self.instructions.find(task_metadata, prompt_type)
         encoded = [self.embedder.encode(block, role=role, instruction=instruction) for block in _blocks(inputs)]
+        side = f"{task_metadata.name}, {'documents' if role == 'document' else 'queries'}"
         if isinstance(encoded[0], list):
-            return [vectors for block in encoded for vectors in block]
-        return np.concatenate([np.asarray(block, dtype=np.float32) for block in encoded])
+            several = [vectors for block in encoded for vectors in block]
+            self._check([np.isfinite(one).all() for one in several], [np.shape(one)[-1] for one in several], side)
+            return several
+        blocks = [np.asarray(block, dtype=np.float32) for block in encoded]
+        finite = np.concatenate([np.isfinite(block).all(axis=-1) for block in blocks])  # (N,)
+        self._check(finite, [block.shape[-1] for block in blocks for _ in block], side)
+        return np.concatenate(blocks)
+
+    def _check(self, finite: Any, sizes: Sequence[int], side: str) -> None:
+        self._size = self._size or next(iter(sizes), None)
+        if wrong := [number for number, size in enumerate(sizes) if size != self._size]:
+            raise MmembedError(f"{side}, row {wrong[0]}: the model gave {sizes[wrong[0]]} numbers, for others "
+                               f"{self._size}; all vectors have to be equally long")  # fmt: skip
+        if not np.all(finite):
+            raise MmembedError(f"{side}, row {int(np.argmin(finite))}: the model gave NaN or infinity; try --dtype "
+                               "float32, and look at that row")  # fmt: skip
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
         """(N, M): cosine of single vectors, the embedder's own late interaction of multi-vectors."""
@@ -152,8 +175,12 @@ class MtebReranker:
     ) -> Any:
         """(N,) float32 scores of queries with documents, row by row."""
         instruction = self.instructions.find(task_metadata, PromptType.query)
-        scores = [self.score(block, instruction=instruction) for block in _pairs(inputs1, inputs2)]
-        return np.concatenate(scores) if scores else np.zeros(0, dtype=np.float32)
+        blocks = [self.score(block, instruction=instruction) for block in _pairs(inputs1, inputs2)]
+        scores = np.concatenate(blocks) if blocks else np.zeros(0, dtype=np.float32)
+        if not np.isfinite(scores).all():
+            raise MmembedError(f"{task_metadata.name}, pair {int(np.argmin(np.isfinite(scores)))}: the reranker gave "
+                               "NaN or infinity; try --dtype float32, and look at that pair")  # fmt: skip
+        return scores
 
 
 @dataclass(frozen=True)
@@ -197,8 +224,8 @@ def _pairs(
     """Pairs in blocks, smaller ones where there are pictures. All of a query are in one: some rerankers read lists."""
     block: list[tuple[Content, Content]] = []
     for left, right in zip(queries, documents, strict=True):
-        block += zip(_contents(left), _contents(right), strict=True)
-        if len(block) >= (PICTURES_AT_ONCE if "image" in left or "image" in right else PAIRS_AT_ONCE):
+        block += zip(contents_of(left), contents_of(right), strict=True)
+        if len(block) >= _at_once({*left, *right}, PAIRS_AT_ONCE):
             whole = len(block) - 1
             while whole and block[whole - 1][0] == block[-1][0]:  # where the last query begins
                 whole -= 1
@@ -213,22 +240,31 @@ def _blocks(inputs: Iterable[Mapping[str, Any]]) -> Iterator[list[Content]]:
     """All contents in one block while they are texts; blocks of `PICTURES_AT_ONCE` once there are pictures."""
     block: list[Content] = []
     for batch in inputs:
-        block += _contents(batch)
-        if "image" in batch and len(block) >= PICTURES_AT_ONCE:
+        block += contents_of(batch)
+        if len(block) >= _at_once(set(batch), math.inf):
             yield block
             block = []
     if block:
         yield block
 
 
-def _contents(batch: Mapping[str, Any]) -> list[Content]:
-    texts, images = batch.get("text"), batch.get("image")
-    size = len(cast(Sequence[Any], texts if texts is not None else images))
+def _at_once(columns: set[str], texts: float) -> float:
+    """How many contents of these columns are in memory together."""
+    return VIDEOS_AT_ONCE if "video" in columns else PICTURES_AT_ONCE if "image" in columns else texts
+
+
+def contents_of(batch: Mapping[str, Any]) -> list[Content]:
+    """A content a row of mteb's columns `text`, `image` and `video` (lists of frames); a blank text alone becomes
+    `NO_TEXT`."""
+    texts, images, videos = batch.get("text"), batch.get("image"), batch.get("video")
+    size = len(cast(Sequence[Any], next(column for column in (texts, images, videos) if column is not None)))
     contents: list[Content] = []
     for row in range(size):
         image = images[row] if images is not None else None
         text = texts[row] if texts is not None else ""
-        parts: list[Image | Text] = [Image(image)] if image is not None else []
+        parts: list[Image | Text | Video] = [Image(image)] if image is not None else []
+        frames = tuple(map(Image, videos[row])) if videos is not None else ()
+        parts += frames if len(frames) == 1 else [Video(frames)] if frames else []
         if text.strip() or not parts:
             parts.append(Text(text if text.strip() else NO_TEXT))
         contents.append(tuple(parts))

@@ -8,7 +8,7 @@ asks for a batch: memory is the size of the files, not of the pixels.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import numpy as np
@@ -46,7 +46,7 @@ def build_task(row: Row, root: Path, split: str) -> AbsTask:
         dataset={"path": row.folder, "revision": fingerprint(folder)},
         type=kind.mteb_type(row),
         category=row.category if row.kind != "classification" or row.has_images else "t2c",
-        modalities=_modalities(row),
+        modalities=cast(list[Modalities], list(row.modalities)),
         eval_splits=[split],
         eval_langs=_languages(row),
         main_score=row.main_score,
@@ -99,11 +99,41 @@ class _Local(AbsTask):
         return found
 
 
-class Retrieval(_Local, AbsTaskRetrieval):
+class Ranked(AbsTaskRetrieval):
+    """A ranking that keeps the best documents of each query of its latest run, and gives exponential-gain nDCG.
+
+    Attributes:
+        rankings: query -> text, top [(document, score)], relevant, rank.
+    """
+
+    rankings: dict[str, dict[str, Any]]
+
+    def task_specific_scores(
+        self,
+        scores: dict[str, dict[str, float]],
+        qrels: Mapping[str, Mapping[str, int]],
+        results: dict[str, dict[str, float]],
+        hf_split: str,
+        hf_subset: str,
+    ) -> dict[str, float]:
+        ranked, judged = metrics.rank_run(results, qrels)
+        queries = self.dataset["default"][hf_split]["queries"]
+        texts = dict(
+            zip(queries["id"], queries["text"] if "text" in queries.column_names else queries["id"], strict=True)
+        )
+        self.rankings = {}
+        for (query, documents), row in zip(results.items(), ranked, strict=True):
+            best = sorted(documents.items(), key=lambda item: (item[1], item[0]), reverse=True)[:TOP_KEPT]
+            relevant = [key for key, relevance in qrels[query].items() if relevance > 0]
+            rank = int(row.argmax()) + 1 if (row > 0).any() else None
+            self.rankings[query] = {"text": texts[query], "top": best, "relevant": relevant, "rank": rank}
+        return {"ndcg_exp_at_10": float(metrics.ndcg_at_k(ranked, judged, 10, gain="exponential").mean())}
+
+
+class Retrieval(_Local, Ranked):
     """Queries against the whole corpus of the folder."""
 
     k_values: Sequence[int] = (1, 5, 10, 100)
-    rankings: dict[str, dict[str, Any]]  # query -> text, top [(document, score)], relevant, rank; of the latest run
 
     @classmethod
     def split_file(cls, row: Row, split: str) -> str:
@@ -116,8 +146,8 @@ class Retrieval(_Local, AbsTaskRetrieval):
     def read(self) -> dict[str, dict[str, Any]]:
         row = self.row
         pictures = self._pictures()
-        documents = {document["_id"]: document for document in read_jsonl(self.folder / "corpus.jsonl")}
-        queries = {query["_id"]: query for query in read_jsonl(self.folder / "queries.jsonl")
+        documents = by_id(self.folder / "corpus.jsonl")
+        queries = {key: query for key, query in by_id(self.folder / "queries.jsonl").items()
                    if matches(query, row.where)}  # fmt: skip
         judged = self.some({query: judgements for query, judgements in self._qrels().items() if query in queries})
         texts = {key: {"_id": key, "text": query.get(row.query_column, ""), "image": query.get("image")}
@@ -146,27 +176,6 @@ class Retrieval(_Local, AbsTaskRetrieval):
     def pool(self, judged: Mapping[str, Mapping[str, int]]) -> dict[str, list[str]] | None:
         """The candidates of each query; None is the whole corpus."""
         return None
-
-    def task_specific_scores(
-        self,
-        scores: dict[str, dict[str, float]],
-        qrels: Mapping[str, Mapping[str, int]],
-        results: dict[str, dict[str, float]],
-        hf_split: str,
-        hf_subset: str,
-    ) -> dict[str, float]:
-        ranked, judged = metrics.rank_run(results, qrels)
-        queries = self.dataset["default"][self.split]["queries"]
-        texts = dict(
-            zip(queries["id"], queries["text"] if "text" in queries.column_names else queries["id"], strict=True)
-        )
-        self.rankings = {}
-        for (query, documents), row in zip(results.items(), ranked, strict=True):
-            best = sorted(documents.items(), key=lambda item: (item[1], item[0]), reverse=True)[:TOP_KEPT]
-            relevant = [key for key, relevance in qrels[query].items() if relevance > 0]
-            rank = int(row.argmax()) + 1 if (row > 0).any() else None
-            self.rankings[query] = {"text": texts[query], "top": best, "relevant": relevant, "rank": rank}
-        return {"ndcg_exp_at_10": float(metrics.ndcg_at_k(ranked, judged, 10, gain="exponential").mean())}
 
     def _with_pictures(
         self, judged: dict[str, dict[str, int]], queries: dict[str, Any], documents: dict[str, Any]
@@ -320,6 +329,16 @@ def labels(folder: Path) -> list[str]:
     return list(read_json(folder / "labels.json"))
 
 
+def by_id(path: Path) -> dict[str, dict[str, Any]]:
+    """The records of a file by their ids. Raises RecordError: two have the same."""
+    records: dict[str, dict[str, Any]] = {}
+    for number, record in enumerate(read_jsonl(path), start=1):
+        if record["_id"] in records:
+            raise RecordError(f"{path}:{number}", f"another record with the id '{record['_id']}'", "Make ids unique.")
+        records[record["_id"]] = record
+    return records
+
+
 def matches(record: Mapping[str, Any], where: Mapping[str, str]) -> bool:
     """Whether a record has the wanted column values; `!x` wants any value but x."""
     return all(record.get(key) != value[1:] if value.startswith("!") else record.get(key) == value
@@ -349,11 +368,6 @@ def _transpose(judged: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, i
         for document, relevance in judgements.items():
             turned.setdefault(document, {})[query] = relevance
     return turned
-
-
-def _modalities(row: Row) -> list[Modalities]:
-    known: tuple[tuple[str, Modalities], ...] = (("t", "text"), ("i", "image"))
-    return [name for code, name in known if code in row.category.replace("2c", "")]
 
 
 def _languages(row: Row) -> Any:

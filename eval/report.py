@@ -21,6 +21,7 @@ import PIL.Image
 import pyarrow.parquet
 
 from eval.files import read_json, read_jsonl, write_json
+from eval.tables import number
 from mmembed.arguments import Parser
 from mmembed.charts import curve, page_environment
 from mmembed.errors import ConfigError, MmembedError
@@ -203,10 +204,6 @@ def summary(report: Mapping[str, Any]) -> str:
     if report["pairs_per_second"] is not None:
         parts.append(f"{report['pairs_per_second']:.0f} training pairs/s")
     return ", ".join(parts)
-
-
-def number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
 
 
 def minutes(seconds: float) -> str:

@@ -26,11 +26,12 @@ from typing import Any
 
 import numpy as np
 
-from eval.claims.verdicts import resampled_interval
+from eval.benchmarks import HUB
 from eval.files import read_json, write_json
 from eval.models import Loaded, add_model_options, check_names, check_options, is_hub_name, is_reranker, load
 from eval.rerank_report import NAMES, markdown, render
 from eval.run import REPOSITORY, machine, versions
+from eval.significance import interval_of_means
 from eval.tasks import mrb
 from eval.tasks.local import ROWS, Row, available, select
 from mmembed import metrics
@@ -62,7 +63,7 @@ class Work:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    hub = options.mrb_sets == "hub"
+    hub = options.mrb_sets == HUB
     if not hub and not any(is_hub_name(name) for name in (*options.model, options.first_stage)):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if not hub:
@@ -184,8 +185,8 @@ def check(options: argparse.Namespace) -> None:
         raise ConfigError("--tasks: no effect on mrb, whose sets are given; remove it")
     if options.benchmark != "mrb" and options.mrb_sets is not None:
         raise ConfigError("--mrb-sets: no effect without --benchmark mrb; remove it")
-    if options.mrb_sets not in (None, "hub") and not Path(options.mrb_sets).is_dir():
-        raise ConfigError(f"--mrb-sets {options.mrb_sets}: neither 'hub' nor a folder")
+    if options.mrb_sets not in (None, HUB) and not Path(options.mrb_sets).is_dir():
+        raise ConfigError(f"--mrb-sets {options.mrb_sets}: neither '{HUB}' nor a folder")
     models = list(options.model)
     if not options.first_stage.endswith(".json"):
         check_names([options.first_stage], "--first-stage")
@@ -242,6 +243,7 @@ def _local(
     row: Row, group: str, options: argparse.Namespace, left_out: dict[str, str], column: str | None = None
 ) -> Iterator[Work]:
     from eval.mteb_tasks import EmptyTask, build_task
+    from eval.sets import cut
 
     task = build_task(row, options.data_root, options.split)
     try:
@@ -249,38 +251,29 @@ def _local(
     except EmptyTask as error:
         left_out[row.name] = str(error)
         return
-    cut(task, options.split, options.max_queries)
+    cut(task, options.max_queries)
     yield Work(row, group, task, options.split, column, column is not None, row.name)
 
 
 def _of_mrb(
     row: Row, one: mrb.Set, group: str, options: argparse.Namespace, left_out: dict[str, str]
 ) -> Iterator[Work]:
-    from eval.mrb import MissingSet, open_set
+    import mteb
+
+    from eval.sets import MissingSet, Source, check_rankings, cut, open_task
 
     if options.mrb_sets is None:
         return
+    task: Any = mteb.get_task(row.name)
     try:
-        task = open_set(row.name, options.mrb_sets)
+        open_task(task, Source(None if options.mrb_sets == HUB else Path(options.mrb_sets)))
+        check_rankings(task)
     except MissingSet as error:
         left_out[row.name] = str(error)
         return
     (split,) = task.metadata.eval_splits
-    cut(task, split, options.max_queries)
+    cut(task, options.max_queries)
     yield Work(row, group, task, split, one.column, False, one.name)
-
-
-def cut(task: Any, split: str, most: int | None) -> None:
-    """Keeps queries that have judged documents, `most` of them at most, drawn by a hash of their ids."""
-    data = task.dataset["default"][split]
-    ids = [query for query in data["queries"]["id"] if data["relevant_docs"].get(query)]
-    if most is not None:
-        ids = sorted(ids, key=lambda query: hashlib.sha256(query.encode()).digest())[:most]
-    kept = set(ids)
-    data["queries"] = data["queries"].select([at for at, key in enumerate(data["queries"]["id"]) if key in kept])
-    for part in ("relevant_docs", "top_ranked"):
-        if data[part] is not None:
-            data[part] = {query: value for query, value in data[part].items() if query in kept}
 
 
 # Candidates -----------------------------------------------------------------------------------------------------------
@@ -394,7 +387,7 @@ def measure(
         if not model.provenance["scores"]:
             score["auc"] = None  # places of one query say nothing beside those of another
         gain = by_query - base  # (Q,)
-        bounds = resampled_interval([gain.tolist()])
+        bounds = interval_of_means([gain.tolist()])
         entry["scores"][model.name] = {
             **score, **(reliability(run, qrels) if model.provenance["calibrated"] else UNCALIBRATED),
             "gain": round(float(gain.mean()), 5), "gain_low": None if bounds is None else round(bounds[0], 5),

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from eval.tables import markdown_table, number
 from eval.tasks import mrb
 from mmembed.charts import page_environment, reliability
 
@@ -18,10 +19,10 @@ def markdown(results: Mapping[str, Any]) -> str:
     first = results["first_stage"]
     parts = [f"# Rerankers over {first['depth']} candidates of {first['name']}\n"]
     if results["benchmark"] == "mrb":
-        parts += [_markdown_rows([["nDCG@10", *mrb.COLUMNS, "all"], *mrb_rows(results)]), *mrb_notes(results)]
+        parts += [markdown_table([["nDCG@10", *mrb.COLUMNS, "all"], *mrb_rows(results)]) + "\n", *mrb_notes(results)]
     head = ["task", "stage", *NAMES.values(), "gain [95 %]", "ceiling"]
     rows = [row for group in results["averages"] for row in _group(results, group, shown)]
-    parts.append(_markdown_rows([head, *rows]))
+    parts.append(markdown_table([head, *rows]) + "\n")
     parts.append(
         f"{len(results['tasks'])} tasks, {results.get('seconds', 0)} s. Gain: nDCG@10 over the first stage, interval "
         "by a bootstrap of the queries. Ceiling: nDCG@10 of the best order of the candidates.\n"
@@ -56,11 +57,6 @@ def _gain(score: Mapping[str, Any] | None) -> str:
     if score.get("gain_low") is None:
         return f"{score['gain']:+.3f}"
     return f"{score['gain']:+.3f} [{score['gain_low']:+.3f}, {score['gain_high']:+.3f}]"
-
-
-def _markdown_rows(rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"
 
 
 def mrb_rows(results: Mapping[str, Any]) -> list[list[str]]:
@@ -105,10 +101,6 @@ def short_names(results: Mapping[str, Any]) -> dict[str, str]:
     """model -> the last part of its path, where these differ."""
     short = {name: Path(name).name for name in results["models"]}
     return short if len(set(short.values())) == len(short) else {name: name for name in short}
-
-
-def number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
 
 
 # The page -------------------------------------------------------------------------------------------------------------

@@ -1,13 +1,21 @@
 """Evaluates models on a benchmark and puts them side by side.
 
     python -m eval.run --model runs/demo/embedder --tasks 'xquad/*' stsb-en --output results.json
+    python -m eval.run --model runs/demo/embedder --benchmark mmeb-v1 --source copies --output results.json
+    python -m eval.run --benchmark mteb-eng-v2 --list
 
-Offline, but for a model from a hub. A model is a checkpoint folder, a hub name, `mmembed-nano` (the packaged backbone,
-zero-shot) or a baseline (`bm25`, `minilm`); the baselines stand beside every model unless `--no-baselines` is given. A
-reranker orders the candidates of reranking tasks, and with `--first-stage` what that model finds in retrieval tasks.
+Offline with `local`, the benchmark of the repository, but for a model from a hub. The data of the others
+(`eval.benchmarks`) come from the hub or, with `--source`, from a folder of copies. A set that cannot be had is named
+with the reason, in the output and as `missing` in the results; the rest is evaluated.
+
+A model is a checkpoint folder, a hub name, `mmembed-nano` (the packaged backbone, zero-shot) or a baseline (`bm25`,
+`minilm`); the baselines stand beside every model unless `--no-baselines` is given. A reranker orders the candidates of
+reranking tasks, and with `--first-stage` what that model finds in retrieval tasks.
+
 Each task goes through mteb, so protocols and metrics are those of the public leaderboards. The results file is written
-after every task and says what made each number: model settings, a fingerprint of the data, versions. What a model
-cannot do (a picture for BM25) is `null` in the file and a dash in the table, not a zero.
+after every task and says what made each number: model settings, a fingerprint of the data, versions. Beside it lie the
+scores of each query: of them are made the intervals, ± in the table, and the tests of `eval.compare`. What a model
+cannot do (a picture for BM25) is `null` in the file and a dash in the table, not a zero; below the table stands why.
 """
 
 import argparse
@@ -18,15 +26,16 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from eval.benchmarks import DATA, HUB, LOCAL, Benchmark, MtebRow, find, listed
 from eval.files import write_json
 from eval.models import (
     BASELINES,
-    RANKINGS,
     READS,
     Loaded,
     add_model_options,
@@ -37,7 +46,12 @@ from eval.models import (
     is_reranker,
     load,
 )
-from eval.tasks.local import Row, available, select
+from eval.rows import NOWHERE, Kept, agreeing, watching
+from eval.significance import SEED
+from eval.summary import averages, cell, table
+from eval.tasks.local import Row
+from eval.tasks.mmeb import FRAMES, Set
+from eval.tasks.rows import RANKINGS, TaskRow
 from mmembed.arguments import Parser
 from mmembed.errors import ConfigError, MmembedError
 
@@ -49,31 +63,35 @@ DEPTH = 100  # candidates of a query that a reranker orders
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    if not any(is_hub_name(name) for name in (*options.model, options.first_stage or "bm25")):
+    offline = options.benchmark == LOCAL or options.source not in (None, HUB)
+    if offline and not any(is_hub_name(name) for name in (*options.model, options.first_stage or "bm25")):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+    if offline:
+        os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # of copying a table; encoding keeps its bar
     warnings.filterwarnings("ignore", module="mteb")
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        rows = available(options.data_root)
-        rows = select(rows, options.tasks) if options.tasks else rows
-        results = evaluate(options, rows)
+        benchmark = find(options)
+        if options.list:
+            print(listed(benchmark))
+            return 0
+        results = evaluate(options, benchmark)
     except MmembedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print("\n" + table(results))
     if options.output:
         print(f"\n{options.output}")
-    return 0
+    return 0 if results["tasks"] or not results["missing"] else 2
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m eval.run", description="Evaluate models on a benchmark, offline.")
+    parser = Parser(prog="python -m eval.run", description="Evaluate models on a benchmark.")
     parser.add_argument(
         "--model",
         nargs="+",
-        required=True,
+        default=[],
         metavar="MODEL",
         help="checkpoint folder of an embedder or a reranker, hub name, mmembed-nano, bm25 or minilm; several are put "
         "side by side",
@@ -81,16 +99,42 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--no-baselines", action="store_true", help="leave out bm25 and minilm, which stand beside every model"
     )
-    parser.add_argument("--benchmark", default="local", choices=["local"], help="which tasks (default: local)")
+    parser.add_argument(
+        "--benchmark",
+        default=LOCAL,
+        metavar="NAME",
+        help="local (default), mmeb-v1, mmeb-v2, mrb, or one of mteb: mteb-eng-v2, beir, vidore-v3, 'MTEB(fra, v1)'",
+    )
     parser.add_argument("--tasks", nargs="+", metavar="NAME", help="names or globs such as 'xquad/*' (default: all)")
-    parser.add_argument("--split", default="dev", help="part of the data that is evaluated (default: dev)")
+    parser.add_argument(
+        "--languages", nargs="+", metavar="CODE", help="tasks in one of these, and of mteb their subsets: en or eng"
+    )
+    parser.add_argument("--list", action="store_true", help="show the tasks, their metric and data; open nothing")
+    parser.add_argument(
+        "--source",
+        metavar="hub|FOLDER",
+        help="read public benchmarks from the hub (default) or from copies of their repositories: FOLDER/owner/name "
+        "for mmeb, FOLDER/<name of the task> for mrb and mteb",
+    )
+    parser.add_argument(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="queries (or rows) of a task, drawn by a hash of their ids; such numbers compare with no others",
+    )
+    parser.add_argument("--split", default="dev", help="part of the local data that is evaluated (default: dev)")
     parser.add_argument(
         "--data-root",
         type=Path,
-        default=REPOSITORY / "data",
-        help="folder of the data sets (default: the slice in the repository)",
+        help="folder of the local data sets (default: the slice in the repository)",
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="results as JSON, written after every task")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="results as JSON, written after every task; rows of scores beside it",
+    )
+    parser.add_argument("--mteb", type=Path, metavar="DIR", help="results as mteb writes and reads them, too")
     parser.add_argument(
         "--rankings", type=Path, metavar="DIR", help="write the ten best documents of every query to DIR/<model>.json"
     )
@@ -104,59 +148,57 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--depth", type=int, metavar="N", help=f"documents a query that the first stage finds (default: {DEPTH})"
     )
     add_model_options(parser)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if not options.model and not options.list:
+        parser.error("the following arguments are required: --model")
+    return options
 
 
-def evaluate(options: argparse.Namespace, rows: Sequence[Row]) -> dict[str, Any]:
+def evaluate(options: argparse.Namespace, benchmark: Benchmark) -> dict[str, Any]:
     """Runs every model on every task it can do; the results, also written to `options.output`."""
-    from eval.mteb_tasks import EmptyTask
     from mmembed.inference.devices import check_device
 
-    started = time.monotonic()
+    started, rows = time.monotonic(), benchmark.rows
     check_names(options.model)
     check_first_stage(options)
+    check_limit(options)
     check_options(options, [*options.model, *([options.first_stage] if options.first_stage else [])])
     check_device(options.device)
-    tasks = {row.name: build(row, options) for row in rows}
+    tasks = {row.name: benchmark.build(row) for row in rows}
     names = [row.name for row in rows]
     models = [load(name, options, names) for name in (*options.model, *usual_baselines(options, rows))]
     first = load(options.first_stage, options, names) if options.first_stage else None
     if first is None and any(model.reranks for model in models) and any(row.kind == "retrieval" for row in rows):
         print("rerankers leave retrieval tasks out: --first-stage finds what they order", file=sys.stderr)
     results: dict[str, Any] = {
-        "benchmark": options.benchmark, "split": options.split,
+        "benchmark": benchmark.name, **({"split": options.split} if benchmark.of_local else {}), "seed": SEED,
+        "limit": options.limit, "languages": options.languages,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(), "machine": machine(), "models": {model.name: model.provenance for model in models},
-        "tasks": {}, "averages": {},
+        "tasks": {}, "missing": {}, "left_out": {}, "averages": {},
     }  # fmt: skip
     if first is not None:
         results["first_stage"] = {"name": first.name, "depth": options.depth or DEPTH, **first.provenance}
     rankings: dict[str, dict[str, Any]] = {model.name: {} for model in models}
-    for number, row in enumerate(rows, start=1):
-        print(f"[{number}/{len(rows)}] {row.name}", end="", flush=True)
+    kept = Kept(options.output, options.mteb)
+    for place, row in enumerate(rows, start=1):
+        print(f"[{place}/{len(rows)}] {row.name}", end="", flush=True)
         task = tasks.pop(row.name)
-        try:
-            task.load_data()
-        except EmptyTask:
-            if row.name in (options.tasks or ()):
-                raise
-            print("  nothing for it in these data", flush=True)
+        if not opened(benchmark, task, row, options, results["missing"]):
             continue
-        entry = {"group": row.group, "main_score": row.main_score, "data": row.folder,
-                 "fingerprint": task.metadata.revision, **sizes(task, row, options.split), "scores": {}}  # fmt: skip
+        entry = describe(task, row, options)
         candidates = candidates_of(first, models, task, row, options)
         for model in models:
-            scored = None
-            if model.supports(row):
-                scored = (
-                    reranked(model, task, row, options.split, candidates)
-                    if model.reranks
-                    else score(model, task, row, options.split)
-                )
-            entry["scores"][model.name] = scored
+            reason = left_out(model, row, candidates)
+            entry["scores"][model.name] = None
+            if reason is None:
+                with candidates_in(task, candidates if model.reranks else None):
+                    entry["scores"][model.name] = score(model, task, row, kept)
+                if options.rankings and row.kind in RANKINGS:
+                    rankings[model.name][row.name] = task.rankings
+            else:
+                results["left_out"].setdefault(model.name, {})[row.name] = reason
             print(f"  {model.name} {cell(entry, model.name)}", end="", flush=True)
-            if entry["scores"][model.name] and row.kind in RANKINGS:
-                rankings[model.name][row.name] = task.rankings
         print(flush=True)
         task.unload_data()
         results["tasks"][row.name] = entry
@@ -164,13 +206,67 @@ def evaluate(options: argparse.Namespace, rows: Sequence[Row]) -> dict[str, Any]
         results["seconds"] = round(time.monotonic() - started, 1)
         if options.output:
             write_json(options.output, results)
+        kept.write()
+    if options.output:
+        write_json(options.output, results)
+    if options.cache is not None:
+        tell_cached(models, options.cache)
     if options.rankings:
         for name, ranking in rankings.items():
             write_json(options.rankings / f"{file_name(name)}.json", ranking, indent=None)
     return results
 
 
-def usual_baselines(options: argparse.Namespace, rows: Sequence[Row]) -> list[str]:
+def tell_cached(models: Sequence[Loaded], folder: Path) -> None:
+    from eval.embedding_cache import Caching
+
+    for model in models:
+        encoder = getattr(model.runner, "embedder", None)
+        if isinstance(encoder, Caching):
+            print(
+                f"{model.name}: {encoder.read:,} vectors read from {folder}, {encoder.computed:,} computed", flush=True
+            )
+
+
+def opened(benchmark: Benchmark, task: Any, row: TaskRow, options: argparse.Namespace, missing: dict[str, str]) -> bool:
+    """Loads the data of a task; False where there are none, which is said and, of a public set, kept in `missing`."""
+    from eval.mteb_tasks import EmptyTask
+    from eval.sets import MissingSet
+
+    try:
+        benchmark.load(task)
+    except EmptyTask:
+        if row.name in (options.tasks or ()):
+            raise
+        print("  nothing for it in these data", flush=True)
+        return False
+    except MissingSet as error:
+        missing[row.name] = str(error)
+        print(f"  missing: {error}", flush=True)
+        return False
+    return True
+
+
+def describe(task: Any, row: TaskRow, options: argparse.Namespace) -> dict[str, Any]:
+    """What the results say of a task whose data are loaded; cuts it to `--limit`."""
+    from eval.sets import cut
+
+    entry: dict[str, Any] = {"group": row.group, "main_score": row.main_score, "data": row.folder,
+                             "fingerprint": str(task.metadata.revision)}  # fmt: skip
+    if isinstance(row, MtebRow) and row.set != row.name:
+        entry["set"] = row.set
+    if row.overall:
+        entry["overall"] = list(row.overall)
+    if isinstance(row, Set):
+        entry["differs"] = task.differs
+        if "frames" in row.modalities:
+            entry["frames"] = FRAMES
+    if options.limit is not None:
+        cut(task, options.limit)
+    return {**entry, **sizes(task, row), "scores": {}}
+
+
+def usual_baselines(options: argparse.Namespace, rows: Sequence[TaskRow]) -> list[str]:
     """The baselines that nobody named, where a model of ours is evaluated: those that can do a task. Raises ConfigError
     where leaving them out has no effect."""
     if all(name in BASELINES for name in options.model):
@@ -181,7 +277,8 @@ def usual_baselines(options: argparse.Namespace, rows: Sequence[Row]) -> list[st
         return []
     if options.no_baselines:
         return []
-    added = [name for name, can in READS.items() if name not in options.model and any(can(row) for row in rows)]
+    added = [name for name, lacks in READS.items()
+             if name not in options.model and any(lacks(row) is None for row in rows)]  # fmt: skip
     if "minilm" in added and importlib.util.find_spec(MINILM) is None:
         print(f"minilm is left out: pip install {MINILM.replace('_', '-')}", file=sys.stderr)
         added.remove("minilm")
@@ -203,105 +300,102 @@ def check_first_stage(options: argparse.Namespace) -> None:
         raise ConfigError(f"--depth: found {options.depth}; give at least 1")
 
 
+def check_limit(options: argparse.Namespace) -> None:
+    if options.limit is not None and options.limit < 1:
+        raise ConfigError(f"--limit: found {options.limit}; give at least 1")
+
+
 def build(row: Row, options: argparse.Namespace) -> Any:
+    """The mteb task of a row of the local benchmark."""
     from eval.mteb_tasks import build_task
 
-    return build_task(row, options.data_root, options.split)
+    return build_task(row, options.data_root or DATA, options.split)
 
 
 def candidates_of(
-    first: Loaded | None, models: Sequence[Loaded], task: Any, row: Row, options: argparse.Namespace
+    first: Loaded | None, models: Sequence[Loaded], task: Any, row: TaskRow, options: argparse.Namespace
 ) -> dict[str, list[str]] | None:
     """What rerankers order: the task's own candidates, or what the first stage finds, best first; None: nothing."""
     if row.kind not in RANKINGS or not any(model.reranks and model.supports(row) for model in models):
         return None
-    pool: dict[str, list[str]] | None = task.dataset["default"][options.split]["top_ranked"]
+    place = only_part(task)
+    if place is None:
+        return None
+    split, data = place
+    pool: dict[str, list[str]] | None = data["top_ranked"]
     if pool is not None or first is None or not first.supports(row):
         return pool
     from eval.stages import find
 
-    found = find(first.runner, task, options.split, options.depth or DEPTH)
+    found = find(first.runner, task, split, options.depth or DEPTH)
     return {query: list(documents) for query, documents in found.items()}
 
 
-def reranked(
-    model: Loaded, task: Any, row: Row, split: str, candidates: dict[str, list[str]] | None
-) -> dict[str, Any] | None:
-    """A reranker on one task; None where there are no candidates."""
-    if candidates is None:
+def only_part(task: Any) -> tuple[str, Any] | None:
+    """The split and the data of a ranking that has one subset and one split; None: it has several."""
+    if task.is_aggregate or list(task.dataset) != ["default"] or len(task.dataset["default"]) != 1:
         return None
-    data = task.dataset["default"][split]
+    (place,) = task.dataset["default"].items()
+    return place
+
+
+@contextmanager
+def candidates_in(task: Any, candidates: dict[str, list[str]] | None) -> Iterator[None]:
+    """Gives a task candidates for a while; None: leaves it as it is."""
+    place = only_part(task) if candidates is not None else None
+    if place is None:
+        yield
+        return
+    data = place[1]
     pool, data["top_ranked"] = data["top_ranked"], candidates
     try:
-        return score(model, task, row, split)
+        yield
     finally:
         data["top_ranked"] = pool
 
 
-def score(model: Loaded, task: Any, row: Row, split: str) -> dict[str, Any]:
-    """One model on one task: its main score, all scores that mteb gives, and the seconds it took."""
+def left_out(model: Loaded, row: TaskRow, candidates: dict[str, list[str]] | None) -> str | None:
+    """Why a model leaves a task out; None: it does it."""
+    reason = model.lacks(row)
+    if reason is not None or not model.reranks or candidates is not None or row.kind == "reranking":
+        return reason
+    return "nothing found its candidates"
+
+
+def score(model: Loaded, task: Any, row: TaskRow, kept: Kept, split: str | None = None) -> dict[str, Any]:
+    """One model on one task: its main score with a 95 % interval, all scores that mteb gives, the seconds it took.
+
+    Args:
+        split: one of several; None: the mean of all. Subsets are averaged; a score of several parts has no interval.
+    """
     import mteb
 
     started = time.monotonic()
-    outcome = mteb.evaluate(model.runner, task, cache=None, co2_tracker=False, show_progress_bar=False,
-                            encode_kwargs={"batch_size": 256, "show_progress_bar": False})  # fmt: skip
-    scores = outcome.task_results[0].scores[split][0]
-    numbers = {key: round(value, 5) for key, value in scores.items()
-               if isinstance(value, float) and not key.startswith("nauc")}  # fmt: skip
-    return {"main": numbers[row.main_score], "seconds": round(time.monotonic() - started, 2), **numbers}
+    batch = 16 if "frames" in row.modalities else 256  # of videos, whose frames are decoded together
+    with watching(task) as rows:
+        outcome = mteb.evaluate(model.runner, task, cache=None, co2_tracker=False, show_progress_bar=False,
+                                prediction_folder=NOWHERE,
+                                encode_kwargs={"batch_size": batch, "show_progress_bar": False})  # fmt: skip
+    by_split = outcome.task_results[0].scores
+    parts = [scores for name in ([split] if split else by_split) for scores in by_split[name]]
+    keys = [key for key, value in parts[0].items() if isinstance(value, float) and not key.startswith("nauc")]
+    numbers = {key: round(sum(part[key] for part in parts) / len(parts), 5) for key in keys}
+    seconds, main = round(time.monotonic() - started, 2), numbers[row.main_score]
+    own = agreeing(rows.get(parts[0]["hf_subset"]), main) if len(parts) == 1 else None
+    kept.add(row.name, model.name, own)
+    kept.add_mteb(model.runner, model.provenance.get("fingerprint"), outcome.task_results[0])
+    return {"main": main, "interval": own and own.interval(), "seconds": seconds, **numbers}
 
 
-def sizes(task: Any, row: Row, split: str) -> dict[str, int]:
+def sizes(task: Any, row: TaskRow) -> dict[str, int]:
     """How much a task holds: documents and queries, or rows."""
+    from eval.sets import parts, splits
+
+    tables = [data for part in parts(task) for data in splits(part)]
     if row.kind in RANKINGS:
-        data = task.dataset["default"][split]
-        return {"documents": len(data["corpus"]), "queries": len(data["queries"])}
-    data = next(iter(task.dataset.values())) if row.kind == "bitext" else task.dataset
-    return {"rows": len(data[split])}
-
-
-def averages(results: dict[str, Any]) -> dict[str, dict[str, float | None]]:
-    """group -> model -> mean of the main scores; None where the model cannot do every task of the group."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for entry in results["tasks"].values():
-        groups.setdefault(entry["group"], []).append(entry["scores"])
-    means: dict[str, dict[str, float | None]] = {}
-    for group, rows in groups.items():
-        means[group] = {}
-        for model in results["models"]:
-            values = [scores[model]["main"] for scores in rows if scores[model] is not None]
-            means[group][model] = round(sum(values) / len(values), 5) if len(values) == len(rows) else None
-    return means
-
-
-def table(results: dict[str, Any]) -> str:
-    """Tasks by models, group after group, each group with its average."""
-    models = list(results["models"])
-    lines = [["task", "score", *models]]
-    for group, means in results["averages"].items():
-        entries = {name: entry for name, entry in results["tasks"].items() if entry["group"] == group}
-        for name, entry in entries.items():
-            lines.append([name, entry["main_score"], *(cell(entry, model) for model in models)])
-        if len(entries) > 1:
-            lines.append([f"average, {group}", "", *(number(means[model]) for model in models)])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    rendered = [
-        "  ".join(
-            text.ljust(width) if column < 2 else text.rjust(width)
-            for column, (text, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    return "\n".join([rendered[0], "-" * len(rendered[0]), *rendered[1:]])  # fmt: skip
-
-
-def cell(entry: dict[str, Any], model: str) -> str:
-    scores = entry["scores"][model]
-    return number(None if scores is None else scores["main"])
-
-
-def number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+        return {"documents": sum(len(data["corpus"]) for data in tables),
+                "queries": sum(len(data["queries"]) for data in tables)}  # fmt: skip
+    return {"rows": sum(map(len, tables))}
 
 
 def versions() -> dict[str, str]:

@@ -1,8 +1,8 @@
-"""Line charts, histograms and reliability plots as SVG coordinates, and the frame of pages that show them: one file,
-nothing fetched, dark and light.
+"""Line charts, histograms, intervals and reliability plots as SVG coordinates, and the frame of pages that show them:
+one file, nothing fetched, dark and light.
 
-`pages/chart.html` draws what `curve`, `histogram` and `reliability` give, `pages/page.css` is the style that all
-reports share. jinja2 comes with torch.
+`pages/chart.html` draws what the functions here give, `pages/page.css` is the style that all reports share. jinja2
+comes with torch.
 """
 
 from __future__ import annotations
@@ -55,11 +55,76 @@ def curve(points: Sequence[tuple[float, float]], width: int = 640, height: int =
     }  # fmt: skip
 
 
+def lines(
+    series: Mapping[str, Sequence[tuple[float, float]]], even: bool = False, width: int = 640, height: int = 260
+) -> dict[str, Any] | None:
+    """Several lines over one pair of axes as SVG coordinates; None where no series has two points.
+
+    Args:
+        series: name -> (x, y) in the order of x.
+        even: the x of all series stand at equal distances, each with its label: dimensions, layers, settings.
+    """
+    if not any(len(points) > 1 for points in series.values()):
+        return None
+    left, right, top, bottom = 56, 22, 12, 46
+    across = sorted({x for points in series.values() for x, _ in points})
+    values = [y for points in series.values() for _, y in points]
+    y_ticks = nice_ticks(min(values), max(values))
+    low, high = min(y_ticks[0], *values), max(y_ticks[-1], *values)
+    places = {value: place for place, value in enumerate(across)}
+
+    def x(value: float) -> float:
+        share = places[value] / (len(across) - 1) if even else (value - across[0]) / ((across[-1] - across[0]) or 1)
+        return round(left + share * (width - left - right), 1)
+
+    def y(value: float) -> float:
+        return round(height - bottom - (value - low) / ((high - low) or 1) * (height - top - bottom), 1)
+
+    ticks = [(x(value), f"{value:g}") for value in across] if even else [
+        (round(left + (tick - across[0]) / ((across[-1] - across[0]) or 1) * (width - left - right), 1), f"{tick:g}")
+        for tick in nice_ticks(across[0], across[-1]) if across[0] <= tick <= across[-1]
+    ]  # fmt: skip
+    return {
+        "width": width, "height": height, "left": left, "right": width - right, "top": top, "bottom": height - bottom,
+        "series": {name: [(x(one), y(two), f"{one:g}: {two:.3f}") for one, two in points]
+                   for name, points in series.items()},
+        "y_ticks": [(y(tick), f"{tick:g}") for tick in y_ticks], "x_ticks": ticks,
+    }  # fmt: skip
+
+
+def differences(
+    rows: Sequence[tuple[str, float, float, float, str]], width: int = 640, line: int = 24
+) -> dict[str, Any] | None:
+    """Differences with their intervals, one below the other, as SVG coordinates on a scale that holds 0. None for none.
+
+    Args:
+        rows: name, difference, low, high, and a word for it that the page colours by.
+    """
+    if not rows:
+        return None
+    left, right, top, bottom = 210, 12, 6, 30
+    bounds = [bound for _, _, low, high, _ in rows for bound in (low, high)]
+    ticks = nice_ticks(min(0.0, *bounds), max(0.0, *bounds))
+    first, last = min(ticks[0], *bounds), max(ticks[-1], *bounds)
+
+    def x(value: float) -> float:
+        return round(left + (value - first) / ((last - first) or 1) * (width - left - right), 1)
+
+    height = top + line * len(rows) + bottom
+    return {
+        "width": width, "height": height, "left": left, "top": top, "bottom": height - bottom, "zero": x(0.0),
+        "rows": [{"name": name, "y": top + line * place + line / 2, "x": x(value), "low": x(low), "high": x(high),
+                  "word": word, "text": f"{value:+.3f}, {low:+.3f} to {high:+.3f}"}
+                 for place, (name, value, low, high, word) in enumerate(rows)],
+        "ticks": [(x(tick), f"{tick:+g}" if tick else "0") for tick in ticks],
+    }  # fmt: skip
+
+
 def histogram(
     counts: Mapping[str, Sequence[int]], low: float, high: float, width: int = 640, height: int = 220
 ) -> dict[str, Any]:
     """Series counted in the same equal bins from low to high, each as shares of its sum, as SVG coordinates."""
-    left, right, top, bottom = 44, 12, 12, 34
+    left, right, top, bottom = 58, 16, 12, 46
     bins = len(next(iter(counts.values())))
     shares = {name: [count / max(1, sum(one)) for count in one] for name, one in counts.items()}
     y_ticks = nice_ticks(0, max(max(one) for one in shares.values()))

@@ -1,4 +1,4 @@
-"""The command `mmembed`: encode, search, rerank, plan, verify, inspect.
+"""The command `mmembed`: encode, search, rerank, explore, plan, verify, inspect.
 
 Everything heavy is imported by the command that needs it, after the arguments were read, so that `mmembed --help` and a
 misspelt flag answer at once. Results go to stdout, progress and errors to stderr; an error ends with exit code 2.
@@ -69,7 +69,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     parser.add_argument("--version", action="version", version=f"mmembed {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     commands = {}
-    for add in (_add_encode, _add_search, _add_rerank, _add_plan, _add_verify, _add_inspect):
+    for add in (_add_encode, _add_search, _add_rerank, _add_explore, _add_plan, _add_verify, _add_inspect):
         command = add(subparsers)
         commands[command.prog.split()[-1]] = command
     return parser, commands
@@ -192,7 +192,7 @@ def _search(arguments: argparse.Namespace) -> int:
         encoding, vectors = open_collection(arguments.target)
         truncate_dim = encoding.truncate_dim
         embedder = _load(arguments, arguments.model or encoding.model, encoding.layers)
-        check_model(embedder, encoding, arguments.target)
+        check_model(embedder, encoding, arguments.target, _portable(arguments.model or encoding.model))
         size: int | None = encoding.size
     else:
         entries = list(usable(read_entries(arguments.target), arguments.on_bad_record, _report))
@@ -257,8 +257,8 @@ def _document_root(arguments: argparse.Namespace) -> Path | None:
     if remembered is None:
         if has_pictures(arguments.target):
             raise MmembedError(
-                f"{arguments.target}: does not say where its images lie (an older mmembed encoded it), and --rerank "
-                "opens them; give --media-root FOLDER"
+                f"{arguments.target}: does not say where its images lie (an older mmembed encoded it), and they are "
+                "opened here; give --media-root FOLDER"
             )
         return Path(arguments.target)
     return Path(remembered)
@@ -463,6 +463,141 @@ def _one_question(arguments: argparse.Namespace) -> Iterator[Question]:
         query = _query_of(arguments)
         opened = with_bytes(query, MediaStore(None, media_limits_of(arguments)))
         yield Question(opened, documents, (None,) * len(documents), query.content)
+
+
+# explore ------------------------------------------------------------------------------------------------------------
+
+
+def _add_explore(subparsers: Any) -> Parser:
+    command = _command(
+        subparsers,
+        "explore",
+        _explore,
+        help="look at what a model finds, on a page in the browser",
+        description="""\
+            Opens a page on this machine to ask for a text or an image, see what one or two models find, what a reranker
+            makes of it, and where it lies on a map of the collection. A folder of images or a JSONL file is encoded
+            first; of an encoded folder the second model encodes the documents. Needs pip install 'mmembed[explore]'.
+
+              mmembed explore photos.enc
+              mmembed explore corpus.jsonl --model mmembed-nano runs/demo/embedder
+              mmembed explore photos.enc --rerank runs/reranker --port 8000""",
+    )
+    command.add_argument(
+        "target", type=Path, help="folder written by `mmembed encode`, folder of images, or .jsonl file"
+    )
+    command.add_argument("--rerank", metavar="PATH", help="order the hits with this reranker, and show what moved")
+    command.add_argument(
+        "--depth",
+        type=int,
+        metavar="N",
+        help=f"hits of a model that the reranker orders, or that ranks are compared over (default {DEPTH})",
+    )
+    command.add_argument("--top-k", type=int, default=10, help="how many hits the page shows at first (default 10)")
+    command.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine)")
+    command.add_argument("--port", type=int, default=7860, help="default 7860; 0 takes one that is free")
+    _add_model(
+        command,
+        None,
+        nargs="+",
+        metavar="MODEL",
+        help="one or two checkpoint folders or backbones (default the one the folder was encoded with, else the nano)",
+    )
+    add_vision_cache(command)
+    _add_on_bad_record(command)
+    return command
+
+
+def _explore(arguments: argparse.Namespace) -> int:
+    import tempfile
+
+    models = _explored(arguments)
+    port = _free_port(arguments.host, arguments.port)
+    with tempfile.TemporaryDirectory(prefix="mmembed-explore-") as uploads:
+        os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False"}  # read when it is imported
+        for name in ("NO_PROXY", "no_proxy"):  # Gradio asks its own page whether it is there
+            os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1,localhost", arguments.host)))
+        _open_page(arguments, models, port)
+    return 0
+
+
+def _open_page(arguments: argparse.Namespace, models: list[str], port: int) -> None:
+    """Loads everything, and shows the page until it is interrupted."""
+    try:
+        from mmembed.explore.page import serve
+    except ModuleNotFoundError as error:
+        raise MmembedError(f"a package is missing ({error.name}); pip install 'mmembed[explore]'") from None
+    from mmembed.explore.comparison import Explorer
+    from mmembed.explore.sides import open_folder, open_source
+    from mmembed.inference.encoding import ENCODING
+    from mmembed.media import MediaStore
+
+    limits, root = media_limits_of(arguments), _document_root(arguments)
+
+    def load(model: str, layers: int | None) -> Embedder:
+        return _load_media(_load(arguments, model, layers), root, limits)
+
+    reranker = None
+    if arguments.rerank is not None:
+        reranker = (Path(arguments.rerank).name, _load_reranker(arguments, arguments.rerank, root))
+    if (arguments.target / ENCODING).is_file():
+        documents = open_folder(arguments.target, models, load, _report)
+    else:
+        documents = open_source(arguments.target, models or [NANO], load, _report, arguments.on_bad_record)
+    explorer = Explorer(
+        documents,
+        media=MediaStore(None, limits),
+        depth=arguments.depth or DEPTH,
+        reranker=reranker,
+        on_bad=arguments.on_bad_record,
+        report=_report,
+    )
+    serve(
+        explorer,
+        MediaStore(root, limits),
+        str(arguments.target),
+        host=arguments.host,
+        port=port,
+        top_k=arguments.top_k,
+        ready=lambda address: print(f"{address} shows {arguments.target}; Ctrl-C ends it", flush=True),
+    )
+
+
+def _explored(arguments: argparse.Namespace) -> list[str]:
+    """The models that were asked for, after the options were judged."""
+    from mmembed.inference.encoding import ENCODING
+
+    models = [_portable(model) for model in arguments.model or []]
+    if len(models) > 2 or len(set(models)) < len(models):
+        raise MmembedError(f"--model: found {' '.join(arguments.model)}; give one model, or two different ones")
+    if arguments.top_k < 1:
+        raise MmembedError(f"--top-k: found {arguments.top_k}; give at least 1")
+    if arguments.depth is not None:
+        if len(models) < 2 and arguments.rerank is None:
+            raise MmembedError("--depth: no effect without --rerank or a second --model; give one, or remove it")
+        if arguments.depth < arguments.top_k:
+            raise MmembedError(
+                f"--depth: found {arguments.depth}, below --top-k {arguments.top_k}; give at least as many"
+            )
+    encoded = (arguments.target / ENCODING).is_file()
+    if encoded and arguments.on_bad_record == "skip" and arguments.rerank is None:
+        raise MmembedError(
+            f"--on-bad-record skip: no effect on {arguments.target}, which is encoded already; remove it"
+        )
+    return models
+
+
+def _free_port(host: str, port: int) -> int:
+    """The port, or one that is free for 0. Raises MmembedError unless a server can listen there, before models load."""
+    import socket
+
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+            return int(probe.getsockname()[1])
+    except (OSError, OverflowError) as error:
+        raise MmembedError(f"--port {port}: cannot listen on {host} ({error}); give another --port") from error
 
 
 # plan ---------------------------------------------------------------------------------------------------------------

@@ -59,9 +59,7 @@ class FeatureStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.refresh()
         except OSError as error:
-            raise CacheError(
-                f"{self.folder}: cannot be used for image features ({error}); name another folder"
-            ) from None
+            raise CacheError(f"{self.folder}: cannot be used as a cache ({error}); name another folder") from None
 
     def __reduce__(self) -> tuple[type[FeatureStore], tuple[Path, int]]:
         return FeatureStore, (self.folder, self.limit)  # files and locks stay in their process
@@ -178,7 +176,7 @@ class FeatureStore:
 
     def _stop(self, why: str) -> None:
         self._closed = True
-        logger.warning("%s: %s. Going on without adding features", self.folder, why)
+        logger.warning("%s: %s. Going on without adding to it", self.folder, why)
 
 
 def _write(descriptor: int, content: bytes) -> None:

@@ -106,17 +106,24 @@ def pooled_auc(scores: ArrayLike, relevance: ArrayLike, k: int = 500, valid: Arr
     Raises:
         MmembedError: k below 1, shapes differ, or a score is NaN.
     """
+    found, wrong = pool(scores, relevance, k, valid)
+    if not len(found) or not len(wrong):
+        return float("nan")
+    ranks = average_ranks(np.concatenate([found, wrong]))[: len(found)]
+    return float((ranks.sum() - len(found) * (len(found) + 1) / 2) / (len(found) * len(wrong)))
+
+
+def pool(
+    scores: ArrayLike, relevance: ArrayLike, k: int = 500, valid: ArrayLike | None = None
+) -> tuple[Floats, Floats]:
+    """(P,) scores of every positive and (N,) of the k best others of every query. See `pooled_auc`."""
     if k < 1:
         raise MmembedError(f"pooled_auc: k is {k}; give the number of other documents a query, 1 or more")
     values, labels, mask = _matrices(scores, relevance, valid)
     positive = mask & (labels > 0)  # (Q, C)
     others = -np.sort(-np.where(mask & ~positive, values, -np.inf), axis=1)[:, :k]  # (Q, min(k, C))
     kept = np.arange(others.shape[1]) < (mask & ~positive).sum(1, keepdims=True)
-    found, wrong = values[positive], others[kept]  # (P,), (N,)
-    if not len(found) or not len(wrong):
-        return float("nan")
-    ranks = average_ranks(np.concatenate([found, wrong]))[: len(found)]
-    return float((ranks.sum() - len(found) * (len(found) + 1) / 2) / (len(found) * len(wrong)))
+    return values[positive], others[kept]
 
 
 @dataclass(frozen=True)

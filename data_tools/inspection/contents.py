@@ -12,10 +12,10 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from data_tools.thumbnails import shortened, thumbnail
 from mmembed.content import Audio, Content, Image, Text, Video
 from mmembed.errors import MediaError, RecordError
 from mmembed.media import MediaStore
+from mmembed.thumbnails import shortened, thumbnail
 
 TEXT = 320  # characters of a text that is shown
 PICTURES = 4  # of a content that are shown

@@ -11,11 +11,11 @@ from typing import Any
 from data_tools.files import write_whole
 from data_tools.inspection.contents import shown
 from data_tools.inspection.statistics import Statistics
-from data_tools.thumbnails import thumbnail
 from mmembed.charts import histogram, page_environment
 from mmembed.content import Document, Example, Image
 from mmembed.data.records import content_to_json
 from mmembed.media import MediaStore
+from mmembed.thumbnails import thumbnail
 
 TEMPLATE = Path(__file__).with_name("page.html")
 OF_A_KIND = 2  # documents of a sample that are shown, positives and negatives each

@@ -24,12 +24,12 @@ from data_tools.inspection.reading import Reading
 from data_tools.inspection.sketches import Digests, Names, Numbers, Repeated, Reservoir
 from data_tools.languages import SURE, UNDETERMINED, identify
 from data_tools.near_duplicates import picture_groups, text_groups
-from data_tools.thumbnails import shortened
 from mmembed.content import Content, Document, Example, Image, Task
 from mmembed.data.dataset import fields_of
 from mmembed.data.words import split_words
 from mmembed.errors import MediaError, RecordError
 from mmembed.media import MediaStore
+from mmembed.thumbnails import shortened
 
 BINS = 40
 MOST_REPEATED = 8

@@ -21,10 +21,10 @@ from data_tools.mining.collection import Collection
 from data_tools.mining.retrievers import Item
 from data_tools.mining.settings import MiningConfig
 from data_tools.mining.steps import Mined
-from data_tools.thumbnails import shortened, thumbnail
 from mmembed.charts import histogram, page_environment
 from mmembed.content import Image, Video, to_content
 from mmembed.media import MediaStore
+from mmembed.thumbnails import shortened, thumbnail
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 TEXT = 280  # characters of a text that is shown

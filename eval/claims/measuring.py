@@ -24,21 +24,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from eval import run
 from eval.files import write_json
 from eval.models import load
 from eval.mteb_adapter import Encodes
 from eval.rerank import numbers
+from eval.rows import Kept
 from eval.stages import find, judge
-from eval.tasks.local import Row, available, select
+from eval.tasks.local import available, select
+from eval.vectors import Compared, compared, ndcg_by_query
 from mmembed import metrics
 from mmembed.arguments import Parser
 from mmembed.content import Content, Role, Text
-from mmembed.errors import ConfigError, MmembedError
-from mmembed.quantize import truncate
-
-BLOCK = 256  # rows a batch of columns
+from mmembed.diagnostics import modality_gap
+from mmembed.errors import MmembedError
+from mmembed.quantize import truncate, unit_rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,14 +98,16 @@ def measured(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
             name = row.name if encoder.dim is None else f"{row.name}@{encoder.dim}"
             task = run.build(row, given)
             task.load_data()
-            numbers = run.score(model, task, row, given.split)
+            numbers = run.score(model, task, row, Kept(), given.split)
             if row.name in {*options.vectors, *options.by_query}:
-                queries, documents, values, relevance = compared(model.runner, task, row, given.split)
+                found = compared(model.runner, task, row, given.split)
             if row.name in options.vectors:
-                numbers |= of_vectors(queries, documents, values, relevance)
+                numbers |= of_vectors(found)
             if row.name in options.by_query:
-                by_query[name] = [round(number, 5) for number in ndcg_by_query(values, relevance).tolist()]
-            scores[name] = {key: float(value) for key, value in numbers.items()}
+                by_query[name] = [
+                    round(number, 5) for number in ndcg_by_query(found.similarity, found.relevance).tolist()
+                ]
+            scores[name] = {key: float(value) for key, value in numbers.items() if key != "interval"}
             print(f"{name}: {scores[name]['main']:.4f}", flush=True)
     return {"scores": scores, "by_query": by_query}
 
@@ -164,48 +168,13 @@ class Remembering:
         )
 
 
-def of_vectors(
-    queries: np.ndarray, documents: np.ndarray, values: np.ndarray, relevance: np.ndarray
-) -> dict[str, float]:
-    """`pooled_auc` and `centroid_distance` of what `compared` gives."""
-    means = [np.mean(side / np.linalg.norm(side, axis=1, keepdims=True), axis=0) for side in (queries, documents)]
+def of_vectors(found: Compared) -> dict[str, float]:
+    """`pooled_auc`, and `centroid_distance` of unit vectors."""
+    sides = [torch.from_numpy(unit_rows(side)) for side in (found.queries, found.documents)]
     return {
-        "pooled_auc": metrics.pooled_auc(values, relevance),
-        "centroid_distance": float(np.linalg.norm(means[0] - means[1])),
+        "pooled_auc": metrics.pooled_auc(found.similarity, found.relevance),
+        "centroid_distance": float(modality_gap(*sides)),
     }
-
-
-def ndcg_by_query(values: np.ndarray, relevance: np.ndarray, k: int = 10) -> np.ndarray:
-    """(Q,) nDCG@10 from similarities and relevance (Q, D)."""
-    ranked, judged = metrics.rank_by_score(values, relevance)
-    return metrics.ndcg_at_k(ranked, judged, k)
-
-
-def compared(runner: Any, task: Any, row: Row, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """-> queries (Q, E), documents (D, E), their similarities (Q, D) and relevance (Q, D).
-
-    Raises:
-        ConfigError: a task without a corpus.
-    """
-    from mteb.types import PromptType
-
-    if row.kind != "retrieval":
-        raise ConfigError(
-            f"{row.name}: a task of kind '{row.kind}' has no corpus; leave it out of --vectors and --by-query"
-        )
-    data = task.dataset["default"][split]
-    sides = []
-    for key, side in (("queries", PromptType.query), ("corpus", PromptType.document)):
-        batches = data[key].iter(batch_size=BLOCK)
-        sides.append(runner.encode(batches, task_metadata=task.metadata, prompt_type=side))
-    places = {document: place for place, document in enumerate(data["corpus"]["id"])}
-    relevance = np.zeros((len(sides[0]), len(sides[1])))
-    for number, query in enumerate(data["queries"]["id"]):
-        for document, grade in data["relevant_docs"][query].items():
-            if document in places:
-                relevance[number, places[document]] = grade
-    values = np.asarray(runner.similarity(*sides))  # (Q, D)
-    return sides[0], sides[1], values, relevance
 
 
 if __name__ == "__main__":

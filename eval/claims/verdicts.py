@@ -10,12 +10,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from eval.claims.declaration import Comparison
+from eval.significance import CONFIDENCE, interval_of_means
 
 HOLDS, FAILS, OPEN = "holds", "does not hold at this scale", "inconclusive"
-CONFIDENCE, RESAMPLES = 0.95, 10_000
 RULE = """\
 Each comparison is a mean of differences d = arm - other, paired by seed, with a 95 % interval of Student's t over the
 seeds. Arms of one seed share the order of the data and, where they have the same weights, their first values. Fewer
@@ -60,7 +59,7 @@ def compare(
     ours, theirs = ({seed: side[seed] for seed in seeds} for side in (arm, than))
     differences = [arm[seed] - than[seed] for seed in seeds]
     mean = statistics.fmean(differences) if differences else None
-    bounds = interval(differences) if by_query is None else resampled_interval(by_query)
+    bounds = interval(differences) if by_query is None else interval_of_means(by_query)
     low, high = bounds or (None, None)
     verdict, reason = judged(comparison, bounds, len(seeds))
     return Outcome(comparison, ours, theirs, mean, low, high, verdict, reason)
@@ -80,28 +79,6 @@ def interval(differences: Sequence[float]) -> tuple[float, float] | None:
     reach = float(t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1)) * error
     mean = statistics.fmean(differences)
     return mean - reach, mean + reach
-
-
-def resampled_interval(differences: Sequence[Sequence[float]]) -> tuple[float, float] | None:
-    """A bootstrap of the mean over tasks of the mean over each task's queries; None where nothing differs.
-
-    >>> low, high = resampled_interval([[0.0, 0.1] * 50])  # 0.05 -+ 1.96 * 0.05 / sqrt(100)
-    >>> round(low, 2), round(high, 2)
-    (0.04, 0.06)
-    """
-    import numpy as np
-    from scipy.stats import bootstrap
-
-    tasks = [np.asarray(task, dtype=np.float64) for task in differences if len(task) > 1]
-    if len(tasks) < len(differences) or not any(task.std() > 0 for task in tasks):
-        return None
-
-    def mean(*samples: Any, axis: int = -1) -> Any:
-        return sum(sample.mean(axis=axis) for sample in samples) / len(samples)
-
-    found = bootstrap(tasks, mean, confidence_level=CONFIDENCE, n_resamples=RESAMPLES, method="percentile",
-                      vectorized=True, batch=500, rng=np.random.default_rng(0)).confidence_interval  # fmt: skip
-    return float(found.low), float(found.high)
 
 
 def judged(comparison: Comparison, bounds: tuple[float, float] | None, seeds: int) -> tuple[str, str]:

@@ -29,6 +29,11 @@ LANGUAGES = {
     "uk": "ukr-Cyrl", "vi": "vie-Latn", "xh": "xho-Latn", "yo": "yor-Latn", "zh": "zho-Hans", "zu": "zul-Latn",
 }  # fmt: skip
 
+# Of three letters: a language -> the one that it is counted to, whose code data may have in its place.
+MACROLANGUAGES = {"cmn": "zho", "yue": "zho", "arb": "ara", "pes": "fas", "ekk": "est", "zsm": "msa", "swh": "swa",
+                  "lvs": "lav", "nob": "nor", "nno": "nor", "als": "sqi", "khk": "mon", "npi": "nep", "ory": "ori",
+                  "uzn": "uzb", "plt": "mlg", "azj": "aze", "pbt": "pus", "ydd": "yid"}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Row:
@@ -67,8 +72,18 @@ class Row:
                 "classification": "accuracy", "clustering": "v_measure"}[self.kind]  # fmt: skip
 
     @property
+    def modalities(self) -> tuple[str, ...]:
+        """What a model has to read."""
+        known = {"t": "text", "i": "image"}
+        return tuple(name for code, name in known.items() if code in self.category.replace("2c", ""))
+
+    @property
     def has_images(self) -> bool:
         return "i" in self.category
+
+    @property
+    def overall(self) -> tuple[str, ...]:
+        return ()
 
     @property
     def group(self) -> str:

@@ -7,7 +7,7 @@ less two of text and five of visual documents: so the sets are UMRB's, and **whi
 reading** (WebQA and Quora of text; the two French sets of ViDoRe and three of its four generated ones). The paper's
 candidates are the first 100 of GME-2B; numbers over other candidates do not compare with its table.
 
-Sets are loaded by mteb (`eval.mrb`). Columns of which no set can be read are filled by sets of the local benchmark,
+Sets are loaded by mteb (`eval.sets`). Columns of which no set can be read are filled by sets of the local benchmark,
 which stand in and are named; a column without any stays empty.
 """
 

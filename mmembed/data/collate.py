@@ -423,7 +423,12 @@ def _digests(named: Content) -> tuple[bytes, ...]:
 
 def content_key(content: Content) -> int:
     """64 bits of a hash of the content: equal contents, equal keys. Files count by their name."""
-    digest = hashlib.blake2b(digest_size=8)
+    return int.from_bytes(content_digest(content, 8), "little", signed=True)
+
+
+def content_digest(content: Content, size: int) -> bytes:
+    """`size` bytes of a hash of the content. Files count by their name."""
+    digest = hashlib.blake2b(digest_size=size)
     for part in content:
         if isinstance(part, Text):
             digest.update(b"text" + part.text.encode())
@@ -436,7 +441,7 @@ def content_key(content: Content) -> int:
             for frame in part.frames:
                 _update_image(digest, frame)
         digest.update(b"\0")
-    return int.from_bytes(digest.digest(), "little", signed=True)
+    return digest.digest()
 
 
 def document_keys(document: Document) -> tuple[int, int]:

@@ -82,18 +82,21 @@ def open_collection(folder: str | Path) -> tuple[Encoding, np.ndarray]:
     return read_encoding(folder), open_vectors(Path(folder) / VECTORS)
 
 
-def check_model(embedder: Embedder, encoding: Encoding, folder: str | Path) -> None:
+def check_model(embedder: Embedder, encoding: Encoding, folder: str | Path, name: str | None = None) -> None:
     """Raises MmembedError unless the embedder gives the vectors that the collection was encoded with.
 
-    A fixed text is encoded as the collection was, and its cosine to the stored vector judged: the same weights agree to
-    0.9999 in any dtype and on any machine, weights that were trained on do not.
+    `name` is that of the embedder, where it may be another than the collection's. A fixed text is encoded as the
+    collection was, and its cosine to the stored vector judged: the same weights agree to 0.9999 in any dtype and on any
+    machine, weights that were trained on do not.
     """
     stored, now = np.array(encoding.probe), _probe(embedder, encoding)
     if stored.shape != now.shape or stored @ now < SAME_MODEL * np.linalg.norm(stored) * np.linalg.norm(now):
-        raise MmembedError(
-            f"{folder}: was encoded by another model than '{encoding.model}' is now (retrained, or another "
-            "--model); encode it again with `mmembed encode --overwrite`"
+        found = (
+            f"another model than '{encoding.model}' is now (retrained, or another --model)"
+            if name in (None, encoding.model)
+            else f"'{encoding.model}', and '{name}' gives other vectors"
         )
+        raise MmembedError(f"{folder}: was encoded by {found}; encode it again with `mmembed encode --overwrite`")
 
 
 def _probe(embedder: Embedder, encoding: Encoding) -> np.ndarray:

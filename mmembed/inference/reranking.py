@@ -22,7 +22,7 @@ from mmembed.data.format_base import read_json_lines
 from mmembed.data.records import DOCUMENT_KEYS, RECORD_KEYS, check_unicode, parse_content, parse_string, with_title
 from mmembed.errors import MmembedError, RecordError, nearest
 from mmembed.inference.reranker import Reranker, Scale
-from mmembed.inference.sources import Entry, entry_of_line
+from mmembed.inference.sources import Entry, entry_of_item, entry_of_line
 from mmembed.media import MediaStore
 
 OnBad = Literal["raise", "skip"]
@@ -204,7 +204,7 @@ def rerank_hits(
         MmembedError: as `score_entries`; it names the hit's id.
     """
     questions = [
-        Question(query, tuple(_entry_of_item(hit) for hit in found), (None,) * len(found))
+        Question(query, tuple(entry_of_item(hit) for hit in found), (None,) * len(found))
         for query, found in zip(queries, hits, strict=True)
     ]
     ordered: dict[int, list[dict[str, Any]]] = {}
@@ -261,14 +261,6 @@ def _windows(questions: Iterable[Question], apart: bool) -> Iterator[list[Questi
         asked.append(query)
     if window:
         yield window
-
-
-def _entry_of_item(item: Mapping[str, Any]) -> Entry:
-    """What a line of items.jsonl stands for."""
-    if "content" in item:
-        return Entry(item["id"], item["content"], item["id"])
-    content = {key: item[key] for key in ("text", "image", "images") if key in item}
-    return Entry(item["id"], content["text"] if content.keys() == {"text"} else content, item["id"])
 
 
 def _question(row: Mapping[str, Any], where: str, number: int, has_table: bool) -> Question:

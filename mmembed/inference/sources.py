@@ -179,3 +179,11 @@ def entry_of_line(row: dict[str, Any], where: str, number: int, has_table: bool)
     instruction = parse_string(row, "instruction", where)
     plain = content["text"] if content.keys() == {"text"} else content
     return Entry(name, plain, where, instruction, "id" in row or "_id" in row)
+
+
+def entry_of_item(item: Mapping[str, Any]) -> Entry:
+    """What a line of an encoded folder stands for, but for an instruction of its own, which the line does not keep."""
+    if "content" in item:
+        return Entry(item["id"], item["content"], item["id"])
+    content = {key: item[key] for key in ("text", "image", "images") if key in item}
+    return Entry(item["id"], content["text"] if content.keys() == {"text"} else content, item["id"])

@@ -42,7 +42,6 @@ NOT_COVERED = {
     ): "counts masked cells as exp(0), ours as 0",
     ("model-soups", ""): "a merge of checkpoints, which is not built",
     ("atlas", ""): "a merge of checkpoints, which is not built",
-    ("gda", ""): "a closed-form classifier, which is not built",
 }
 
 

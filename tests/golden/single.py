@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional
 
+from eval.diagnostics import discriminant
 from mmembed import diagnostics
 from mmembed.data.collate import Batch, plan_chunks
 from mmembed.data.pair_makers.random_crops import crop
@@ -110,3 +111,14 @@ def alignment(entry: Entry) -> Iterator[Compared]:
 @golden("alignment-uniformity", "measure `uniformity` of logs", "uniformity", trains=False)
 def uniformity(entry: Entry) -> Iterator[Compared]:
     yield equal(LOSS, diagnostics.uniformity(*inputs(entry, "x")), entry["loss"])
+
+
+@golden("gda", "measure `eval.diagnostics.discriminant`", trains=False)
+def gaussian_discriminant(entry: Entry) -> Iterator[Compared]:
+    of, expected = entry["inputs"], entry["expected"]
+    classifier = discriminant.fit(of["features"], of["labels"])
+    logits = discriminant.with_descriptions(classifier, of["test"], of["text_classifier"], entry["params"]["alpha"])
+    yield equal(LOSS, logits.sum(), entry["loss"])
+    yield equal("W", classifier.weights, expected["W"])
+    yield equal("b", classifier.bias, expected["b"])
+    yield equal("logits", logits, expected["logits"])

@@ -422,10 +422,10 @@ def test_texts_with_pictures_are_ranked_against_texts_with_pictures(
 
 
 def test_a_set_whose_hub_cannot_be_reached_is_missing():
-    from eval.mrb import MissingSet, open_set
+    from eval.sets import MissingSet, Source, open_task
 
     with pytest.raises(MissingSet, match="NFCorpus: "):
-        open_set("NFCorpus", "hub")
+        open_task(mteb.get_task("NFCorpus"), Source())
 
 
 def test_points_of_a_reliability_plot():

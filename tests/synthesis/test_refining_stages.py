@@ -21,8 +21,8 @@ from data_tools.synthesis.stages import STAGES, Context, Unusable
 from data_tools.synthesis.stages.composition_negatives import changed_words
 from data_tools.synthesis.stages.multicsr_curate import curate, read_score
 from data_tools.synthesis.stages.sub_captions import sentences_of
-from data_tools.synthesis.stages.word_swaps import swaps_of, tagged
 from mmembed.data.records import parse_record
+from mmembed.data.word_swaps import swaps_of, tagged
 from mmembed.errors import ConfigError, MmembedError
 from mmembed.media import MediaStore
 

@@ -18,9 +18,10 @@ from sklearn.metrics import roc_auc_score
 from eval.claims import page, runs
 from eval.claims.__main__ import about_runs, main, parse
 from eval.claims.declaration import WRITES_RECORDS, Comparison, merged, read_claim, read_claims, with_folders
-from eval.claims.measuring import Remembering, ndcg_by_query
+from eval.claims.measuring import Remembering
 from eval.claims.runs import Results, Run, RunFailed, Workers, execute, planned
-from eval.claims.verdicts import FAILS, HOLDS, OPEN, RULE, compare, interval, overall, resampled_interval
+from eval.claims.verdicts import FAILS, HOLDS, OPEN, RULE, compare, interval, overall
+from eval.vectors import ndcg_by_query
 from mmembed.config import load_config
 from mmembed.config.blocks import EmbedderConfig, RerankerConfig
 from mmembed.content import Text
@@ -403,16 +404,6 @@ def test_several_tasks_are_their_mean():
     result = {"claim": "c", "scores": {"x@8": {"m": 0.2}, "y@8": {"m": 0.5}, "x": {"m": 9}, "y": {"m": 9}}}
     assert runs.value(result, comparison) == pytest.approx(0.35)
     assert Comparison(arm="a", than="b", task="x").scores == ("x",)
-
-
-def test_the_bootstrap_agrees_with_the_normal_approximation():
-    rng = np.random.default_rng(0)
-    tasks = [rng.normal(0.05, 0.2, 400), rng.normal(0.01, 0.4, 100)]
-    low, high = resampled_interval(tasks)
-    mean = sum(task.mean() for task in tasks) / 2
-    error = sum(task.var() / len(task) for task in tasks) ** 0.5 / 2
-    assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.1 * error)
-    assert resampled_interval([[0.0] * 9]) is None and resampled_interval([[0.1]]) is None
 
 
 def test_what_is_not_trained_has_an_interval_over_queries(tmp_path):

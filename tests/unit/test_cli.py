@@ -79,7 +79,7 @@ def test_every_lazy_name_resolves():
 
 def test_help_names_every_command():
     text = run("--help").stdout
-    assert all(command in text for command in ("encode", "search", "verify", "inspect"))
+    assert all(command in text for command in ("encode", "search", "explore", "verify", "inspect"))
 
 
 @pytest.mark.parametrize(

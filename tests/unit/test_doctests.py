@@ -1,4 +1,4 @@
-"""The examples in the docstrings of losses, objectives and makers of pairs give what they say."""
+"""The examples in the docstrings of losses, objectives, makers of pairs and others give what they say."""
 
 import doctest
 import importlib
@@ -11,7 +11,7 @@ MODULES = [
     for package in ("mmembed.losses", "mmembed.objectives", "mmembed.data.pair_makers")
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__)
 ]
-MODULES.append("mmembed.data.words")
+MODULES += ["mmembed.data.words", "mmembed.explore.sides"]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -54,6 +54,13 @@ def test_cpu_builds_come_from_the_index_of_pytorch(tmp_path):
     assert (tmp_path / ".venv" / ".complete").exists()
 
 
+def test_gradio_comes_without_its_bound_on_pillow(tmp_path):
+    done, calls = set_up(tmp_path, "nvidia-cublas")
+    assert done.returncode == 0, done.stderr
+    assert any(call.endswith("-c constraints.txt --no-deps gradio") for call in calls)
+    assert not any("explore" in call for call in calls)
+
+
 @pytest.mark.parametrize(("found", "gpu"), [("sympy", False), ("nvidia-cublas", True)], ids=["cpu index", "gpu"])
 def test_else_torch_comes_from_the_package_index(tmp_path, found, gpu):
     done, calls = set_up(tmp_path, found, gpu=gpu)

@@ -1,4 +1,4 @@
-"""What pages of reports show of a content: small pictures inlined as JPEGs, texts cut at a word."""
+"""What pages show of a content: small pictures inlined as JPEGs, texts cut at a word."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mmembed.media import MediaStore
 THUMBNAIL = 132  # pixels of the longer side
 
 
-def thumbnail(image: Image, media: MediaStore) -> str:
-    """A small JPEG as a data URL; of a picture that cannot be opened, an empty string."""
+def thumbnail(image: Image, media: MediaStore, side: int = THUMBNAIL) -> str:
+    """A JPEG of at most `side` pixels a side as a data URL; of a picture that cannot be opened, an empty string."""
     try:
         picture = media.open(image)
     except MediaError:
         return ""
-    picture.thumbnail((THUMBNAIL, THUMBNAIL), PIL.Image.Resampling.LANCZOS)
+    picture.thumbnail((side, side), PIL.Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=78, optimize=True)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

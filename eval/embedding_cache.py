@@ -1,0 +1,76 @@
+"""Vectors of an evaluation, kept on disk by what they are made of: a model, its side and instruction, a content.
+
+Tasks with the same texts have them encoded once, a second run of the same model encodes nothing, and one that was
+killed goes on: at most a block of `BLOCK` contents is encoded again. Several processes may use one folder. What is kept
+are the float32 vectors as the model gave them, so scores are the same with the cache and without it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from eval.mteb_adapter import Encodes
+from mmembed.content import Role
+from mmembed.data.collate import content_digest
+from mmembed.feature_store import FeatureStore
+
+BLOCK = 2048  # contents that are encoded between two writes
+
+
+class Caching:
+    """Encodes what is not kept yet.
+
+    Args:
+        embedder: makes the vectors.
+        folder: of all models; each has a store of its own there.
+        limit: bytes of all vectors in the folder; a full one takes no more.
+        made_by: everything that vectors depend on but content, side and instruction.
+
+    Raises:
+        CacheError: the folder cannot be made or read.
+    """
+
+    def __init__(self, embedder: Encodes, folder: Path, limit: int, made_by: Mapping[str, Any]) -> None:
+        about = hashlib.blake2b(json.dumps(made_by, sort_keys=True).encode(), digest_size=16)
+        self.embedder, self.store = embedder, FeatureStore(folder / about.hexdigest(), limit)
+        self.read = self.computed = 0
+
+    def similarity(self, a: Any, b: Any) -> Any:
+        return self.embedder.similarity(a, b)
+
+    def encode(self, contents: Sequence[Any], *, role: Role, instruction: str | None) -> Any:
+        """(N, E) float32, or a list of (T, E) of a multi-vector model, as the embedder gives."""
+        keys = [_key(content, role, instruction) for content in contents]
+        vectors: dict[bytes, np.ndarray] = {}
+        missing: dict[bytes, Any] = {}
+        for key, content in zip(keys, contents, strict=True):
+            if key in vectors or key in missing:
+                continue
+            kept = self.store.get(key)
+            if kept is None:
+                missing[key] = content
+            else:
+                vectors[key] = kept["vector"].numpy()
+        self.read, self.computed = self.read + len(vectors), self.computed + len(missing)
+        wanted = list(missing)
+        for start in range(0, len(wanted), BLOCK):
+            block = wanted[start : start + BLOCK]
+            encoded = self.embedder.encode([missing[key] for key in block], role=role, instruction=instruction)
+            for key, vector in zip(block, encoded, strict=True):
+                vectors[key] = np.asarray(vector, dtype=np.float32)
+                if np.isfinite(vectors[key]).all():
+                    self.store.put(key, {"vector": torch.from_numpy(vectors[key])})
+        found = [vectors[key] for key in keys]
+        return found if found[0].ndim == 2 else np.stack(found)
+
+
+def _key(content: Any, role: Role, instruction: str | None) -> bytes:
+    told = json.dumps([role, instruction]).encode()
+    return hashlib.blake2b(told + content_digest(content, 16), digest_size=16).digest()
