@@ -120,7 +120,8 @@ def check_comparable(first: Path, one: Mapping[str, Any], second: Path, other: M
     wrong = [f"{key} {one.get(key)} and {other.get(key)}" for key in LIMITS if one.get(key) != other.get(key)]
     stages = [{key: (each.get("first_stage") or {}).get(key) for key in ("name", "depth", "fingerprint")}
               for each in (one, other)]  # fmt: skip
-    if stages[0] != stages[1] and any(model.get("kind") == "reranker" for model in one["models"].values()):
+    kinds = {model.get("kind") for each in (one, other) for model in each["models"].values()}
+    if stages[0] != stages[1] and "reranker" in kinds:
         wrong.append(f"candidates of {stages[0]} and {stages[1]}")
     for name in one["tasks"].keys() & other["tasks"].keys():
         pair = one["tasks"][name], other["tasks"][name]
@@ -143,7 +144,10 @@ def _results(file: Path) -> dict[str, Any]:
 
 def _system(file: Path, results: Mapping[str, Any], model: str, tasks: Sequence[str]) -> System:
     beside = rows_file(file)
-    kept: Mapping[str, Any] = read_json(beside)["tasks"] if beside.exists() else {}
+    try:
+        kept: Mapping[str, Any] = read_json(beside)["tasks"] if beside.exists() else {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{beside}: no rows of eval.run ({error}); remove it, or evaluate again") from error
     scores = {name: results["tasks"][name]["scores"].get(model) for name in tasks}
     rows = {}
     for name, own in scores.items():

@@ -516,7 +516,7 @@ def _explore(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="mmembed-explore-") as uploads:
         os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False"}  # read when it is imported
         for name in ("NO_PROXY", "no_proxy"):  # Gradio asks its own page whether it is there
-            os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1,localhost", arguments.host)))
+            os.environ[name] = ",".join(filter(None, (os.environ.get(name), "localhost", arguments.host)))
         _open_page(arguments, models, port)
     return 0
 
