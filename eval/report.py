@@ -8,8 +8,6 @@ pictures are inlined as small JPEGs, nothing is fetched. The queries that it sho
 by how well they went.
 """
 
-import base64
-import hashlib
 import io
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,6 +18,7 @@ from typing import Any
 import PIL.Image
 import pyarrow.parquet
 
+from eval.examples import by_hash, inlined
 from eval.files import read_json, read_jsonl, write_json
 from eval.tables import number
 from mmembed.arguments import Parser
@@ -31,7 +30,6 @@ TEMPLATE = Path(__file__).with_name("report_template.html")
 COLUMNS = ("before", "after", "bm25", "minilm")
 QUERIES_A_TASK = 3
 SHOWN = 5  # pictures a query
-THUMBNAIL = 132  # pixels of the longer side
 CUT = 100  # rankings are kept to this rank
 EXAMPLES = 6  # queries whose documents before and after reranking are shown
 STAGES = ("found by the embedder", "ordered by the reranker")  # the sides of each
@@ -222,7 +220,7 @@ def picture_page(run: Path, root: Path, report: Mapping[str, Any]) -> list[dict[
             continue
         before, after = (ranking[name] for ranking in rankings)
         documents = {row["_id"]: row.get("image") for row in read_jsonl(root / task["data"] / "corpus.jsonl")}
-        queries = sorted(before, key=lambda key: hashlib.sha256(key.encode()).digest())[:QUERIES_A_TASK]
+        queries = by_hash(before)[:QUERIES_A_TASK]
         wanted = {before[query]["relevant"][0] for query in queries}
         wanted |= {key for query in queries for side in (before, after) for key, _ in side[query]["top"][:SHOWN]}
         thumbnails = read_thumbnails(root / task["data"] / "images.parquet", {documents[key] for key in wanted})
@@ -256,17 +254,6 @@ def read_thumbnails(table: Path, wanted: set[str | None]) -> dict[str | None, st
 
 def thumbnail(encoded: bytes) -> str:
     return inlined(PIL.Image.open(io.BytesIO(encoded)))
-
-
-def inlined(image: PIL.Image.Image) -> str:
-    """A picture as a small JPEG in a data URL."""
-    picture = image.convert("RGBA")
-    picture.thumbnail((THUMBNAIL, THUMBNAIL), PIL.Image.Resampling.LANCZOS)
-    flat = PIL.Image.new("RGB", picture.size, "white")
-    flat.paste(picture, mask=picture.getchannel("A"))
-    buffer = io.BytesIO()
-    flat.save(buffer, "JPEG", quality=78, optimize=True)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 # The page -------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ Documents that nobody judged count as not relevant in both, as in rankings.
 """
 
 import argparse
-import hashlib
 import math
 import os
 import sys
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from eval.benchmarks import HUB
+from eval.examples import SHOWN, Examples
 from eval.files import read_json, write_json
 from eval.models import Loaded, add_model_options, check_names, check_options, is_hub_name, is_reranker, load
 from eval.rerank_report import NAMES, markdown, render
@@ -40,7 +40,7 @@ from mmembed.errors import ConfigError, MmembedError
 
 KINDS = ("retrieval", "reranking")
 DEPTH, BINS = 50, 10
-QUERIES_SHOWN, SHOWN, CUT = 2, 5, 160  # of a task on the page: queries, documents of each stage, letters of a text
+QUERIES_SHOWN = 2  # of a task on the page
 UNCALIBRATED = {
     "ece": None,
     "bins": [[0, 0.0, 0.0]] * BINS,
@@ -400,32 +400,14 @@ def shown(work: Work, stages: Mapping[str, metrics.Run]) -> list[dict[str, Any]]
     """What each stage puts first for some queries, drawn by a hash of their ids, as the page shows it."""
     from eval.stages import best
 
-    data = work.task.dataset["default"][work.split]
-    places = {key: place for place, key in enumerate(data["corpus"]["id"])}
-    queries = {key: place for place, key in enumerate(data["queries"]["id"])}
-    drawn = sorted(queries, key=lambda query: hashlib.sha256(query.encode()).digest())[:QUERIES_SHOWN]
-    examples = []
-    for query in drawn:
-        judged = data["relevant_docs"][query]
-        sides = [
-            {"name": name, "documents": [
-                {**_summary(data["corpus"][places[key]]), "right": judged.get(key, 0) > 0}
-                for key in best(run[query], SHOWN)
-            ]}
-            for name, run in stages.items()
-        ]  # fmt: skip
-        asked = _summary(data["queries"][queries[query]])
-        examples.append({"task": work.row.name, **asked, "sides": sides})
-    return examples
-
-
-def _summary(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What a person needs to recognise a query or a document: the beginning of its text, a small picture."""
-    from eval.report import inlined
-
-    image, text = row.get("image"), " ".join((row.get("text") or "").split())
-    text = " ".join(filter(None, (row.get("title"), text)))
-    return {"text": text[:CUT] + ("…" if len(text) > CUT else ""), "image": None if image is None else inlined(image)}
+    picker = Examples(work.task.dataset["default"][work.split])
+    return [
+        {
+            "task": work.row.name,
+            **picker.of(query, {name: list(best(run[query], SHOWN)) for name, run in stages.items()}),
+        }
+        for query in picker.drawn()[:QUERIES_SHOWN]
+    ]
 
 
 def numbers(run: metrics.Run, qrels: metrics.Qrels) -> tuple[dict[str, Any], np.ndarray]:

@@ -81,8 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print("\n" + table(results))
-    if options.output:
-        print(f"\n{options.output}")
+    for file in filter(None, (options.output, options.html)):
+        print(f"\n{file}")
     return 0 if results["tasks"] or not results["missing"] else 2
 
 
@@ -134,6 +134,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="results as JSON, written after every task; rows of scores beside it",
     )
+    parser.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="a page with averages, intervals, and what came first for the worst queries and for drawn ones",
+    )
     parser.add_argument("--mteb", type=Path, metavar="DIR", help="results as mteb writes and reads them, too")
     parser.add_argument(
         "--rankings", type=Path, metavar="DIR", help="write the ten best documents of every query to DIR/<model>.json"
@@ -180,6 +186,7 @@ def evaluate(options: argparse.Namespace, benchmark: Benchmark) -> dict[str, Any
     if first is not None:
         results["first_stage"] = {"name": first.name, "depth": options.depth or DEPTH, **first.provenance}
     rankings: dict[str, dict[str, Any]] = {model.name: {} for model in models}
+    shown: list[dict[str, Any]] = []
     kept = Kept(options.output, options.mteb)
     for place, row in enumerate(rows, start=1):
         print(f"[{place}/{len(rows)}] {row.name}", end="", flush=True)
@@ -194,12 +201,14 @@ def evaluate(options: argparse.Namespace, benchmark: Benchmark) -> dict[str, Any
             if reason is None:
                 with candidates_in(task, candidates if model.reranks else None):
                     entry["scores"][model.name] = score(model, task, row, kept)
-                if options.rankings and row.kind in RANKINGS:
+                if benchmark.shows_rankings and row.kind in RANKINGS:
                     rankings[model.name][row.name] = task.rankings
             else:
                 results["left_out"].setdefault(model.name, {})[row.name] = reason
             print(f"  {model.name} {cell(entry, model.name)}", end="", flush=True)
         print(flush=True)
+        if options.html is not None:
+            shown += shown_of(task, row, rankings, kept)
         task.unload_data()
         results["tasks"][row.name] = entry
         results["averages"] = averages(results)
@@ -209,12 +218,29 @@ def evaluate(options: argparse.Namespace, benchmark: Benchmark) -> dict[str, Any
         kept.write()
     if options.output:
         write_json(options.output, results)
+    if options.html is not None:
+        from eval.run_page import render
+
+        options.html.parent.mkdir(parents=True, exist_ok=True)
+        options.html.write_text(render(results, shown), encoding="utf-8")
     if options.cache is not None:
         tell_cached(models, options.cache)
     if options.rankings:
         for name, ranking in rankings.items():
             write_json(options.rankings / f"{file_name(name)}.json", ranking, indent=None)
     return results
+
+
+def shown_of(task: Any, row: TaskRow, rankings: dict[str, dict[str, Any]], kept: Kept) -> list[dict[str, Any]]:
+    """Some queries of a ranking for the page, with what models put first; none of another task."""
+    from eval.run_page import examples
+
+    found = {name: own[row.name] for name, own in rankings.items() if row.name in own}
+    place = only_part(task) if found else None
+    if place is None:
+        return []
+    scores = kept.tasks.get(row.name, {"scores": {}})["scores"].get(next(iter(found)), {})
+    return examples(row.name, place[1], found, scores)
 
 
 def tell_cached(models: Sequence[Loaded], folder: Path) -> None:

@@ -1,5 +1,6 @@
 """What the results of a run come to: averages of groups, and the table that stands at its end."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from eval.tables import number, reach
@@ -50,7 +51,7 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join([rendered[0], "-" * len(rendered[0]), *rendered[1:], *notes(results)])
 
 
-def notes(results: dict[str, Any]) -> list[str]:
+def notes(results: Mapping[str, Any]) -> list[str]:
     """Limits, data that differ, sets that are missing, and why there are dashes."""
     lines = []
     if results["limit"] is not None:
