@@ -3,13 +3,17 @@
 Tasks with the same texts have them encoded once, a second run of the same model encodes nothing, and one that was
 killed goes on: at most a block of `BLOCK` contents is encoded again. Several processes may use one folder. What is kept
 are the float32 vectors as the model gave them, so scores are the same with the cache and without it.
+
+Processes that evaluate the same (`eval.workers`) divide the work here: each encodes what is its share by the contents'
+keys, and waits for what the others put into the folder.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,8 @@ from mmembed.data.collate import content_digest
 from mmembed.feature_store import FeatureStore
 
 BLOCK = 2048  # contents that are encoded between two writes
+PATIENCE = 300.0  # seconds without a vector of the others, after which theirs are encoded here
+POLL = 0.1
 
 
 class Caching:
@@ -32,14 +38,25 @@ class Caching:
         folder: of all models; each has a store of its own there.
         limit: bytes of all vectors in the folder; a full one takes no more.
         made_by: everything that vectors depend on but content, side and instruction.
+        share: which part of the work this process does, and how many parts there are.
+        alone: whether the processes with the other parts have all ended.
 
     Raises:
         CacheError: the folder cannot be made or read.
     """
 
-    def __init__(self, embedder: Encodes, folder: Path, limit: int, made_by: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        embedder: Encodes,
+        folder: Path,
+        limit: int,
+        made_by: Mapping[str, Any],
+        share: tuple[int, int] = (0, 1),
+        alone: Callable[[], bool] = lambda: False,
+    ) -> None:
         about = hashlib.blake2b(json.dumps(made_by, sort_keys=True).encode(), digest_size=16)
         self.embedder, self.store = embedder, FeatureStore(folder / about.hexdigest(), limit)
+        self.share, self.alone = share, alone
         self.read = self.computed = 0
 
     def similarity(self, a: Any, b: Any) -> Any:
@@ -58,17 +75,45 @@ class Caching:
                 missing[key] = content
             else:
                 vectors[key] = kept["vector"].numpy()
-        self.read, self.computed = self.read + len(vectors), self.computed + len(missing)
-        wanted = list(missing)
-        for start in range(0, len(wanted), BLOCK):
-            block = wanted[start : start + BLOCK]
-            encoded = self.embedder.encode([missing[key] for key in block], role=role, instruction=instruction)
+        self.read += len(vectors)
+        part, parts = self.share
+        self._compute({key: one for key, one in missing.items() if key[0] % parts == part}, vectors, role, instruction)
+        left = {key: one for key, one in missing.items() if key not in vectors}
+        self._await(left, vectors)
+        self._compute({key: one for key, one in left.items() if key not in vectors}, vectors, role, instruction)
+        found = [vectors[key] for key in keys]
+        return found if found[0].ndim == 2 else np.stack(found)
+
+    def _compute(
+        self, wanted: Mapping[bytes, Any], vectors: dict[bytes, np.ndarray], role: Role, instruction: str | None
+    ) -> None:
+        """Encodes contents, a block at a time, into `vectors` and the store."""
+        keys = list(wanted)
+        for start in range(0, len(keys), BLOCK):
+            block = keys[start : start + BLOCK]
+            encoded = self.embedder.encode([wanted[key] for key in block], role=role, instruction=instruction)
             for key, vector in zip(block, encoded, strict=True):
                 vectors[key] = np.asarray(vector, dtype=np.float32)
                 if np.isfinite(vectors[key]).all():
                     self.store.put(key, {"vector": torch.from_numpy(vectors[key])})
-        found = [vectors[key] for key in keys]
-        return found if found[0].ndim == 2 else np.stack(found)
+        self.computed += len(keys)
+
+    def _await(self, wanted: Mapping[bytes, Any], vectors: dict[bytes, np.ndarray]) -> None:
+        """Takes what other processes put into the store, until all is there, they have ended, or nothing comes."""
+        waiting, since = set(wanted), time.monotonic()
+        while waiting:
+            ended = self.alone()
+            self.store.refresh()
+            for key in [key for key in waiting if key in self.store]:
+                kept = self.store.get(key)
+                if kept is not None:
+                    vectors[key], since = kept["vector"].numpy(), time.monotonic()
+                    self.read += 1
+                waiting.remove(key)
+            if ended or time.monotonic() - since > PATIENCE:
+                return
+            if waiting:
+                time.sleep(POLL)
 
 
 def _key(content: Any, role: Role, instruction: str | None) -> bytes:

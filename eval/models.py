@@ -72,6 +72,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="keep the vectors of embedders and minilm there: tasks share them, a killed run goes on, a second run "
         "encodes nothing",
     )
+    parser.set_defaults(share=(0, 1), alone=lambda: False)  # `eval.workers`
     parser.add_argument("--cache-gb", type=float, metavar="GB", help="bound of that folder (default 20)")
     add_vision_cache(parser)
     add_media_limits(parser, "max_pixels_decoded")  # the pictures of the benchmark lie decoded in tables
@@ -265,7 +266,8 @@ def cached(embedder: Any, options: argparse.Namespace, made_by: Mapping[str, Any
     from eval.embedding_cache import Caching
     from mmembed.version import __version__
 
-    return Caching(embedder, options.cache, int((options.cache_gb or 20) * 1e9), {**made_by, "mmembed": __version__})
+    limit, about = int((options.cache_gb or 20) * 1e9), {**made_by, "mmembed": __version__}
+    return Caching(embedder, options.cache, limit, about, options.share, options.alone)
 
 
 def _quiet() -> None:

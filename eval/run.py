@@ -24,10 +24,11 @@ import importlib.util
 import os
 import platform
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.list:
             print(listed(benchmark))
             return 0
-        results = evaluate(options, benchmark)
+        with sharing(options, sys.argv[1:] if arguments is None else arguments):
+            results = evaluate(options, benchmark)
     except MmembedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -154,10 +156,51 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--depth", type=int, metavar="N", help=f"documents a query that the first stage finds (default: {DEPTH})"
     )
     add_model_options(parser)
+    parser.add_argument(
+        "--devices",
+        nargs="+",
+        metavar="DEVICE",
+        help="a process on each, cuda:0 cuda:1 or cpu cpu, divides what embedders encode; with --cache a run that was "
+        "stopped goes on",
+    )
+    parser.add_argument("--share", type=share, help=argparse.SUPPRESS)  # of a process that `--devices` started
     options = parser.parse_args(arguments)
     if not options.model and not options.list:
         parser.error("the following arguments are required: --model")
     return options
+
+
+@contextmanager
+def sharing(options: argparse.Namespace, arguments: Sequence[str]) -> Iterator[None]:
+    """With `--devices` the other processes run inside, and this one knows its share; of one of them, only that.
+
+    Raises:
+        ConfigError: a device is named twice in different ways, or nothing can be shared.
+    """
+    if options.share != (0, 1):
+        options.output = options.html = options.mteb = options.rankings = options.first_stage = options.depth = None
+    if options.devices is None or options.share != (0, 1):
+        yield
+        return
+    if options.device is not None:
+        raise ConfigError("--devices: names the devices; remove --device")
+    if all(name == "bm25" or is_reranker(name) for name in options.model):
+        raise ConfigError("--devices: divides what embedders encode, and no model here is one; remove it")
+    from eval.workers import Workers, share_threads
+
+    share_threads(options.devices)
+    with ExitStack() as stack:
+        if options.cache is None:
+            options.cache = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mmembed-vectors-")))
+        others = stack.enter_context(Workers(arguments, options.devices, options.cache))
+        options.device, options.share, options.alone = options.devices[0], (0, len(options.devices)), others.alone
+        yield
+
+
+def share(text: str) -> tuple[int, int]:
+    """`1/4`: the second of four parts."""
+    part, parts = map(int, text.split("/"))
+    return part, parts
 
 
 def evaluate(options: argparse.Namespace, benchmark: Benchmark) -> dict[str, Any]:
@@ -173,6 +216,8 @@ def evaluate(options: argparse.Namespace, benchmark: Benchmark) -> dict[str, Any
     tasks = {row.name: benchmark.build(row) for row in rows}
     names = [row.name for row in rows]
     models = [load(name, options, names) for name in (*options.model, *usual_baselines(options, rows))]
+    if options.share[0] > 0:
+        models = [model for model in models if caches(model)]
     first = load(options.first_stage, options, names) if options.first_stage else None
     if first is None and any(model.reranks for model in models) and any(row.kind == "retrieval" for row in rows):
         print("rerankers leave retrieval tasks out: --first-stage finds what they order", file=sys.stderr)
@@ -244,14 +289,15 @@ def shown_of(task: Any, row: TaskRow, rankings: dict[str, dict[str, Any]], kept:
 
 
 def tell_cached(models: Sequence[Loaded], folder: Path) -> None:
+    for model in filter(caches, models):
+        read, computed = model.runner.embedder.read, model.runner.embedder.computed
+        print(f"{model.name}: {read:,} vectors read from {folder}, {computed:,} computed", flush=True)
+
+
+def caches(model: Loaded) -> bool:
     from eval.embedding_cache import Caching
 
-    for model in models:
-        encoder = getattr(model.runner, "embedder", None)
-        if isinstance(encoder, Caching):
-            print(
-                f"{model.name}: {encoder.read:,} vectors read from {folder}, {encoder.computed:,} computed", flush=True
-            )
+    return isinstance(getattr(model.runner, "embedder", None), Caching)
 
 
 def opened(benchmark: Benchmark, task: Any, row: TaskRow, options: argparse.Namespace, missing: dict[str, str]) -> bool:

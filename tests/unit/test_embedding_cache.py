@@ -1,6 +1,8 @@
 """Vectors that evaluation keeps: the same numbers, nothing encoded twice, nothing lost but a block."""
 
 import json
+import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import PIL.Image
@@ -32,8 +34,8 @@ class Counting:
         return a @ b.T
 
 
-def caching(folder, embedder, **made_by):
-    return Caching(embedder, folder, 10**9, {"fingerprint": "one", **made_by})
+def caching(folder, embedder, share=(0, 1), alone=lambda: False, **made_by):
+    return Caching(embedder, folder, 10**9, {"fingerprint": "one", **made_by}, share, alone)
 
 
 @pytest.mark.parametrize("tokens", [None, 3], ids=["single", "multi-vector"])
@@ -84,6 +86,67 @@ def test_what_is_no_number_is_not_kept(tmp_path):
     assert np.isfinite(caching(tmp_path, embedder).encode(TEXTS[:1], role="query", instruction=None)).all()
 
 
+MANY = [(Text(f"text {number}"),) for number in range(300)]
+
+
+def test_processes_divide_the_work_and_all_get_everything(tmp_path):
+    embedders = [Counting() for _ in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(
+            lambda part: caching(tmp_path, embedders[part], (part, 3)).encode(MANY, role="query", instruction=None),
+            range(3),
+        ))  # fmt: skip
+    encoded = [len(one.encoded) for one in embedders]
+    assert sum(encoded) == 300 and min(encoded) > 60
+    plain = Counting().encode(MANY, role="query", instruction=None)
+    assert all(np.array_equal(one, plain) for one in found)
+
+
+@pytest.mark.parametrize("how", ["the others ended", "nothing comes"])
+def test_what_the_others_leave_is_encoded_here(tmp_path, monkeypatch, how):
+    if how == "nothing comes":
+        monkeypatch.setattr(embedding_cache, "PATIENCE", 0.3)
+    embedder = Counting()
+    one = caching(tmp_path, embedder, (0, 2), alone=lambda: how == "the others ended")
+    found = one.encode(MANY, role="query", instruction=None)
+    assert len(embedder.encoded) == one.computed == 300
+    assert np.array_equal(found, Counting().encode(MANY, role="query", instruction=None))
+
+
+def numbers(file):
+    return {name: entry["scores"]["mmembed-nano"]["ndcg_at_10"]
+            for name, entry in json.loads(file.read_text())["tasks"].items()}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_devices_divide_a_run(tmp_path, capsys):
+    """Two real processes; what one computes the other reads, and the numbers are those of one alone."""
+    common = ["--model", "mmembed-nano", "--no-baselines", "--tasks", "mbpp", "odex", "--dtype", "float32"]
+    assert run.main([*common, "--output", str(tmp_path / "one.json")]) == 0
+    capsys.readouterr()
+    kept = tmp_path / "kept"
+    two = ["--devices", "cpu", "cpu", "--cache", str(kept), "--output", str(tmp_path / "two.json")]
+    assert run.main([*common, *two]) == 0
+    assert numbers(tmp_path / "two.json") == pytest.approx(numbers(tmp_path / "one.json"), abs=1e-4)
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if "vectors read" in line]
+    read, computed = (int(word.replace(",", "")) for word in re.findall(r"[\d,]+(?= vectors| computed)", said))
+    assert read > 300 and computed > 300, said
+    assert "[2/2] odex" in (kept / "worker-1.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_process_that_cannot_start_costs_no_result(tmp_path, caplog):
+    arguments = ["--model", "mmembed-nano", "--no-baselines", "--tasks", "odex", "--dtype", "float32"]
+    file = tmp_path / "out.json"
+    devices = ["--devices", "cpu", "cuda:97", "--cache", str(tmp_path / "kept")]
+    assert run.main([*arguments, *devices, "--output", str(file)]) == 0
+    assert numbers(file)["odex"] > 0.4
+    assert "worker-1.log: a process ended with status 2; going on without it" in caplog.text
+    assert "cuda:97" in (tmp_path / "kept/worker-1.log").read_text()
+
+
 @pytest.mark.slow
 def test_a_second_run_encodes_nothing_and_scores_the_same(tmp_path, capsys):
     common = ["--model", "mmembed-nano", "--no-baselines", "--tasks", "odex"]
@@ -104,6 +167,8 @@ def test_a_second_run_encodes_nothing_and_scores_the_same(tmp_path, capsys):
         (["--model", "bm25", "--cache", "kept"], "--cache: keeps vectors, and no model here makes any"),
         (["--model", "mmembed-nano", "--cache-gb", "2"], "--cache-gb: needs --cache FOLDER and a number above 0"),
         (["--model", "mmembed-nano", "--cache", "kept", "--cache-gb", "0"], "--cache-gb: needs --cache"),
+        (["--model", "bm25", "--devices", "cpu", "cpu"], "--devices: divides what embedders encode"),
+        (["--model", "mmembed-nano", "--devices", "cpu", "--device", "cpu"], "--devices: names the devices"),
         (["--model", "mmembed-nano", "--cache", "setup.py/kept", "--tasks", "odex"], "cannot be used as a cache"),
     ],
 )
