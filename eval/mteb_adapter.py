@@ -106,7 +106,7 @@ class MtebEncoder(AbsEncoder):
         self.embedder = embedder
         self.instructions = instructions or Instructions()
         self.mteb_model_meta = _meta(name, modalities)
-        self._size: int | None = None  # of every vector, once there is one
+        self.size: int | None = None  # of every vector, once there is one
 
     def encode(
         self,
@@ -135,10 +135,10 @@ class MtebEncoder(AbsEncoder):
         return np.concatenate(blocks)
 
     def _check(self, finite: Any, sizes: Sequence[int], side: str) -> None:
-        self._size = self._size or next(iter(sizes), None)
-        if wrong := [number for number, size in enumerate(sizes) if size != self._size]:
+        self.size = self.size or next(iter(sizes), None)
+        if wrong := [number for number, size in enumerate(sizes) if size != self.size]:
             raise MmembedError(f"{side}, row {wrong[0]}: the model gave {sizes[wrong[0]]} numbers, for others "
-                               f"{self._size}; all vectors have to be equally long")  # fmt: skip
+                               f"{self.size}; all vectors have to be equally long")  # fmt: skip
         if not np.all(finite):
             raise MmembedError(f"{side}, row {int(np.argmin(finite))}: the model gave NaN or infinity; try --dtype "
                                "float32, and look at that row")  # fmt: skip

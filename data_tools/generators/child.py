@@ -127,7 +127,7 @@ def engine_options(python: str, given: Mapping[str, object]) -> dict[str, object
 
     Answers of a schema have no white space between their parts, and llguidance holds them to it: bounds of lengths,
     which our schemas have, cost xgrammar a multiple of the model's own time. On a CPU prompts are read whole: vLLM 0.32
-    dies of a request with a seed whose prompt it has read a part of: it cannot wind a CPU's random generator back.
+    dies of a request with a seed of whose prompt it has read a part, because it cannot wind back a CPU's generator.
     """
     options = {**_OPTIONS, **given}
     whole = "max_num_batched_tokens" not in given  # which would have to be max_model_len or more

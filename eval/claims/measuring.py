@@ -94,6 +94,7 @@ def measured(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     scores: dict[str, dict[str, float]] = {}
     by_query: dict[str, list[float]] = {}
     for encoder.dim in (None, *options.dims):
+        model.runner.size = None  # vectors of another length come now
         for row in rows:
             name = row.name if encoder.dim is None else f"{row.name}@{encoder.dim}"
             task = run.build(row, given)
