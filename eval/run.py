@@ -218,7 +218,8 @@ def evaluate(options: argparse.Namespace, benchmark: Benchmark) -> dict[str, Any
     models = [load(name, options, names) for name in (*options.model, *usual_baselines(options, rows))]
     if options.share[0] > 0:
         models = [model for model in models if caches(model)]
-    first = load(options.first_stage, options, names) if options.first_stage else None
+    whole = argparse.Namespace(**{**vars(options), "share": (0, 1)})  # the other processes have no first stage
+    first = load(options.first_stage, whole, names) if options.first_stage else None
     if first is None and any(model.reranks for model in models) and any(row.kind == "retrieval" for row in rows):
         print("rerankers leave retrieval tasks out: --first-stage finds what they order", file=sys.stderr)
     results: dict[str, Any] = {
