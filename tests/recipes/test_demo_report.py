@@ -12,6 +12,7 @@ import PIL.Image
 import pytest
 
 from eval import report as reporting
+from eval.examples import THUMBNAIL
 from eval.run import BASELINES
 from mmembed.charts import nice_ticks
 from recipes import demo
@@ -191,11 +192,7 @@ def test_thumbnails_put_transparency_on_white(tmp_path):
     PIL.Image.new("RGBA", (400, 200), (255, 0, 0, 0)).save(path)
     encoded = reporting.thumbnail(path.read_bytes()).split(",")[1]
     picture = PIL.Image.open(io.BytesIO(base64.b64decode(encoded)))
-    assert picture.size == (reporting.THUMBNAIL, reporting.THUMBNAIL // 2) and picture.getpixel((5, 5)) == (
-        255,
-        255,
-        255,
-    )
+    assert picture.size == (THUMBNAIL, THUMBNAIL // 2) and picture.getpixel((5, 5)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 4.7), (0, 0.03), (0, 250), (-0.4, 1.1)])
