@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import PIL.Image
 
+from mmembed.thumbnails import THUMBNAIL, as_jpeg
+
 SHOWN, CUT = 5, 160  # documents of a query, letters of a text
-THUMBNAIL = 132  # pixels of the longer side
 
 
 class Examples:
@@ -64,6 +63,4 @@ def inlined(image: PIL.Image.Image) -> str:
     picture.thumbnail((THUMBNAIL, THUMBNAIL), PIL.Image.Resampling.LANCZOS)
     flat = PIL.Image.new("RGB", picture.size, "white")
     flat.paste(picture, mask=picture.getchannel("A"))
-    buffer = io.BytesIO()
-    flat.save(buffer, "JPEG", quality=78, optimize=True)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return as_jpeg(flat)

@@ -17,6 +17,7 @@ import datasets
 import pyarrow.compute
 
 import mmembed.backbones  # noqa: F401 - lets torchvision import on a CPU before mteb pulls it in
+from eval.examples import by_hash
 from mmembed.errors import ConfigError
 
 RESUMES = "what has arrived is kept: the same command goes on from there, and --source reads copies"
@@ -215,7 +216,7 @@ def _cut_queries(data: Any, most: int | None) -> None:
 
 
 def _drawn(keys: Any, most: int, kind: Callable[[str], Result]) -> list[Result]:
-    return [kind(key) for key in sorted(keys, key=lambda key: sha256(key.encode()).digest())[:most]]
+    return [kind(key) for key in by_hash(keys)[:most]]
 
 
 def _with_titles(corpus: Any) -> Any:

@@ -21,6 +21,11 @@ def thumbnail(image: Image, media: MediaStore, side: int = THUMBNAIL) -> str:
     except MediaError:
         return ""
     picture.thumbnail((side, side), PIL.Image.Resampling.LANCZOS)
+    return as_jpeg(picture)
+
+
+def as_jpeg(picture: PIL.Image.Image) -> str:
+    """A picture as a JPEG in a data URL."""
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=78, optimize=True)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

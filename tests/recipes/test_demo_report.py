@@ -12,9 +12,9 @@ import PIL.Image
 import pytest
 
 from eval import report as reporting
-from eval.examples import THUMBNAIL
 from eval.run import BASELINES
 from mmembed.charts import nice_ticks
+from mmembed.thumbnails import THUMBNAIL
 from recipes import demo
 
 DATA = Path(__file__).resolve().parents[2] / "data"
