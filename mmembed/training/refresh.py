@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mmembed.benchmark_run import environment
 from mmembed.config.blocks import DataConfig, EmbedderConfig, MiningConfig
 from mmembed.content import Document, Example
 from mmembed.data.batch_plan import Draw
@@ -53,7 +54,6 @@ from mmembed.training.supply import named_parts
 FILE, REQUEST, MODEL, LOG, FOLDER = "mined.safetensors", "request.json", "model", "log.txt", "mining"
 POLL = 0.2  # seconds
 CELLS = 2**22  # candidates and known positives that are in memory at a time
-OF_LAUNCHERS = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_")
 
 
 @dataclass(frozen=True)
@@ -379,10 +379,9 @@ class Refresh:
             "parent": os.getpid(),
         }
         (folder / REQUEST).write_text(json.dumps(request), encoding="utf-8")
-        environment = {key: value for key, value in os.environ.items() if not key.startswith(OF_LAUNCHERS)}
         with (folder / LOG).open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(folder)], env=environment, stdout=log, stderr=subprocess.STDOUT
+                [sys.executable, "-m", __name__, str(folder)], env=environment(), stdout=log, stderr=subprocess.STDOUT
             )
 
     def wait(self, step: int) -> None:
