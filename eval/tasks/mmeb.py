@@ -12,13 +12,15 @@ Where the facts are from, all read in November 2026:
 - the 24 sets of pages, not 27: the leaderboard leaves out the three English halves of ViDoRe v2 and takes the
   corrected releases of two out-of-domain sets (`docs/mmebv2_reproduction` there). MomentSeeker has 1,602 queries.
 - in-domain are the 20 sets with a training part in the configuration of VLM2Vec; v2 divides no others so (`None`).
-- `queries`: the counts in the score files of that repository. `candidates`, copies included: counts that others
-  published of the image data, the length of a list of labels or options (yes and no in HatefulMemes), a video a row, 10
-  clips of two sets of moment retrieval; `None`: it differs between queries, or no count was found. A run says where
-  data differ from a count.
+- `queries`: of video and pages the counts in the leaderboard's and the repository's score files; 1,000 an image set.
+- `candidates`, copies included: of images and video those of Table 1 of the two papers, but of three image sets what
+  an audit by others counted in the data, which have fewer; of pages the corpora as mteb counted them and, of ViDoSeek,
+  as its card says. Where tables and data disagree, `tests/golden/mmeb.json` has both. `None`: it differs between
+  queries, or no count was found. A run says where data differ from a count.
 - instructions of images are columns of the data (`qry_inst`, `tgt_inst`) and are not repeated here.
-- revisions: of MMEB-V2, the one a public download script pins; of ViDoRe v2 and MMLongBench-doc those that mteb pins.
-  For the others none was found, because the hub could not be read: `None` takes the newest, which a run says.
+- revisions: of MMEB-V2 and MSVD those that public download scripts pin; of ViDoRe, VisRAG and MMLongBench-doc those
+  that mteb pins, or pinned before it made copies of the data; of YouCook2 the last commit on its page. For the others
+  none was found: the official code pins none, and the hub could not be read. `None` takes the newest, which a run says.
 
 No file of the sets themselves could be read here: what they hold is known from the code that reads them.
 """
@@ -128,32 +130,33 @@ PAIRS = {"instruction": "qry_inst", "text": "qry_text", "image": "qry_img_path",
          "document_text": "tgt_text", "document_image": "tgt_img_path"}  # fmt: skip
 
 
-def _images(task: str, in_domain: bool, sets: Mapping[str, tuple[str, int | None]]) -> tuple[Set, ...]:
-    """Sets by name, each with its category and the candidates of a query, the first of which is the right one."""
+def _images(task: str, in_domain: bool, sets: Mapping[str, str], counts: Mapping[str, int]) -> tuple[Set, ...]:
+    """Sets by name, each with its category. counts: candidates of a query, the first of which is the right one."""
     return tuple(
         Set(name, task, "image", category, "pairs", IMAGES, config=name, columns=PAIRS, in_domain=in_domain,
-            candidates=candidates, queries=1000)
-        for name, (category, candidates) in sets.items()
+            candidates=counts.get(name, 1000), queries=1000)
+        for name, category in sets.items()
     )  # fmt: skip
 
 
+_LABELS = {"N24News": 24, "HatefulMemes": 2, "VOC2007": 20, "SUN397": 397, "Place365": 365, "ImageNet-R": 200,
+           "ObjectNet": 113, "Country211": 211}  # fmt: skip
+_ANSWERS = {"A-OKVQA": 894, "ScienceQA": 736}
+
 _IMAGE_SETS = (
-    *_images("classification", True, {"ImageNet-1K": ("i2t", 1000), "N24News": ("it2t", None),
-             "HatefulMemes": ("i2t", 2), "VOC2007": ("i2t", 20), "SUN397": ("i2t", 397)}),
-    *_images("classification", False, {"Place365": ("i2t", None), "ImageNet-A": ("i2t", 1000),
-             "ImageNet-R": ("i2t", 200), "ObjectNet": ("i2t", 113), "Country211": ("i2t", 211)}),
-    *_images("question answering", True, {"OK-VQA": ("it2t", 1000), "A-OKVQA": ("it2t", 894), "DocVQA": ("it2t", None),
-             "InfographicsVQA": ("it2t", 1000), "ChartQA": ("it2t", 1000), "Visual7W": ("it2t", 1000)}),
-    *_images("question answering", False, {"ScienceQA": ("it2t", 736), "VizWiz": ("it2t", None),
-             "GQA": ("it2t", 1000), "TextVQA": ("it2t", None)}),
-    *_images("retrieval", True, {"VisDial": ("t2i", None), "CIRR": ("it2i", 1000), "VisualNews_t2i": ("t2i", None),
-             "VisualNews_i2t": ("i2t", None), "MSCOCO_t2i": ("t2i", None), "MSCOCO_i2t": ("i2t", None),
-             "NIGHTS": ("i2i", None), "WebQA": ("t2it", None)}),
-    *_images("retrieval", False, {"FashionIQ": ("it2i", 1000), "Wiki-SS-NQ": ("t2i", None), "OVEN": ("it2it", None),
-             "EDIS": ("t2it", None)}),
-    *_images("grounding", True, {"MSCOCO": ("it2i", None)}),
-    *_images("grounding", False, {"RefCOCO": ("it2i", None), "RefCOCO-Matching": ("it2it", None),
-             "Visual7W-Pointing": ("it2i", None)}),
+    *_images("classification", True, {"ImageNet-1K": "i2t", "N24News": "it2t", "HatefulMemes": "i2t",
+             "VOC2007": "i2t", "SUN397": "i2t"}, _LABELS),
+    *_images("classification", False, {"Place365": "i2t", "ImageNet-A": "i2t", "ImageNet-R": "i2t",
+             "ObjectNet": "i2t", "Country211": "i2t"}, _LABELS),
+    *_images("question answering", True, {"OK-VQA": "it2t", "A-OKVQA": "it2t", "DocVQA": "it2t",
+             "InfographicsVQA": "it2t", "ChartQA": "it2t", "Visual7W": "it2t"}, _ANSWERS),
+    *_images("question answering", False, {"ScienceQA": "it2t", "VizWiz": "it2t", "GQA": "it2t",
+             "TextVQA": "it2t"}, _ANSWERS),
+    *_images("retrieval", True, {"VisDial": "t2i", "CIRR": "it2i", "VisualNews_t2i": "t2i", "VisualNews_i2t": "i2t",
+             "MSCOCO_t2i": "t2i", "MSCOCO_i2t": "i2t", "NIGHTS": "i2i", "WebQA": "t2it"}, {}),
+    *_images("retrieval", False, {"FashionIQ": "it2i", "Wiki-SS-NQ": "t2i", "OVEN": "it2it", "EDIS": "t2it"}, {}),
+    *_images("grounding", True, {"MSCOCO": "it2i"}, {}),
+    *_images("grounding", False, {"RefCOCO": "it2i", "RefCOCO-Matching": "it2it", "Visual7W-Pointing": "it2i"}, {}),
 )  # fmt: skip
 
 # Video ----------------------------------------------------------------------------------------------------------------
@@ -184,13 +187,13 @@ def _questions(
 
 
 def _captions(
-    name: str, instruction: str, video: str, caption: str, queries: int, candidates: int | None,
-    repository: str | None = None, config: str | None = None, split: str = "test",
+    name: str, instruction: str, video: str, caption: str, rows: int, repository: str | None = None,
+    revision: str | None = None, config: str | None = None, split: str = "test",
 ) -> Set:  # fmt: skip
     return Set(
-        name, "retrieval", "video", "t2v", "captions", repository or f"VLM2Vec/{name}", config=config, split=split,
+        name, "retrieval", "video", "t2v", "captions", repository or f"VLM2Vec/{name}", revision, config, split,
         columns={"video": video, "caption": caption}, instruction=instruction, document_instruction=_VIDEO,
-        media=f"video_ret/{name}/{{}}", candidates=candidates, queries=queries,
+        media=f"video_ret/{name}/{{}}", candidates=rows, queries=rows,
     )  # fmt: skip
 
 
@@ -199,7 +202,7 @@ _VIDEO_SETS = (
     Set("SmthSmthV2", "classification", "video", "v2t", "choices", "VLM2Vec/SmthSmthV2",
         columns={"video": "video_id", "answer": "pos_text"}, choices=Choices(("neg_text",), "", "text"),
         instruction="What actions or object interactions are being performed by the person in the video?",
-        media="video_cls/SSv2/{}", queries=1000, first=1000),
+        media="video_cls/SSv2/{}", candidates=174, queries=1000, first=1000),
     _labels("HMDB51", "HMDB51", "What actions or objects interactions are the person in the video doing?", 51, 1000),
     _labels("UCF101", "UCF101", "What activities or sports are being performed by the person in the video?", 101, 1000),
     _labels("Breakfast", "Breakfast", "Recognize the breakfast type that the person is cooking in the video.", 10, 433),
@@ -214,13 +217,14 @@ _VIDEO_SETS = (
                Choices(("option",), "words", "index", "taken off"), 5, 500, config="Subset"),
     _questions("ActivityNetQA", {"video": "video_name", "question": "question", "answer": "answer"},
                Choices((), "yes or no", "text"), 2, 1000, media="v_{}"),
-    _captions("DiDeMo", "Find a video that includes the following described scenes:", "video", "caption", 1004, 1004),
-    _captions("MSR-VTT", "Find a video that contains the following visual content:", "video_id", "caption", 1000, 1000,
+    _captions("DiDeMo", "Find a video that includes the following described scenes:", "video", "caption", 1004),
+    _captions("MSR-VTT", "Find a video that contains the following visual content:", "video_id", "caption", 1000,
               config="test_1k"),
-    _captions("MSVD", "Find the video snippet that corresponds to the given summary:", "video_id", "caption", 670, 670),
-    _captions("VATEX", "Select a video that fits the description provided:", "videoID", "enCap", 4478, 4478),
+    _captions("MSVD", "Find the video snippet that corresponds to the given summary:", "video_id", "caption", 670,
+              revision="558dffda21e648108ebc62047ee06c60d40fa702"),
+    _captions("VATEX", "Select a video that fits the description provided:", "videoID", "enCap", 4478),
     _captions("YouCook2", "Find a video that demonstrates the following action while making a recipe:", "id",
-              "sentence", 3179, None, repository="lmms-lab/YouCook2", split="val"),
+              "sentence", 3179, "lmms-lab/YouCook2", "d164962a70c383a57726388c9851e1486e9a9db7", split="val"),
     *(Set(name, "moment retrieval", "video", "vt2v", "clips", f"VLM2Vec/{name}", instruction=_MOMENT,
           document_instruction=_VIDEO, columns={"video": "video_path", "text": "query"},
           media=f"video_mret/{media}/{{}}", candidates=10, queries=queries)
@@ -248,45 +252,69 @@ _PAGE_SEEN = "Understand the content of the provided document image."
 
 
 def _pages(
-    task: str, split: str, sets: Mapping[str, tuple[str, str | None]], languages: tuple[str, ...] = ("en",)
+    task: str,
+    split: str,
+    owner: str,
+    sets: Mapping[str, tuple[str, str | None, int, int | None]],
+    languages: tuple[str, ...] = ("en",),
 ) -> tuple[Set, ...]:
+    """Sets by name, each with its repository, revision, queries, and pages of its corpus."""
     return tuple(
-        Set(name, task, "document", "t2i", "pages", repository, revision, split=split, instruction=_PAGE,
+        Set(name, task, "document", "t2i", "pages", f"{owner}/{repository}", revision, split=split, instruction=_PAGE,
             document_instruction=_PAGE_SEEN, columns={"query": "query-id", "text": "query", "document": "corpus-id",
-            "image": "image", "grade": "score"}, languages=languages)
-        for name, (repository, revision) in sets.items()
+            "image": "image", "grade": "score"}, candidates=pages, queries=queries, languages=languages)
+        for name, (repository, revision, queries, pages) in sets.items()
     )  # fmt: skip
 
 
 _PAGE_SETS = (
-    *_pages("ViDoRe v1", "test", {
-        f"ViDoRe_{name}": (f"vidore/{name}_{part}_beir", None)
-        for name, part in (("arxivqa", "test_subsampled"), ("docvqa", "test_subsampled"),
-                           ("infovqa", "test_subsampled"))
+    *_pages("ViDoRe v1", "test", "vidore", {
+        "ViDoRe_arxivqa": ("arxivqa_test_subsampled_beir", "7d94d570960eac2408d3baa7a33f9de4822ae3e4", 500, 500),
+        "ViDoRe_docvqa": ("docvqa_test_subsampled_beir", "162ba2fc1a8437eda8b6c37b240bc1c0f0deb092", 451, 500),
+        "ViDoRe_infovqa": ("infovqa_test_subsampled_beir", "b802cc5fd6c605df2d673a963667d74881d2c9a4", 494, 500),
     }),
-    *_pages("ViDoRe v1", "test", {"ViDoRe_tabfquad": ("vidore/tabfquad_test_subsampled_beir", None)}, ("fr",)),
-    *_pages("ViDoRe v1", "test", {"ViDoRe_tatdqa": ("vidore/tatdqa_test_beir", None)}),
-    *_pages("ViDoRe v1", "test", {"ViDoRe_shiftproject": ("vidore/shiftproject_test_beir", None)}, ("fr",)),
-    *_pages("ViDoRe v1", "test", {
-        f"ViDoRe_syntheticDocQA_{topic}": (f"vidore/syntheticDocQA_{topic}_test_beir", None)
-        for topic in ("artificial_intelligence", "energy", "government_reports", "healthcare_industry")
+    *_pages("ViDoRe v1", "test", "vidore", {
+        "ViDoRe_tabfquad": ("tabfquad_test_subsampled_beir", "61a2224bcd29b7b261a4892ff4c8bea353527a31", 280, 70),
+    }, ("fr",)),
+    *_pages("ViDoRe v1", "test", "vidore", {
+        "ViDoRe_tatdqa": ("tatdqa_test_beir", "5feb5630fdff4d8d189ffedb2dba56862fdd45c0", 1646, 277),
     }),
-    *_pages("ViDoRe v2", "test", {"ViDoRe_esg_reports_human_labeled_v2":
-            ("vidore/esg_reports_human_labeled_v2", "6d467dedb09a75144ede1421747e47cf036857dd")}),
-    *_pages("ViDoRe v2", "test", {
-        f"ViDoRe_{name}_v2_multilingual": (f"vidore/{name}_v2", revision)
-        for name, revision in (("biomedical_lectures", "a29202f0da409034d651614d87cd8938d254e2ea"),
-                               ("economics_reports", "b3e3a04b07fbbaffe79be49dabf92f691fbca252"),
-                               ("esg_reports", "0542c0d03da0ec1c8cbc517c8d78e7e95c75d3d3"))
+    *_pages("ViDoRe v1", "test", "vidore", {
+        "ViDoRe_shiftproject": ("shiftproject_test_beir", "84a382e05c4473fed9cff2bbae95fe2379416117", 100, 1000),
+    }, ("fr",)),
+    *_pages("ViDoRe v1", "test", "vidore", {
+        f"ViDoRe_syntheticDocQA_{topic}": (f"syntheticDocQA_{topic}_test_beir", revision, 100, pages)
+        for topic, revision, pages in (
+            ("artificial_intelligence", "2d9ebea5a1c6e9ef4a3b902a612f605dca11261c", 968),
+            ("energy", "9935aadbad5c8deec30910489db1b2c7133ae7a7", 977),
+            ("government_reports", "b4909afa930f81282fd20601e860668073ad02aa", 972),
+            ("healthcare_industry", "f9e25d5b6e13e1ad9f5c3cce202565031b3ab164", 965))
+    }),
+    *_pages("ViDoRe v2", "test", "vidore", {
+        "ViDoRe_esg_reports_human_labeled_v2":
+            ("esg_reports_human_labeled_v2", "6d467dedb09a75144ede1421747e47cf036857dd", 52, 1538),
+    }),
+    *_pages("ViDoRe v2", "test", "vidore", {
+        f"ViDoRe_{name}_v2_multilingual": (f"{name}_v2", revision, queries, pages)
+        for name, revision, queries, pages in (
+            ("biomedical_lectures", "a29202f0da409034d651614d87cd8938d254e2ea", 640, 1016),
+            ("economics_reports", "b3e3a04b07fbbaffe79be49dabf92f691fbca252", 232, 452),
+            ("esg_reports", "0542c0d03da0ec1c8cbc517c8d78e7e95c75d3d3", 228, 1538))
     }, ("en", "fr", "es", "de")),
-    *_pages("VisRAG", "train", {
-        f"VisRAG_{name}": (f"openbmb/VisRAG-Ret-Test-{name}", None)
-        for name in ("ArxivQA", "ChartQA", "MP-DocVQA", "SlideVQA", "InfoVQA", "PlotQA")
+    *_pages("VisRAG", "train", "openbmb", {
+        f"VisRAG_{name}": (f"VisRAG-Ret-Test-{name}", revision, queries, pages)
+        for name, revision, queries, pages in (
+            ("ArxivQA", "00a31fc1e899b5f81d7760eca4907b1a1005865b", 816, 8066),
+            ("ChartQA", "31f5ceb5d60b02e065bff394cb582f5bbb01a9b6", 63, 500),
+            ("MP-DocVQA", "3ebd091c458cf04161f78cd7b12ea101f83e2529", 591, 741),
+            ("SlideVQA", "6b5f81a3f6953095934c26c5d420dfd039184d69", 556, 1284),
+            ("InfoVQA", "04ee2db1d0a05304899453a3b03baef5e18991a3", 718, 459),
+            ("PlotQA", "ef953ef8ab6d78ac112dd4cde6acdb2c2692039a", 863, 9593))
     }),
-    *_pages("out-of-domain", "test", {
-        "ViDoSeek-page": ("VLM2Vec/ViDoSeek-page-fixed", None), "ViDoSeek-doc": ("VLM2Vec/ViDoSeek", None),
-        "MMLongBench-page": ("VLM2Vec/MMLongBench-page-fixed", None),
-        "MMLongBench-doc": ("VLM2Vec/MMLongBench-doc", "1c2ee8f611a6c552d4bd90daca3a92d7a55ff806"),
+    *_pages("out-of-domain", "test", "VLM2Vec", {
+        "ViDoSeek-page": ("ViDoSeek-page-fixed", None, 1142, None), "ViDoSeek-doc": ("ViDoSeek", None, 1142, 5349),
+        "MMLongBench-page": ("MMLongBench-page-fixed", None, 838, None),
+        "MMLongBench-doc": ("MMLongBench-doc", "1c2ee8f611a6c552d4bd90daca3a92d7a55ff806", 838, 6492),
     }),
 )  # fmt: skip
 

@@ -7,8 +7,12 @@ less two of text and five of visual documents: so the sets are UMRB's, and **whi
 reading** (WebQA and Quora of text; the two French sets of ViDoRe and three of its four generated ones). The paper's
 candidates are the first 100 of GME-2B; numbers over other candidates do not compare with its table.
 
-Sets are loaded by mteb (`eval.sets`). Columns of which no set can be read are filled by sets of the local benchmark,
-which stand in and are named; a column without any stays empty.
+No number of a single set was found either, only averages of columns, in notes on the paper, and one of them speaks
+against the reading: GME-2B has 66.4 over the five sets of T→VD, but 86.1 (nDCG@5) over ViDoRe's ten (Table 2 of arXiv
+2507.04590), so the five that were left out would have more than 100. The five are others, or measured otherwise.
+
+Sets are loaded by mteb (`eval.sets`), which pins the revision of each. Columns of which no set can be read are filled
+by sets of the local benchmark, which stand in and are named; a column without any stays empty.
 """
 
 from collections.abc import Mapping

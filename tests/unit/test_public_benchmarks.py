@@ -179,7 +179,7 @@ def test_what_is_missing_is_named_and_the_rest_is_evaluated(toy, copies, tmp_pat
     assert "clip-2" in results["missing"]["MSVD"] and "HMDB51" in results["missing"]["HMDB51"]
     printed = capsys.readouterr().out
     assert "missing, 3 of 4 tasks; averages are without them" in printed and "HMDB51: there is no" in printed
-    assert "NIGHTS has 3 queries, not 1000: compare it with no published number" in printed
+    assert "NIGHTS has 3 queries, not 1000, 4 candidates, not 1000: compare it with no published number" in printed
     code, results = evaluate(tmp_path, *flags[:5], "CIRR")
     assert code == 2 and not results["tasks"]
 
