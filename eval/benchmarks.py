@@ -19,12 +19,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from eval.files import DATA
 from eval.tasks import mmeb, mrb
 from eval.tasks.local import MACROLANGUAGES, Row, available, select
 from eval.tasks.rows import TaskRow
 from mmembed.errors import ConfigError
 
-DATA = Path(__file__).resolve().parents[1] / "data"
 LOCAL, HUB = "local", "hub"
 OURS = (LOCAL, "mmeb-v1", "mmeb-v2", "mrb")
 OWN_CANDIDATES = ("Reranking", "VisionCentricQA", "VideoCentricQA")  # ends of mteb's types whose queries have some

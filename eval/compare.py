@@ -118,11 +118,6 @@ def read(files: Sequence[Path]) -> tuple[dict[str, dict[str, Any]], list[System]
 def check_comparable(first: Path, one: Mapping[str, Any], second: Path, other: Mapping[str, Any]) -> None:
     """Raises ConfigError naming everything that makes two results no comparison."""
     wrong = [f"{key} {one.get(key)} and {other.get(key)}" for key in LIMITS if one.get(key) != other.get(key)]
-    stages = [{key: (each.get("first_stage") or {}).get(key) for key in ("name", "depth", "fingerprint")}
-              for each in (one, other)]  # fmt: skip
-    kinds = {model.get("kind") for each in (one, other) for model in each["models"].values()}
-    if stages[0] != stages[1] and "reranker" in kinds:
-        wrong.append(f"candidates of {stages[0]} and {stages[1]}")
     for name in one["tasks"].keys() & other["tasks"].keys():
         pair = one["tasks"][name], other["tasks"][name]
         wrong += [f"{name}: {key} {pair[0].get(key)} and {pair[1].get(key)}" for key in ABOUT

@@ -23,7 +23,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from eval.files import read_jsonl, write_json
+from eval.circumstances import machine, versions
+from eval.files import REPOSITORY, read_jsonl, write_json
 from eval.models import (
     Loaded,
     add_model_options,
@@ -34,7 +35,6 @@ from eval.models import (
     load,
     open_embedder,
 )
-from eval.run import REPOSITORY, machine, sizes, versions
 from eval.tables import number
 from eval.tasks.local import Row, available, select
 from mmembed.arguments import Parser
@@ -130,13 +130,14 @@ def of_task(model: Loaded, row: Row, options: argparse.Namespace) -> tuple[dict[
     from eval.diagnostics import applied
     from eval.mteb_adapter import contents_of
     from eval.mteb_tasks import build_task
-    from eval.sets import cut
+    from eval.scoring import sizes
+    from eval.sets import Cut, cut
 
     print(f"{row.name}:", flush=True)
     task = build_task(row, options.data_root, options.split)
     task.load_data()
     if row.kind == "retrieval":
-        cut(task, options.max_queries)
+        cut(task, Cut(queries=options.max_queries, rows=options.max_queries))
     entry: dict[str, Any] = {"fingerprint": task.metadata.revision, **sizes(task, row),
                              "found": {}, "left_out": {}}  # fmt: skip
     material = applied.Material(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from mmembed.feature_store import FeatureStore
 BLOCK = 2048  # contents that are encoded between two writes
 PATIENCE = 300.0  # seconds without a vector of the others, after which theirs are encoded here
 POLL = 0.1
+NOTES = "encoded.txt"
 
 
 class Caching:
@@ -83,6 +84,17 @@ class Caching:
         self._compute({key: one for key, one in left.items() if key not in vectors}, vectors, role, instruction)
         found = [vectors[key] for key in keys]
         return found if found[0].ndim == 2 else np.stack(found)
+
+    def encoded(self) -> set[str]:
+        """Digests that `note` was given, of this model by any process: their vectors are all here."""
+        path = self.store.folder / NOTES
+        return set(path.read_text(encoding="utf-8").split()) if path.is_file() else set()
+
+    def note(self, parts: Iterable[str]) -> None:
+        """Writes down digests of what is encoded now, unless the folder is full and may lack some of it."""
+        if self.store.bytes_used < self.store.limit:
+            with (self.store.folder / NOTES).open("a", encoding="utf-8") as file:
+                file.write("".join(f"{part}\n" for part in set(parts) - self.encoded()))
 
     def _compute(
         self, wanted: Mapping[bytes, Any], vectors: dict[bytes, np.ndarray], role: Role, instruction: str | None

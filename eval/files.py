@@ -2,13 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from mmembed.errors import RecordError
 
+REPOSITORY = Path(__file__).resolve().parents[1]
+DATA = REPOSITORY / "data"
 DATA_FILES = (".jsonl", ".json", ".tsv", ".parquet")
 
 
@@ -42,4 +44,15 @@ def fingerprint(folder: Path) -> str:
         digest.update(path.relative_to(folder).as_posix().encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def digest_of_code(parts: Sequence[str]) -> str:
+    """Of files and folders of the repository, 16 hexadecimal digits: code, and what it reads beside itself."""
+    digest = hashlib.sha256()
+    for part in parts:
+        path = REPOSITORY / part
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.suffix in (".py", ".json", ".jinja", ".safetensors"):
+                digest.update(file.relative_to(REPOSITORY).as_posix().encode() + file.read_bytes())
     return digest.hexdigest()[:16]

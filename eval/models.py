@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from eval.files import digest_of_code
 from eval.tasks.rows import RANKINGS, TaskRow
 from mmembed.arguments import add_media_limits, add_vision_cache, media_limits_of, vision_cache_of
 from mmembed.errors import ConfigError, nearest
@@ -26,14 +27,21 @@ class Loaded:
 
     Attributes:
         lacks: why it leaves a task out, in words; None: it does it.
+        probe: encodes contents, or scores pairs, as in the run, to see how long that takes; None: what it costs does
+            not count.
+        sees: it reads pictures.
         reranks: it scores pairs, so it needs candidates: those of a reranking task, or of a first stage.
+        first: the name of the model whose finds it orders; None: it has no such model.
     """
 
     name: str
     runner: Any
     provenance: dict[str, Any]
     lacks: Callable[[TaskRow], str | None]
+    probe: Callable[[Sequence[Any]], Any] | None = None
+    sees: bool = False
     reranks: bool = False
+    first: str | None = None
 
     def supports(self, row: TaskRow) -> bool:
         return self.lacks(row) is None
@@ -69,8 +77,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--cache",
         type=Path,
         metavar="FOLDER",
-        help="keep the vectors of embedders and minilm there: tasks share them, a killed run goes on, a second run "
-        "encodes nothing",
+        help="keep vectors and finished tasks there: tasks share vectors, a killed run goes on, a second run computes "
+        "nothing anew",
     )
     parser.set_defaults(share=(0, 1), alone=lambda: False)  # `eval.workers`
     parser.add_argument("--cache-gb", type=float, metavar="GB", help="bound of that folder (default 20)")
@@ -168,7 +176,8 @@ def _load_baseline(name: str, options: argparse.Namespace) -> Loaded:
         return Loaded(name, bm25, {"kind": "baseline", **bm25.settings}, READS[name])
     minilm = MiniLM(options.dtype, options.device)
     runner = MtebEncoder(cached(minilm, options, minilm.settings), name, modalities=["text"])
-    return Loaded(name, runner, {"kind": "baseline", **minilm.settings}, READS[name])
+    probe = functools.partial(minilm.encode, role="document", instruction=None)
+    return Loaded(name, runner, {"kind": "baseline", **minilm.settings}, READS[name], probe)
 
 
 def _load_embedder(name: str, options: argparse.Namespace, task_names: Sequence[str]) -> Loaded:
@@ -181,8 +190,10 @@ def _load_embedder(name: str, options: argparse.Namespace, task_names: Sequence[
     origin, inputs = _origin(name, embedder.model), _inputs(options, embedder)
     made_by = {key: origin[key] for key in ("fingerprint", "dtype", "device")} | inputs
     made_by |= {"layers": options.layers, "truncate_dim": options.truncate_dim, "prompt": told["prompt"]}
-    bound = cached(Bound(functools.partial(embedder.encode, **settings), embedder.similarity), options, made_by)
-    runner = MtebEncoder(bound, file_name(name), modalities=_modalities(sees), instructions=instructions)
+    bound = Bound(functools.partial(embedder.encode, **settings), embedder.similarity)
+    runner = MtebEncoder(
+        cached(bound, options, made_by), file_name(name), modalities=_modalities(sees), instructions=instructions
+    )
     provenance = {
         "kind": "mmembed", **origin, **inputs,
         "embedding_size": embedder.embedding_size, "multi_vector": multi_vector, "layers": options.layers, **settings,
@@ -192,7 +203,8 @@ def _load_embedder(name: str, options: argparse.Namespace, task_names: Sequence[
     def lacks(row: TaskRow) -> str | None:
         return unread(row, sees) or (ranks_alone(row) if multi_vector else None)
 
-    return Loaded(name, runner, provenance, lacks)
+    probe = functools.partial(bound.encode, role="document", instruction=None)
+    return Loaded(name, runner, provenance, lacks, probe, sees)
 
 
 def _load_reranker(name: str, options: argparse.Namespace, task_names: Sequence[str]) -> Loaded:
@@ -222,7 +234,7 @@ def _load_reranker(name: str, options: argparse.Namespace, task_names: Sequence[
             return "it reads no pictures in queries"
         return unread(row, sees) or ranks_alone(row)
 
-    return Loaded(name, runner, provenance, lacks, reranks=True)
+    return Loaded(name, runner, provenance, lacks, functools.partial(score, instruction=None), sees, reranks=True)
 
 
 def _load_listwise(name: str, options: argparse.Namespace, task_names: Sequence[str]) -> Loaded:
@@ -237,9 +249,8 @@ def _load_listwise(name: str, options: argparse.Namespace, task_names: Sequence[
     )  # fmt: skip
     instructions, told = _instructions(options, "listwise", task_names)
     sees = reranker.generator.family.multimodal
-    runner = MtebReranker(
-        Orders(reranker.rank_all), file_name(name), modalities=_modalities(sees), instructions=instructions
-    )
+    orders = Orders(reranker.rank_all)
+    runner = MtebReranker(orders, file_name(name), modalities=_modalities(sees), instructions=instructions)
     provenance = {
         "kind": "reranker", **_origin(name, reranker.generator.model), "answer": reranker.generator.settings.answer,
         "reads_lists": True, "calibrated": False, "scores": False, **told,
@@ -248,7 +259,7 @@ def _load_listwise(name: str, options: argparse.Namespace, task_names: Sequence[
     def lacks(row: TaskRow) -> str | None:
         return unread(row, sees) or ranks_alone(row)
 
-    return Loaded(name, runner, provenance, lacks, reranks=True)
+    return Loaded(name, runner, provenance, lacks, functools.partial(orders, instruction=None), sees, reranks=True)
 
 
 @dataclass(frozen=True)
@@ -266,8 +277,14 @@ def cached(embedder: Any, options: argparse.Namespace, made_by: Mapping[str, Any
     from eval.embedding_cache import Caching
     from mmembed.version import __version__
 
-    limit, about = int((options.cache_gb or 20) * 1e9), {**made_by, "mmembed": __version__}
+    limit, about = int((options.cache_gb or 20) * 1e9), {**made_by, "mmembed": __version__, "code": code_digest()}
     return Caching(embedder, options.cache, limit, about, options.share, options.alone)
+
+
+@functools.cache
+def code_digest() -> str:
+    """Of the code that encodes."""
+    return digest_of_code(("mmembed", "eval/baselines.py"))
 
 
 def _quiet() -> None:

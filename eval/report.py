@@ -19,13 +19,12 @@ import PIL.Image
 import pyarrow.parquet
 
 from eval.examples import by_hash, inlined
-from eval.files import read_json, read_jsonl, write_json
+from eval.files import REPOSITORY, read_json, read_jsonl, write_json
 from eval.tables import number
 from mmembed.arguments import Parser
 from mmembed.charts import curve, page_environment
 from mmembed.errors import ConfigError, MmembedError
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 TEMPLATE = Path(__file__).with_name("report_template.html")
 COLUMNS = ("before", "after", "bm25", "minilm")
 QUERIES_A_TASK = 3

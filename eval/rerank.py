@@ -26,11 +26,11 @@ from typing import Any
 import numpy as np
 
 from eval.benchmarks import HUB
+from eval.circumstances import machine, versions
 from eval.examples import SHOWN, Examples
-from eval.files import read_json, write_json
+from eval.files import REPOSITORY, read_json, write_json
 from eval.models import Loaded, add_model_options, check_names, check_options, is_hub_name, is_reranker, load
 from eval.rerank_report import NAMES, markdown, render
-from eval.run import REPOSITORY, machine, versions
 from eval.significance import interval_of_means
 from eval.tasks import mrb
 from eval.tasks.local import ROWS, Row, available, select
@@ -243,7 +243,7 @@ def _local(
     row: Row, group: str, options: argparse.Namespace, left_out: dict[str, str], column: str | None = None
 ) -> Iterator[Work]:
     from eval.mteb_tasks import EmptyTask, build_task
-    from eval.sets import cut
+    from eval.sets import Cut, cut
 
     task = build_task(row, options.data_root, options.split)
     try:
@@ -251,7 +251,7 @@ def _local(
     except EmptyTask as error:
         left_out[row.name] = str(error)
         return
-    cut(task, options.max_queries)
+    cut(task, Cut(queries=options.max_queries, rows=options.max_queries))
     yield Work(row, group, task, options.split, column, column is not None, row.name)
 
 
@@ -260,7 +260,7 @@ def _of_mrb(
 ) -> Iterator[Work]:
     import mteb
 
-    from eval.sets import MissingSet, Source, check_rankings, cut, open_task
+    from eval.sets import Cut, MissingSet, Source, check_rankings, cut, open_task
 
     if options.mrb_sets is None:
         return
@@ -272,7 +272,7 @@ def _of_mrb(
         left_out[row.name] = str(error)
         return
     (split,) = task.metadata.eval_splits
-    cut(task, options.max_queries)
+    cut(task, Cut(queries=options.max_queries, rows=options.max_queries))
     yield Work(row, group, task, split, one.column, False, one.name)
 
 

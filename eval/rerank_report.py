@@ -99,7 +99,7 @@ def mrb_notes(results: Mapping[str, Any]) -> list[str]:
 
 def short_names(results: Mapping[str, Any]) -> dict[str, str]:
     """model -> the last part of its path, where these differ."""
-    short = {name: Path(name).name for name in results["models"]}
+    short = {name: " > ".join(Path(part).name for part in name.split(" > ")) for name in results["models"]}
     return short if len(set(short.values())) == len(short) else {name: name for name in short}
 
 

@@ -11,7 +11,7 @@ the results, `results.json` -> `results.rows.json`, which stays small. Cost: sor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +24,10 @@ from eval.significance import Statistic, interval, score
 from mmembed import metrics
 
 TOLERANCE = 1e-4  # mteb rounds to five decimals
+DIGITS = 9  # of what is written
 NOWHERE = Path("predictions")  # mteb hands predictions over where a folder is named; they are caught, none is made
 Values = dict[str, float | list[float]]  # row -> its score, or what is correlated
+Found = dict[tuple[str, str], dict[str, dict[str, float]]]  # of a subset and a split: query -> document -> score
 
 BY_QUERY: dict[str, Callable[[metrics.Floats, metrics.Floats, int], metrics.Floats]] = {
     "ndcg": lambda ranked, judged, k: metrics.ndcg_at_k(ranked, judged, k),
@@ -44,6 +46,10 @@ class Rows:
     statistic: Statistic
     values: Values
 
+    @property
+    def score(self) -> float:
+        return score(list(self.values.values()), self.statistic)
+
     def interval(self) -> list[float] | None:
         """The 95 % interval of the score; None where there is none."""
         bounds = interval(list(self.values.values()), self.statistic)
@@ -51,15 +57,18 @@ class Rows:
 
 
 @contextmanager
-def watching(task: Any) -> Iterator[dict[str, Rows]]:
-    """Subset -> rows of the main score of an mteb task that is evaluated inside, filled as they come."""
+def watching(task: Any) -> Iterator[tuple[dict[str, Rows], Found]]:
+    """Of an mteb task that is evaluated inside, filled as they come: subset -> rows of the main score, and what was
+    found of a ranking."""
     from mteb.abstasks import AbsTaskRetrieval
 
     caught: dict[str, Rows] = {}
+    runs: Found = {}
     ranks = isinstance(task, AbsTaskRetrieval)
     specific: Any = task.task_specific_scores if ranks else None  # gets what is left where mteb drops documents
 
     def ranked(scores: Any, qrels: Any, results: Any, hf_split: str, hf_subset: str) -> Any:
+        runs[hf_subset, hf_split] = results
         found = of_ranking(task.metadata.main_score, results, qrels)
         if found is not None:
             caught[hf_subset] = found
@@ -74,7 +83,7 @@ def watching(task: Any) -> Iterator[dict[str, Rows]]:
     replaced = {"_save_task_predictions": predicted} | ({"task_specific_scores": ranked} if ranks else {})
     vars(task).update(replaced)
     try:
-        yield caught
+        yield caught, runs
     finally:
         for name in replaced:
             del vars(task)[name]
@@ -87,7 +96,7 @@ def of_ranking(main_score: str, run: metrics.Run, qrels: metrics.Qrels) -> Rows 
         return None
     ranked, judged = metrics.rank_run(run, qrels)
     values = BY_QUERY[kind](ranked, judged, int(cut))  # (Q,)
-    return Rows("mean", dict(zip(run, (round(value, 5) for value in values.tolist()), strict=True)))
+    return Rows("mean", dict(zip(run, (round(value, DIGITS) for value in values.tolist()), strict=True)))
 
 
 def of_predictions(task: Any, predictions: Any, data: Any) -> Rows | None:
@@ -95,19 +104,17 @@ def of_predictions(task: Any, predictions: Any, data: Any) -> Rows | None:
     main_score = task.metadata.main_score
     if main_score == "cosine_spearman":
         columns = zip(predictions["cosine_scores"], data["score"], strict=True)
-        return Rows("spearman", _numbered([[round(float(ours), 6), float(theirs)] for ours, theirs in columns]))
+        return Rows("spearman", _numbered([[round(float(ours), DIGITS), float(theirs)] for ours, theirs in columns]))
     if main_score == "accuracy" and isinstance(predictions, list):
         labels = np.asarray(data[task.label_column_name])
         right = np.mean([np.asarray(one) == labels for one in predictions], axis=0)  # (N,)
-        return Rows("mean", _numbered([round(share, 5) for share in right.tolist()]))
+        return Rows("mean", _numbered([round(share, DIGITS) for share in right.tolist()]))
     return None
 
 
 def agreeing(rows: Rows | None, main: float) -> Rows | None:
     """The rows, where their score is the one that mteb gives."""
-    return (
-        rows if rows is not None and abs(score(list(rows.values.values()), rows.statistic) - main) < TOLERANCE else None
-    )
+    return rows if rows is not None and abs(rows.score - main) < TOLERANCE else None
 
 
 @dataclass
@@ -128,14 +135,20 @@ class Kept:
             entry = self.tasks.setdefault(task, {"statistic": rows.statistic, "scores": {}})
             entry["scores"][model] = rows.values
 
-    def add_mteb(self, runner: Any, revision: str | None, result: Any) -> None:
-        """A result in mteb's layout, below model and fingerprint; a task is a file there, so its name loses slashes."""
+    def add_mteb(self, name: str, runner: Any, revision: str | None, result: Mapping[str, Any]) -> None:
+        """A result in mteb's layout, below model and fingerprint; a task is a file there, so its name loses slashes.
+
+        Args:
+            name: of the model, without slashes.
+            result: mteb's, as a dictionary.
+        """
         if self.mteb is not None:
             from mteb.cache import ResultCache
+            from mteb.results import TaskResult
 
-            meta = runner.mteb_model_meta.model_copy(update={"revision": revision or "local"})
-            named = result.model_copy(update={"task_name": result.task_name.replace("/", "-")})
-            ResultCache(self.mteb).save_to_cache(named, meta)
+            meta = runner.mteb_model_meta.model_copy(update={"name": name, "revision": revision or "local"})
+            told = {**result, "task_name": result["task_name"].replace("/", "-")}
+            ResultCache(self.mteb).save_to_cache(TaskResult.model_validate(told), meta)
 
     def write(self) -> None:
         if self.output is not None:

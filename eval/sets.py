@@ -5,9 +5,9 @@ A set that cannot be had raises `MissingSet` with the reason and what to do, so 
 
 import io
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -166,6 +166,21 @@ def _tables(task: Any) -> Iterator[tuple[Any, str]]:
                 yield level, split
 
 
+def training(task: Any) -> list[Any]:
+    """The rows that a task's classifier is fitted on, of each subset."""
+    return [level[split] for level, split in _training_tables(task)]
+
+
+def _training_tables(task: Any) -> Iterator[tuple[Any, str]]:
+    from mteb.abstasks import AbsTaskClassification
+
+    if isinstance(task, AbsTaskClassification):
+        held: Any = task.dataset
+        for level in [held] if task.train_split in held else list(held.values()):
+            if task.train_split in level:
+                yield level, task.train_split
+
+
 def check_rankings(task: Any) -> None:
     """Raises MissingSet where ids stand for two documents or queries, or nothing is judged relevant."""
     for part in filter(is_ranking, parts(task)):
@@ -192,27 +207,65 @@ def _twice(ids: Sequence[str]) -> tuple[int, int, str]:
     raise AssertionError("all ids are different")
 
 
-def cut(task: Any, most: int | None) -> None:
-    """Keeps queries that have judged documents, `most` of them at most, drawn by a hash of their ids, and of documents
-    that are candidates those of these queries; of a task that is no ranking, rows drawn by a hash of their numbers."""
+@dataclass(frozen=True)
+class Cut:
+    """What is left of a task; None: all.
+
+    Attributes:
+        queries: of a ranking, of those that have judged documents.
+        documents: of a whole corpus, beside those that are judged for these queries.
+        rows: of another task. training: of the rows that its classifier is fitted on.
+    """
+
+    queries: int | None = None
+    documents: int | None = None
+    rows: int | None = None
+    training: int | None = None
+
+    def told(self) -> dict[str, int | None]:
+        return asdict(self)
+
+
+PROXY = Cut(queries=100, documents=500, rows=300, training=1000)  # of `--proxy`
+
+
+def cut(task: Any, left: Cut) -> None:
+    """Cuts a task; what is left is drawn by a hash of ids, or of numbers of rows, so it is the same for every model.
+    Queries without a judged document go; of documents that are candidates those of the queries are left."""
     for part in parts(task):
         for level, split in _tables(part):
             if is_ranking(part):
-                _cut_queries(level[split], most)
-            elif most is not None and isinstance(level[split], datasets.Dataset) and len(level[split]) > most:
-                level[split] = level[split].select(sorted(_drawn(map(str, range(len(level[split]))), most, int)))
+                _cut_ranking(level[split], left)
+            else:
+                _cut_rows(level, split, left.rows)
+        for level, split in _training_tables(part):
+            _cut_rows(level, split, left.training)
 
 
-def _cut_queries(data: Any, most: int | None) -> None:
+def _cut_rows(level: Any, split: str, most: int | None) -> None:
+    rows = level.get(split)
+    if most is not None and isinstance(rows, datasets.Dataset) and len(rows) > most:
+        level[split] = rows.select(sorted(_drawn(map(str, range(len(rows))), most, int)))
+
+
+def _cut_ranking(data: Any, left: Cut) -> None:
     ids = [query for query in data["queries"]["id"] if data["relevant_docs"].get(query)]
-    kept = set(ids if most is None else _drawn(ids, most, str))
+    kept = set(ids if left.queries is None else _drawn(ids, left.queries, str))
     data["queries"] = data["queries"].select([at for at, key in enumerate(data["queries"]["id"]) if key in kept])
     for part in ("relevant_docs", "top_ranked"):
         if data[part] is not None:
             data[part] = {query: value for query, value in data[part].items() if query in kept}
-    if most is not None and data["top_ranked"] is not None:
-        pooled = {document for own in data["top_ranked"].values() for document in own}
-        data["corpus"] = data["corpus"].select([at for at, key in enumerate(data["corpus"]["id"]) if key in pooled])
+    if data["top_ranked"] is not None:
+        if left.queries is not None:
+            _keep_documents(data, {document for own in data["top_ranked"].values() for document in own})
+    elif left.documents is not None:
+        judged = {document for own in data["relevant_docs"].values() for document in own}
+        others = [document for document in data["corpus"]["id"] if document not in judged]
+        _keep_documents(data, judged | set(_drawn(others, left.documents, str)))
+
+
+def _keep_documents(data: Any, kept: Collection[str]) -> None:
+    data["corpus"] = data["corpus"].select([at for at, key in enumerate(data["corpus"]["id"]) if key in kept])
 
 
 def _drawn(keys: Any, most: int, kind: Callable[[str], Result]) -> list[Result]:

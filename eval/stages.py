@@ -1,10 +1,12 @@
 """Two stages on one task: a first stage finds candidates, a reranker scores them. Both run as mteb runs them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from mteb.models import CrossEncoderProtocol, EncoderProtocol, SearchCrossEncoderWrapper, SearchEncoderWrapper
 
+from eval.rows import Found
 from mmembed.metrics import Run
 
 KWARGS: dict[str, Any] = {"batch_size": 256, "show_progress_bar": False}
@@ -31,6 +33,33 @@ def judge(runner: Any, task: Any, split: str, candidates: Mapping[str, Mapping[s
     """query -> document -> score, of candidates, by an mteb cross-encoder."""
     deepest = max(map(len, candidates.values()), default=1)
     return _search(runner, task, split, deepest, {query: list(found) for query, found in candidates.items()})
+
+
+def only_part(task: Any) -> tuple[str, Any] | None:
+    """The split and the data of a ranking that has one subset and one split; None: it has several."""
+    if task.is_aggregate or list(task.dataset) != ["default"] or len(task.dataset["default"]) != 1:
+        return None
+    (place,) = task.dataset["default"].items()
+    return place
+
+
+def cut(found: Found, depth: int) -> Found:
+    """The best `depth` documents of each query."""
+    return {part: {query: best(documents, depth) for query, documents in own.items()} for part, own in found.items()}
+
+
+@contextmanager
+def candidates_in(task: Any, found: Found | None) -> Iterator[None]:
+    """Gives a task candidates for a while; None: leaves it its own."""
+    tables = [(task.dataset[subset][split], own) for (subset, split), own in (found or {}).items()]
+    before = [data["top_ranked"] for data, _ in tables]
+    for data, own in tables:
+        data["top_ranked"] = {query: list(documents) for query, documents in own.items()}
+    try:
+        yield
+    finally:
+        for (data, _), pool in zip(tables, before, strict=True):
+            data["top_ranked"] = pool
 
 
 def best(documents: Mapping[str, float], depth: int) -> dict[str, float]:

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from eval.tables import number, reach
+from eval.rows import DIGITS
+from eval.tables import aligned, number, reach
 
 
 def averages(results: dict[str, Any]) -> dict[str, dict[str, float | None]]:
@@ -25,7 +26,7 @@ def averages(results: dict[str, Any]) -> dict[str, dict[str, float | None]]:
                     sets.setdefault(name, []).append(scores[model]["main"])
             done = sum(map(len, sets.values())) == len(rows)
             own = [sum(values) / len(values) for values in sets.values()]
-            means[group][model] = round(sum(own) / len(own), 5) if done else None
+            means[group][model] = round(sum(own) / len(own), DIGITS) if done else None
     return {**{group: own for group, own in means.items() if group != "all"},
             **{group: own for group, own in means.items() if group == "all"}}  # fmt: skip
 
@@ -40,20 +41,14 @@ def table(results: dict[str, Any]) -> str:
             lines.append([name, entry["main_score"], *(cell(entry, model) for model in models)])
         if len(entries) != 1:
             lines.append([f"average, {group}", "", *(number(means[model]) for model in models)])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    rendered = [
-        "  ".join(
-            text.ljust(width) if column < 2 else text.rjust(width)
-            for column, (text, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    return "\n".join([rendered[0], "-" * len(rendered[0]), *rendered[1:], *notes(results)])
+    return "\n".join([aligned(lines, left=2), *notes(results)])
 
 
 def notes(results: Mapping[str, Any]) -> list[str]:
     """Limits, data that differ, sets that are missing, and why there are dashes."""
     lines = []
+    if results.get("proxy"):
+        lines.append("a proxy of each task: compare these numbers with those of the same proxy alone")
     if results["limit"] is not None:
         lines.append(f"at most {results['limit']} queries of a task: these numbers compare with no others")
     for name, entry in results["tasks"].items():

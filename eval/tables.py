@@ -15,6 +15,19 @@ def reach(scored: Mapping[str, Any]) -> str:
     return "" if not bounds else f" ±{(bounds[1] - bounds[0]) / 2:.3f}"
 
 
+def aligned(lines: Sequence[Sequence[str]], left: int) -> str:
+    """Columns in plain text below a head; `left` of them stand left, the others right."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    shown = [
+        "  ".join(
+            text.ljust(width) if column < left else text.rjust(width)
+            for column, (text, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+    return "\n".join([shown[0], "-" * len(shown[0]), *shown[1:]])
+
+
 def markdown_table(lines: Sequence[Sequence[str]]) -> str:
     """The first line is the head; the first column stands left, the others right.
 

@@ -16,10 +16,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any, Self
 
+from eval.files import REPOSITORY
 from mmembed import guard
 
 logger = logging.getLogger(__name__)
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def threads_of(processes: int) -> int:

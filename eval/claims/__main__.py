@@ -26,12 +26,12 @@ from typing import Any, NoReturn
 
 from eval.claims import page
 from eval.claims.declaration import DECLARED, Claim, read_claims
-from eval.claims.runs import REPOSITORY, Results, Run, RunFailed, Workers, data_of, distinct, estimate, lacking, planned
+from eval.claims.runs import Results, Run, RunFailed, Workers, data_of, distinct, estimate, lacking, planned
+from eval.files import DATA
 from mmembed.arguments import Parser
 from mmembed.errors import ConfigError, MmembedError
 
 STEPS = 60
-DATA = REPOSITORY / "data"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -157,7 +157,7 @@ def found(claim: Claim, runs: Sequence[Run], results: Results) -> page.Finding:
 
 def about_runs(options: argparse.Namespace) -> list[str]:
     """What the page says of how its numbers were made, beside what its results say of themselves."""
-    from eval.run import versions
+    from eval.circumstances import versions
 
     root = (
         "; DATA stands for a folder of the whole data sets, the source of each being in the README of its folder in "

@@ -27,11 +27,12 @@ import numpy as np
 import torch
 
 from eval import run
-from eval.files import write_json
+from eval.files import DATA, write_json
 from eval.models import load
 from eval.mteb_adapter import Encodes
+from eval.mteb_tasks import build_task
 from eval.rerank import numbers
-from eval.rows import Kept
+from eval.scoring import score
 from eval.stages import find, judge
 from eval.tasks.local import available, select
 from eval.vectors import Compared, compared, ndcg_by_query
@@ -69,7 +70,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--first-stages", nargs="*", default=[], metavar="NAME=MODEL",
                         help="what finds what a reranker ranks: bm25, mmembed-nano, a folder")  # fmt: skip
     parser.add_argument("--depth", type=int, default=20, help="candidates a query (default 20)")
-    parser.add_argument("--data-root", default=str(run.REPOSITORY / "data"), help="data sets")
+    parser.add_argument("--data-root", default=str(DATA), help="data sets")
     parser.add_argument("--instructions", default="never", choices=["auto", "always", "never"])
     parser.add_argument(
         "--output",
@@ -97,9 +98,9 @@ def measured(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
         model.runner.size = None  # vectors of another length come now
         for row in rows:
             name = row.name if encoder.dim is None else f"{row.name}@{encoder.dim}"
-            task = run.build(row, given)
+            task = build_task(row, Path(options.data_root), given.split)
             task.load_data()
-            numbers = run.score(model, task, row, Kept(), given.split)
+            numbers = dict(score(model, task, row, split=given.split).numbers)
             if row.name in {*options.vectors, *options.by_query}:
                 found = compared(model.runner, task, row, given.split)
             if row.name in options.vectors:
@@ -124,7 +125,8 @@ def reranked(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     for stage, model in named.items():
         first = load(model, given, tasks)
         for row in rows:
-            task, name = run.build(row, given), f"{row.name}@{stage}"
+            name = f"{row.name}@{stage}"
+            task: Any = build_task(row, Path(options.data_root), given.split)
             task.load_data()
             qrels = task.dataset["default"][given.split]["relevant_docs"]
             found = find(first.runner, task, given.split, options.depth)

@@ -39,15 +39,14 @@ from eval.claims.declaration import (
     stages_in,
     with_folders,
 )
-from eval.files import fingerprint, read_json, write_json
+from eval.files import REPOSITORY, digest_of_code, fingerprint, read_json, write_json
 from eval.tasks.local import available, select
 from mmembed.errors import ConfigError, MmembedError
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 CODE = ("mmembed", "recipes/train_embedder.py", "recipes/train_reranker.py", "data_tools/mine_negatives.py",
-        "data_tools/score.py", "data_tools/mining", "eval/run.py", "eval/models.py", "eval/stages.py", "eval/rerank.py",
-        "eval/mteb_adapter.py", "eval/mteb_tasks.py", "eval/baselines.py", "eval/tasks", "eval/claims/measuring.py",
-        "eval/claims/untrained.py")  # fmt: skip
+        "data_tools/score.py", "data_tools/mining", "eval/models.py", "eval/rows.py", "eval/scoring.py",
+        "eval/stages.py", "eval/rerank.py", "eval/mteb_adapter.py", "eval/mteb_tasks.py", "eval/baselines.py",
+        "eval/tasks", "eval/claims/measuring.py", "eval/claims/untrained.py")  # fmt: skip
 MODULES = {"mine": "data_tools.mine_negatives", "score": "data_tools.score", "embedder": "recipes.train_embedder",
            "reranker": "recipes.train_reranker"}  # fmt: skip
 # Until a run is kept: the demo's 300 steps of 64 queries take about five minutes on two quiet cores; around is a guess.
@@ -110,13 +109,7 @@ class RunFailed(MmembedError):
 @cache
 def code_digest() -> str:
     """Of the code that trains and measures, and of the packaged backbone, 16 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for part in CODE:
-        path = REPOSITORY / part
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.suffix in (".py", ".json", ".jinja", ".safetensors"):
-                digest.update(file.relative_to(REPOSITORY).as_posix().encode() + file.read_bytes())
-    return digest.hexdigest()[:16]
+    return digest_of_code(CODE)
 
 
 def place(folder: str | Path, root: Path) -> Path:

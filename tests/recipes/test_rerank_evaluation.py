@@ -14,6 +14,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_auc_score
 
 from eval import mteb_adapter, rerank, run
+from eval.baselines import BM25
 from eval.mteb_tasks import build_task
 from eval.tasks import mrb
 from eval.tasks.local import ROWS, select
@@ -95,21 +96,40 @@ def test_eval_run_takes_a_reranker(reranker, judge, data_root, tmp_path, capsys)
     assert results["models"][name]["kind"] == "reranker" and results["models"][name]["head"] == "yes_no"
     scores = {task: entry["scores"][name] for task, entry in results["tasks"].items()}
     assert scores["mbpp"] is None and scores["vega-charts"] is None, "nothing was found that could be ordered"
-    assert "rerankers leave retrieval tasks out: --first-stage" in capsys.readouterr().err
+    assert "rerankers leave retrieval tasks out: give what finds their documents" in capsys.readouterr().err
     pool = loaded("dbpedia-entity/judged", data_root)["relevant_docs"]
     expected = trec(*scored(judge, "dbpedia-entity/judged", data_root, pool))
     for key, other in (("ndcg_at_10", "ndcg_at_10"), ("map_at_1000", "map")):
         assert scores["dbpedia-entity/judged"][key] == pytest.approx(expected[other], abs=2e-4)
 
-    command[2:2] = ["bm25"]
-    assert run.main([*command, "--no-baselines", "--tasks", *tasks, "--first-stage", "bm25", "--depth", "5"]) == 0
+
+def test_a_reranker_stands_behind_each_model(reranker, backbone, judge, data_root, tmp_path, capsys):
+    """The best five documents of each first stage in the reranker's order, as trec_eval scores them."""
+    output, html = tmp_path / "results.json", tmp_path / "page.html"
+    tasks = ["dbpedia-entity/judged", "mbpp", "vega-charts"]
+    command = ["--model", "bm25", str(backbone), "--rerank", str(reranker), "--depth", "5", "--dtype", "float32"]
+    files = ["--data-root", str(data_root), "--output", str(output), "--html", str(html)]
+    assert run.main([*command, "--no-baselines", "--tasks", *tasks, *files]) == 0
     results = json.loads(output.read_text())
-    assert results["first_stage"]["name"] == "bm25" and results["first_stage"]["depth"] == 5
+    names = [f"{first} > {reranker}" for first in ("bm25", str(backbone))]
+    assert list(results["models"]) == ["bm25", names[0], str(backbone), names[1]]
+    stage = results["models"][names[0]]["first_stage"]
+    assert (stage["name"], stage["depth"], stage["k1"]) == ("bm25", 5, 1.2)
     scores = {task: entry["scores"] for task, entry in results["tasks"].items()}
-    assert scores["vega-charts"][name] is None and scores["dbpedia-entity/judged"][name]["map_at_1000"]
-    both = scores["mbpp"]
-    assert both["bm25"]["recall_at_5"] == both[name]["recall_at_5"] == both[name]["recall_at_100"]
-    capsys.readouterr()
+    assert scores["vega-charts"]["bm25"] is scores["vega-charts"][names[0]] is None
+    assert scores["vega-charts"][names[1]] is not None, "the embedder sees what BM25 does not"
+    for first, both in zip(("bm25", str(backbone)), names, strict=True):
+        mbpp = scores["mbpp"]
+        assert mbpp[first]["recall_at_5"] == mbpp[both]["recall_at_5"] == mbpp[both]["recall_at_100"]
+    corpus = loaded("mbpp", data_root)
+    bm25 = BM25()
+    bm25.index(corpus["corpus"])
+    found = bm25.search(corpus["queries"], top_k=5)
+    logits, qrels = scored(judge, "mbpp", data_root, found)
+    assert scores["mbpp"][names[0]]["ndcg_at_10"] == pytest.approx(trec(logits, qrels)["ndcg_at_10"], abs=1e-4)
+    said = capsys.readouterr().out
+    assert f"to compute with {names[0]}: " in said and " pairs of 2 tasks" in said
+    assert "orders the first 5 documents of bm25" in html.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -224,9 +244,11 @@ def test_refusals_of_the_evaluation(backbone, reranker, capsys, flags, message):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--model", "bm25", "--first-stage", "bm25"], "no effect without a reranker among the models"),
-        (["--model", "{reranker}", "--depth", "5"], "--depth: no effect without --first-stage"),
-        (["--model", "{reranker}", "--first-stage", "{reranker}"], "is a reranker and finds nothing"),
+        (["--model", "bm25", "--rerank", "bm25"], "--rerank: 'bm25' is no reranker"),
+        (["--model", "bm25", "--rerank", "judg"], "--rerank judg: neither a folder nor a known name"),
+        (["--model", "{reranker}", "--depth", "5"], "--depth: no effect without --rerank"),
+        (["--model", "bm25", "--rerank", "{reranker}", "--depth", "0"], "--depth: found 0"),
+        (["--model", "{reranker}", "--rerank", "{reranker}"], "--rerank: no model here finds what it orders"),
         (["--model", "{reranker}", "--layers", "1"], "--layers: acts on embedders, and none is named"),
     ],
 )

@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 from miniatures import ANSWERS, Numbered, label_numbers, table, write_mmeb, write_retrieval
 
-from eval import benchmarks, run, sets
+from eval import benchmarks, evaluation, run, sets
 from eval.mmeb import build_task, differences
 from eval.models import Loaded, ranks_alone
 from eval.mteb_adapter import MtebEncoder, MtebReranker
+from eval.rows import DIGITS
 from eval.sets import MissingSet, Source
 from eval.tasks import mmeb, mrb
 
-HIT = round(2 / 3, 5)
+HIT = round(2 / 3, DIGITS)
 NDCG = round((1 + 1 + 1 / math.log2(5)) / 3, 5)  # the third query's document comes behind 3, 4 and 2
 
 
@@ -30,7 +31,7 @@ def toy(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     numbered = Numbered({"yes": 1, "no": 2, **label_numbers()})
     runner = MtebEncoder(numbered, "toy", modalities=["text", "image", "video"])
-    monkeypatch.setattr(run, "load", lambda name, *_: Loaded(name, runner, {}, lambda _: None))
+    monkeypatch.setattr(evaluation, "load", lambda name, *_: Loaded(name, runner, {}, lambda _: None))
     return numbered
 
 
@@ -330,13 +331,13 @@ def test_the_packaged_model_reads_pictures_and_videos(copies, tmp_path, monkeypa
     assert scores["NIGHTS"] == HIT  # a picture is nearest to itself
 
 
-def test_a_reranker_orders_own_candidates_and_leaves_whole_corpora_to_a_first_stage(toy, copies, tmp_path, monkeypatch):
+def test_a_reranker_orders_own_candidates_and_leaves_whole_corpora_out(toy, copies, tmp_path, monkeypatch):
     def score(pairs, *, instruction):
         sides = [toy.encode(side, role="query", instruction=None) for side in zip(*pairs, strict=True)]
         return (sides[0] * sides[1]).sum(1)
 
     runner = MtebReranker(score, "judge", modalities=["text", "image", "video"])
-    monkeypatch.setattr(run, "load", lambda name, *_: Loaded(name, runner, {}, ranks_alone, reranks=True))
+    monkeypatch.setattr(evaluation, "load", lambda name, *_: Loaded(name, runner, {}, ranks_alone, reranks=True))
     write_mmeb(copies, chosen("NIGHTS", "MSVD"))
     code, results = evaluate(tmp_path, "--benchmark", "mmeb-v2", "--source", str(copies), "--tasks", "NIGHTS", "MSVD")
     judge = str(tmp_path / "model")
