@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mmembed import guard
-from mmembed.errors import MmembedError
+from mmembed.errors import ConfigError, MmembedError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 OF_LAUNCHERS = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_")
@@ -35,11 +36,7 @@ def run_benchmark(model: Path, output: Path, options: Sequence[str] = ()) -> dic
     Raises:
         MmembedError: the repository's `eval` is not here, or the command failed, with what it said last.
     """
-    if not (REPOSITORY / "eval" / "run.py").is_file():
-        raise MmembedError(
-            f"benchmarks need the folder eval of mmembed's repository, and {REPOSITORY} has none; work in a checkout "
-            "(pip install -e .)"
-        )
+    check_repository()
     output = output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
     output.unlink(missing_ok=True)
@@ -59,6 +56,33 @@ def run_benchmark(model: Path, output: Path, options: Sequence[str] = ()) -> dic
         )
     results: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
     return results
+
+
+def list_tasks(options: Sequence[str]) -> dict[str, str]:
+    """task -> group, of `eval.run --list` with some of its options. Opens no data and takes a second, of public
+    benchmarks ten.
+
+    Raises:
+        ConfigError: there is no such benchmark or task, with the nearest name, or an option does not go with it; as the
+            command says it. Or the repository's `eval` is not here.
+    """
+    check_repository()
+    command = [sys.executable, "-m", "eval.run", "--list", *options]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True)
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines()
+        raise ConfigError(said[-1].removeprefix("error: ") if said else f"eval.run ended with {done.returncode}")
+    lines = [re.split(" {2,}", line) for line in done.stdout.split("\n\n")[0].splitlines()[2:]]
+    return {task: group for task, group, *_ in lines}
+
+
+def check_repository() -> None:
+    """Raises ConfigError where the package is not in a checkout, which brings `eval`."""
+    if not (REPOSITORY / "eval" / "run.py").is_file():
+        raise ConfigError(
+            f"benchmarks need the folder eval of mmembed's repository, and {REPOSITORY} has none; work in a checkout "
+            "(pip install -e .)"
+        )
 
 
 def main_scores(results: dict[str, Any]) -> dict[str, float]:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmembed.config import describes_reranker, load_config
-from mmembed.config.blocks import EmbedderConfig, RerankerConfig
+from mmembed.config.blocks import EmbedderConfig, EvaluationConfig, RerankerConfig
 from mmembed.data.batch_plan import BatchPlan
 from mmembed.data.collate import Batch
 from mmembed.data.dataset import MixedDataset, media_store, open_dev
@@ -59,6 +59,7 @@ from mmembed.training.batches import (
     sources_apart,
     sources_of_positives,
 )
+from mmembed.training.benchmark import describe
 from mmembed.training.estimate import Estimate, Stage, outline, size, with_training
 from mmembed.training.launch import divides_weights, launched_with
 from mmembed.training.preflight import check_dropout, preflight
@@ -156,7 +157,9 @@ def plan_run(
     """
     if not config.data.train:
         raise ConfigError("data.train: there is no source; add one, for example {path: squad-en, format: beir}")
-    config = inherit_settings(config)
+    config, evaluation = inherit_settings(config), config.evaluation
+    if evaluation is not None:  # its device is the run's
+        config = config.model_copy(update={"evaluation": evaluation.model_copy(update={"device": None})})
     objective = preflight(config)
     launched_with(config, config.training.arguments)
     half = {"bf16": True} if config.training.arguments.get("fp16") else {}  # as many bytes, on any device
@@ -200,7 +203,7 @@ def plan_run(
         tokens_per_second=throughput,
         throughput_is=throughput_is,
         advice=estimate.advice(stages, memory) if memory is not None else (),
-        notes=tuple(estimate.notes),
+        notes=(*estimate.notes, *_evaluated(evaluation)),
         cuts=tuple(cut_line(counted["inputs"], counted["cut_inputs"], counted["lost_share"], config)),
         warnings=tuple(prompt_alone(counted["emptied_inputs"], config)),
         **counted,
@@ -302,7 +305,8 @@ def _measured(config: EmbedderConfig, steps: int, media: MediaStore) -> float:
             output_dir=folder, max_steps=steps + 1, logging_steps=1, save_strategy="no", eval_strategy="no",
             disable_tqdm=True,
         )  # fmt: skip
-        config = config.model_copy(update={"data": config.data.model_copy(update={"dev": ()})})
+        data_alone = config.data.model_copy(update={"dev": ()})
+        config = config.model_copy(update={"data": data_alone, "evaluation": None})
         model, preprocessor = build_for_training(config, media)
         args = training_arguments(config)
         data = [open_source(source, config.data, media, data_seed(args)) for source in config.data.train]
@@ -312,6 +316,11 @@ def _measured(config: EmbedderConfig, steps: int, media: MediaStore) -> float:
             trainer.train()
     speeds = [entry["tokens_per_second"] for entry in trainer.state.log_history if "tokens_per_second" in entry]
     return sum(speeds[1:]) / len(speeds[1:])  # the first step warms up
+
+
+def _evaluated(evaluation: EvaluationConfig | None) -> tuple[str, ...]:
+    """What a benchmark adds to a run, which nothing here counts."""
+    return () if evaluation is None else (f"memory and time of evaluations are not counted: {describe(evaluation)}",)
 
 
 def _of_evaluation(config: EmbedderConfig) -> tuple[str, ...]:

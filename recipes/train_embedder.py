@@ -60,7 +60,7 @@ def exit_status(run: Callable[[], object]) -> int:
 
 
 def train(config: EmbedderConfig) -> dict[str, float]:
-    """Trains, saves and verifies; returns the last dev metrics."""
+    """Trains, saves and verifies; returns the last metrics of dev sources and benchmark."""
     # 1. Processes and seeds -------------------------------------------------------------------------------------------
     from mmembed.training.arguments import output_folder, set_seed, training_arguments, with_metric
 
@@ -116,7 +116,7 @@ def train(config: EmbedderConfig) -> dict[str, float]:
         trainer.train(resume_from_checkpoint=resume)
         trainer.save_model()
         trainer.save_state()
-        metrics = trainer.evaluate(metric_key_prefix="final") if dev_data else {}
+        metrics = trainer.evaluate(metric_key_prefix="final") if dev_data or config.evaluation else {}
         difference = trainer.verify()
     if main_process:
         results = Path(output, "metrics.json")

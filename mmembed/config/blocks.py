@@ -341,6 +341,20 @@ class TrainingConfig(_Block):
         return self
 
 
+class EvaluationConfig(_Block):
+    """Tasks of a benchmark that the model in training is scored on whenever `training.eval_strategy` says so, by the
+    command `python -m eval.run` with these options: `limit` queries of each task (all of them unless given), on
+    `device` (the command's default unless given). No `tasks` are all of the benchmark."""
+
+    benchmark: str = "local"
+    tasks: tuple[str, ...] = ()
+    languages: tuple[str, ...] = ()
+    limit: Positive | None = None
+    data_root: str | None = None
+    source: str | None = None
+    device: str | None = None
+
+
 class EmbedderConfig(_Block):
     """A training run of an embedder. `head` is a reranker's."""
 
@@ -354,6 +368,7 @@ class EmbedderConfig(_Block):
     data: DataConfig = DataConfig()
     objective: TypedBlock | tuple[TypedBlock, ...] = "contrastive"
     training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig | None = None
     head: TypedBlock | None = None
 
     @field_validator("pooling", "prompt", "objective")
@@ -538,11 +553,16 @@ def _clashes(config: EmbedderConfig) -> list[str]:
     if "freeze" in config.model.model_fields_set:  # the default gives way to that of a saved embedder, not read here
         frozen = [tower for tower in config.training.learning_rates if tower in config.model.freeze]
         clashes += [frozen_rate(tower, config.model.freeze) for tower in frozen]
-    if config.training.early_stopping_patience is not None and not config.data.dev:
-        clashes.append("training.early_stopping_patience: there is no data.dev to watch")
     evaluates = arguments.get("eval_strategy", "no") not in ("no", False, None)
-    if evaluates and not config.data.dev:
-        clashes.append("training.eval_strategy: there is no data.dev to evaluate on")
+    if not config.data.dev and config.evaluation is None:
+        if config.training.early_stopping_patience is not None:
+            clashes.append("training.early_stopping_patience: there is no data.dev to watch, and no evaluation")
+        if evaluates:
+            clashes.append("training.eval_strategy: there is no data.dev to evaluate on, and no evaluation")
+        if arguments.get("eval_on_start"):
+            clashes.append(
+                "training.eval_on_start: there is no data.dev to evaluate on, and no evaluation; give one, or remove it"
+            )
     return clashes + _idle(config, evaluates)
 
 
@@ -561,11 +581,14 @@ def _idle(config: EmbedderConfig, evaluates: bool) -> list[str]:
     for key in sorted(written) if not evaluates else ():
         value = f" '{arguments[key]}'" if key in ("lr_scheduler_type", "save_strategy") else ""
         remedy = "set training.eval_strategy to steps or epoch"
-        if not config.data.dev:
+        if not config.data.dev and config.evaluation is None:
             remedy = f"give data.dev, and {remedy}"
         clashes.append(f"training.{key}{value}: nothing is evaluated while training; {remedy}, or remove it")
-    if arguments.get("eval_on_start") and not config.data.dev:
-        clashes.append("training.eval_on_start: there is no data.dev to evaluate on; give one, or remove it")
+    if config.evaluation is not None and not evaluates and not arguments.get("eval_on_start"):
+        clashes.append(
+            "evaluation: nothing is evaluated while training; set training.eval_strategy to steps or epoch, or remove "
+            "it and evaluate what comes out (python -m eval.run)"
+        )
     for key, strategy, found in (
         ("eval_steps", "eval_strategy", arguments.get("eval_strategy")),
         ("save_steps", "save_strategy", saves),

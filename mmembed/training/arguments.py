@@ -17,6 +17,7 @@ from transformers.training_args import OptimizerNames
 from mmembed.config.blocks import EmbedderConfig
 from mmembed.data.dataset import RecordDataset
 from mmembed.errors import ConfigError, nearest
+from mmembed.training.benchmark import MEAN, benchmark_metrics
 from mmembed.training.evaluation import metric_names
 from mmembed.training.launch import check_launched, launched_with, reach_first_process
 from mmembed.training.optimizers import OPTIM_NAMES
@@ -93,20 +94,20 @@ def one_device(args: TrainingArguments) -> None:
 
 
 def with_metric(args: TrainingArguments, config: EmbedderConfig, dev: Sequence[RecordDataset]) -> TrainingArguments:
-    """The arguments with the metric that tells the best checkpoint: as given, else by what the dev sources hold.
+    """The arguments with the metric that tells the best checkpoint: as given, else by what the dev sources hold, else
+    the mean of the benchmark's tasks. All processes have to call it.
 
     Raises:
-        ConfigError: dev evaluation gives no metric of that name.
+        ConfigError: evaluation gives no metric of that name.
     """
     if args.metric_for_best_model is None:
         return args
-    names = metric_names({dataset.name: dataset.tasks for dataset in dev})
-    default = "spearman" if "ndcg_at_10" not in names else "ndcg_at_10"
+    names = metric_names({dataset.name: dataset.tasks for dataset in dev}) + benchmark_metrics(config.evaluation)
+    default = next((name for name in ("ndcg_at_10", "spearman", MEAN) if name in names), "ndcg_at_10")
     metric = str(config.training.arguments.get("metric_for_best_model", default)).removeprefix("eval_")
     if metric not in names:
-        raise ConfigError(
-            f"training.metric_for_best_model: dev evaluation gives no '{metric}'; {nearest(metric, names)}"
-        )
+        who = "dev evaluation" if config.evaluation is None else "evaluation"
+        raise ConfigError(f"training.metric_for_best_model: {who} gives no '{metric}'; {nearest(metric, names)}")
     args = copy.copy(args)
     args.metric_for_best_model = f"eval_{metric}"
     return args

@@ -46,7 +46,10 @@ _FREE = frozenset(  # change no step of a trajectory; the batch of a process is 
         *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
         *("dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
     )
-) | {"data.root", "data.media_root", "data.mining.device"}  # what lies in the folders is compared by its records
+) | {
+    *("data.root", "data.media_root", "data.mining.device"),  # what lies in the folders is compared by its records
+    *("evaluation.data_root", "evaluation.source", "evaluation.device"),
+}
 
 _OWN_BATCH = re.compile(r"data\.train\.\d+\.batch_size")  # as that of all sources
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -35,6 +37,7 @@ from mmembed.preprocess import Item, Preprocessor
 from mmembed.training.evaluation import embed_items
 
 WINDOW = 8192  # inputs that are tokenized together
+POLL = 0.5  # seconds
 Found = TypeVar("Found")
 ItemAt = Callable[[int], tuple[Item, str]]  # number -> input, and `file:line` of its record
 
@@ -85,6 +88,16 @@ def check_embedder(key: str, name: str) -> None:
         raise ConfigError(f"{key}: {name} holds no embedder; give a saved embedder, or a backbone")
 
 
+def check_device(key: str, name: str) -> None:
+    """Raises ConfigError where there is no device as `key` names it."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"{key}: there is no '{name}'; write cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"{key}: '{name}', of {torch.cuda.device_count()} CUDA devices here; take cpu")
+
+
 def other_embedder(
     name: str, device: torch.device, media: MediaStore, token_budget: int, half: torch.dtype | None
 ) -> Encoder:
@@ -128,3 +141,28 @@ def agreed(compute: Callable[[], Found]) -> Found:
     if isinstance(answer[1], MmembedError):
         raise answer[1]
     return answer[0]  # type: ignore[return-value]  # of the type that `compute` gives
+
+
+def agreed_later(compute: Callable[[], Found]) -> Found:
+    """As `agreed`, of what takes minutes or hours: the others ask every `POLL` seconds whether it is there, so no wait
+    of theirs comes near `ddp_timeout`, and a lost process shows at once. It is computed in a thread."""
+    if world()[1] == 1:
+        return compute()
+    found: Future[Found] = Future()
+
+    def work() -> None:
+        try:
+            found.set_result(compute())
+        except BaseException as error:
+            found.set_exception(error)
+
+    computing = threading.Thread(target=work, daemon=True)  # a process that has to end does not wait for it
+    if world()[0] == 0:
+        computing.start()
+    running = [True]
+    while running[0]:
+        if world()[0] == 0:
+            computing.join(POLL)
+            running[0] = computing.is_alive()
+        dist.broadcast_object_list(running, src=0)
+    return agreed(found.result)

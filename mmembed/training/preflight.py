@@ -39,6 +39,7 @@ from mmembed.pooling import POOLINGS
 from mmembed.preprocess import check_template
 from mmembed.prompts import PROMPTS
 from mmembed.training.batch_order import check_order
+from mmembed.training.benchmark import check_evaluation
 from mmembed.training.guide_vectors import check_guide
 from mmembed.training.optimizers import refuse_idle_rates
 from mmembed.training.refresh import check_mining
@@ -77,6 +78,7 @@ def preflight(config: EmbedderConfig) -> Objective:
     check_order(config)
     check_mining(config, objective)
     check_guide(config, objective)
+    check_evaluation(config)
     towers = {"vision", "projector", "language", "pooling"} | ({"objective"} if list(objective.parameters()) else set())
     refuse_idle_rates(config.training.learning_rates, towers, config.model.freeze)
     if not Path(resolve_backbone(config.model.name_or_path), SETTINGS).exists():  # a saved embedder was checked so once

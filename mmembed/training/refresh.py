@@ -48,7 +48,7 @@ from mmembed.mining.retrieval import retrieve
 from mmembed.models.folder import read_tensors
 from mmembed.objectives import Objective
 from mmembed.preprocess import Item
-from mmembed.training.data_vectors import Encoder, agreed, encode_all, other_embedder
+from mmembed.training.data_vectors import Encoder, agreed, check_device, encode_all, other_embedder
 from mmembed.training.supply import named_parts
 
 FILE, REQUEST, MODEL, LOG, FOLDER = "mined.safetensors", "request.json", "model", "log.txt", "mining"
@@ -129,16 +129,7 @@ def check_mining(config: EmbedderConfig, objective: Objective) -> None:
                 f"data.mining + objective '{part.title}': it reads a teacher's 'score' of each negative, and mined "
                 "ones have none; remove one of them"
             )
-    _check_device(config.data.mining.device)
-
-
-def _check_device(name: str) -> None:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"data.mining.device: there is no '{name}'; write cpu, cuda or cuda:1") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"data.mining.device: '{name}', of {torch.cuda.device_count()} CUDA devices here; take cpu")
+    check_device("data.mining.device", config.data.mining.device)
 
 
 def mined_sources(sources: Mapping[int, Source], apart: Collection[str] = ()) -> dict[int, RecordDataset]:

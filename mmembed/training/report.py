@@ -52,7 +52,11 @@ def render(history: Sequence[Mapping[str, Any]], name: str) -> str:
     titles |= {
         key: (f"Gradient norm: {key.removeprefix(NORM)}", "Before clipping.") for key in keys if key.startswith(NORM)
     }
-    titles |= {key: (key.removeprefix("eval_"), "Dev.") for key in keys if key.startswith("eval_")}
+    titles |= {
+        key: (key.removeprefix("eval_"), "Of dev sources, or a benchmark's task.")
+        for key in keys
+        if key.startswith("eval_")
+    }
     charts = []
     for key, (title, text) in titles.items():
         points = _points(history, key)

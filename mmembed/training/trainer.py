@@ -3,7 +3,8 @@
 Kept of the base class: the loop, TrainingArguments, callbacks, schedules, trackers, clipping, resume. Replaced:
 - batches come from a BatchPlan, already this process's share (accelerate must not shard them again);
 - the step is `contrastive_step`, whose gradients an engine reduces (`mmembed.training.engines`);
-- each tower has its learning rate; dev evaluation ranks; a checkpoint is `mmembed.json` + safetensors.
+- each tower has its learning rate; evaluation ranks dev sources and scores tasks of a benchmark; a checkpoint is
+  `mmembed.json` + safetensors.
 
 Resuming is exact: batches are a pure function of seed, epoch and position, random states are restored.
 """
@@ -65,6 +66,7 @@ from mmembed.training.batches import (
     sources_apart,
     sources_of_positives,
 )
+from mmembed.training.benchmark import Benchmark
 from mmembed.training.checkpoints import RUN, STATE, check_same_data, describe_run, read_run, writing
 from mmembed.training.data_vectors import Encoder, agreed, encoder_of, other_embedder
 from mmembed.training.engines import engine_of, offer_on_cpu
@@ -135,11 +137,13 @@ class EmbedderTrainer(Trainer):
         whole = Trained(model, objective)
         refuse_idle_rates(config.training.learning_rates, whole.trained_towers(), config.model.freeze)
         self.run_config, self.preprocessor, self.train_sources = config, preprocessor, tuple(train)
+        self.benchmark = None if config.evaluation is None else Benchmark(config.evaluation, Path(output_folder(args)))
         self.dev_sets = [build_dev_set(data, source) for data, source in zip(dev, config.data.dev, strict=True)]
         self.teacher = teacher_of(model, objective)
         self.tally = Tally()
         self.preemption = Preemption()
         self._begun = False
+        self._best_step: int | None = None  # whose weights were put back at the end
         if config.model.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         offer_on_cpu(args)
@@ -147,7 +151,7 @@ class EmbedderTrainer(Trainer):
             model=whole,
             args=args,
             train_dataset=MixedDataset(train, data_seed(args)),
-            eval_dataset=self.dev_sets or None,
+            eval_dataset=self.dev_sets or (None if self.benchmark is None else ()),
             callbacks=[
                 *callbacks,
                 *_early_stopping(config),
@@ -255,6 +259,7 @@ class EmbedderTrainer(Trainer):
             *([] if self.teacher is None else [str(self.teacher)]),
             *([] if self.groups is None else describe(self.run_config, self.train_sources, self.groups)),
             *([] if self.refresh is None else [str(self.refresh)]),
+            *([] if self.benchmark is None else [str(self.benchmark)]),
             *(f"guide of {name}: {guide_of(self.model.objective)}" for name in self.collator.guides),
         )
         lower = ", ".join(map(str, self.model.model.lower_layers))
@@ -293,6 +298,9 @@ class EmbedderTrainer(Trainer):
             self.args = copy.copy(self.args)
             self.args.eval_on_start = False  # was done at the start
         self._begun = False
+        self._best_step = None
+        if self.benchmark is not None:
+            self.benchmark.measured.clear()
         try:
             with self.preemption, self.engine.quiet():
                 return super().train(resume_from_checkpoint, *rest, **more)
@@ -581,17 +589,17 @@ class EmbedderTrainer(Trainer):
         model.train(was_training)
 
     def _write_snapshot(self, folder: Path) -> None:
-        """The weights as they are, for a process that mines with them."""
+        """The weights as they are, for another process: one that mines with them, or scores them."""
         state = self.engine.full_state(self.model, self.model.model.settings.adapter_type == "none")
 
         def write() -> None:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            whole = self.model.state_dict() if state is None else state
-            self.model.write(folder / MODEL, self.preprocessor, self.run_config.hash(), whole)
+            with writing(folder, self.output):
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+                whole = self.model.state_dict() if state is None else state
+                self.model.write(folder / MODEL, self.preprocessor, self.run_config.hash(), whole)
 
-        with writing(folder, self.output):
-            agreed(write)
+        agreed(write)
 
     def _track_num_input_tokens(self, inputs: Batch) -> None:
         if self.args.include_num_input_tokens_seen != "no":
@@ -658,20 +666,31 @@ class EmbedderTrainer(Trainer):
     def evaluate(  # type: ignore[override]  # the loop passes on the `eval_dataset` that it was given
         self, eval_dataset: Sequence[DevSet] | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Ranks and correlates: `eval_ndcg_at_10`, `eval_{source}_ndcg_at_10`, `eval_spearman`, ...
+        """Ranks and correlates: `eval_ndcg_at_10`, `eval_{source}_ndcg_at_10`, `eval_spearman`, ...; and scores the
+        tasks of the benchmark: `eval_{task}`, `eval_benchmark`.
 
         Args:
-            eval_dataset: of `build_dev_set`; the run's dev sources if None.
+            eval_dataset: of `build_dev_set`; the run's dev sources and its benchmark if None.
             ignore_keys: of the base class; a model has no outputs to leave out here.
         """
         started = time.perf_counter()
+        found = self._dev_metrics(self.dev_sets if eval_dataset is None else eval_dataset)
+        if eval_dataset is None and self.benchmark is not None:
+            found |= self._benchmark_metrics(self.benchmark)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        metrics[f"{metric_key_prefix}_seconds"] = round(time.perf_counter() - started, 2)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.tally.leave_out(time.perf_counter() - started)
+        return metrics
+
+    def _dev_metrics(self, dev_sets: Sequence[DevSet]) -> dict[str, float]:
         model = self.accelerator.unwrap_model(self.model)
         was_training = model.training
         model.eval()
         objective: Objective = self.model.objective
         encode = functools.partial(self._encode, model)
         budget = self.halving.budget.chunk_tokens
-        dev_sets = self.dev_sets if eval_dataset is None else eval_dataset
         share = self.collator.share_prefix
         packed = self.collator.packed
         with self.engine.quiet():
@@ -685,12 +704,15 @@ class EmbedderTrainer(Trainer):
                 packed,
             )
         model.train(was_training)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
-        metrics[f"{metric_key_prefix}_seconds"] = round(time.perf_counter() - started, 2)
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.tally.leave_out(time.perf_counter() - started)
-        return metrics
+        return found
+
+    def _benchmark_metrics(self, benchmark: Benchmark) -> dict[str, float]:
+        """Scores of the weights as they are; those of a step that was scored before are not scored again."""
+        step = self.state.global_step if self._best_step is None else self._best_step
+        if step not in benchmark.measured:
+            self._write_snapshot(benchmark.folder(step))
+            benchmark.score(step)
+        return dict(benchmark.measured[step])
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
@@ -863,6 +885,7 @@ class EmbedderTrainer(Trainer):
             self.model.distribute(Path(best), self.accelerator.is_main_process)
         else:
             self.model.restore(Path(best))
+        self._best_step = self.state.best_global_step
 
     def verify(self) -> float | None:
         """Reads the saved embedder again on the main process and compares vectors, see `verify_checkpoint`; None on the

@@ -157,6 +157,8 @@ def test_files_that_cannot_be_read(tmp_path, written, message):
             "training.eval_delay: nothing is evaluated while training; set training.eval_strategy",
         ),
         ({"training": {"eval_on_start": True}}, "training.eval_on_start: there is no data.dev"),
+        ({"evaluation": {"tasks": ["mbpp"]}}, "evaluation: nothing is evaluated while training; set training.eval_str"),
+        ({"evaluation": {"task": "mbpp"}}, "unknown key 'evaluation.task'; did you mean 'tasks'"),
         ({"training": {"save_steps": 5, "save_strategy": False}}, "training.save_steps.*save_strategy 'no'"),
         ({"training": {"save_steps": 5, "save_strategy": "epoch"}}, "training.save_steps.*save_strategy 'epoch'"),
         ({"training": {"save_strategy": "best"}}, "training.save_strategy 'best': nothing is ev.*give data.dev"),
