@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if offline:
         os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # a backbone's head is not loaded, which is no warning
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # of copying a table; encoding keeps its bar
     warnings.filterwarnings("ignore", module="mteb")
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from eval.proxy import statement
 from eval.rows import DIGITS
 from eval.tables import aligned, number, reach
 
@@ -48,7 +49,7 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     """Limits, data that differ, sets that are missing, and why there are dashes."""
     lines = []
     if results.get("proxy"):
-        lines.append("a proxy of each task: compare these numbers with those of the same proxy alone")
+        lines += statement(results)
     if results["limit"] is not None:
         lines.append(f"at most {results['limit']} queries of a task: these numbers compare with no others")
     for name, entry in results["tasks"].items():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from eval.rows import rows_file
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TASKS = ["mbpp", "stsb-en", "odex"]
-COMMON = ["--model", "mmembed-nano", "--no-baselines", "--dtype", "float32", "--limit", "40"]
+COMMON = ["--model", "mmembed-nano", "--no-baselines", "--dtype", "float32", "--layers", "1", "--limit", "20"]
 
 
 def told(file):
@@ -67,7 +68,7 @@ def test_a_second_run_evaluates_nothing_and_writes_the_same(tmp_path, evaluated,
         (["--tasks", "odex"], []),
         (["--tasks", "odex", "--instructions", "always"], ["odex"]),
         (["--tasks", "odex", "--truncate-dim", "32"], ["odex"]),
-        (["--tasks", "odex", "mbpp", "--limit", "39"], ["odex", "mbpp"]),
+        (["--tasks", "odex", "mbpp", "--limit", "19"], ["odex", "mbpp"]),
     ],
 )
 def test_what_makes_other_scores_is_evaluated(tmp_path, evaluated, change, again):
@@ -98,10 +99,10 @@ def test_other_data_and_damaged_files_are_evaluated_again(tmp_path, evaluated):
 @pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_numbers(tmp_path):
     """SIGKILL once the first task is written, in a real process; the same command again."""
-    uninterrupted, file = tmp_path / "whole.json", tmp_path / "killed.json"
-    flags = [*COMMON, "--tasks", *TASKS, "xquad/de"]
-    assert run.main([*flags, "--output", str(uninterrupted)]) == 0
-    command = [sys.executable, "-m", "eval.run", *flags, "--cache", str(tmp_path / "kept"), "--output", str(file)]
+    whole, file = tmp_path / "whole.json", tmp_path / "killed.json"
+    command = [sys.executable, "-m", "eval.run", *COMMON, "--tasks", *TASKS, "xquad/de"]
+    subprocess.run([*command, "--output", str(whole)], cwd=REPOSITORY, stdout=subprocess.DEVNULL, check=True)
+    command += ["--cache", str(tmp_path / "kept"), "--output", str(file)]
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not file.is_file():
         time.sleep(0.005)
@@ -110,10 +111,6 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_numbers(tmp_path):
     done = len(json.loads(file.read_text())["tasks"])
     assert 1 <= done < 4
     again = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    assert f"{done} scores of tasks read" in again.stdout or f"{done + 1} scores of tasks read" in again.stdout
-    ours, theirs = told(file), told(uninterrupted)
-    for name, entry in theirs[0]["tasks"].items():
-        expected = entry["scores"]["mmembed-nano"]
-        found = ours[0]["tasks"][name]["scores"]["mmembed-nano"]
-        assert found.pop("interval") == pytest.approx(expected.pop("interval"), abs=1e-5)
-        assert found == pytest.approx(expected, abs=1e-6)
+    read = re.search(r"^(\d+) scores of tasks read", again.stdout, re.MULTILINE)
+    assert read and done <= int(read[1]) < 4
+    assert told(file) == told(whole)
