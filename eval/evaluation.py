@@ -172,29 +172,23 @@ class Evaluation:
                 self.works[row.name] = self._count(task, row)
             entry = self._describe(task, row)
         found: dict[str, Scored] = {}
-        for system in self.systems:
-            reason = left_out(system, row)
-            if reason is not None:
-                self.results["left_out"].setdefault(system.name, {})[row.name] = reason
-                continue
+        for system in able:
+            asked = [other for other in able if other.first == system.name]
             before = known[system.name]
-            if before is not None and not any(
-                other.first == system.name and known[other.name] is None for other in able
-            ):
+            if before is None or any(known[other.name] is None for other in asked):  # what it finds is not kept
+                assert entry is not None, "the task was opened for what is not known"
+                scored = self._score(system, task, row, found, entry)
+                found[system.name] = scored if asked else replace(scored, found={})
+            else:
                 kept, found[system.name] = before
                 entry = entry or kept
-            else:
-                assert entry is not None, "the task was opened for what is not known"
-                found[system.name] = self._score(system, task, row, found)
-                if (about := self.abouts.get((system.name, row.name))) is not None and self.scores is not None:
-                    self.scores.put(about, entry, found[system.name])
+            self._note(system, row, found[system.name], known[system.name] is None)
         assert entry is not None, "it was opened, or known"
+        for system in self.systems:
+            if (reason := left_out(system, row)) is not None:
+                self.results["left_out"].setdefault(system.name, {})[row.name] = reason
         entry = {**entry, "scores": {system.name: found[system.name].numbers if system.name in found else None
                                      for system in self.systems}}  # fmt: skip
-        for system in able:
-            self._note(system, row, found[system.name])
-            if known[system.name] is None and (store := caching(system)) is not None:
-                store.note((self.works[row.name] or Work({})).encoded)
         for system in self.systems:
             print(f"  {system.name} {cell(entry, system.name)}", end="", flush=True)
         if pages:
@@ -203,17 +197,25 @@ class Evaluation:
             task.unload_data()
         return entry
 
-    def _score(self, system: Loaded, task: Any, row: TaskRow, found: Mapping[str, Scored]) -> Scored:
+    def _score(
+        self, system: Loaded, task: Any, row: TaskRow, found: Mapping[str, Scored], entry: Mapping[str, Any]
+    ) -> Scored:
         candidates = best_of(found[system.first].found, self.depth) if system.first is not None else None
-        return score(system, task, row, candidates=candidates, keeps_rankings=self.benchmark.shows_rankings)
+        scored = score(system, task, row, candidates=candidates, keeps_rankings=self.benchmark.shows_rankings)
+        about = self.abouts.get((system.name, row.name))
+        if self.scores is not None and about is not None:
+            self.scores.put(about, entry, scored)
+        return scored
 
-    def _note(self, system: Loaded, row: TaskRow, scored: Scored) -> None:
-        """Puts what is not in the results file where it belongs."""
+    def _note(self, system: Loaded, row: TaskRow, scored: Scored, anew: bool) -> None:
+        """Puts what is not in the results file where it belongs; of what was encoded `anew`, that it is kept now."""
         self.kept.add(row.name, system.name, scored.rows)
         self.kept.add_mteb(f"mmembed/{file_name(system.name)}", system.runner, system.provenance.get("fingerprint"),
                            scored.result)  # fmt: skip
         if scored.ranked is not None:
             self.rankings[system.name][row.name] = scored.ranked
+        if anew and (store := caching(system)) is not None:
+            store.note((self.works.get(row.name) or Work({})).encoded)
 
     def _opened(self, task: Any, row: TaskRow) -> bool:
         """Loads the data of a task; False where there are none, which is said and, of a public set, kept."""
@@ -274,7 +276,7 @@ class Evaluation:
         """All that makes a score; None: there is none, or not all of that is known, so none is kept."""
         task = self._about_task(row)
         from_copies = not self.benchmark.of_local and self.options.source not in (None, HUB)
-        if left_out(system, row) is not None or from_copies or task["revision"] == NEWEST:
+        if left_out(system, row) is not None or from_copies or task["revision"] in (NEWEST, "None"):
             return None
         return {**task, "model": {key: value for key, value in system.provenance.items() if key != "path"}}
 
