@@ -210,8 +210,10 @@ class Evaluation:
     def _note(self, system: Loaded, row: TaskRow, scored: Scored, anew: bool) -> None:
         """Puts what is not in the results file where it belongs; of what was encoded `anew`, that it is kept now."""
         self.kept.add(row.name, system.name, scored.rows)
-        self.kept.add_mteb(f"mmembed/{file_name(system.name)}", system.runner, system.provenance.get("fingerprint"),
-                           scored.result)  # fmt: skip
+        meta = system.runner.mteb_model_meta
+        name = meta.name if system.first is None else f"mmembed/{file_name(system.name)}"
+        told = {"name": name, "revision": system.provenance.get("fingerprint") or "local"}
+        self.kept.add_mteb(meta.model_copy(update=told), scored.result)
         if scored.ranked is not None:
             self.rankings[system.name][row.name] = scored.ranked
         if anew and (store := caching(system)) is not None:

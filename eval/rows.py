@@ -135,18 +135,16 @@ class Kept:
             entry = self.tasks.setdefault(task, {"statistic": rows.statistic, "scores": {}})
             entry["scores"][model] = rows.values
 
-    def add_mteb(self, name: str, runner: Any, revision: str | None, result: Mapping[str, Any]) -> None:
+    def add_mteb(self, meta: Any, result: Mapping[str, Any]) -> None:
         """A result in mteb's layout, below model and fingerprint; a task is a file there, so its name loses slashes.
 
         Args:
-            name: of the model, without slashes.
-            result: mteb's, as a dictionary.
+            meta: mteb's of the model. result: mteb's, as a dictionary.
         """
         if self.mteb is not None:
             from mteb.cache import ResultCache
             from mteb.results import TaskResult
 
-            meta = runner.mteb_model_meta.model_copy(update={"name": name, "revision": revision or "local"})
             told = {**result, "task_name": result["task_name"].replace("/", "-")}
             ResultCache(self.mteb).save_to_cache(TaskResult.model_validate(told), meta)
 
