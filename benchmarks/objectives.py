@@ -327,7 +327,7 @@ def built(name: str, setting: Setting, folder: Path) -> Objective:
         np.save(folder / "vectors.npy", np.random.default_rng(0).normal(size=(len(CLASSES), 384)).astype("float32"))
         (folder / "items.jsonl").write_text("".join(json.dumps({"id": label}) + "\n" for label in CLASSES))
         options = {"vectors": str(folder)}
-    if name in ("captioning", "answer"):  # stand in a list only
+    if name in ("captioning", "answer", "router_balance"):  # stand in a list only
         return OBJECTIVES.build(name).to(setting.device)
     return build_objective({"type": name, **options}, embedding_size=setting.size).to(setting.device)
 
@@ -344,6 +344,14 @@ def inputs_of(
 
     queries, documents = len(q), len(d)
     group = documents // queries
+    if objective.routes:
+        size = q.shape[1] // 2
+
+        def routed() -> tuple[Embeddings, Embeddings]:
+            of_queries, of_documents = (Embeddings(one, routing=one.abs()) for one in (q, d))
+            return of_queries, of_documents
+
+        return routed, f"{queries + documents:,} inputs, {size:,} experts", (q, q)
     if not objective.compares:
         targets = torch.arange(queries, device=q.device) * group
         one_each = torch.ones(queries, dtype=torch.long, device=q.device)

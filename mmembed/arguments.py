@@ -83,6 +83,22 @@ def add_media_limits(parser: argparse.ArgumentParser, *names: str) -> None:
             default=MediaLimits.max_pixels_decoded,
             help=f"refuse a picture with more pixels (default {MediaLimits.max_pixels_decoded:,})",
         )
+    if "max_seconds" in names:
+        parser.add_argument(
+            "--max-seconds",
+            type=float,
+            metavar="S",
+            default=MediaLimits.max_seconds,
+            help=f"refuse a longer sound (default {MediaLimits.max_seconds:g})",
+        )
+    if "max_sampling_rate" in names:
+        parser.add_argument(
+            "--max-sampling-rate",
+            type=int,
+            metavar="HZ",
+            default=MediaLimits.max_sampling_rate,
+            help=f"refuse a sound of more samples a second (default {MediaLimits.max_sampling_rate:,})",
+        )
     if "max_bytes" in names:
         parser.add_argument(
             "--max-bytes",

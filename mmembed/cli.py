@@ -805,7 +805,7 @@ def _add_model(command: Parser, default: str | None, **options: Any) -> None:
         type=Path,
         help="folder that relative image paths of files start from and must stay in (default: the file's own folder)",
     )
-    add_media_limits(command, "allow_urls", "max_pixels_decoded", "max_bytes")
+    add_media_limits(command, *vars(MediaLimits()))
 
 
 def _add_trust(command: Parser) -> None:

@@ -85,7 +85,7 @@ class Example:
 
     `labels` are paths in trees of labels, from the top level down, that the query and its positives have in common; of
     a plain label the path is the label alone. `where` is `file:line` of its origin, for error messages; `visit` is how
-    often a run has drawn it before.
+    often a run has drawn it before; `domain` conditions the routers of a mixture of experts.
     """
 
     query: Content
@@ -97,6 +97,7 @@ class Example:
     where: str = ""
     visit: int = 0
     labels: tuple[tuple[str, ...], ...] = ()
+    domain: str | None = None
 
 
 def to_content(value: ContentLike) -> Content:

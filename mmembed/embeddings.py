@@ -20,6 +20,8 @@ class Embeddings(NamedTuple):
     layers: None, or by number the vectors of the lower layers that the model was asked for, each as `vectors`.
     nll: None, or (B,) float32: minus the log-likelihood of the predicted tokens of each input, their sum.
     predicted: None, or (B,) long: how many these are.
+    routing: None, or (B, 2 * experts) float32: sums over the tokens and layers of each input of the probabilities that
+        its routers gave the experts, and of how often these were chosen.
     """
 
     vectors: Tensor
@@ -27,6 +29,7 @@ class Embeddings(NamedTuple):
     layers: dict[int, Tensor] | None = None
     nll: Tensor | None = None
     predicted: Tensor | None = None
+    routing: Tensor | None = None
 
     @classmethod
     def concatenate(cls, parts: "Sequence[Embeddings]") -> "Embeddings":
@@ -35,7 +38,7 @@ class Embeddings(NamedTuple):
         longest = max((mask.shape[1] for mask in masks), default=0)
 
         def joined(tensors: Sequence[Tensor]) -> Tensor:
-            if masks and tensors[0].ndim > 1:
+            if masks and tensors[0].ndim > 2:
                 tensors = [functional.pad(one, (0, 0, 0, longest - one.shape[1])) for one in tensors]
             return torch.cat(list(tensors))
 
@@ -47,15 +50,17 @@ class Embeddings(NamedTuple):
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What takes gradients: the vectors, those of each lower layer, and what the tokens cost."""
-        return [self.vectors, *(self.layers or {}).values(), *([] if self.nll is None else [self.nll])]
+        """What takes gradients: the vectors, those of each lower layer, what the tokens cost, and their routing."""
+        told = [one for one in (self.nll, self.routing) if one is not None]
+        return [self.vectors, *(self.layers or {}).values(), *told]
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> "Embeddings":
         """The same inputs with other numbers, in the order of `tensors`."""
         behind = 1 + len(self.layers or {})
         layers = None if self.layers is None else dict(zip(self.layers, tensors[1:behind], strict=True))
         nll = None if self.nll is None else tensors[behind]
-        return self._replace(vectors=tensors[0], layers=layers, nll=nll)
+        routing = None if self.routing is None else tensors[-1]
+        return self._replace(vectors=tensors[0], layers=layers, nll=nll, routing=routing)
 
     def at(self, layer: Layer | None) -> "Embeddings":
         """The vectors of one layer; None is the last. Raises MmembedError for a layer that the model did not give."""

@@ -1,8 +1,10 @@
-"""Opens images, frames of a video among them, under limits of size and place.
+"""Opens images, frames of a video among them, and sounds, under limits of size and place.
 
 Records name media that somebody else wrote, so nothing is trusted: a path may not leave the media folders (resolved, so
 neither `..` nor a symbolic link gets out), a URL is refused unless asked for, and the number of pixels is read from the
 header and judged before anything is decoded. A picture may also be a row of a parquet table (`images.parquet#id`).
+
+Sounds are judged and read by `mmembed.sounds`.
 
 Costs: `size` reads a header (60 us, then cached), `open` decodes (about 1 ms for 300 x 300 pixels). A parquet table is
 copied once into an Arrow file in the cache folder, because parquet can only be read by whole row groups: after that any
@@ -27,7 +29,8 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 import PIL.Image
 
-from mmembed.content import Image
+from mmembed import sounds
+from mmembed.content import Audio, Image
 from mmembed.errors import CacheError, MediaError
 from mmembed.media_limits import MediaLimits as MediaLimits
 from mmembed.staging import staging
@@ -81,10 +84,11 @@ class MediaStore:
         folders = self.also if self.root is None else (self.root, *self.also)
         self._allowed = tuple(dict.fromkeys(folder.resolve() for folder in folders))
         self._sizes: dict[str, tuple[int, int]] = {}
+        self._lengths: dict[str, tuple[int, int]] = {}  # of a sound: samples, and how many a second
         self._tables: dict[Path, _PictureTable] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_sizes": {}, "_tables": {}}
+        return {**self.__dict__, "_sizes": {}, "_lengths": {}, "_tables": {}}
 
     def size(self, image: Image, encoded: bytes | None = None) -> tuple[int, int]:
         """(width, height) in pixels after EXIF rotation, from the header only.
@@ -106,11 +110,16 @@ class MediaStore:
             self._sizes[source] = size
         return size
 
-    def check(self, image: Image, decode: bool = False) -> None:
+    def check(self, image: Image | Audio, decode: bool = False) -> None:
         """Raises MediaError for what can be seen without decoding: place, header, limits, a file that ends early.
 
-        `decode` opens the picture as well, which also shows damage in the middle (about 1 ms).
+        `decode` opens the picture or sound as well, which also shows damage in the middle (about 1 ms).
         """
+        if isinstance(image, Audio):
+            self._sound(image)
+            if decode:
+                self.listen(image, sounds.LEAST_SAMPLING_RATE)
+            return
         with self._header(image) as header:
             whole = isinstance(image.source, str | bytes) and _ends_well(header)
         if decode or not whole:
@@ -142,6 +151,46 @@ class MediaStore:
                 found = f"the image is truncated or damaged ({error})"
                 remedy = "replace the file or skip the record"
                 raise MediaError(f"{_label(image.source)}: {found}; {remedy}", kind="truncated or damaged") from None
+
+    def samples(self, sound: Audio, rate: int) -> int:
+        """How many samples `listen` gives, from the header only. Raises MediaError as `listen`, but for damage."""
+        return sounds.length_at(*self._sound(sound), rate)
+
+    def listen(self, sound: Audio, rate: int) -> np.ndarray:
+        """The waveform (T,) float32 in [-1, 1], mono, at `rate` samples a second.
+
+        Raises:
+            MediaError: missing, no sound, truncated, too long, too many bytes, outside the media folders, a URL, or of
+                another rate than the record says.
+        """
+        label = _label_of_sound(sound)
+        _, found = self._sound(sound)
+        if not isinstance(sound.source, str):
+            return sounds.resampled(sounds.finite(sound.source, label), found, rate)
+        with self._stream(sound.source) as stream, sounds.opened(stream, self.limits, label, _SECONDS) as file:
+            return sounds.resampled(sounds.decoded(file, label), found, rate)
+
+    def _sound(self, sound: Audio) -> tuple[int, int]:
+        """(samples, samples a second) of a sound, judged."""
+        source, label = sound.source, _label_of_sound(sound)
+        if not isinstance(source, str):
+            if sound.sampling_rate is None:
+                raise MediaError(f"{label}: samples without a sampling rate; give it in Hz")
+            sounds.judge(len(source), sound.sampling_rate, self.limits, label, _SECONDS)
+            return len(source), sound.sampling_rate
+        if source not in self._lengths:
+            with self._stream(source) as stream, sounds.opened(stream, self.limits, label, _SECONDS) as file:
+                if len(self._lengths) >= _CACHED_SIZES:
+                    self._lengths.clear()
+                self._lengths[source] = (file.frames, file.samplerate)
+        frames, rate = self._lengths[source]
+        if sound.sampling_rate not in (None, rate):
+            raise MediaError(
+                f"{label}: the file has {rate} samples a second, and the record says sampling_rate "
+                f"{sound.sampling_rate}; correct or remove it",
+                kind="sampling rate",
+            )
+        return frames, rate
 
     def digest(self, image: Image, encoded: bytes | None = None) -> bytes:
         """16 bytes of a hash of what the picture is: of its encoded bytes, or of the pixels of a PIL image.
@@ -261,6 +310,13 @@ class MediaStore:
 def _where_to_set(limit: str) -> str:
     """Where a config, a command and Python have this limit."""
     return f"data.media_limits.{limit} (--{limit.replace('_', '-')} of a command, MediaLimits in Python)"
+
+
+_SECONDS = _where_to_set("max_seconds")
+
+
+def _label_of_sound(sound: Audio) -> str:
+    return _label(sound.source) if isinstance(sound.source, str) else f"sound of {len(sound.source)} samples"
 
 
 def _label(source: Any) -> str:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mmembed.backbones.experts import active_parameters, mixture_of
 from mmembed.config import describes_reranker, load_config
 from mmembed.config.blocks import EmbedderConfig, EvaluationConfig, RerankerConfig
 from mmembed.data.batch_plan import BatchPlan
@@ -33,7 +34,7 @@ from mmembed.data.dataset import MixedDataset, media_store, open_dev
 from mmembed.data.streaming import RecordStream, Source, open_source
 from mmembed.errors import ConfigError, MmembedError
 from mmembed.media import MediaStore
-from mmembed.models.continuing import inherit_settings, reads_pictures
+from mmembed.models.continuing import inherit_settings, reads_media
 from mmembed.models.embedding_model import EmbeddingModel
 from mmembed.models.vision_cache import TOUCHED, uncached
 from mmembed.objectives import Objective, build_objective
@@ -82,6 +83,7 @@ class RunPlan:
 
     devices: int
     parameters: dict[str, tuple[int, int]]  # tower -> (trained, all)
+    active: int | None  # of a mixture of experts, those that a token goes through
     negatives: dict[str, float]  # own, in_batch, other_processes (at most): of a query, without what is masked
     batches_sampled: int
     queries_a_batch: int  # on average, where sources have batches of their own size
@@ -169,7 +171,7 @@ def plan_run(
     dev = open_dev(config.data, media)
     check_dev(dev, config)
     with_metric(args, config, dev)
-    check_sources(data, config, objective, reads_pictures(config), devices)
+    check_sources(data, config, objective, reads_media(config), devices)
     plan = plan_batches(config, data, args, devices)
     model, preprocessor = outline(config, media)
     check_dropout(config, model.named_modules(), preprocessor.family)
@@ -189,6 +191,7 @@ def plan_run(
     return RunPlan(
         devices=devices,
         parameters=estimate.parameters(),
+        active=None if mixture_of(model.family.config) is None else active_parameters(model, model.family.config),
         longest_allowed=longest_allowed(config),
         queries_a_batch=round(_mean([batch.n_queries for batch in batches])),
         pairs=None if config.head is None else _mean([batch.n_documents for batch in batches]),
@@ -367,6 +370,8 @@ def render(plan: RunPlan) -> str:
     trained, every = (sum(counts[place] for counts in plan.parameters.values()) for place in (0, 1))
     lines = [f"parameters: {trained:,} trained of {every:,}"]
     lines += [f"  {tower:<10} {mine:>15,} of {whole:,}" for tower, (mine, whole) in plan.parameters.items()]
+    if plan.active is not None:
+        lines.append(f"  a token goes through {plan.active:,} of them: each layer sends it to some of its experts")
     lines += [
         _compared(plan),
         f"a step and device, over {plan.batches_sampled} sampled batches of {plan.queries_a_batch} queries"

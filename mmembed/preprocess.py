@@ -1,8 +1,8 @@
 """Content, role and instruction -> tensors. The same object trains and serves, and is saved with the model.
 
 Two steps, so that lengths cost nothing extra: `tokenize` writes the prompts and encodes texts in a few calls of the
-fast tokenizer (images enter by their size, read from the file header); `collate` pads some of those rows and opens
-their images now. Grouping rows into batches between the two steps is the caller's business.
+fast tokenizer (media enter by their size, read from the file header); `collate` pads some of those rows and opens
+their media now. Grouping rows into batches between the two steps is the caller's business.
 
 Exactness. The instruction's tokens are found by character offsets: a token that holds any character of the content
 stays in the pool mask. Every pooling but the last token's also leaves out what follows the content (closing request,
@@ -26,7 +26,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from mmembed.backbones import Family, Layout
+from mmembed.backbones import Family, Layout, Medium
 from mmembed.backbones.shared_prefix import Prefix
 from mmembed.content import Audio, Content, Document, Example, Image, Role, Text, Video
 from mmembed.errors import ConfigError, MediaError, MmembedError
@@ -61,28 +61,29 @@ class Place:
 @dataclass(frozen=True, slots=True)
 class Item:
     """What is embedded: content in its role, under an instruction. With a `document` it is a pair, whose query is the
-    content: what a reranker judges; with a `place`, one of a list."""
+    content: what a reranker judges; with a `place`, one of a list. `domain` conditions the routers of a mixture."""
 
     content: Content
     role: Role = "document"
     instruction: str | None = None
     document: Content | None = None
     place: Place | None = None
+    domain: str | None = None
 
     @classmethod
     def of_query(cls, example: Example) -> Item:
         """A record's query, as training and what is decided by its vectors read it."""
-        return cls(example.query, "query", example.instruction)
+        return cls(example.query, "query", example.instruction, domain=example.domain)
 
     @classmethod
-    def of_document(cls, document: Document, instruction: str | None) -> Item:
-        """A record's document, under its source's `document_instruction`."""
-        return cls(document.content, "document", instruction)
+    def of_document(cls, document: Document, instruction: str | None, domain: str | None = None) -> Item:
+        """A record's document, under its source's `document_instruction` and `domain`."""
+        return cls(document.content, "document", instruction, domain=domain)
 
     @classmethod
     def of_pair(cls, example: Example, document: Document, place: Place | None = None) -> Item:
         """A record's query with one of its documents."""
-        return cls(example.query, "query", example.instruction, document.content, place)
+        return cls(example.query, "query", example.instruction, document.content, place, example.domain)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,25 +128,58 @@ class Row:
     Attributes:
         hidden: token ranges kept out of pooling.
         sizes: (width, height) of `images`.
+        sounds: in order; `samples` of each, at the backbone's rate.
         digests: of `images` (`MediaStore.digest`), where they are known: a feature store need not read the files.
         predicted: ranges of tokens that a language-model loss predicts: those with any character of the content's
             texts. None where such a loss looks at no input of the batch.
         cut: the share of the content's text tokens that a length limit took off, of a pair of those of its document;
             1: nothing is left of them.
         tail: of a document of a list, whose rows go through the model together.
+        domain: as of its item; rows of a batch have the same.
     """
 
     ids: Sequence[int]
     hidden: tuple[Range, ...] = ()
     images: tuple[Image, ...] = ()
     sizes: tuple[tuple[int, int], ...] = ()
+    sounds: tuple[Audio, ...] = ()
+    samples: tuple[int, ...] = ()
     digests: tuple[bytes, ...] = ()
     predicted: tuple[Range, ...] | None = None
     cut: float = 0.0
     tail: Tail | None = None
+    domain: str | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def media(self) -> tuple[bool, bool]:
+        """Whether it has images, and sounds: towers that it goes through."""
+        return bool(self.images), bool(self.sounds)
+
+    @property
+    def kind(self) -> tuple[bool, bool, str]:
+        """Rows of one kind go through the model together."""
+        return *self.media, self.domain or ""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """One item's prompt, written out.
+
+    Attributes:
+        sizes: (width, height) of `images`.
+        samples: of `sounds`, at the backbone's rate.
+        chat: whether a chat template wrote it.
+    """
+
+    layout: Layout
+    images: tuple[Image, ...]
+    sizes: tuple[tuple[int, int], ...]
+    sounds: tuple[Audio, ...]
+    samples: tuple[int, ...]
+    chat: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +207,8 @@ class ModelInputs:
         pool_mask: (B, T) bool, true on tokens that are neither padding nor instruction.
         padding: the side of the padding, or None where no row is padded.
         num_tokens: tokens of the inputs, padding not counted.
-        filler: rows at the end that are no inputs: a dummy image that keeps the vision tower in the graph. The model
-            drops their vectors and adds them times 0.
+        filler: rows at the end that are no inputs: a dummy image (and sound) that keeps the towers in the graph. The
+            model drops their vectors and adds them times 0.
         shared: how many first tokens all rows have in common, fillers included.
         images: features that a store has of the images, and those to compute, whose pixels are in `tensors`; None where
             there is no store, or no image.
@@ -182,6 +216,7 @@ class ModelInputs:
         predicted: (B, T) bool, true on tokens that a language-model loss predicts; None where there is no such loss.
         prefix: the `shared` tokens, where they went through the model before (`EmbeddingModel.read_prefix`).
         tail: what stands behind rows that are the documents of one list.
+        domain: of all rows.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -195,6 +230,7 @@ class ModelInputs:
     predicted: torch.Tensor | None = None
     prefix: Prefix | None = None
     tail: Tail | None = None
+    domain: str | None = None
 
     def __len__(self) -> int:
         return len(self.pool_mask) - self.filler
@@ -218,8 +254,8 @@ class Preprocessor:
         pool_suffix: whether what follows the content is pooled; the last token's pooling needs it.
         features: a store of the features of images, from `mmembed.models.vision_cache`; only images that it does not
             have are opened.
-        touch_vision: append a dummy image to batches without any. Needed where the vision tower is trained on several
-            processes: DDP and ZeRO crash when one rank has images and another none.
+        touch_vision: append a dummy image (and sound) to batches without any. Needed where the vision tower is trained
+            on several processes: DDP and ZeRO crash when one rank has images and another none.
 
     Raises:
         ConfigError: the prompt alone exceeds a length limit, or a chat prompt meets a backbone without a template.
@@ -272,12 +308,13 @@ class Preprocessor:
         for start in range(0, len(items), PIECE):
             piece = items[start : start + PIECE]
             written = [self._write(item) for item in piece]
-            layouts = [layout for layout, _, _, _ in written]
+            layouts = [one.layout for one in written]
             encodings = self._encode(piece, layouts, bool(predict) or any(self._hides(layout) for layout in layouts))
-            for item, encoding, (layout, images, sizes, chat) in zip(piece, encodings, written, strict=True):
-                texts = None if not predict else layout.texts if item.role in predict else ()
-                counted = _texts_of_document(item, layout)
-                rows.append(self._row(encoding, layout, images, sizes, chat, self.limits.of(item), texts, counted))
+            for item, encoding, one in zip(piece, encodings, written, strict=True):
+                texts = None if not predict else one.layout.texts if item.role in predict else ()
+                counted = _texts_of_document(item, one.layout)
+                row = self._row(encoding, one, self.limits.of(item), texts, counted)
+                rows.append(row if item.domain is None else replace(row, domain=item.domain))
         return rows
 
     def shareable(self, row: Row) -> int:
@@ -287,7 +324,7 @@ class Preprocessor:
         """
         if self.family.unshared(bool(row.images)) is not None:
             return 0
-        if not row.images:
+        if not any(row.media):
             return len(row) - 1
         return next((at for at, token in enumerate(row.ids[:-1]) if token in self._media_ids), len(row) - 1)
 
@@ -302,10 +339,10 @@ class Preprocessor:
         tail = rows[0].tail
         if tail is not None:
             shared = tail.prefix
-        filler = int(self.touch_vision and self.family.multimodal and not any(row.images for row in rows))
+        missing = self._untouched(rows) if self.touch_vision else ()
+        filler = int(bool(missing))
         if filler:
-            picture = (Image(PIL.Image.new("RGB", (64, 64), (200, 100, 50))),)
-            dummy = self._picture_row(picture)
+            dummy = self._dummy_row(missing)
             rows = [*rows, replace(dummy, ids=[*rows[0].ids[:shared], *dummy.ids], hidden=())]
         longest = max(len(row) for row in rows)
         ids = np.full((len(rows), longest), self.tokenizer.pad_token_id, dtype=np.int64)  # (B, T)
@@ -340,20 +377,45 @@ class Preprocessor:
             pictures = [list(map(self._open, row.images, row.sizes)) for row in pictured]
         if pictures:
             tensors |= self.family.image_tensors(pictures)
+        sounds = [self._hear(*one) for row in rows for one in zip(row.sounds, row.samples, strict=True)]
+        if sounds:
+            tensors |= self.family.audio_tensors(sounds)
         padding = None if tokens == len(rows) * longest else side
         real_tokens = tokens - (len(rows[-1]) if filler else 0)
         lengths = tuple(map(len, rows)) if packed and padding else ()
         told = None if predicted is None else torch.from_numpy(predicted)
         pool_mask = torch.from_numpy(pooled)
-        return ModelInputs(tensors, pool_mask, padding, real_tokens, filler, shared, stored, lengths, told, tail=tail)
+        return ModelInputs(
+            tensors,
+            pool_mask,
+            padding,
+            real_tokens,
+            filler,
+            shared,
+            stored,
+            lengths,
+            told,
+            tail=tail,
+            domain=rows[0].domain,
+        )
 
-    def _picture_row(self, picture: Content) -> Row:
-        """Any input with this picture."""
+    def _untouched(self, rows: Sequence[Row]) -> Content:
+        """A picture and a sound, each where the backbone has a tower for it and no row reaches that."""
+        content: list[Image | Audio] = []
+        if self.family.multimodal and not any(row.images for row in rows):
+            content.append(Image(PIL.Image.new("RGB", (64, 64), (200, 100, 50))))
+        if "audio" in self.family.media and not any(row.sounds for row in rows):
+            rate = self.family.sampling_rate
+            content.append(Audio(np.zeros(rate // 2, np.float32), rate))
+        return tuple(content)
+
+    def _dummy_row(self, content: Content) -> Row:
+        """Any input with these media."""
         if self.prompt.reads_lists:
-            (row,) = self.tokenize([Item((Text("query"),), document=picture, place=Place(0, 1))])
+            (row,) = self.tokenize([Item((Text("query"),), document=content, place=Place(0, 1))])
             assert row.tail is not None, "it is of a list"
             return replace(row, ids=row.ids[row.tail.prefix :])
-        (row,) = self.tokenize([Item(picture, document=picture if self.prompt.reads_pairs else None)])
+        (row,) = self.tokenize([Item(content, document=content if self.prompt.reads_pairs else None)])
         return row
 
     def _list_rows(self, items: Sequence[Item], predict: bool) -> list[Row]:
@@ -377,13 +439,13 @@ class Preprocessor:
             documents.append(prompt.render_listed(item.document, item.place.number))
         written = [self._lay_out(replace(one, chat=False)) for one in (opened, closed, *documents)]
         answer = "" if first.place is None or first.place.answer is None else prompt.answer(first.place.answer)
-        layouts = [layout for layout, _, _, _ in written]
+        layouts = [one.layout for one in written]
         texts = [layout.text for layout in layouts]
         encodings = self._encode_texts([*texts, prompt.opening, answer], needs_offsets=True)
         limits = [self.limits.query_max_length] * 2 + [self.limits.document_max_length] * len(documents)
         rows = [
-            self._row(encoding, layout, images, sizes, True, limit)
-            for encoding, (layout, images, sizes, _), limit in zip(encodings, written, limits, strict=False)
+            self._row(encoding, replace(one, chat=True), limit)
+            for encoding, one, limit in zip(encodings, written, limits, strict=False)
         ]
         start = [] if prompt.chat else self._start
         block, last = [*start, *rows[0].ids], [*rows[1].ids, *encodings[-2].ids]
@@ -394,47 +456,54 @@ class Preprocessor:
 
     # Writing ----------------------------------------------------------------------------------------------------------
 
-    def _write(self, item: Item) -> tuple[Layout, tuple[Image, ...], tuple[tuple[int, int], ...], bool]:
-        """The prompt of one item, its images, their sizes, and whether it is a chat."""
+    def _write(self, item: Item) -> Written:
+        """The prompt of one item."""
         instruction = None if item.instruction is None else self._escape(item.instruction)
         if item.document is None:
             return self._lay_out(self.prompt.render(item.content, item.role, instruction))
         return self._lay_out(self.prompt.render_pair(item.content, item.document, instruction))
 
-    def _lay_out(self, rendered: Rendered) -> tuple[Layout, tuple[Image, ...], tuple[tuple[int, int], ...], bool]:
-        parts, images = self._parts(rendered.content)
+    def _lay_out(self, rendered: Rendered) -> Written:
+        parts, images, sounds = self._parts(rendered.content)
         sizes = tuple(self.media.size(image) for image in images)
+        samples = tuple(self.media.samples(sound, self.family.sampling_rate) for sound in sounds)
         if images and not self.family.multimodal:
             raise MmembedError(
                 f"image: the backbone '{self.family.config.model_type}' reads text only; "
                 "use a vision-language backbone or drop the images"
             )
-        markups = [self.family.image_markup(width, height, len(images)) for width, height in sizes]
+        seen = [self.family.image_markup(width, height, len(images)) for width, height in sizes]
+        heard = [self.family.audio_markup(count) for count in samples]
+        if not rendered.chat:
+            seen = [self.family.frame_markup(markup) for markup in seen]
+            heard = [self.family.frame_audio(markup) for markup in heard]
+        of_kind = {Medium.IMAGE: iter(seen), Medium.AUDIO: iter(heard)}
+        markups = [next(of_kind[part]) for part in parts if isinstance(part, Medium)]
         if rendered.chat:
             layout = self._chats.lay_out(rendered, parts, markups)
         else:
             layout = self.family.lay_out(rendered.prefix, parts, markups, rendered.suffix)
-        return layout, images, sizes, rendered.chat
+        return Written(layout, images, sizes, sounds, samples, rendered.chat)
 
-    def _parts(self, content: Content) -> tuple[list[str | None], tuple[Image, ...]]:
-        """Texts in order with None where an image stands, and the images. A video is its frames, in order."""
-        parts: list[str | None] = []
+    def _parts(self, content: Content) -> tuple[list[str | Medium], tuple[Image, ...], tuple[Audio, ...]]:
+        """Texts and places of media in order, the images, and the sounds. A video is its frames, in order."""
+        parts: list[str | Medium] = []
         images: list[Image] = []
+        sounds: list[Audio] = []
         for part in content:
             if isinstance(part, Text):
                 text = self._escape(part.text)
-                if parts and parts[-1] is not None and self._control.search(parts[-1] + text):
+                if parts and isinstance(parts[-1], str) and self._control.search(parts[-1] + text):
                     text = " " + text  # two halves of a control token
                 parts.append(text)
             elif isinstance(part, Audio):
-                raise MmembedError(
-                    f"audio: the backbone '{self.family.config.model_type}' has no audio encoder; drop the audio"
-                )
+                parts.append(Medium.AUDIO)
+                sounds.append(part)
             else:
                 frames = part.frames if isinstance(part, Video) else (part,)
-                parts += [None] * len(frames)
+                parts += [Medium.IMAGE] * len(frames)
                 images += frames
-        return parts, tuple(images)
+        return parts, tuple(images), tuple(sounds)
 
     def _escape(self, text: str) -> str:
         return broken_up(text, self._control)
@@ -474,15 +543,13 @@ class Preprocessor:
     def _row(
         self,
         encoding: Encoding,
-        layout: Layout,
-        images: tuple[Image, ...],
-        sizes: tuple[tuple[int, int], ...],
-        chat: bool,
+        written: Written,
         limit: int,
         texts: Sequence[Range] | None = None,
         counted: Sequence[Range] | None = None,
     ) -> Row:
-        start, end = ([], []) if chat or layout.complete else (self._start, self._end)
+        layout = written.layout
+        start, end = ([], []) if written.chat or layout.complete else (self._start, self._end)
         ids = encoding.ids
         spans = list(layout.hidden) if self.prompt.mask_instruction else []
         if not self.pool_suffix and layout.suffix_start < len(layout.text):
@@ -503,7 +570,16 @@ class Preprocessor:
             hidden = tuple((first + len(start) if first else 0, stop + len(start)) for first, stop in hidden)
             predicted = tuple((first + len(start), stop + len(start)) for first, stop in predicted)
         told = None if texts is None else predicted
-        return Row((start + ids + end) or [self.tokenizer.pad_token_id], hidden, images, sizes, predicted=told, cut=cut)
+        return Row(
+            (start + ids + end) or [self.tokenizer.pad_token_id],
+            hidden,
+            written.images,
+            written.sizes,
+            written.sounds,
+            written.samples,
+            predicted=told,
+            cut=cut,
+        )
 
     def _dropped(self, encoding: Encoding, layout: Layout, excess: int, limit: int) -> list[int]:
         """Positions of the tokens to drop until the text tokens fit, ascending: the last of the content's texts."""
@@ -554,6 +630,15 @@ class Preprocessor:
                     raise _changed(image, "its bytes are others than when they were read for the batch")
                 missing[key] = self._open(image, size, encoded)
         return StoredImages(store, tuple(keys), found, tuple(missing)), [[picture] for picture in missing.values()]
+
+    def _hear(self, sound: Audio, samples: int) -> np.ndarray:
+        found = self.media.listen(sound, self.family.sampling_rate)
+        if len(found) != samples:
+            raise MediaError(
+                f"audio: {sound.source!r:.80}: it has {len(found)} samples but had {samples} when its tokens were "
+                "counted; the file changed meanwhile, start again"
+            )
+        return found
 
     def _open(self, image: Image, size: tuple[int, int], encoded: bytes | None = None) -> Any:
         picture = self.media.open(image, encoded)
@@ -648,13 +733,15 @@ class _ChatLayouts:
 
     def __init__(self, processor: Any, family: Family) -> None:
         self.processor, self.family = processor, family
+        self._tokens = [family.image_token] if family.multimodal else []
+        self._tokens += [family.audio_token] if "audio" in family.media else []
         self._shapes: dict[tuple[Any, ...], list[str]] = {}
 
-    def lay_out(self, rendered: Rendered, parts: Sequence[str | None], markups: Sequence[str]) -> Layout:
-        texts = [part for part in parts if part is not None]
-        pieces = self._shape(rendered, tuple(part is None for part in parts))
+    def lay_out(self, rendered: Rendered, parts: Sequence[str | Medium], markups: Sequence[str]) -> Layout:
+        texts = [part for part in parts if isinstance(part, str)]
+        pieces = self._shape(rendered, tuple(part if isinstance(part, Medium) else None for part in parts))
         position, out, hidden, media, words = 0, [], [], [], []
-        pictures = iter(markups)
+        inserted = iter(markups)
         for piece in pieces:
             if piece == self.PREFIX:
                 text = rendered.prefix
@@ -664,8 +751,8 @@ class _ChatLayouts:
             elif piece.startswith("\ue000"):
                 text = texts[int(piece[1:-1])]
                 words.append((position, position + len(text)))
-            elif self.family.multimodal and piece == self.family.image_token:
-                text = next(pictures)
+            elif piece in self._tokens:
+                text = next(inserted)
                 media.append((position, position + len(text)))
             else:
                 text = piece
@@ -684,29 +771,31 @@ class _ChatLayouts:
     def frame(self, system: str | None) -> tuple[str, str]:
         """What the template writes in front of the user's text, and behind it."""
         rendered = Rendered((), system=system, chat=True, add_generation_prompt=True)
-        before, behind = self._render(rendered, (False,)).split(self.TEXT.format(0))
+        before, behind = self._render(rendered, (None,)).split(self.TEXT.format(0))
         return before, behind
 
-    def _shape(self, rendered: Rendered, images: tuple[bool, ...]) -> list[str]:
-        """The template's output for this kind of conversation, split at sentinels and image tokens."""
+    def _shape(self, rendered: Rendered, kinds: tuple[Medium | None, ...]) -> list[str]:
+        """The template's output for this kind of conversation, split at sentinels and tokens of media."""
         flags = (bool(rendered.prefix), bool(rendered.suffix), rendered.add_generation_prompt)
-        key = (rendered.system, *flags, *sorted(rendered.template.items()), images)
+        key = (rendered.system, *flags, *sorted(rendered.template.items()), kinds)
         if key not in self._shapes:
-            self._shapes[key] = list(self._split(self._render(rendered, images)))
+            self._shapes[key] = list(self._split(self._render(rendered, kinds)))
         return self._shapes[key]
 
-    def _render(self, rendered: Rendered, images: tuple[bool, ...]) -> str:
-        slots = [self.PREFIX] if rendered.prefix else []
+    def _render(self, rendered: Rendered, kinds: tuple[Medium | None, ...]) -> str:
+        slots: list[str | Medium] = [self.PREFIX] if rendered.prefix else []
         count = 0
-        for is_image in images:
-            slots.append("" if is_image else self.TEXT.format(count))
-            count += not is_image
+        for kind in kinds:
+            slots.append(self.TEXT.format(count) if kind is None else kind)
+            count += kind is None
         slots += [self.SUFFIX] if rendered.suffix else []
         if self.family.multimodal:
-            user: Any = [{"type": "text", "text": slot} if slot else {"type": "image"} for slot in slots]
+            user: Any = [
+                {"type": slot.value} if isinstance(slot, Medium) else {"type": "text", "text": slot} for slot in slots
+            ]
             system: Any = [{"type": "text", "text": rendered.system}]
         else:
-            user, system = "".join(slots), rendered.system
+            user, system = "".join(slot for slot in slots if isinstance(slot, str)), rendered.system
         messages = [{"role": "system", "content": system}] if rendered.system else []
         messages.append({"role": "user", "content": user})
         known = str(self.processor.chat_template)
@@ -716,8 +805,8 @@ class _ChatLayouts:
         )
 
     def _split(self, text: str) -> Iterator[str]:
-        image = f"|{re.escape(self.family.image_token)}" if self.family.multimodal else ""
-        yield from (piece for piece in re.split(f"(\ue000.+?\ue001{image})", text) if piece)
+        media = "".join(f"|{re.escape(token)}" for token in self._tokens)
+        yield from (piece for piece in re.split(f"(\ue000.+?\ue001{media})", text) if piece)
 
 
 def _texts_of_document(item: Item, layout: Layout) -> tuple[Range, ...]:

@@ -72,7 +72,7 @@ def train(config: EmbedderConfig) -> dict[str, float]:
     set_seed(args.seed)
 
     # 2. What can be refused before anything is read -------------------------------------------------------------------
-    from mmembed.models.continuing import build_for_training, check_trainable, inherit_settings, reads_pictures
+    from mmembed.models.continuing import build_for_training, check_trainable, inherit_settings, reads_media
     from mmembed.objectives import build_objective
     from mmembed.training.checkpoints import checkpoint_to_resume, how_to_go_on, writing
     from mmembed.training.launch import check_inherited
@@ -101,7 +101,7 @@ def train(config: EmbedderConfig) -> dict[str, float]:
     from mmembed.training.supply import check_dev
     from mmembed.training.trainer import EmbedderTrainer
 
-    check_sources(train_data, config, objective, reads_pictures(config), args.world_size)
+    check_sources(train_data, config, objective, reads_media(config), args.world_size)
     check_dev(dev_data, config)
     args = with_metric(args, config, dev_data)
     model, preprocessor = build_for_training(config, media)

@@ -34,6 +34,8 @@ VISION_FAMILIES = (
     "paligemma",
 )
 FAMILIES = TEXT_FAMILIES + VISION_FAMILIES
+AUDIO_FAMILIES = ("qwen2_5_omni",)  # text, pictures and sounds
+MOE_FAMILIES = ("qwen3_moe", "mixtral", "qwen3_vl_moe")  # mixtures of experts
 
 DECODER = {
     "hidden_size": 64,
@@ -53,10 +55,18 @@ VISION = {
     "patch_size": 14,
     "vision_use_head": False,
 }
+EXPERTS = {
+    "moe_intermediate_size": 32,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "initializer_range": 0.2,  # at 0.02 the experts of so small a model hardly differ
+}
 CHATML = (
     "{%- for message in messages -%}<|im_start|>{{ message.role }}\n"
     "{% if message.content is string %}{{ message.content }}"
-    "{% else %}{%- for part in message.content -%}{%- if part.type == 'image' -%}IMAGE{%- else -%}{{ part.text }}"
+    "{% else %}{%- for part in message.content -%}{%- if part.type == 'image' -%}IMAGE"
+    "{%- elif part.type == 'audio' -%}AUDIO{%- else -%}{{ part.text }}"
     "{%- endif -%}{%- endfor -%}{% endif %}<|im_end|>\n{% endfor -%}"
     "{%- if add_generation_prompt -%}<|im_start|>assistant\n{% endif -%}"
 )
@@ -84,6 +94,18 @@ MARKS = {
         "<|vision_end|>",
         "<|image_pad|>",
         "<|video_pad|>",
+    ),
+    "omni": (
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|vision_bos|>",
+        "<|vision_eos|>",
+        "<|audio_bos|>",
+        "<|audio_eos|>",
+        "<|IMAGE|>",
+        "<|AUDIO|>",
+        "<|VIDEO|>",
     ),
     "llava": ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"),
     "idefics": (
@@ -118,6 +140,12 @@ TEXTS = ("a red bus in Prague", "The cat", "Photosynthesis turns sunlight, water
 def picture(seed: int = 0, width: int = 90, height: int = 60) -> Image.Image:
     """A picture of coloured noise."""
     return Image.fromarray(np.random.RandomState(seed).randint(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def tone(pitch: float = 440.0, seconds: float = 0.5, rate: int = 16000) -> np.ndarray:
+    """A sine of so many Hz with one overtone."""
+    time = np.arange(int(seconds * rate)) * (2 * np.pi / rate)
+    return (0.5 * np.sin(pitch * time) + 0.2 * np.sin(2 * pitch * time)).astype(np.float32)
 
 
 def build_family(name: str, folder: Path) -> Path:
@@ -180,10 +208,14 @@ def _text(name: str) -> tuple[Any, Any]:
         "qwen3": tf.Qwen3Config,
         "llama": tf.LlamaConfig,
         "mistral": tf.MistralConfig,
+        "qwen3_moe": tf.Qwen3MoeConfig,
+        "mixtral": tf.MixtralConfig,
         "gemma3_text": tf.Gemma3TextConfig,
     }[name]
     extra: dict[str, Any] = {
         "qwen3": {"head_dim": 16},
+        "qwen3_moe": {"head_dim": 16, **EXPERTS, "mlp_only_layers": []},
+        "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "initializer_range": 0.2, "head_dim": 16},
         "mistral": {"sliding_window": 16},
         "gemma3_text": {
             "head_dim": 16,
@@ -236,13 +268,15 @@ def _qwen_vl(name: str) -> tuple[Any, Any]:
             "fullatt_block_indexes": [1],
         }
     else:
+        mixture = name == "qwen3_vl_moe"
         patch, config_class, processor_class, video = (
             16,
-            tf.Qwen3VLConfig,
+            tf.Qwen3VLMoeConfig if mixture else tf.Qwen3VLConfig,
             tf.Qwen3VLProcessor,
             tf.Qwen3VLVideoProcessor,
         )
         text |= {"head_dim": 16, "rope_parameters": {**rope, "mrope_interleaved": True}}
+        text |= EXPERTS if mixture else {}
         vision = {
             "depth": 2,
             "hidden_size": 32,
@@ -263,6 +297,62 @@ def _qwen_vl(name: str) -> tuple[Any, Any]:
         chat_template=template,
     )
     return tf.AutoModelForImageTextToText.from_config(config), processor
+
+
+def _qwen_omni(name: str) -> tuple[Any, Any]:
+    marks = {
+        "image_token": "<|IMAGE|>",
+        "audio_token": "<|AUDIO|>",
+        "video_token": "<|VIDEO|>",
+        "vision_bos_token": "<|vision_bos|>",
+        "vision_eos_token": "<|vision_eos|>",
+        "audio_bos_token": "<|audio_bos|>",
+        "audio_eos_token": "<|audio_eos|>",
+    }
+    tokenizer = make_tokenizer("omni", extra_special_tokens=marks)
+    template = CHATML.replace("IMAGE", "<|vision_bos|><|IMAGE|><|vision_eos|>", 1).replace(
+        "%}AUDIO{", "%}<|audio_bos|><|AUDIO|><|audio_eos|>{"
+    )
+    tokenizer.chat_template = template
+    mark = tokenizer.convert_tokens_to_ids
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+    config = tf.Qwen2_5OmniThinkerConfig(
+        text_config={**DECODER, **_ids(tokenizer), "rope_parameters": rope},
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "out_hidden_size": 64,
+            "num_heads": 2,
+            "intermediate_size": 48,
+            "patch_size": 14,
+            "fullatt_block_indexes": [1],
+        },
+        audio_config={
+            "d_model": 32,
+            "encoder_layers": 2,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 48,
+            "num_mel_bins": 16,
+            "output_dim": 64,
+            "initializer_range": 0.2,  # at 0.02 so small a tower hardly hears
+        },
+        image_token_id=mark("<|IMAGE|>"),
+        audio_token_id=mark("<|AUDIO|>"),
+        video_token_id=mark("<|VIDEO|>"),
+        vision_start_token_id=mark("<|vision_bos|>"),
+        audio_start_token_id=mark("<|audio_bos|>"),
+        audio_end_token_id=mark("<|audio_eos|>"),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    size = {"shortest_edge": 28**2, "longest_edge": 12 * 28**2}
+    processor = tf.Qwen2_5OmniProcessor(
+        image_processor=tf.Qwen2VLImageProcessor(patch_size=14, merge_size=2, temporal_patch_size=2, size=size),
+        video_processor=tf.Qwen2VLVideoProcessor(patch_size=14, size=size),
+        feature_extractor=tf.WhisperFeatureExtractor(feature_size=16, chunk_length=300),
+        tokenizer=tokenizer,
+        chat_template=template,
+    )
+    return tf.Qwen2_5OmniThinkerForConditionalGeneration(config), processor
 
 
 def _llava_onevision(name: str) -> tuple[Any, Any]:
@@ -383,8 +473,9 @@ def _paligemma(name: str) -> tuple[Any, Any]:
 
 
 _BUILDERS: dict[str, Callable[[str], tuple[Any, Any]]] = {
-    **dict.fromkeys(TEXT_FAMILIES, _text),
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), _qwen_vl),
+    **dict.fromkeys((*TEXT_FAMILIES, "qwen3_moe", "mixtral"), _text),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"), _qwen_vl),
+    "qwen2_5_omni": _qwen_omni,
     "llava_onevision": _llava_onevision,
     "smolvlm": _idefics,
     "idefics3": _idefics,
@@ -400,9 +491,15 @@ def build(folder: Path, **settings: object) -> tuple[EmbeddingModel, Preprocesso
 
 def contents(name: str) -> list[object]:
     """Text; and for vision families image, image with text, several images of several shapes."""
-    if name in TEXT_FAMILIES:
+    if name in (*TEXT_FAMILIES, "qwen3_moe", "mixtral"):
         return list(TEXTS)
+    sounds: list[object] = [
+        {"audio": tone(440), "sampling_rate": 16000},
+        {"audio": tone(880, 0.31), "sampling_rate": 16000, "text": "what is heard"},
+        {"audio": tone(660, 0.7, 22050), "sampling_rate": 22050, "image": picture(5)},
+    ]
     return [
+        *(sounds if name in AUDIO_FAMILIES else []),
         *TEXTS,
         {"image": picture(1)},
         {"image": picture(2, 40, 100), "text": "what is it"},

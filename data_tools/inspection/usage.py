@@ -8,7 +8,7 @@ would; weights are not loaded. The records of a source are cached as the run cac
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import islice
 from typing import Any
 
@@ -17,7 +17,7 @@ from mmembed.data.batch_plan import BatchPlan
 from mmembed.data.dataset import MixedDataset, media_store
 from mmembed.data.streaming import RecordStream, Source, open_source
 from mmembed.errors import ConfigError, MmembedError
-from mmembed.models.continuing import inherit_settings, reads_pictures
+from mmembed.models.continuing import inherit_settings, reads_media
 from mmembed.objectives import Objective
 from mmembed.plan import OF_THE_DEVICE
 from mmembed.training.arguments import training_arguments
@@ -70,7 +70,7 @@ def usage_of(config: EmbedderConfig) -> dict[str, Usage | str]:
     """
     config = inherit_settings(_skipping(config))
     objective = preflight(config)
-    media, multimodal = media_store(config.data), reads_pictures(config)
+    media, reads = media_store(config.data), reads_media(config)
     seed = data_seed(training_arguments(with_training(config, without=OF_THE_DEVICE)))
     opened: dict[str, Source] = {}
     found: dict[str, Usage | str] = {}
@@ -80,7 +80,7 @@ def usage_of(config: EmbedderConfig) -> dict[str, Usage | str]:
         except MmembedError as error:
             found[source.name] = str(error)
             continue
-        found[source.name] = _judged(opened[source.name], config, objective, multimodal)
+        found[source.name] = _judged(opened[source.name], config, objective, reads)
     try:
         objective.check(list(opened.values()))
     except ConfigError as error:
@@ -98,16 +98,16 @@ def _skipping(config: EmbedderConfig) -> EmbedderConfig:
     return config.model_copy(update={"data": config.data.model_copy(update={"on_bad_record": "skip"})})
 
 
-def _judged(source: Source, config: EmbedderConfig, objective: Objective, multimodal: bool) -> Usage:
+def _judged(source: Source, config: EmbedderConfig, objective: Objective, reads: Collection[str]) -> Usage:
     """What the checks say of a source, without its batches."""
     try:
         part = objective.part_for(source.name, min(source.tasks))
     except ConfigError as error:
         return Usage("none", source.size, dict(source.skipped), [], [str(error)], {}, [], [])
-    refused = _refusal(source, config, part, multimodal, source.fields)
+    refused = _refusal(source, config, part, reads, source.fields)
     unused, given = {}, set(config.data.ignore_fields)
     for field in sorted(source.fields):
-        reason = _refusal(source, config, part, multimodal, source.fields - {field})
+        reason = _refusal(source, config, part, reads, source.fields - {field})
         if refused is None and reason is not None:
             unused[field] = reason.split(f"carries '{field}', which ")[-1].split(". To train without it")[0]
     problems = [] if refused is None else [refused]
@@ -125,12 +125,12 @@ def _judged(source: Source, config: EmbedderConfig, objective: Objective, multim
 
 
 def _refusal(
-    source: Source, config: EmbedderConfig, part: Objective, multimodal: bool, ignored: set[str]
+    source: Source, config: EmbedderConfig, part: Objective, reads: Collection[str], ignored: set[str]
 ) -> str | None:
     """Why a run that may ignore some fields refuses a source; None: it does not."""
     data = config.data.model_copy(update={"ignore_fields": tuple(sorted(ignored))})
     try:
-        check_sources([source], config.model_copy(update={"data": data}), part, multimodal)
+        check_sources([source], config.model_copy(update={"data": data}), part, reads)
     except ConfigError as error:
         return str(error)
     return None

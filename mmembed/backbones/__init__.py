@@ -11,7 +11,7 @@ from mmembed.backbones.torchvision_shim import declare_missing_operators
 declare_missing_operators()
 silence_unused_parts()
 
-from mmembed.backbones.family import FAMILIES, Family, Layout  # noqa: E402
+from mmembed.backbones.family import FAMILIES, Family, Layout, Medium  # noqa: E402
 from mmembed.backbones.loading import Backbone, load_backbone, resolve_backbone, set_attention  # noqa: E402
 
-__all__ = ["FAMILIES", "Backbone", "Family", "Layout", "load_backbone", "resolve_backbone", "set_attention"]
+__all__ = ["FAMILIES", "Backbone", "Family", "Layout", "Medium", "load_backbone", "resolve_backbone", "set_attention"]

@@ -8,13 +8,14 @@ no adapter and no gradient. LoRA costs two thin matrices a linear layer, and som
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from mmembed.backbones.experts import check_experts, expert_parameters, router_names
 from mmembed.backbones.family import Family
 from mmembed.backbones.loading import Backbone
 from mmembed.backbones.quiet_imports import old_name_in_peft
@@ -47,7 +48,8 @@ def apply_adapter(
     """Freezes towers and adds the adapter.
 
     Args:
-        adapter: the `adapter` block of the config: type, r, alpha, dropout, target_modules, init, num_virtual_tokens.
+        adapter: the `adapter` block of the config: type, r, alpha, dropout, target_modules, init, num_virtual_tokens,
+            experts, router.
             `target_modules`: `auto` is every linear layer of the language tower (and of the vision tower where that is
             not frozen), `all-linear` every linear layer outside frozen towers, a list names layers by suffix.
         freeze: towers that are not trained; ones that the family does not have are ignored.
@@ -68,8 +70,16 @@ def apply_adapter(
     from peft import get_peft_model
 
     backbone.model.requires_grad_(False)  # peft forgets parameters of the model itself (LLaVA's image_newline)
+    config = _peft_config(backbone, adapter, freeze)
+    asked = set(getattr(config, "target_parameters", None) or ())
     with old_name_in_peft():
-        return get_peft_model(backbone.model, _peft_config(backbone, adapter, freeze))
+        model = get_peft_model(backbone.model, config)
+    if set(getattr(config, "target_parameters", None) or ()) != asked:
+        raise ConfigError(
+            f"adapter.target_modules: '{backbone.config.model_type}' has dense feed-forwards beside its experts, and "
+            "peft takes their names for those of experts; name the layers, for example [q_proj, k_proj, v_proj, o_proj]"
+        )
+    return model
 
 
 def _stay_differentiable(model: nn.Module) -> None:
@@ -123,11 +133,12 @@ def adapted(model: PreTrainedModel | PeftModel) -> PeftModel:
 
 def run(family: Family, model: PreTrainedModel | PeftModel, tensors: dict[str, Any], adapter_type: str) -> torch.Tensor:
     """Last hidden states (B, T, H) of a right-padded batch, through whatever `apply_adapter` returned."""
-    if adapter_type == "prefix":
-        positions = family.position_ids(adapted(model).get_base_model(), tensors)
-        tensors = tensors if positions is None else {**tensors, "position_ids": positions}
     if adapter_type == "prompt":
         return _run_behind_prompt(family, adapted(model), tensors)
+    if adapter_type == "prefix" or family.tells_positions:
+        base = model if adapter_type == "none" else adapted(model).get_base_model()
+        positions = family.position_ids(base, tensors)
+        tensors = tensors if positions is None else {**tensors, "position_ids": positions}
     return model(**tensors, return_dict=True).last_hidden_state
 
 
@@ -156,12 +167,16 @@ def _peft_config(backbone: Backbone, adapter: Mapping[str, Any], freeze: Collect
     kind = adapter["type"]
     if kind in LORA_TYPES:
         targets, excluded = lora_targets(backbone, adapter["target_modules"], freeze)
+        experts, router = adapter.get("experts", False), adapter.get("router", False)  # older checkpoints lack them
+        check_experts(backbone.model, experts, router)
         return LoraConfig(
             r=adapter["r"],
             lora_alpha=adapter["alpha"],
             lora_dropout=adapter["dropout"],
             target_modules=targets,
             exclude_modules=excluded,
+            target_parameters=_ends(expert_parameters(backbone.model)) if experts else None,
+            modules_to_save=_ends(router_names(backbone.model)) if router else None,
             use_dora=kind == "dora",
             use_rslora=kind == "rslora",
             init_lora_weights="gaussian" if adapter.get("init") == "gaussian" else True,
@@ -170,6 +185,11 @@ def _peft_config(backbone: Backbone, adapter: Mapping[str, Any], freeze: Collect
         raise ConfigError(f"adapter.type: there is no '{kind}'; {nearest(kind, (*LORA_TYPES, *PROMPT_TYPES, 'none'))}")
     cls = PrefixTuningConfig if kind == "prefix" else PromptTuningConfig
     return cls(task_type="FEATURE_EXTRACTION", num_virtual_tokens=adapter["num_virtual_tokens"])
+
+
+def _ends(names: Iterable[str]) -> list[str]:
+    """The last parts of names, which are the same in every layer: `mlp.gate`, `experts.down_proj`."""
+    return sorted({".".join(name.split(".")[-2:]) for name in names})
 
 
 def lora_targets(backbone: Backbone, target_modules: Any, freeze: Collection[str]) -> tuple[list[str], str | None]:

@@ -10,15 +10,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from mmembed.backbones.experts import ROUTERS, mixture_of
 from mmembed.errors import ConfigError, MmembedError
 from mmembed.registry import Registry
 
 if TYPE_CHECKING:
+    import numpy as np
     import PIL.Image
+
+
+class Medium(Enum):
+    """What stands in a prompt in the place of a text; the value is its name in chat templates."""
+
+    IMAGE = "image"
+    AUDIO = "audio"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +39,7 @@ class Layout:
         hidden: instruction (and chat head), kept out of pooling.
         suffix_start: from here on the suffix.
         texts: the content's texts, the only characters that truncation may drop.
-        media: images; their tokens do not count against a length limit.
+        media: images and sounds; their tokens do not count against a length limit.
         complete: it already holds the tokenizer's special tokens.
     """
 
@@ -55,12 +65,25 @@ class Family:
     projector_modules: ClassVar[str] = r"multi_modal_projector|connector"
     prefix_tuning: ClassVar[bool] = True  # False where attention follows token types, which a cache does not know
     language_modules: ClassVar[str] = r"language_model|text_model"
+    audio_modules: ClassVar[str | None] = None  # None: the family has no audio tower
+    tells_positions: ClassVar[bool] = False  # True where the model cannot compute them without an attention mask
     vision_depth: ClassVar[str] = "num_hidden_layers"  # key of `vision_config`: how many layers the tower has
 
     def __init__(self, config: Any, processor: Any) -> None:
         self.config, self.processor = config, processor
         self.multimodal: bool = "vision_config" in config.to_dict()
         self.tokenizer = processor.tokenizer if self.multimodal else processor
+
+    @classmethod
+    def media_of(cls, config: Any) -> frozenset[str]:
+        """Which media a model of this configuration reads: of `image`, `video` and `audio`."""
+        seen = {"image", "video"} if "vision_config" in config.to_dict() else set()
+        return frozenset(seen | ({"audio"} if cls.audio_modules else set()))
+
+    @property
+    def media(self) -> frozenset[str]:
+        """As `media_of`."""
+        return self.media_of(self.config)
 
     @property
     def causal(self) -> bool:
@@ -108,20 +131,49 @@ class Family:
         """What surrounds an image outside of a chat template."""
         return markup
 
-    def lay_out(self, prefix: str, parts: Sequence[str | None], markups: Sequence[str], suffix: str) -> Layout:
+    @property
+    def audio_token(self) -> str:
+        """The token that chat templates write once for a sound."""
+        raise self._deaf()
+
+    @property
+    def sampling_rate(self) -> int:
+        """Samples a second that the audio tower hears."""
+        raise self._deaf()
+
+    def audio_markup(self, samples: int) -> str:
+        """The text that stands for one sound where the template wrote `audio_token`."""
+        raise self._deaf()
+
+    def frame_audio(self, markup: str) -> str:
+        """What surrounds a sound outside of a chat template."""
+        return markup
+
+    def audio_tensors(self, sounds: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
+        """The tensors of the sounds of a batch, in batch order, each (T,) at `sampling_rate`."""
+        raise self._deaf()
+
+    def _deaf(self) -> MmembedError:
+        return MmembedError(
+            f"audio: the backbone '{self.config.model_type}' has no audio encoder; use one that hears (docs/guide/"
+            "audio.md), or drop the audio"
+        )
+
+    def lay_out(self, prefix: str, parts: Sequence[str | Medium], markups: Sequence[str], suffix: str) -> Layout:
         """Writes a prompt without a chat template.
 
         Args:
-            parts: the content in order, None where an image stands.
-            markups: one markup an image.
+            parts: the content in order, its texts and where media stand.
+            markups: one a medium, with what surrounds it.
         """
-        pictures, text, after_text = iter(markups), prefix, False
+        inserted, text, after_text = iter(markups), prefix, False
         texts: list[tuple[int, int]] = []
         media: list[tuple[int, int]] = []
         for part in parts:
-            piece = self.frame_markup(next(pictures)) if part is None else "\n" + part if after_text else part
-            (media if part is None else texts).append((len(text), len(text) + len(piece)))
-            text, after_text = text + piece, part is not None
+            spoken = isinstance(part, str)
+            piece = next(inserted) if isinstance(part, Medium) else "\n" + part if after_text else part
+            (texts if spoken else media).append((len(text), len(text) + len(piece)))
+            text, after_text = text + piece, spoken
         return Layout(text + suffix, ((0, len(prefix)),) if prefix else (), len(text), tuple(texts), tuple(media))
 
     # What the model wants ---------------------------------------------------------------------------------------------
@@ -187,10 +239,14 @@ class Family:
 
     def towers(self) -> dict[str, str]:
         """Parts that are frozen or tuned together: name -> regular expression, found in a parameter's name."""
+        router = {} if mixture_of(self.config) is None else {"router": ROUTERS}  # before the tower that it is in
         if not self.multimodal:
-            return {"language": r".*"}
+            return {**router, "language": r".*"}
+        audio = {} if self.audio_modules is None else {"audio": rf"(^|\.)({self.audio_modules})\."}
         return {
+            **router,
             "vision": rf"(^|\.)({self.vision_modules})\.",
+            **audio,
             "projector": rf"(^|\.)({self.projector_modules})(\.|$)",
             "language": rf"(^|\.)({self.language_modules})\.",
         }

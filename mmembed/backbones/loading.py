@@ -60,7 +60,7 @@ def load_backbone(
     Raises:
         ConfigError: the name is neither a folder nor a reachable model, or a value is unknown.
     """
-    from transformers import AutoConfig, AutoModel, BitsAndBytesConfig
+    from transformers import AutoModel, BitsAndBytesConfig
 
     path = resolve_backbone(name_or_path)
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -68,7 +68,7 @@ def load_backbone(
     if quantization is not None:
         arguments["quantization_config"] = BitsAndBytesConfig(**quantization)
     with _explained(name_or_path, trust_remote_code, attn_implementation):
-        config = AutoConfig.from_pretrained(path, **common)
+        config = _config(path, **common)
         model = AutoModel.from_pretrained(
             path, config=config, use_safetensors=True, **arguments, **common
         )  # no pickles
@@ -93,12 +93,12 @@ def load_language_model(
     Raises:
         ConfigError: as `load_backbone`; or weights are missing, as the output embedding is where an embedder was saved.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     path = resolve_backbone(name_or_path)
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
     with _explained(name_or_path, trust_remote_code, attn_implementation):
-        config = AutoConfig.from_pretrained(path, **common)
+        config = _config(path, **common)
         multimodal = "vision_config" in config.to_dict()
         kind: Any = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
         model, loaded = kind.from_pretrained(
@@ -133,12 +133,12 @@ def outline_backbone(
     Args:
         vision_layers: cut the vision tower to so many.
     """
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
     path = resolve_backbone(name_or_path)
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
     with _explained(name_or_path, trust_remote_code, attn_implementation):
-        config = AutoConfig.from_pretrained(path, **common)
+        config = _config(path, **common)
         if vision_layers is not None:
             setattr(config.vision_config, family_class(config).vision_depth, vision_layers)
         wanted = _dtype(dtype)
@@ -155,15 +155,21 @@ def outline_backbone(
     return Backbone(model, processor, family_of(model.config, processor), model.config)
 
 
-def has_vision(name_or_path: str, revision: str | None = None, trust_remote_code: bool = False) -> bool:
-    """Whether a backbone has a vision tower, from its `config.json`. Raises ConfigError as `load_backbone`."""
-    from transformers import AutoConfig
+def media_read(name_or_path: str, revision: str | None = None, trust_remote_code: bool = False) -> frozenset[str]:
+    """Which media a backbone reads (`image`, `video`, `audio`), from its `config.json`. Raises ConfigError as
+    `load_backbone`."""
 
     with _explained(name_or_path, trust_remote_code):
-        config = AutoConfig.from_pretrained(
-            resolve_backbone(name_or_path), revision=revision, trust_remote_code=trust_remote_code
-        )
-    return "vision_config" in config.to_dict()
+        config = _config(resolve_backbone(name_or_path), revision=revision, trust_remote_code=trust_remote_code)
+    return family_class(config).media_of(config)
+
+
+def _config(path: str, **common: Any) -> Any:
+    """The configuration of a backbone; of a whole omni model, which speaks too, that of the part that reads."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, **common)
+    return vars(config).get("thinker_config") or config
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mmembed.backbones.family import Family, Layout
+from mmembed.backbones.family import Family, Layout, Medium
 
 if TYPE_CHECKING:
     import torch
@@ -25,9 +25,9 @@ class PaliGemma(Family):
     def causal(self) -> bool:
         return vars(self.config.get_text_config()).get("is_causal") is True
 
-    def lay_out(self, prefix: str, parts: Sequence[str | None], markups: Sequence[str], suffix: str) -> Layout:
+    def lay_out(self, prefix: str, parts: Sequence[str | Medium], markups: Sequence[str], suffix: str) -> Layout:
         pictures = "".join(markups)
-        text = "\n".join(part for part in parts if part is not None)
+        text = "\n".join(part for part in parts if isinstance(part, str))
         head = pictures + self.tokenizer.bos_token + prefix
         return Layout(
             head + text + suffix + "\n",  # the newline closes the prompt, as in its training

@@ -30,7 +30,7 @@ _WIDEST = 200  # the image processor's own limit
 
 class QwenVL(Family):
     name = "qwen_vl"
-    model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+    model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
     vision_depth = "depth"
     vision_modules = r"visual(?!\.(deepstack_)?merger)"
     projector_modules = r"visual\.(deepstack_)?merger(_list)?"

@@ -19,7 +19,7 @@ from mmembed.errors import ConfigError, nearest
 from mmembed.media_limits import MediaLimits
 
 Positive = Annotated[int, Field(gt=0)]
-Tower = Literal["vision", "projector", "language", "pooling", "objective"]
+Tower = Literal["vision", "audio", "projector", "router", "language", "pooling", "objective"]
 TypedBlock = str | dict[str, Any]  # "mean", or {"type": "latent_attention", **constructor arguments}
 
 
@@ -28,7 +28,8 @@ class _Block(BaseModel):
 
 
 class ModelConfig(_Block):
-    """The backbone. `attention: null` keeps the backbone's own; `freeze` names towers (vision, projector, language)."""
+    """The backbone. `attention: null` keeps the backbone's own; `freeze` names towers (vision, audio, projector,
+    language, and router: what chooses the experts of a mixture)."""
 
     name_or_path: str = "mmembed-nano"
     revision: str | None = None
@@ -36,7 +37,7 @@ class ModelConfig(_Block):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attn_implementation: str = "sdpa"
     trust_remote_code: bool = False
-    freeze: tuple[Literal["vision", "projector", "language"], ...] = ("vision",)
+    freeze: tuple[Literal["vision", "audio", "projector", "router", "language"], ...] = ("vision", "audio")
     gradient_checkpointing: bool = False
 
 
@@ -53,13 +54,19 @@ _ADAPTER_KEYS = {  # which types each key acts on; given with another type it is
     "dropout": LORA_TYPES,
     "target_modules": LORA_TYPES,
     "init": LORA_TYPES,
+    "experts": ("lora", "rslora"),
+    "router": LORA_TYPES,
     "num_virtual_tokens": PROMPT_TYPES,
     "quant_type": ("qlora",),
 }
 
 
 class AdapterConfig(_Block):
-    """What is trained of the backbone: a peft adapter, or all of it (`none`)."""
+    """What is trained of the backbone: a peft adapter, or all of it (`none`).
+
+    Of a mixture of experts an adapter is of the attention alone, unless `experts` asks for one of each expert as well;
+    `router` trains the routers whole.
+    """
 
     type: Literal["lora", "dora", "rslora", "qlora", "prefix", "prompt", "none"] = "lora"
     r: Positive = 16
@@ -67,6 +74,8 @@ class AdapterConfig(_Block):
     dropout: float = Field(default=0.05, ge=0, lt=1)
     target_modules: Literal["auto", "all-linear"] | tuple[str, ...] = "auto"
     init: Literal["default", "gaussian"] = "default"
+    experts: bool = False
+    router: bool = False
     num_virtual_tokens: Positive = 16
     quant_type: Literal["nf4", "fp4"] = "nf4"
 
@@ -78,6 +87,11 @@ class AdapterConfig(_Block):
                     f"'{key}' has no effect with type '{self.type}' (it belongs to "
                     f"{', '.join(_ADAPTER_KEYS[key])}); remove it"
                 )
+        if self.experts and self.dropout:
+            raise ConfigError(
+                f"'experts' + dropout {self.dropout:g}: peft cannot drop inputs of experts that are one parameter; set "
+                "dropout: 0"
+            )
         return self
 
 
@@ -100,7 +114,9 @@ class SourceConfig(_Block):
     """One data source. `path` is relative to `data.root`; `options` go to the format's constructor; `name` is the path
     unless given. `pairs` says how pairs are made of raw documents; their format is `documents` unless given.
     `streaming` reads it while training goes on, shuffled through `shuffle_buffer` records (10,000).
-    `batch_size` takes the place of training.per_device_train_batch_size for its batches."""
+    `batch_size` takes the place of training.per_device_train_batch_size for its batches. `replay` says that it is of an
+    earlier stage, and which share of the batches it has (0.1). `domain` is a tag that conditions the routers of a
+    mixture of experts."""
 
     path: str
     format: str = "jsonl"
@@ -108,6 +124,8 @@ class SourceConfig(_Block):
     pairs: TypedBlock | None = None
     name: str = ""
     weight: float | None = Field(default=None, gt=0)
+    replay: float | None = Field(default=None, gt=0, lt=1)
+    domain: str | None = Field(default=None, min_length=1)
     instruction: str | None = None
     document_instruction: str | None = None
     in_batch_negatives: bool = True
@@ -147,6 +165,8 @@ class MediaLimitsConfig(_Block):
     allow_urls: bool = MediaLimits.allow_urls
     max_pixels_decoded: Positive = MediaLimits.max_pixels_decoded
     max_bytes: Positive = MediaLimits.max_bytes
+    max_seconds: float = Field(default=MediaLimits.max_seconds, gt=0, allow_inf_nan=False)
+    max_sampling_rate: Positive = MediaLimits.max_sampling_rate
 
     @model_validator(mode="after")
     def _act(self) -> MediaLimitsConfig:
@@ -228,6 +248,32 @@ class DataConfig(_Block):
             return self
         if self.train and not any(source.in_batch_negatives for source in self.train):
             raise ConfigError("batch_order has no effect: in_batch_negatives is false for all sources; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _replayed(self) -> DataConfig:
+        for source in self.dev:
+            if source.replay is not None:
+                raise ConfigError(f"data.dev '{source.name}': replay acts in training only; remove it")
+        replayed = [source for source in self.train if source.replay is not None]
+        for source in replayed:
+            if source.weight is not None:
+                raise ConfigError(
+                    f"data.train '{source.name}': weight {source.weight:g} has no effect beside replay, which is its "
+                    "share of batches; remove one of them"
+                )
+        if replayed and len(replayed) == len(self.train):
+            raise ConfigError("data.train: every source is replayed, and none is new; leave replay out of the new ones")
+        total = sum(source.replay or 0.0 for source in replayed)
+        if total >= 1:
+            raise ConfigError(
+                f"data.train: replay adds up to {total:g} and leaves no batches to the new sources; lower it"
+            )
+        if replayed and self.mixing == "round_robin":
+            raise ConfigError(
+                "data.mixing 'round_robin' + replay: taking turns gives all sources the same share; set mixing: "
+                "temperature or proportional"
+            )
         return self
 
     @model_validator(mode="after")
@@ -502,6 +548,10 @@ def _head_clashes(config: EmbedderConfig) -> list[str]:
                 f"data source '{source.name}': document_instruction has no effect, a pair has one instruction; set "
                 "instruction"
             )
+        if source.domain is not None:
+            clashes.append(
+                f"data source '{source.name}': domain conditions the routers of an embedder; remove it of a reranker"
+            )
         if "in_batch_negatives" in source.model_fields_set:
             clashes.append(
                 f"data source '{source.name}': in_batch_negatives has no effect, a query meets its own documents "
@@ -529,6 +579,20 @@ def _clashes(config: EmbedderConfig) -> list[str]:
             f"adapter.type '{adapter}' + model.freeze 'language': the adapter trains the language "
             "tower; use adapter.type none, or do not freeze it"
         )
+    if config.model.gradient_checkpointing and any(source.domain for source in config.data.train):
+        clashes.append(
+            "model.gradient_checkpointing + data.train domain: what is computed again in the backward pass would not "
+            "know its domain; remove one of them"
+        )
+    trained = {source.domain for source in config.data.train}
+    for source in config.data.dev:
+        if source.domain not in trained | {None}:
+            clashes.append(
+                f"data.dev '{source.name}': domain '{source.domain}' is of no source of data.train; "
+                f"{nearest(str(source.domain), sorted(one for one in trained if one))}"
+            )
+    if config.adapter.router and "router" in config.model.freeze:
+        clashes.append("adapter.router + model.freeze 'router': it is trained or it is not; remove one of them")
     if adapter == "qlora" and config.model.dtype == "float32":
         clashes.append(
             "adapter.type 'qlora' + model.dtype 'float32': quantised weights compute in half precision; use "
@@ -611,6 +675,6 @@ def _stream_clashes(config: EmbedderConfig) -> list[str]:
         if source.streaming and int(config.training.arguments.get("max_steps", -1)) < 1:
             clashes.append(f"data.train '{source.name}': nobody knows the length of a stream; set training.max_steps")
         shared = len(config.data.train) > 1 and config.data.mixing != "round_robin"
-        if source.streaming and source.weight is None and shared:
+        if source.streaming and source.weight is None and source.replay is None and shared:
             clashes.append(f"data.train '{source.name}': a stream beside others needs a weight (1.0: an average one)")
     return clashes

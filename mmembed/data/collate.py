@@ -175,7 +175,7 @@ class Collator:
             items = [Item.of_pair(examples[query], one, place) for query, one, place in pairs]
         else:
             items = [Item.of_query(example) for example in examples]
-            items += [Item.of_document(document, source.document_instruction) for document in documents]
+            items += [Item.of_document(document, source.document_instruction, source.domain) for document in documents]
             origins = [*(example.where for example in examples), *origins]
         named = self._by_content([(*item.content, *(item.document or ())) for item in items], origins)
         keys = [content_key(content) for content in named]
@@ -319,7 +319,7 @@ def plan_chunks(
     shareable: Sequence[int] | None = None,
     packed: bool = False,
 ) -> tuple[Chunk, ...]:
-    """Cuts rows into chunks, longest first, rows with media apart from rows without.
+    """Cuts rows into chunks, longest first, rows of one kind (media, domain) apart from others.
 
     Args:
         chunk_tokens: padded tokens of a chunk stay below it, a shared prefix counted once; a longer row is a chunk of
@@ -335,8 +335,9 @@ def plan_chunks(
     if rows and rows[0].tail is not None:
         return _lists(rows, where)
     chunks: list[tuple[int, list[int], bool]] = []  # shared prefix, rows, packed
-    for pictured in (False, True):
-        alike = [index for index, row in enumerate(rows) if bool(row.images) == pictured]
+    for kind in sorted({row.kind for row in rows}):
+        alike = [index for index, row in enumerate(rows) if row.kind == kind]
+        pictured = any(rows[alike[0]].media)
         groups = [Group(0, tuple(range(len(alike))))]
         if shareable is not None:
             limits = [shareable[index] for index in alike]

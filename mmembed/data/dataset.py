@@ -180,7 +180,7 @@ class RecordDataset(torch.utils.data.Dataset[Example]):
         row = index if self._chosen is None else int(self._chosen[index])
         record, where = self._rows["record"][row].as_py(), self._rows["where"][row].as_py()
         parse = parse_record if self.maker is None else parse_document
-        return dataclasses.replace(parse(json.loads(record), where), source=self.name)
+        return dataclasses.replace(parse(json.loads(record), where), source=self.name, domain=self.source.domain)
 
     def keys(self) -> np.ndarray:
         """(N, 2) int64: a hash of the query, and of the first positive (its id, else its content).
@@ -394,25 +394,25 @@ class _Builder:
 
     def _check_media(self, example: Example) -> None:
         for content in (example.query, *(document.content for document in example.documents)):
-            for image in _images(content):
-                self._check_image(image, example.where)
+            for medium in _media(content):
+                self._check_medium(medium, example.where)
 
-    def _check_image(self, image: Image, where: str) -> None:
-        reference = hash(image.source)
+    def _check_medium(self, medium: Image | Audio, where: str) -> None:
+        reference = hash((medium.source, medium.sampling_rate) if isinstance(medium, Audio) else medium.source)
         if self.media is None or reference in self.checked:
             return
-        self._list(image)
+        self._list(medium)
         try:
-            self.media.check(image, decode=self.on_bad_record == "skip")
+            self.media.check(medium, decode=self.on_bad_record == "skip")
         except MediaError as error:
             remedy = "To go on without such records set data.on_bad_record: skip"
-            raise RecordError(where, str(error), remedy, f"image {error.kind}") from None
+            raise RecordError(where, str(error), remedy, f"{type(medium).__name__.lower()} {error.kind}") from None
         if len(self.checked) >= _CHECKED:
             self.checked.clear()
         self.checked.add(reference)
 
-    def _list(self, image: Image) -> None:
-        """Notes the file of a picture as it is now, before it is checked."""
+    def _list(self, image: Image | Audio) -> None:
+        """Notes the file of a picture or sound as it is now, before it is checked."""
         if not isinstance(image.source, str) or self.pictures is None:
             return
         name = image.source.rpartition("#")[0] if ".parquet#" in image.source else image.source
@@ -520,9 +520,9 @@ def fields_of(example: Example) -> Iterator[str]:
                 yield type(part).__name__.lower()
 
 
-def _images(content: Content) -> Iterator[Image]:
+def _media(content: Content) -> Iterator[Image | Audio]:
     for part in content:
-        if isinstance(part, Image):
+        if isinstance(part, Image | Audio):
             yield part
         elif isinstance(part, Video):
             yield from part.frames

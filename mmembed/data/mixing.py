@@ -6,6 +6,10 @@ training, in equal shares (alpha 0) the smallest is repeated until it is memoris
 - temperature: shares of batches follow rows**alpha;
 - proportional: each source as often as it fills batches (CoDiEmb, arXiv 2508.11442, training code);
 - round_robin: equal shares, one after the other.
+
+Replay (rehearsal, arXiv 1811.11682): where training goes on with new data, a source of an earlier stage states the
+share of batches that it is to have, and the rule divides the rest among the new ones. An epoch is then as long as the
+new sources need to be seen as often as without replay: their batches divided by their share.
 """
 
 from collections.abc import Sequence
@@ -22,22 +26,37 @@ def shares(
     batch_rows: Sequence[int],
     explicit: Sequence[float | None],
     alpha: float = 0.5,
+    replay: Sequence[float | None] | None = None,
 ) -> list[float]:
     """The share of batches of each source by a rule; the shares add up to 1.
 
     Args:
         sizes, explicit, alpha: as of `mixing_weights`; round_robin has no use for them, proportional none for alpha.
         batch_rows: rows of a batch of each source, of all processes.
+        replay: the share of an earlier stage's source; the rule is for the others, those of None.
 
     Raises:
         ConfigError: as `mixing_weights`.
     """
+    if replay is not None:
+        new = [place for place, share in enumerate(replay) if share is None]
+        of_new = shares(
+            rule, [sizes[at] for at in new], [batch_rows[at] for at in new], [explicit[at] for at in new], alpha
+        )
+        found = dict(zip(new, of_new, strict=True))
+        left = new_share(replay)
+        return [left * found[place] if share is None else share for place, share in enumerate(replay)]
     if rule == "round_robin":
         return [1 / len(sizes)] * len(sizes)
     if rule == "proportional":
         batches = [None if size is None else max(1, size // rows) for size, rows in zip(sizes, batch_rows, strict=True)]
         return mixing_weights(batches, explicit, 1.0)
     return mixing_weights(sizes, explicit, alpha)
+
+
+def new_share(replay: Sequence[float | None]) -> float:
+    """The share of batches that sources of earlier stages leave to new ones."""
+    return 1.0 - sum(share for share in replay if share is not None)
 
 
 def mixing_weights(sizes: Sequence[int | None], explicit: Sequence[float | None], alpha: float = 0.5) -> list[float]:

@@ -165,7 +165,7 @@ class RecordStream(torch.utils.data.Dataset[Example]):
                 "Make it a source of its own, or set the source's task",
                 "late task",
             )
-        return dataclasses.replace(example, source=self.name, visit=visit)
+        return dataclasses.replace(example, source=self.name, visit=visit, domain=self.source.domain)
 
     def _next(self, position: int) -> tuple[RawRecord, int]:
         """Reads on to a position. Where the length of a pass is known, whole passes are not read."""

@@ -86,6 +86,7 @@ class _How:
     token_budget: int | None
     share_prefix: bool
     packed: bool
+    domain: str | None = None
 
     def instruction_of(self, index: int) -> str | None:
         common = self.instruction
@@ -191,6 +192,7 @@ class Embedder:
         output: Literal["numpy", "torch"] = "numpy",
         precision: Precision = "float32",
         show_progress: bool | None = None,
+        domain: str | None = None,
     ) -> Vectors:
         """Vectors of any contents, in their order.
 
@@ -210,6 +212,7 @@ class Embedder:
             output: "numpy" or "torch" (on the CPU).
             precision: "float32", "float16", "bfloat16", "int8" or "binary"; see `mmembed.quantize`.
             show_progress: None shows a bar in a terminal.
+            domain: one that the routers of this mixture of experts were trained with; None: they know of none.
 
         Returns:
             (N, E) array, E = `truncate_dim` or `embedding_size` (an eighth of it for binary). Of a multi-vector model a
@@ -220,11 +223,15 @@ class Embedder:
         """
         _check_contents(contents, instruction)
         _check_options(role=role, output=output, share_prefix=share_prefix, attention_kernel=attention_kernel)
+        if domain is not None and domain not in self.model.settings.domains:
+            known = self.model.settings.domains
+            hint = nearest(domain, known) if known else "this embedder was trained without any, leave it out"
+            raise MmembedError(f"domain: there is no '{domain}'; {hint}")
         share = share_prefix == "auto" and self.model.unshared() is None
         packed = self.model.unpacked(attention_kernel, self.device, self.model.dtype) is None
         if token_budget is not None and token_budget < 1:
             raise MmembedError(f"token_budget: {token_budget}; give at least 1, typically 2048 to 32768")
-        how = _How(role, instruction, token_budget, share, packed)
+        how = _How(role, instruction, token_budget, share, packed, domain)
         multi_vector, normalize = self.model.pooling.multi_vector, self.model.normalize
         precision = check_precision(precision)
         store = _Store(len(contents), self.embedding_size, truncate_dim, precision, normalize, multi_vector)
@@ -264,7 +271,7 @@ class Embedder:
     def _default_budget(self, rows: Sequence[Row]) -> int:
         if self.device.type != "cpu":
             return TOKEN_BUDGET
-        images = any(row.images for row in rows)
+        images = any(any(row.media) for row in rows)
         budget = AMX_TOKENS if self._units and not images else CPU_TOKENS
         tokens = sum(map(len, rows))
         if self._apart(images, min(budget, tokens // 2)):
@@ -284,7 +291,7 @@ class Embedder:
         for the interpreter's lock; products of a full batch that they share take 8 % less time where idle threads spin
         (docs/log.md).
         """
-        if torch.get_num_threads() == 1 or self.device.type != "cpu":
+        if torch.get_num_threads() == 1 or self.device.type != "cpu" or self.model.one_at_a_time:
             return False
         narrow = self.model.backbone.config.get_text_config().hidden_size <= NARROW
         full = self._units and not images and tokens > AMX_TOKENS // 2
@@ -312,7 +319,7 @@ class Embedder:
             shares = read_list(self.model, inputs.to(self.device), how.token_budget).shares  # (N,)
             return positions, shares.unsqueeze(1).cpu(), None
         if kept:
-            inputs = replace(inputs, prefix=prefixes.of(inputs.tensors["input_ids"][0, : inputs.shared]))
+            inputs = replace(inputs, prefix=prefixes.of(inputs.tensors["input_ids"][0, : inputs.shared], inputs.domain))
         vectors, mask, *_ = self.model(inputs.to(self.device))  # (B, E), or (B, T, E) with (B, T)
         return positions, vectors.cpu(), None if mask is None else mask.cpu()
 
@@ -325,7 +332,7 @@ class Embedder:
                 with naming(index):
                     given = contents[index]
                     pair = isinstance(given, Item)  # of a reranker
-                    item = given if pair else item_of(given, how.role, how.instruction_of(index))
+                    item = given if pair else item_of(given, how.role, how.instruction_of(index), how.domain)
                 if len(items) >= WINDOW and (item.place is None or item.place.number == 1):  # a list stays whole
                     break
                 items.append(item)
@@ -397,21 +404,21 @@ class _Prefixes:
         self._model, self._known = model, dict[tuple[int, ...], Prefix]()
         self._lock = Lock()
 
-    def of(self, ids: Tensor) -> Prefix:
-        """ids (P,), on the CPU."""
+    def of(self, ids: Tensor, domain: str | None) -> Prefix:
+        """ids (P,), on the CPU; one call has one domain."""
         name = tuple(ids.tolist())
         with self._lock:
             if name not in self._known:
                 if len(self._known) >= KEPT_PREFIXES:
                     del self._known[next(iter(self._known))]
-                self._known[name] = self._model.read_prefix(ids)
+                self._known[name] = self._model.read_prefix(ids, domain)
             return self._known[name]
 
 
 def _of_first(planned: Sequence[Planned]) -> tuple[bool, int]:
-    """Whether batches hold images, and the tokens of the first."""
+    """Whether batches hold media, and the tokens of the first."""
     rows = planned[0][1].rows
-    return any(row.images for _, chunk, _ in planned for row in chunk.rows), sum(map(len, rows))
+    return any(any(row.media) for _, chunk, _ in planned for row in chunk.rows), sum(map(len, rows))
 
 
 def _prefix(chunk: Chunk) -> tuple[int, ...]:
@@ -507,7 +514,7 @@ def _progress(total: int, show: bool | None) -> tqdm[Any]:
     return tqdm(total=total, desc="encode", unit=" contents", delay=1.0, disable=disable)
 
 
-def item_of(value: ContentLike, role: Role, instruction: str | None) -> Item:
+def item_of(value: ContentLike, role: Role, instruction: str | None, domain: str | None = None) -> Item:
     """A content under an instruction, unless it brings its own. Raises MmembedError for texts that say nothing."""
     content = to_content(value)
     if any(isinstance(part, Text) and not part.text.strip() for part in content):  # as of records
@@ -519,7 +526,7 @@ def item_of(value: ContentLike, role: Role, instruction: str | None) -> Item:
         lone = lone_surrogate(text)
         if lone is not None:
             raise MmembedError(f"a text that is not valid Unicode (a lone surrogate, {lone}); correct it")
-    return Item(content, role, asked)
+    return Item(content, role, asked, domain=domain)
 
 
 def _check_widths(vectors: Sequence[np.ndarray]) -> None:

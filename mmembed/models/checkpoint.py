@@ -232,6 +232,8 @@ def read_head(file: Path, model: EmbeddingModel) -> None:
         if module is not None
         for name, tensor in module.state_dict().items()
     }
+    if model.domain_bias is not None:
+        expected["domain_bias"] = model.domain_bias
     if not expected:
         if file.exists():
             raise CheckpointError(

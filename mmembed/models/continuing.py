@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmembed.backbones import resolve_backbone
-from mmembed.backbones.loading import has_vision
+from mmembed.backbones.loading import media_read
 from mmembed.config import build_config
 from mmembed.config.blocks import AdapterConfig, EmbedderConfig
 from mmembed.errors import CheckpointError, ConfigError
@@ -51,7 +51,7 @@ def build_for_training(cfg: EmbedderConfig, media: MediaStore | None = None) -> 
         base = settings.name_or_path if whole else saved.name_or_path
         new_head = settings.head is not None and _block(settings) != _block(saved)
         head = settings.head if new_head else saved.head
-        of_base = replace(settings, name_or_path=base, revision=saved.revision, head=head)
+        of_base = replace(settings, name_or_path=base, revision=saved.revision, head=head, domains=saved.domains)
         model, preprocessor = build_from_settings(of_base, media, fresh=new_head)
         if not whole:
             read_adapter(folder / ADAPTER, model)
@@ -71,11 +71,10 @@ def backbone_of(settings: EmbedderSettings) -> tuple[str, str | None]:
     return settings.name_or_path, settings.revision
 
 
-def reads_pictures(cfg: EmbedderConfig) -> bool:
-    """Whether the backbone of a run has a vision tower; its weights are not read. Raises ConfigError where it is not
-    there."""
+def reads_media(cfg: EmbedderConfig) -> frozenset[str]:
+    """Which media the backbone of a run reads; its weights are not read. Raises ConfigError where it is not there."""
     name, revision = backbone_of(settings_of(cfg))
-    return has_vision(name, revision, cfg.model.trust_remote_code)
+    return media_read(name, revision, cfg.model.trust_remote_code)
 
 
 def inherit_settings(cfg: EmbedderConfig) -> EmbedderConfig:
@@ -107,6 +106,12 @@ def inherit_settings(cfg: EmbedderConfig) -> EmbedderConfig:
             f"adapter.type '{cfg.adapter.type}': '{name}' was saved with '{saved.adapter_type}'; go on with that "
             "adapter, or merge it into its backbone first"
         )
+    for source in cfg.data.train:
+        if source.domain not in (*saved.domains, None):
+            raise ConfigError(
+                f"data.train '{source.name}': domain '{source.domain}', but '{name}' was saved with "
+                f"{list(saved.domains) or 'none'}; remove it, or start from its backbone"
+            )
     tree = cfg.model_dump(mode="json", exclude_unset=True)
     of_model = ("revision", "attention", "dtype", "attn_implementation", "freeze")
     tree["model"] = {key: vars(saved)[key] for key in of_model} | tree.get("model", {})
@@ -145,7 +150,7 @@ def check_trainable(model: EmbeddingModel, pictures: bool = True) -> None:
             f"model.freeze {list(model.settings.freeze)} + adapter.type 'none': nothing is trained, and neither "
             "pooling nor projection has weights; free a tower, or add an adapter or a projection"
         )
-    if not pictures and trained <= {"vision", "projector"}:
+    if not pictures and trained <= {"vision", "audio", "projector"}:
         raise ConfigError(
             f"model.freeze {list(model.settings.freeze)}: only {' and '.join(sorted(trained))} would be trained, but "
             "no record of data.train has an image; free the language tower, or add images"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,6 +23,7 @@ from mmembed.backbones import Backbone, Family, load_backbone
 from mmembed.backbones.adapters import adapted, apply_adapter, quantization_of, run
 from mmembed.backbones.attention import prepare
 from mmembed.backbones.block_attention import Blocks, Read, position_ids
+from mmembed.backbones.experts import Mixture, biased, condition_routers, mixture_of, recording, watch_routers
 from mmembed.backbones.last_tokens import LastTokens, prepare_last
 from mmembed.backbones.layers import check_layers, decoder_of, keep_layers, last_and_lower, watch
 from mmembed.backbones.output_embedding import OutputEmbedding, load_output_embedding
@@ -55,8 +57,9 @@ class EmbedderSettings:
     """Everything that defines an embedder beside its weights, as plain JSON data.
 
     `attention: None` keeps the backbone's own. Blocks are as in the config; `adapter` None is no adapter.
-    `layers` are the lower ones whose vectors were trained, too. With a `head` it is a reranker: vectors are the head's
-    logits of pairs, and neither normalised nor projected; `head["ids"]` are the tokens of its words.
+    `layers` are the lower ones whose vectors were trained, too; `domains` those that condition routers. With a `head`
+    it is a reranker: vectors are the head's logits of pairs, and neither normalised nor projected; `head["ids"]` are
+    the tokens of its words.
     `trust_remote_code` is the user's word in this process: it is neither written to a checkpoint nor read from one.
     """
 
@@ -67,17 +70,18 @@ class EmbedderSettings:
     attn_implementation: str = "sdpa"
     trust_remote_code: bool = False
     adapter: dict[str, Any] | None = None
-    freeze: tuple[str, ...] = ("vision",)
+    freeze: tuple[str, ...] = ("vision", "audio")
     pooling: str | dict[str, Any] = "mean"
     normalize: bool = True
     projection: int | None = None
     prompt: str | dict[str, Any] = "plain"
     lengths: dict[str, Any] = field(default_factory=lambda: asdict(Lengths()))
     layers: tuple[int, ...] = ()
+    domains: tuple[str, ...] = ()
     head: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        self.freeze, self.layers = tuple(self.freeze), tuple(self.layers)  # JSON has lists
+        self.freeze, self.layers, self.domains = map(tuple, (self.freeze, self.layers, self.domains))  # JSON has lists
 
     @property
     def adapter_type(self) -> str:
@@ -111,6 +115,11 @@ class EmbeddingModel(nn.Module):
         self._unshared = self._prepare_sharing()
         self.reads_last = self._prepare_last()  # the last layer can be computed of the last tokens alone
         self.lower_layers: tuple[int, ...] = ()
+        self.domain_bias: nn.Parameter | None = None  # (domains, layers, experts)
+        if settings.domains:
+            shape = (len(settings.domains), *condition_routers(self.base))
+            self.domain_bias = nn.Parameter(torch.zeros(shape))
+        self._routed: Mixture | None = None  # given where an objective looks at routers
         self._hooks: list[Any] = []
         self._whole_depth = self.depth
 
@@ -158,6 +167,18 @@ class EmbeddingModel(nn.Module):
         self.lower_layers = tuple(wanted)
         self.settings = replace(self.settings, layers=self.lower_layers)
 
+    def give_routing(self, what: str) -> None:
+        """From now on `forward` also tells where the routers sent tokens (`Embeddings.routing`).
+
+        Args:
+            what: needs it, for the message.
+
+        Raises:
+            ConfigError: the backbone is no mixture of experts, or its routers are not known.
+        """
+        watch_routers(self.base, what)
+        self._routed = mixture_of(self.family.config)
+
     def cut(self, layers: int) -> None:
         """Drops the decoder layers above the first `layers`, in place: vectors are then those of that layer.
 
@@ -169,6 +190,11 @@ class EmbeddingModel(nn.Module):
         trained = tuple(one for one in self.settings.layers if one < layers)
         self.give_layers([one for one in self.lower_layers if one < layers])
         self.settings = replace(self.settings, layers=trained)
+
+    @property
+    def one_at_a_time(self) -> bool:
+        """Whether threads must not run it beside each other: peft exchanges weights of experts during a pass."""
+        return bool((self.settings.adapter or {}).get("experts"))
 
     @property
     def device(self) -> torch.device:
@@ -201,6 +227,8 @@ class EmbeddingModel(nn.Module):
         return {
             name: next((tower for tower, pattern in patterns.items() if re.search(pattern, name)), "language")
             if name.startswith("backbone.")
+            else "router"
+            if name == "domain_bias"
             else "pooling"
             for name, _ in self.named_parameters()
         }
@@ -237,7 +265,7 @@ class EmbeddingModel(nn.Module):
     @property
     def reads_last_alone(self) -> bool:
         """Whether the last layer is computed of the last tokens alone, unless tokens are to be predicted."""
-        return self.reads_last and not self.lower_layers
+        return self.reads_last and not self.lower_layers and self._routed is None
 
     def _prepare_last(self) -> bool:
         causal = self.family.causal and not self._virtual_tokens
@@ -256,22 +284,34 @@ class EmbeddingModel(nn.Module):
     def forward(self, inputs: ModelInputs) -> Embeddings:
         """Embeds a batch: -> vectors (B, E), or (B, T, E) and mask (B, T); as many of each of `lower_layers`; and what
         `inputs.predicted` costs."""
+        with self.in_domain(inputs.domain):
+            return self._embed(inputs)
+
+    def in_domain(self, domain: str | None) -> AbstractContextManager[None]:
+        """Inside of it routers know the domain. One that was not trained, or None, changes nothing."""
+        if self.domain_bias is None or domain not in self.settings.domains:
+            return nullcontext()
+        return biased(self.domain_bias[self.settings.domains.index(domain)])
+
+    def _embed(self, inputs: ModelInputs) -> Embeddings:
         tensors, pool_mask, predicted = self.given(inputs)
         ids = tensors["input_ids"]  # (B, T)
         has_images = "pixel_values" in tensors or inputs.images is not None
+        has_media = has_images or "input_features" in tensors
         if inputs.tail is not None:
             return self._judge_list(tensors, pool_mask, inputs)
         last_alone = self.reads_last_alone and predicted is None
         if inputs.shared and self.unshared(has_images) is None:
-            whole = predicted is not None
+            whole = predicted is not None or self._routed is not None
             hidden, pool_mask = self._run_shared(tensors, pool_mask, inputs.shared, inputs.prefix, whole, last_alone)
-        elif inputs.lengths and not has_images and self._unpackable() is None:
+        elif inputs.lengths and not has_media and self._unpackable() is None:
             hidden = self._run_packed(tensors["input_ids"], inputs.lengths)  # (B, T, H) each
         else:
             last = LastTokens(last_places(pool_mask)) if last_alone else None
             given: dict[str, Any] = tensors if last is None else {**tensors, "last_tokens": last}
             hidden = self._with_lower(lambda: run(self.family, self.backbone, given, self.settings.adapter_type))
             pool_mask = _of_last(pool_mask, last)
+        routing = None if self._routed is None else _summed(hidden.pop(), inputs)
         vectors = [self.head(one, pool_mask) for one in hidden]  # (B, E) or (B, T, E) each
         if inputs.filler:  # rows without content; times 0, so that every parameter takes part on every rank
             vectors = [one[: -inputs.filler] + 0.0 * one[-inputs.filler :].sum() for one in vectors]
@@ -281,7 +321,8 @@ class EmbeddingModel(nn.Module):
         if predicted is not None:
             nll, count = self._predict(hidden[0], ids, predicted)
             nll, count = nll[: len(vectors[0])], count[: len(vectors[0])]
-        return Embeddings(vectors[0], pool_mask if self.pooling.multi_vector else None, lower, nll, count)
+        mask = pool_mask if self.pooling.multi_vector else None
+        return Embeddings(vectors[0], mask, lower, nll, count, routing)
 
     def given(self, inputs: ModelInputs) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor | None]:
         """What the backbone gets of a batch, right-padded: tensors, pool mask (B, T), and predicted (B, T), if any."""
@@ -376,8 +417,15 @@ class EmbeddingModel(nn.Module):
         return F.normalize(vectors.float(), dim=-1) if self.normalize else vectors.float()
 
     def _with_lower(self, run: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
-        """Last hidden states, then those of `lower_layers`."""
-        return last_and_lower(decoder_of(self.base), self.lower_layers, run) if self.lower_layers else [run()]
+        """Last hidden states (B, T, H), those of `lower_layers`; and what routers said (B, T, 2 * experts), where that
+        is given."""
+        if self._routed is None:
+            return last_and_lower(decoder_of(self.base), self.lower_layers, run) if self.lower_layers else [run()]
+        with recording(self._routed.chosen) as routes:
+            hidden = last_and_lower(decoder_of(self.base), self.lower_layers, run)
+        assert routes.found is not None, "the backbone has routers"
+        rows, tokens, _ = hidden[0].shape
+        return [*hidden, routes.found.unflatten(0, (rows, -1))[:, -tokens:]]  # virtual tokens stand in front
 
     def _predict(
         self, hidden: torch.Tensor, ids: torch.Tensor, predicted: torch.Tensor
@@ -398,16 +446,18 @@ class EmbeddingModel(nn.Module):
                 images.store.put(key, computed)
                 features[key] = computed
         in_order = [{name: one.to(self.device) for name, one in features[key].items()} for key in images.keys]
-        sequence = {name: tensor for name, tensor in tensors.items() if name in _SEQUENCE}
+        others = {name: tensor for name, tensor in tensors.items() if name in (*_SEQUENCE, *_SOUNDS)}
         rows = {name: torch.stack([one[name] for one in in_order]) for name in self.family.image_rows}
-        return {**sequence, **rows, "mm_encoder_outputs": {"image": self.family.join_features(in_order)}}
+        return {**others, **rows, "mm_encoder_outputs": {"image": self.family.join_features(in_order)}}
 
     @torch.no_grad()
-    def read_prefix(self, ids: torch.Tensor) -> Prefix:
-        """What batches whose rows begin with these tokens (P,) need of them (`ModelInputs.prefix`). Text only."""
+    def read_prefix(self, ids: torch.Tensor, domain: str | None = None) -> Prefix:
+        """What batches of a domain whose rows begin with these tokens (P,) need of them (`ModelInputs.prefix`). Text
+        only."""
         shared = SharedPrefix(self.config, len(ids), 0)
         positions = torch.arange(len(ids), device=ids.device)
-        output = self.run_behind(shared, ids.unsqueeze(0), positions.unsqueeze(0), {})  # (1, P, H) each
+        with self.in_domain(domain):
+            output = self.run_behind(shared, ids.unsqueeze(0), positions.unsqueeze(0), {})  # (1, P, H) each
         return Prefix(tuple(shared.attended), tuple(one[0] for one in output))
 
     def _run_shared(
@@ -529,6 +579,7 @@ def settings_of(cfg: EmbedderConfig) -> EmbedderSettings:
         pooling=cfg.pooling,
         normalize=cfg.normalize,
         projection=cfg.projection,
+        domains=tuple(sorted({source.domain for source in cfg.data.train if source.domain is not None})),
         head=None if cfg.head is None else {"type": cfg.head} if isinstance(cfg.head, str) else dict(cfg.head),
         prompt=cfg.prompt,
         lengths=cfg.lengths.model_dump(mode="json"),
@@ -644,12 +695,20 @@ def assemble(
     return model, Preprocessor(backbone.processor, backbone.family, prompt, lengths, media, append_eos, last)
 
 
+_SOUNDS = ("input_features", "feature_attention_mask")
 _SEQUENCE = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")  # tensors of shape (B, T)
 
 
 def media_of(tensors: dict[str, Any]) -> dict[str, Any]:
-    """Those of pictures, and nothing of texts."""
+    """Those of pictures and sounds, and nothing of texts."""
     return {name: tensor for name, tensor in tensors.items() if name not in _SEQUENCE}
+
+
+def _summed(of_tokens: torch.Tensor, inputs: ModelInputs) -> torch.Tensor:
+    """(rows, T, N) of right-padded tokens -> (B, N), sums over those of each input."""
+    lengths = inputs.tensors["attention_mask"].sum(1, keepdim=True)  # (rows, 1)
+    real = torch.arange(of_tokens.shape[1], device=lengths.device) < lengths  # (rows, T)
+    return (of_tokens * real.unsqueeze(-1)).sum(1)[: len(inputs)]
 
 
 def _of_last(pool_mask: torch.Tensor, last: LastTokens | None) -> torch.Tensor:

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import torch
 from torch.nn import functional as F
 
-from mmembed.content import Image, Text
+from mmembed.content import Audio, Image, Text
 from mmembed.embeddings import Embeddings
 from mmembed.errors import CheckpointError
 from mmembed.models.embedding_model import EmbeddingModel
@@ -65,7 +66,8 @@ def check_recorded(
 def vectors_of(
     model: EmbeddingModel, preprocessor: Preprocessor, forward: Callable[[ModelInputs], Embeddings] | None = None
 ) -> torch.Tensor:
-    """Vectors of fixed inputs in evaluation mode: texts in both roles, and a picture where the backbone sees.
+    """Vectors of fixed inputs in evaluation mode: texts in both roles, a picture where the backbone sees, and a sound
+    where it hears.
 
     Args:
         forward: runs the model where it is called through a module around it.
@@ -74,6 +76,10 @@ def vectors_of(
     if model.family.multimodal:
         picture = PIL.Image.linear_gradient("L").resize((96, 64)).convert("RGB")
         items.append(Item((Image(picture),)))
+    if "audio" in model.family.media:
+        rate = model.family.sampling_rate
+        tone = np.sin(np.arange(rate // 2) * (880 * np.pi / rate)).astype(np.float32)
+        items.append(Item((Audio(tone, rate),)))
     if model.settings.head is not None:
         items = [replace(item, role="query", document=items[0].content) for item in items]
     if preprocessor.prompt.reads_lists:

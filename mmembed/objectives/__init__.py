@@ -55,8 +55,8 @@ class Objective(nn.Module):
     truncated embeddings (matryoshka). `reads` names what is used of the labels beyond positive or not, `pairs` says
     that it takes graded pairs: all documents of a record, each with its similarity from 0 to 1 (STS). `layers` names
     the lower decoder layers whose vectors `gather` has to find in the embeddings, `predicts` the roles whose texts it
-    has the model predict. One that looks at no vectors (`compares` is false) stands beside another in a list, and needs
-    neither `similarity_of` nor `view` nor `truncate`.
+    has the model predict, `routes` says that it looks at where routers send tokens. One that looks at no vectors
+    (`compares` is false) stands beside another in a list, and needs neither `similarity_of` nor `view` nor `truncate`.
 
     With a `teacher_momentum` the trainer holds a teacher, whose vectors of the batch are in `labels.taught`.
 
@@ -79,6 +79,7 @@ class Objective(nn.Module):
     idle_pairs: int = 0  # queries that a run trains on before this has a loss
     least_pairs: int = 1  # with fewer queries a batch, of all processes, it is not defined
     compares: ClassVar[bool] = True
+    routes: bool = False  # looks at where the routers of a mixture of experts send tokens
     judges: bool = False  # logits of pairs of a query and a document: a reranker's
     answers: ClassVar[bool] = False  # predicts the answer of an in-context reranker
     keeps_vectors: ClassVar[bool] = False  # its memory is of whole vectors, of which shorter ones are prefixes

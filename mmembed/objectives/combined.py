@@ -69,6 +69,7 @@ class Combined(Objective):
         self.objectives = nn.ModuleList([part.objective for part in parts])
         self.takes_negatives = any(part.objective.takes_negatives for part in parts)
         self.judges = self._leader.judges
+        self.routes = any(part.objective.routes for part in parts)
         self._momentum = one_teacher({part.name: part.objective for part in parts})
 
     @property

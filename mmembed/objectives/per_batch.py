@@ -54,6 +54,7 @@ class PerBatch(Objective):
                 raise ConfigError(f"objective.by_task: there is no task '{name}'; {nearest(name, tasks)}")
         self.by, self.names = by, tuple(objectives)
         self.objectives = nn.ModuleList(objectives.values())
+        self.routes = any(objective.routes for objective in objectives.values())
         self.takes_negatives = any(objective.takes_negatives for objective in objectives.values())
         self._momentum = one_teacher(objectives)
 

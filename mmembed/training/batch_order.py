@@ -137,7 +137,7 @@ def _of_source(source: RecordDataset, rule: Miner, seed: int, encoder: Encoder) 
         def positive(number: int) -> tuple[Item, str]:
             example = source[int(firsts[number])]
             document = max(example.documents, key=lambda one: one.relevance)
-            return Item.of_document(document, source.source.document_instruction), example.where
+            return Item.of_document(document, source.source.document_instruction, source.source.domain), example.where
 
         queries = encode_all(encoder, len(source), query, f"queries of {source.name}")
         positives = encode_all(encoder, len(firsts), positive, f"positives of {source.name}")

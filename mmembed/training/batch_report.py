@@ -6,7 +6,7 @@ larger contrastive batch, in-batch negatives on for classification. Costs one ba
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,14 +49,14 @@ def check_sources(
     datasets: Sequence[Source],
     config: EmbedderConfig,
     objective: Objective,
-    multimodal: bool = True,
+    reads: Collection[str] = ("image", "video"),
     processes: int = 1,
 ) -> None:
     """What can be told before weights are loaded: whether each source has something to compare, and whether the run
     would use every field that it carries and `data.ignore_fields` does not name.
 
     Args:
-        multimodal: whether the backbone reads pictures (`mmembed.models.continuing.reads_pictures`).
+        reads: the media that the backbone reads (`mmembed.models.continuing.reads_media`).
         processes: that train together.
 
     Raises:
@@ -65,7 +65,7 @@ def check_sources(
             groups, the prompt or the backbone leaves unused.
     """
     objective.check(datasets)
-    unwritten = _unwritten(PROMPTS.build(config.prompt), multimodal)
+    unwritten = _unwritten(PROMPTS.build(config.prompt), reads)
     for dataset in datasets:
         part = objective.part_for(dataset.name, min(dataset.tasks))
         check_supply(dataset, config, part, processes)
@@ -330,7 +330,6 @@ def _refuse(dataset: Source, config: EmbedderConfig, unused: dict[str, str]) -> 
 def _unread(config: EmbedderConfig, objective: Objective) -> dict[str, str]:
     """Field -> why groups and objective do not use it."""
     unused = {
-        "audio": "no offered backbone has an encoder for",
         "rationale": "recipes/train_generative_reranker.py trains on, and this run does not",
     }
     if config.data.positives_per_query == 1:  # a loss weighs the positives of a query against each other
@@ -348,7 +347,7 @@ def _unread(config: EmbedderConfig, objective: Objective) -> dict[str, str]:
     return unused
 
 
-def _unwritten(prompt: PromptStyle, multimodal: bool) -> dict[str, str]:
+def _unwritten(prompt: PromptStyle, reads: Collection[str]) -> dict[str, str]:
     """Field -> why prompt and backbone do not use it."""
     unused = {}
     probe = (Text("content"),)
@@ -358,6 +357,6 @@ def _unwritten(prompt: PromptStyle, multimodal: bool) -> dict[str, str]:
     ]
     if given[0] == given[1]:
         unused["instruction"] = "the prompt style does not write"
-    if not multimodal:
-        unused |= {"image": "this text backbone cannot read", "video": "this text backbone cannot read"}
-    return unused
+    seen = {"image": "this text backbone cannot read", "video": "this text backbone cannot read"}
+    unread = seen | {"audio": "this backbone cannot hear (docs/guide/audio.md names those that do)"}
+    return unused | {medium: why for medium, why in unread.items() if medium not in reads}

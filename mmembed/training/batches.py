@@ -11,7 +11,7 @@ from mmembed.config.blocks import EmbedderConfig
 from mmembed.content import Role
 from mmembed.data.batch_plan import BatchPlan
 from mmembed.data.collate import Collator
-from mmembed.data.mixing import shares
+from mmembed.data.mixing import new_share, shares
 from mmembed.data.streaming import RecordStream, Source
 from mmembed.objectives import Objective
 from mmembed.preprocess import Preprocessor
@@ -44,14 +44,25 @@ def plan_batches(
     sizes = [source.size for source in data]
     streams = {number: source for number, source in enumerate(data) if isinstance(source, RecordStream)}
     batch_sizes = [source.batch_size or args.per_device_train_batch_size for source in config.data.train]
+    rows = [size * world_size for size in batch_sizes]
+    replay = [source.replay for source in config.data.train]
+    batches = args.max_steps * args.gradient_accumulation_steps if streams else None
+    if batches is None and any(replay):  # as many as show the new sources whole
+        whole = [
+            size // count
+            for size, count, share in zip(sizes, rows, replay, strict=True)
+            if share is None and size is not None
+        ]
+        batches = round(sum(whole) / new_share(replay))
     plan = BatchPlan(
         sizes,
         shares(
             config.data.mixing,
             sizes,
-            [rows * world_size for rows in batch_sizes],
+            rows,
             [source.weight for source in config.data.train],
             config.data.mixing_alpha,
+            replay,
         ),
         batch_size=batch_sizes,
         seed=data_seed(args),
@@ -59,7 +70,7 @@ def plan_batches(
         rank=rank,
         keys=[source.keys() for source in data],
         names=[source.name for source in data],
-        batches=args.max_steps * args.gradient_accumulation_steps if streams else None,
+        batches=batches,
         round_robin=config.data.mixing == "round_robin",
         clusters=groups,
     )

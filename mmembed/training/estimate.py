@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmembed.backbones.experts import outline_experts
 from mmembed.backbones.loading import outline_backbone
 from mmembed.backbones.output_embedding import outline_output_embedding
 from mmembed.config.blocks import EmbedderConfig, TrainingConfig
@@ -91,6 +92,7 @@ def outline(config: EmbedderConfig, media: MediaStore | None, vision_layers: int
         attn_implementation="eager" if settings.attn_implementation == "eager" else "sdpa",  # kernels keep the same
         vision_layers=vision_layers,
     )
+    outline_experts(backbone.model)
     with torch.device("meta"):
         model, preprocessor = assemble(backbone, settings, media=media)
     if build_objective(config.objective).predicts:

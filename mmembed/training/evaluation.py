@@ -80,7 +80,7 @@ def build_dev_set(dataset: RecordDataset, source: SourceConfig) -> DevSet:
             if content not in columns:
                 columns[content] = len(documents)
                 by_id.setdefault(identity, []).append(len(documents))
-                documents.append(Item.of_document(document, source.document_instruction))
+                documents.append(Item.of_document(document, source.document_instruction, source.domain))
                 where.append(example.where)
     queries = tuple(Item.of_query(example) for example in examples)
     judged = tuple(_judged(example, columns, by_id) for example in examples)

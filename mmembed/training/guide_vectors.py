@@ -131,4 +131,4 @@ def _encoded(source: RecordDataset, encoder: Encoder) -> Path:
 def _item(source: RecordDataset, example: Example, index: int) -> Item:
     if index < 0:
         return Item.of_query(example)
-    return Item.of_document(example.documents[index], source.source.document_instruction)
+    return Item.of_document(example.documents[index], source.source.document_instruction, source.source.domain)

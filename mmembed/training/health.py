@@ -245,10 +245,10 @@ def _mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _modality_gap(queries: Embeddings, documents: Embeddings, batch: Batch) -> Tensor | None:
-    """Between inputs with and without pictures; None where the batch holds one kind."""
+    """Between inputs with and without pictures or sounds; None where the batch holds one kind."""
     pictured = torch.zeros(int(batch.place.max()) + 1, dtype=torch.bool)
     for chunk in batch.chunks:
-        pictured[chunk.index] = torch.tensor([bool(row.images) for row in chunk.rows])
+        pictured[chunk.index] = torch.tensor([any(row.media) for row in chunk.rows])
     vectors = torch.cat([_directions(queries), _directions(documents)])  # (Q + D, E)
     kind = pictured[batch.place].to(vectors.device)
     if bool(kind.all()) or not bool(kind.any()):

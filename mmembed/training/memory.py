@@ -262,6 +262,9 @@ def _floating(output: Any) -> list[Tensor]:
     return [item for item in tree_iter(output) if isinstance(item, Tensor) and item.is_floating_point()]
 
 
+_EXPERTS = 128  # of Qwen3-MoE: what is compared of routers is small beside vectors
+
+
 # What follows from numbers --------------------------------------------------------------------------------------------
 
 
@@ -274,7 +277,8 @@ def measure_objective(objective: Objective, labels: BatchLabels, size: int, vect
         mask = None if vectors_an_input == 1 else torch.ones(count, vectors_an_input, dtype=torch.bool)
         layers = {int(layer): torch.randn_like(vectors, requires_grad=True) for layer in objective.layers}
         told = (torch.zeros(count, requires_grad=True), torch.ones(count)) if objective.predicts else (None, None)
-        return Embeddings(vectors, mask, layers, *told)
+        routing = torch.ones(count, 2 * _EXPERTS, requires_grad=True) if objective.routes else None
+        return Embeddings(vectors, mask, layers, *told, routing)
 
     queries, documents = embeddings(len(labels.query_keys)), embeddings(len(labels.owner))
     if objective.teacher_momentum is not None:

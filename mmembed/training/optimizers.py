@@ -66,7 +66,9 @@ class Lion(torch.optim.Optimizer):
 
 _TRAINED_BY = {  # what makes a tower's rate act
     "vision": "the backbone needs a vision tower that the adapter reaches (adapter.target_modules)",
+    "audio": "the backbone needs an audio tower that the adapter reaches (adapter.target_modules)",
     "projector": "adapter.target_modules auto leaves it out; use all-linear, or adapter.type none",
+    "router": "only a mixture of experts has one; an adapter trains it with adapter.router: true",
     "language": "the adapter has to reach it (adapter.target_modules)",
     "pooling": "this pooling has no weights, and there is no projection",
     "objective": "a fixed temperature is no parameter; objective.temperature: {value: 0.05, learn: true} learns it",

@@ -21,6 +21,7 @@ from torch import nn
 
 from mmembed.backbones import Family, resolve_backbone
 from mmembed.backbones.adapters import check_adapter, lora_targets
+from mmembed.backbones.experts import check_experts
 from mmembed.backbones.layers import check_layers
 from mmembed.backbones.loading import outline_backbone
 from mmembed.backbones.output_embedding import check_predictable
@@ -79,7 +80,9 @@ def preflight(config: EmbedderConfig) -> Objective:
     check_mining(config, objective)
     check_guide(config, objective)
     check_evaluation(config)
-    towers = {"vision", "projector", "language", "pooling"} | ({"objective"} if list(objective.parameters()) else set())
+    towers = {"vision", "audio", "projector", "router", "language", "pooling"} | (
+        {"objective"} if list(objective.parameters()) else set()
+    )
     refuse_idle_rates(config.training.learning_rates, towers, config.model.freeze)
     if not Path(resolve_backbone(config.model.name_or_path), SETTINGS).exists():  # a saved embedder was checked so once
         _check_backbone(config)
@@ -131,7 +134,7 @@ def check_dropout(config: EmbedderConfig, modules: Iterable[tuple[str, nn.Module
     names = [source.name for source in config.data.train if source.pairs is not None and _by_dropout(source.pairs)]
     if not names:
         return
-    seeing = [pattern for tower, pattern in family.towers().items() if tower in ("vision", "projector")]
+    seeing = [pattern for tower, pattern in family.towers().items() if tower in ("vision", "audio", "projector")]
     reading = [(name, one) for name, one in modules if not any(re.search(pattern, f"{name}.") for pattern in seeing)]
     if draws(reading) is None:
         raise ConfigError(
@@ -328,3 +331,4 @@ def _check_backbone(config: EmbedderConfig) -> None:
         check_dropout(config, backbone.model.named_modules(), backbone.family)
     if adapter.type in LORA_TYPES:
         lora_targets(backbone, adapter.model_dump(mode="json")["target_modules"], model.freeze)
+        check_experts(backbone.model, adapter.experts, adapter.router)

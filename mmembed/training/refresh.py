@@ -266,7 +266,9 @@ def _vectors(
     def document(number: int) -> tuple[Item, str]:
         row, index = corpus.place[number].tolist()
         example = source[row]
-        return Item.of_document(example.documents[index], source.source.document_instruction), example.where
+        return Item.of_document(
+            example.documents[index], source.source.document_instruction, source.source.domain
+        ), example.where
 
     return (
         encode_all(encoder, len(source), query, f"queries of {source.name}"),

@@ -31,6 +31,8 @@ class Trained(nn.Module):
         super().__init__()
         self.model, self.objective = model, objective
         model.give_layers(objective.layers)
+        if objective.routes:
+            model.give_routing("objective 'router_balance'")
 
     @property
     def config(self) -> Any:

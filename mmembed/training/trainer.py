@@ -127,7 +127,7 @@ class EmbedderTrainer(Trainer):
         dev: Sequence[RecordDataset] = (),
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        check_sources(train, config, objective, preprocessor.family.multimodal, args.world_size)
+        check_sources(train, config, objective, preprocessor.family.media, args.world_size)
         check_dropout(config, model.named_modules(), preprocessor.family)
         args = with_metric(args, config, dev)
         if objective.predicts:
@@ -182,6 +182,11 @@ class EmbedderTrainer(Trainer):
         self.engine = engine_of(self.accelerator, self.args)
         if self.engine.sharded:
             refuse_divided(objective)
+        if self.engine.sharded and self.model.model.domain_bias is not None:
+            raise ConfigError(
+                "data.train domain: what conditions routers is not divided among processes; train with DDP, ZeRO-1 or "
+                "ZeRO-2, or remove it"
+            )
         lockstep = self.engine.lockstep
         # Only one graph is kept in lockstep, and each chunk may gather all weights: few large ones.
         size = training.token_budget if lockstep else chunk_tokens(self.run_config)
@@ -189,7 +194,7 @@ class EmbedderTrainer(Trainer):
         self.halving = Halving(budget, self.args.device, redo=not lockstep, remedy=smaller(self.run_config))
         # Where the vision side's forward or backward is a collective, a rank with images and one without would wait for
         # each other for ever.
-        seeing = not self.model.trained_towers().isdisjoint(("vision", "projector"))
+        seeing = not self.model.trained_towers().isdisjoint(("vision", "audio", "projector"))
         self.preprocessor.touch_vision = self.args.world_size > 1 and (self.engine.sharded or (lockstep and seeing))
         if self.is_fsdp_enabled:
             objective.to(self.args.device)
@@ -487,6 +492,8 @@ class EmbedderTrainer(Trainer):
         backward pass.
         """
         if self.args.device.type != "cpu" or self.args.world_size > 1 or self.engine.lockstep or self._draws_randomness:
+            return None
+        if self.model.model.one_at_a_time:
             return None
         if self.run_config.model.gradient_checkpointing or self.model.config.get_text_config().hidden_size > NARROW:
             return None

@@ -19,8 +19,10 @@ SYNTHESIS = sorted((ROOT / "recipes" / "configs" / "synthesis").rglob("*.yaml"))
 PIPELINES = sorted((ROOT / "recipes" / "configs" / "pipelines").rglob("*.yaml"))
 FAMILIES = {  # the first part of a name that is in a model's name -> the tiny family that stands for it
     "Qwen3-VL": "qwen3_vl",
+    "Qwen3-30B-A3B": "qwen3_moe",
     "mmembed-nano": "qwen3_vl",
     "Qwen2.5-VL": "qwen2_5_vl",
+    "Qwen2.5-Omni": "qwen2_5_omni",
     "Qwen2-VL": "qwen2_vl",
     "Qwen3": "qwen3",
     "Mistral": "mistral",

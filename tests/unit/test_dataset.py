@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+import soundfile
 
 from mmembed.config.blocks import DataConfig, SourceConfig
 from mmembed.content import Image, Task, Text
@@ -121,6 +122,7 @@ def test_ignored_media_are_taken_out_of_the_records(tmp_path, streaming):
     assert examples[1].documents[0].content == (Text("d"),)
     (tmp_path / "no-such.png").write_bytes(b"")
     PIL.Image.new("RGB", (8, 8)).save(tmp_path / "no-such.png")
+    soundfile.write(tmp_path / "said.wav", [0.0] * 1600, 16000)
     assert read()[0].fields == {"instruction", "image", "video", "audio"}, "the cache follows the option"
     assert read(ignore_fields=["audio"])[0].fields == {"instruction", "image", "video"}
 

@@ -154,5 +154,5 @@ def test_the_training_commands_of_the_readme_find_their_data(tmp_path):
         [RecordDataset(one, media, cache_dir=tmp_path / "cache", root=tmp_path) for one in sources]
         for sources in (own.data.train, own.data.dev)
     )
-    check_sources(train, own, build_objective(own.objective), multimodal=True)
+    check_sources(train, own, build_objective(own.objective), reads={"image", "video", "audio"})
     assert len(train[0]) == len(dev[0]) == 1
