@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import logging
 import os
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 from mmembed.arguments import Parser
 from mmembed.errors import MmembedError
+from mmembed.files import disk_errors
 from mmembed.locks import only_one as only_one
 
 if TYPE_CHECKING:
@@ -29,10 +29,6 @@ class WithOutput(Protocol):
 
     @property
     def output(self) -> str: ...
-
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class TooMuchLost(MmembedError):
@@ -67,18 +63,8 @@ def carry_out(load: Callable[[], C], work: Callable[[C, Path], str]) -> int:
     try:
         config = load()
         output = Path(config.output)
-        try:
-            with only_one(output):
-                print(work(config, output))
-        except OSError as error:
-            if error.errno in _FORBIDDEN:
-                raise MmembedError(f"{error.filename or output}: {error.strerror}; correct its rights") from error
-            if error.errno not in _FULL:
-                raise
-            raise MmembedError(
-                f"{error.filename or output}: cannot be written ({error.strerror}); what is complete is kept: free "
-                "disk space there, then the same command goes on"
-            ) from error
+        with disk_errors(output), only_one(output):
+            print(work(config, output))
     except TooMuchLost as lost:
         print(lost.summary)
         print(f"error: {lost}", file=sys.stderr)

@@ -1,50 +1,5 @@
-"""Files that are whole or not there, and digests of what a result depends on."""
+"""Files that are whole or not there, and digests of what a result depends on: those of the library."""
 
-from __future__ import annotations
-
-import hashlib
-import json
-import os
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-
-_SORTED = json.JSONEncoder(sort_keys=True)  # kept: json.dumps with an option builds one at every call
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file so that it is either the old or the new one."""
-    staged = path.with_name(f".{path.name}.writing")
-    try:
-        with staged.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staged, path)
-    finally:
-        staged.unlink(missing_ok=True)
-
-
-def stamps(paths: Iterable[Path]) -> list[Any]:
-    """Names, sizes and times of files, of those in folders, and of the pictures' table beside a file."""
-    files: list[Path] = []
-    for path in paths:
-        files += sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
-        table = path.with_name("images.parquet")
-        files += [table] if path.is_file() and table.is_file() else []
-    return [[one.name, one.stat().st_size, one.stat().st_mtime_ns] for one in files if one.is_file()]
-
-
-def digest(*parts: Any) -> str:
-    """Of arrays, bytes and what JSON can hold."""
-    state = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        if isinstance(part, np.ndarray):
-            encoded = f"{part.dtype.str}{part.shape}".encode() + np.ascontiguousarray(part).tobytes()
-        else:
-            plain = b"null" if part is None else part
-            encoded = plain if isinstance(plain, bytes) else _SORTED.encode(plain).encode()
-        state.update(len(encoded).to_bytes(8, "little") + encoded)
-    return state.hexdigest()
+from mmembed.files import digest as digest
+from mmembed.files import stamps as stamps
+from mmembed.files import write_whole as write_whole

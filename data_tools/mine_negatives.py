@@ -3,7 +3,7 @@
     python -m data_tools.mine_negatives --config recipes/configs/mining/demo.yaml output=runs/mined
 
 A run that was killed, at any moment, goes on where it was when the same command is started again: vectors, candidates
-and a teacher's scores are kept in shards below OUTPUT/work (`data_tools.mining.shards`), each under a digest of what it
+and a teacher's scores are kept in shards below OUTPUT/work (`mmembed.shards`), each under a digest of what it
 depends on: contents, model, settings. One process at a time works in an output folder; the lock of one that died is
 free. The records of each source are put in place whole. docs/mining.md has the config.
 

@@ -49,11 +49,12 @@ def score(config: ScoreConfig, output: Path) -> str:
     work = output / "work"
     work.mkdir(exist_ok=True)
     models, places = Models(work, None, config.teacher, config.overwrite), []
+    workers = None if config.ray is None else config.ray.used
     for source in config.sources:  # all are read before anything is scored
         folder = work / source.file
         folder.mkdir(exist_ok=True)
         found, media = collect(config, source, folder)
-        places.append(Place(source.title, found, media, models, folder, config.shard))
+        places.append(Place(source.title, found, media, models, folder, config.shard, workers))
         places[-1].check_kinds()
     lines, media_files = [], list[str]()
     for source, place in zip(config.sources, places, strict=True):

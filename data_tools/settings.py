@@ -5,15 +5,36 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
-from mmembed.config.blocks import MediaLimitsConfig
+from mmembed.config.blocks import MediaLimitsConfig, Positive
 from mmembed.errors import ConfigError
 from mmembed.media_limits import MediaLimits
+from mmembed.workers import Workers, check_ray
 
 
 class Block(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RayConfig(Block):
+    """Workers of a Ray cluster; see `mmembed.workers.Workers`.
+
+    address: of a running cluster (auto, HOST:PORT), or local for one of this machine.
+    workers: each with a model or generator of its own.
+    threads, gpus: of each.
+    """
+
+    address: str = "local"
+    workers: Positive = 1
+    threads: Positive = 1
+    gpus: float | None = Field(default=None, ge=0)
+
+    @property
+    def used(self) -> Workers:
+        """Raises MmembedError where Ray is not installed."""
+        check_ray()
+        return Workers(self.address, self.workers, self.threads, self.gpus)
 
 
 class Reading(Block):

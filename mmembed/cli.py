@@ -18,7 +18,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmembed.arguments import Parser, add_media_limits, add_vision_cache, media_limits_of, vision_cache_of
+from mmembed.arguments import Parser, add_vision_cache, media_limits_of
+from mmembed.commands import encode
+from mmembed.commands.common import (
+    add_command,
+    add_model,
+    add_on_bad_record,
+    add_trust,
+    load_embedder,
+    portable,
+    report,
+)
 from mmembed.errors import MmembedError
 from mmembed.media_limits import MediaLimits
 from mmembed.packaged import NANO, resolve
@@ -31,8 +41,6 @@ if TYPE_CHECKING:
     from mmembed.inference.reranking import Question
     from mmembed.inference.sources import Entry
 
-PRECISIONS = ("float32", "float16", "bfloat16", "int8", "binary")  # repeated from mmembed.quantize, which loads numpy
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEPTH = 50  # hits that a reranker orders
 
 
@@ -69,77 +77,17 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     parser.add_argument("--version", action="version", version=f"mmembed {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     commands = {}
-    for add in (_add_encode, _add_search, _add_rerank, _add_explore, _add_plan, _add_verify, _add_inspect):
+    for add in (encode.add, _add_search, _add_rerank, _add_explore, _add_plan, _add_verify, _add_inspect):
         command = add(subparsers)
         commands[command.prog.split()[-1]] = command
     return parser, commands
-
-
-# encode -------------------------------------------------------------------------------------------------------------
-
-
-def _add_encode(subparsers: Any) -> Parser:
-    command = _command(
-        subparsers,
-        "encode",
-        _encode,
-        help="encode a folder of images or a JSONL file to .npy",
-        description="""\
-            Encodes a folder of images, or JSON lines, into a folder of vectors.npy, items.jsonl and encoding.json.
-
-            A line is {"text": ..., "image": ..., "id": ...}, a line of a BEIR folder, or a canonical training record.
-
-              mmembed encode photos/ --output photos.enc
-              mmembed encode corpus.jsonl --model runs/demo/embedder --output corpus.enc --precision int8""",
-    )
-    command.add_argument("source", type=Path, help="folder of images, or .jsonl file")
-    command.add_argument("--output", type=Path, required=True, help="folder to write")
-    command.add_argument("--overwrite", action="store_true", help="replace an encoded folder")
-    _add_model(command, NANO)
-    add_vision_cache(command)
-    _add_encoding(command)
-    return command
-
-
-def _encode(arguments: argparse.Namespace) -> int:
-    from mmembed.inference.encoding import Encoding, write_collection
-    from mmembed.inference.sources import count_entries, media_root, read_entries
-
-    field = _field(arguments.role)
-    entries = read_entries(arguments.source, field)
-    embedder = _load(arguments, arguments.model, arguments.layers)
-    encoding = Encoding(
-        _portable(arguments.model),
-        arguments.truncate_dim or embedder.embedding_size,
-        arguments.role,
-        arguments.instruction,
-        arguments.precision,
-        arguments.truncate_dim,
-        arguments.layers,
-        str((arguments.media_root or media_root(arguments.source)).resolve()),
-    )
-    with _progress("encode", count_entries(arguments.source, field)) as advance:
-        done = write_collection(
-            arguments.output,
-            embedder,
-            entries,
-            encoding,
-            on_bad=arguments.on_bad_record,
-            overwrite=arguments.overwrite,
-            report=_report,
-            progress=advance,
-            token_budget=arguments.token_budget,
-        )
-    skipped = f", {done.skipped} skipped" if done.skipped else ""
-    print(f"{arguments.output}: {done.count} vectors of {done.size} dimensions, {done.precision}{skipped}")
-    return 0
 
 
 # search -------------------------------------------------------------------------------------------------------------
 
 
 def _add_search(subparsers: Any) -> Parser:
-    command = _command(
+    command = add_command(
         subparsers,
         "search",
         _search,
@@ -167,10 +115,10 @@ def _add_search(subparsers: Any) -> Parser:
         help=f"hits of the embedder that the reranker orders (default {DEPTH}, or --top-k where that is more)",
     )
     command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    _add_model(command, None)
+    add_model(command, None)
     add_vision_cache(command)
     command.add_argument("--instruction", help="instruction of the query, for the embedder and the reranker")
-    _add_on_bad_record(command)
+    add_on_bad_record(command)
     return command
 
 
@@ -191,13 +139,13 @@ def _search(arguments: argparse.Namespace) -> int:
     if encoded:
         encoding, vectors = open_collection(arguments.target)
         truncate_dim = encoding.truncate_dim
-        embedder = _load(arguments, arguments.model or encoding.model, encoding.layers)
-        check_model(embedder, encoding, arguments.target, _portable(arguments.model or encoding.model))
+        embedder = load_embedder(arguments, arguments.model or encoding.model, encoding.layers)
+        check_model(embedder, encoding, arguments.target, portable(arguments.model or encoding.model))
         size: int | None = encoding.size
     else:
-        entries = list(usable(read_entries(arguments.target), arguments.on_bad_record, _report))
-        embedder = _load(arguments, arguments.model or NANO)
-        kept, vectors = encode_entries(embedder, entries, arguments.on_bad_record, _report)
+        entries = list(usable(read_entries(arguments.target), arguments.on_bad_record, report))
+        embedder = load_embedder(arguments, arguments.model or NANO)
+        kept, vectors = encode_entries(embedder, entries, arguments.on_bad_record, report)
         found, size = {row: entry.item() for row, entry in enumerate(kept)}, None
     # Media of --image lie anywhere, those of files below their folder.
     root = (arguments.media_root or arguments.queries.parent) if arguments.queries else None
@@ -206,7 +154,7 @@ def _search(arguments: argparse.Namespace) -> int:
         embedder,
         queries,
         arguments.on_bad_record if arguments.queries else "raise",
-        _report,
+        report,
         role="query",
         instruction=arguments.instruction,
         truncate_dim=truncate_dim,
@@ -280,7 +228,7 @@ def _second_stage(
         top_k=arguments.top_k,
         instruction=arguments.instruction,
         on_bad=arguments.on_bad_record,
-        report=_report,
+        report=report,
     )
 
 
@@ -311,7 +259,7 @@ def _queries(arguments: argparse.Namespace) -> list[Entry]:
     if alone == (arguments.queries is not None):
         raise MmembedError("query: give a text, --image, both, or --queries FILE alone")
     if arguments.queries is not None:
-        queries = list(usable(read_entries(arguments.queries, "query"), arguments.on_bad_record, _report))
+        queries = list(usable(read_entries(arguments.queries, "query"), arguments.on_bad_record, report))
         if not queries:
             raise MmembedError(f"{arguments.queries}: holds no usable query; correct the lines")
         return queries
@@ -352,7 +300,7 @@ def _line(content: dict[str, Any], width: int) -> str:
 
 
 def _add_rerank(subparsers: Any) -> Parser:
-    command = _command(
+    command = add_command(
         subparsers,
         "rerank",
         _rerank,
@@ -381,9 +329,9 @@ def _add_rerank(subparsers: Any) -> Parser:
         default="probability",
         help="of the scores: the probability of being relevant (default), or the logit behind it",
     )
-    _add_model(command, None, required=True, help="folder of a reranker")
+    add_model(command, None, required=True, help="folder of a reranker")
     command.add_argument("--token-budget", type=int, help="padded tokens in a batch (default by device)")
-    _add_on_bad_record(command)
+    add_on_bad_record(command)
     return command
 
 
@@ -415,7 +363,7 @@ def _rerank(arguments: argparse.Namespace) -> int:
         scale=arguments.scale,
         token_budget=arguments.token_budget,
         on_bad=arguments.on_bad_record,
-        report=_report,
+        report=report,
     )
     lines = (json.dumps(answer.as_json(), ensure_ascii=False) + "\n" for answer in answers)
     if output is None:
@@ -448,7 +396,7 @@ def _questions(arguments: argparse.Namespace) -> Iterator[Question]:
         elif arguments.on_bad_record == "raise":
             raise one
         else:
-            _report(one)
+            report(one)
 
 
 def _one_question(arguments: argparse.Namespace) -> Iterator[Question]:
@@ -458,7 +406,7 @@ def _one_question(arguments: argparse.Namespace) -> Iterator[Question]:
     from mmembed.inference.sources import read_entries
     from mmembed.media import MediaStore
 
-    documents = tuple(usable(read_entries(arguments.source), arguments.on_bad_record, _report))
+    documents = tuple(usable(read_entries(arguments.source), arguments.on_bad_record, report))
     if documents:
         query = _query_of(arguments)
         opened = with_bytes(query, MediaStore(None, media_limits_of(arguments)))
@@ -469,7 +417,7 @@ def _one_question(arguments: argparse.Namespace) -> Iterator[Question]:
 
 
 def _add_explore(subparsers: Any) -> Parser:
-    command = _command(
+    command = add_command(
         subparsers,
         "explore",
         _explore,
@@ -496,7 +444,7 @@ def _add_explore(subparsers: Any) -> Parser:
     command.add_argument("--top-k", type=int, default=10, help="how many hits the page shows at first (default 10)")
     command.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine)")
     command.add_argument("--port", type=int, default=7860, help="default 7860; 0 takes one that is free")
-    _add_model(
+    add_model(
         command,
         None,
         nargs="+",
@@ -504,7 +452,7 @@ def _add_explore(subparsers: Any) -> Parser:
         help="one or two checkpoint folders or backbones (default the one the folder was encoded with, else the nano)",
     )
     add_vision_cache(command)
-    _add_on_bad_record(command)
+    add_on_bad_record(command)
     return command
 
 
@@ -535,22 +483,22 @@ def _open_page(arguments: argparse.Namespace, models: list[str], port: int) -> N
     limits, root = media_limits_of(arguments), _document_root(arguments)
 
     def load(model: str, layers: int | None) -> Embedder:
-        return _load_media(_load(arguments, model, layers), root, limits)
+        return _load_media(load_embedder(arguments, model, layers), root, limits)
 
     reranker = None
     if arguments.rerank is not None:
         reranker = (Path(arguments.rerank).name, _load_reranker(arguments, arguments.rerank, root))
     if (arguments.target / ENCODING).is_file():
-        documents = open_folder(arguments.target, models, load, _report)
+        documents = open_folder(arguments.target, models, load, report)
     else:
-        documents = open_source(arguments.target, models or [NANO], load, _report, arguments.on_bad_record)
+        documents = open_source(arguments.target, models or [NANO], load, report, arguments.on_bad_record)
     explorer = Explorer(
         documents,
         media=MediaStore(None, limits),
         depth=arguments.depth or DEPTH,
         reranker=reranker,
         on_bad=arguments.on_bad_record,
-        report=_report,
+        report=report,
     )
     serve(
         explorer,
@@ -567,7 +515,7 @@ def _explored(arguments: argparse.Namespace) -> list[str]:
     """The models that were asked for, after the options were judged."""
     from mmembed.inference.encoding import ENCODING
 
-    models = [_portable(model) for model in arguments.model or []]
+    models = [portable(model) for model in arguments.model or []]
     if len(models) > 2 or len(set(models)) < len(models):
         raise MmembedError(f"--model: found {' '.join(arguments.model)}; give one model, or two different ones")
     if arguments.top_k < 1:
@@ -604,7 +552,7 @@ def _free_port(host: str, port: int) -> int:
 
 
 def _add_plan(subparsers: Any) -> Parser:
-    command = _command(
+    command = add_command(
         subparsers,
         "plan",
         _plan,
@@ -653,7 +601,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _add_verify(subparsers: Any) -> Parser:
-    command = _command(
+    command = add_command(
         subparsers,
         "verify",
         _verify,
@@ -665,7 +613,7 @@ def _add_verify(subparsers: Any) -> Parser:
     )
     command.add_argument("checkpoint", type=Path, help="folder of a saved embedder")
     command.add_argument("--tolerance", type=float, default=1e-3, help="largest allowed difference (default 1e-3)")
-    _add_trust(command)
+    add_trust(command)
     return command
 
 
@@ -707,7 +655,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _add_inspect(subparsers: Any) -> Parser:
-    command = _command(
+    command = add_command(
         subparsers,
         "inspect",
         _inspect,
@@ -777,98 +725,7 @@ def _flat(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", inner if isinstance(inner, str) else json.dumps(inner, ensure_ascii=False)
 
 
-# Shared -------------------------------------------------------------------------------------------------------------
-
-
-def _command(
-    subparsers: Any, name: str, run: Callable[[argparse.Namespace], int], *, help: str, description: str
-) -> Parser:
-    """A subcommand that calls `run`; its description keeps its lines."""
-    command: Parser = subparsers.add_parser(
-        name,
-        help=help,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=textwrap.dedent(description),
-    )
-    command.set_defaults(run=run)
-    return command
-
-
-def _add_model(command: Parser, default: str | None, **options: Any) -> None:
-    usual = f"checkpoint folder or backbone (default {default or 'the one the folder was encoded with'})"
-    command.add_argument("--model", **{"default": default, "help": usual, **options})
-    command.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
-    command.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default auto)")
-    _add_trust(command)
-    command.add_argument(
-        "--media-root",
-        type=Path,
-        help="folder that relative image paths of files start from and must stay in (default: the file's own folder)",
-    )
-    add_media_limits(command, *vars(MediaLimits()))
-
-
-def _add_trust(command: Parser) -> None:
-    command.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="run the python code that the backbone brings with it; read it first",
-    )
-
-
-def _add_encoding(command: Parser) -> None:
-    command.add_argument(
-        "--role",
-        choices=("document", "query"),
-        default="document",
-        help="document (default) or query; also which side of a training record is taken",
-    )
-    command.add_argument("--instruction", help="instruction of every entry without its own")
-    command.add_argument("--truncate-dim", type=int, help="keep the first dimensions (Matryoshka)")
-    command.add_argument("--layers", type=int, help="compute the first decoder layers only (2-D Matryoshka)")
-    command.add_argument("--precision", choices=PRECISIONS, default="float32")
-    command.add_argument("--token-budget", type=int, help="padded tokens in a batch (default by device)")
-    _add_on_bad_record(command)
-
-
-def _add_on_bad_record(command: Parser) -> None:
-    command.add_argument(
-        "--on-bad-record",
-        choices=("raise", "skip"),
-        default="raise",
-        help="what to do with an entry that cannot be encoded (default raise)",
-    )
-
-
-def _field(role: str) -> Any:
-    return "query" if role == "query" else "documents"
-
-
-def _load(arguments: argparse.Namespace, model: str, layers: int | None = None) -> Embedder:
-    """The embedder, its media confined to the folder of what is encoded."""
-    from transformers.utils.logging import disable_progress_bar
-
-    from mmembed.inference.embedder import Embedder
-    from mmembed.inference.sources import media_root
-    from mmembed.media import MediaStore
-
-    disable_progress_bar()  # a bar a file of weights says nothing
-    root = arguments.media_root or media_root(vars(arguments).get("source") or arguments.target)
-    embedder = Embedder.from_pretrained(
-        model,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        media=MediaStore(root, media_limits_of(arguments)),
-        trust_remote_code=arguments.trust_remote_code,
-        layers=layers,
-        **vision_cache_of(arguments),
-    )
-    if embedder.model.pooling.multi_vector:
-        raise MmembedError(
-            f"{model}: gives many vectors a content, and an encoded folder holds one; use Embedder.encode and "
-            "Embedder.similarity in Python"
-        )
-    return embedder
+# Shared ---------------------------------------------------------------------------------------------------------------
 
 
 def _load_reranker(arguments: argparse.Namespace, path: str, root: Path | None) -> Reranker:
@@ -893,15 +750,6 @@ def _load_media(embedder: Embedder, root: Path | None, limits: MediaLimits) -> E
 
     embedder.preprocessor.media = MediaStore(root, limits)
     return embedder
-
-
-def _portable(model: str) -> str:
-    """A folder as an absolute path, so that search finds it from anywhere; a name as it is."""
-    return str(Path(model).resolve()) if Path(model).is_dir() else model
-
-
-def _report(error: MmembedError) -> None:
-    print(f"skipped: {error}", file=sys.stderr)
 
 
 @contextmanager

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from data_tools.mining.model_files import model_digest, model_folder
 from mmembed.errors import ConfigError
+from mmembed.models.files import model_digest, model_folder
 
 _OF_SPEED = frozenset({
     "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization", "kv_cache_memory_bytes", "enforce_eager",

@@ -3,7 +3,6 @@
 settings.py      the config
 collection.py    records and documents of one source, read once: equal contents are one row
 retrievers/      what scores a query with every document: a file each
-shards.py        rows of an array on disk that are computed shard by shard, once
 tokens.py        vectors of contents that have many each
 steps.py         vectors, candidates, a teacher's scores, the choice, the records
 teachers/        what scores a query with one document: a file each

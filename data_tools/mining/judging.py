@@ -1,13 +1,15 @@
 """What models say of one source, computed once: vectors of its contents, and a teacher's scores of its pairs.
 
-Both are kept in shards (`shards.py`) below the source's work folder, each under a digest of what it depends on, so a
-killed run computes none twice. A teacher of many vectors encodes each content once (`tokens.py`).
+Both are kept in shards (`mmembed.shards`) below the source's work folder, each under a digest of what it depends on, so
+a killed run computes none twice. Vectors may be computed by workers of a cluster. A teacher of many vectors encodes
+each content once (`tokens.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,18 +20,20 @@ from tqdm import tqdm
 from data_tools.files import digest
 from data_tools.mining.collection import Collection
 from data_tools.mining.models import Models
-from data_tools.mining.retrievers import Encoder, Item
-from data_tools.mining.shards import Shards
-from data_tools.mining.teachers import PairTeacher
+from data_tools.mining.retrievers import RETRIEVERS, Encoder, Item
+from data_tools.mining.teachers import TEACHERS, PairTeacher
 from data_tools.mining.teachers.embedder import EmbedderTeacher
 from data_tools.mining.teachers.late_interaction import LateInteraction
 from data_tools.mining.tokens import TokenStore
+from mmembed.config.blocks import TypedBlock
 from mmembed.content import Role
 from mmembed.errors import ConfigError, MmembedError
 from mmembed.media import MediaStore
 from mmembed.progress import bar
 from mmembed.quantize import quantize
 from mmembed.search import pair_scores, rescore_maxsim
+from mmembed.shards import Shards
+from mmembed.workers import Workers, spread
 
 PAIRS = 4096  # pairs that a teacher scores at a time; a kill loses so many at most
 Rows = NDArray[np.int64]
@@ -40,7 +44,7 @@ Floats = NDArray[np.float32]
 class Place:
     """A source that models read.
 
-    work: the folder of its shards. shard: contents encoded at a time.
+    work: the folder of its shards. shard: contents encoded at a time. workers: that encode; None is this process.
     """
 
     title: str
@@ -49,6 +53,7 @@ class Place:
     models: Models
     work: Path
     shard: int
+    workers: Workers | None = None
 
     def check_kinds(self) -> None:
         """Raises ConfigError where contents are of a kind that a model does not read."""
@@ -86,20 +91,19 @@ def encoded(place: Place, name: Literal["retriever", "teacher"], precision: Any 
         starts = range(0, len(digests), size)
         keys = [digest(of, role, precision, digests[start : start + size]) for start in starts]
         shards = Shards(place.work, f"{name}-{side}", len(digests), size, keys)
-        missing = list(shards.missing())
-        if missing:
+        missing = [number for number, _ in shards.missing()]
+        job = _Job(name, models.block(name), found.folder.absolute(), place.media, side, role, size, precision)
+        if place.workers is None and missing:
             models.load(one, place.media)
+        make = partial(job.begin, found, encoder) if place.workers is None else partial(job.begin)
         what = f"encode {side}{' for the teacher' if name == 'teacher' else ''}"
         with place.bar(what, len(digests), " contents", shards.complete) as shown:
-            for number, span in missing:
-                items = found.items(side, range(span.start, span.stop))
-                vectors = encoder.encode(items, role)
-                _check_finite(vectors, items, name)
-                if precision == "binary" and vectors.shape[1] % 8:
-                    raise ConfigError(f"search.precision 'binary': {vectors.shape[1]} dimensions are no multiple of 8")
-                shards.write(number, quantize(vectors, precision))
+            for number, (vectors, probe) in spread(missing, make, place.workers):
+                if place.workers is not None:
+                    models.check(name, probe)
+                shards.write(number, vectors)
                 models.keep(name)
-                shown.update(len(items))
+                shown.update(len(vectors))
         models.keep(name)  # an earlier process may have died before it did
         made.append(shards.open())
     if made[0].shape[1] != made[1].shape[1]:
@@ -107,6 +111,42 @@ def encoded(place: Place, name: Literal["retriever", "teacher"], precision: Any 
             f"{name}: queries have {made[0].shape[1]} dimensions, documents {made[1].shape[1]}; use one model"
         )
     return tuple(made)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The encoding of one side of a source, as a worker has to know it."""
+
+    name: Literal["retriever", "teacher"]
+    block: TypedBlock
+    folder: Path  # of the collection
+    media: MediaStore
+    side: str
+    role: Role
+    size: int  # contents of a shard
+    precision: Any
+
+    def begin(self, found: Collection | None = None, encoder: Encoder | None = None) -> Callable[[int], Any]:
+        """What gives the vectors of a shard, with that of a fixed text where the encoder is one of a worker."""
+        probe = None
+        if found is None or encoder is None:
+            found = Collection(self.folder)
+            one: Any = RETRIEVERS.build(self.block) if self.name == "retriever" else TEACHERS.build(self.block)
+            encoder = one.encoder if isinstance(one, EmbedderTeacher) else one
+            assert isinstance(encoder, Encoder), "only vectors are computed by workers"
+            encoder.load(self.media)
+            probe = encoder.probe()
+        return lambda number: (self.encode(found, encoder, number), probe)
+
+    def encode(self, found: Collection, encoder: Encoder, number: int) -> NDArray[Any]:
+        """The vectors of a shard (n, W). Raises MmembedError: NaN or infinity."""
+        count = len(found.query_digests if self.side == "queries" else found.corpus_digests)
+        items = found.items(self.side, range(number * self.size, min(count, (number + 1) * self.size)))
+        vectors = encoder.encode(items, self.role)
+        _check_finite(vectors, items, self.name)
+        if self.precision == "binary" and vectors.shape[1] % 8:
+            raise ConfigError(f"search.precision 'binary': {vectors.shape[1]} dimensions are no multiple of 8")
+        return quantize(vectors, self.precision)
 
 
 class Judge:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data_tools.files import digest, write_whole
 from data_tools.mining.retrievers import RETRIEVERS, Encoder, Retriever
@@ -38,6 +39,7 @@ class Models:
         self.folder, self.overwrite = folder, overwrite
         self.retriever: Retriever | None = None if retriever is None else RETRIEVERS.build(retriever)
         self.teacher: Teacher | None = None if teacher is None else TEACHERS.build(teacher)
+        self._blocks = {"retriever": retriever, "teacher": teacher}
         self._states: dict[str, dict[str, Any]] = {}
         self._noted: dict[str, bytes] = {}  # what the folder says
         self.of_retriever = self._recognise("retriever", retriever, self.retriever)
@@ -47,10 +49,18 @@ class Models:
         """Raises MmembedError where the model behind the same name has changed since the folder was begun."""
         one.load(media)
         encoder = one.encoder if isinstance(one, EmbedderTeacher) else one
-        if not isinstance(encoder, Encoder | LateInteraction):
-            return
-        name = "teacher" if one is self.teacher else "retriever"
-        state, now = self._states[name], encoder.probe()
+        if isinstance(encoder, Encoder | LateInteraction):
+            self.check("teacher" if one is self.teacher else "retriever", encoder.probe())
+
+    def block(self, name: str) -> TypedBlock:
+        """That of the retriever or the teacher."""
+        block = self._blocks[name]
+        assert block is not None, "asked of those there are"
+        return block
+
+    def check(self, name: str, now: NDArray[np.float32] | None) -> None:
+        """Raises MmembedError where the vector of a fixed text is not that of before."""
+        state = self._states[name]
         if now is None:
             return
         if not np.isfinite(now).all():

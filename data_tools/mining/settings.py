@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from data_tools.settings import Block, Reading, listed
+from data_tools.settings import Block, RayConfig, Reading, listed
 from mmembed.config import load_blocks
 from mmembed.config.blocks import Positive, SourceConfig, TypedBlock, block_type, check_type
 from mmembed.content import Task
@@ -89,11 +89,13 @@ class RecordsConfig(Reading):
     root, media_root, media_limits, on_bad_record: as `data` of a training run.
     shard: contents encoded at a time; a kill loses so many at most.
     overwrite: what was computed by another retriever or teacher may be replaced.
+    ray: workers that compute vectors of queries and documents, in shards; None computes them in this process.
     """
 
     sources: tuple[MiningSource, ...] = Field(min_length=1)
     shard: Positive = 1024
     overwrite: bool = False
+    ray: RayConfig | None = None
 
     @field_validator("sources", mode="before")
     @classmethod
@@ -214,7 +216,7 @@ def load_scoring(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) 
 
     config = load_blocks(ScoreConfig, path, overrides, "recipes/configs/distil")
     try:
-        TEACHERS.build(config.teacher)
+        _check_ray(config, TEACHERS.build(config.teacher))
     except MmembedError as error:
         raise ConfigError(f"{path}: {error}") from None
     return config
@@ -235,9 +237,8 @@ def _check_blocks(config: MiningConfig) -> None:
         raise ConfigError(f"search.index '{index}': faiss is not installed; pip install faiss-cpu, or use exact")
     if config.search.device != "cpu":
         _check_device(config.search)
-    RETRIEVERS.build(config.retriever)
-    if config.teacher is not None:
-        TEACHERS.build(config.teacher)
+    retriever = RETRIEVERS.build(config.retriever)
+    _check_ray(config, retriever, None if config.teacher is None else TEACHERS.build(config.teacher))
     roles: dict[str, str] = {}
     for block in config.rules:
         rule, name = MINERS.build(block), block_type(block)
@@ -255,6 +256,18 @@ def _check_blocks(config: MiningConfig) -> None:
             raise ConfigError(f"rules: '{name}' reads clusters; set clusters to how many there shall be")
     if config.clusters is not None and not any("clusters" in MINERS.build(one).reads for one in config.rules):
         raise ConfigError("clusters: no rule reads them; add cluster_diverse or mcl, or remove it")
+
+
+def _check_ray(config: RecordsConfig, *models: Any) -> None:
+    """Raises ConfigError where `ray` would have nothing to do."""
+    from data_tools.mining.retrievers import Encoder
+    from data_tools.mining.teachers.embedder import EmbedderTeacher
+
+    if config.ray is None:
+        return
+    if not any(isinstance(model, Encoder | EmbedderTeacher) for model in models):
+        names = " and ".join(f"'{model.name}'" for model in models if model is not None)
+        raise ConfigError(f"ray: its workers compute vectors, and {names} has none to compute; remove it")
 
 
 def _check_device(search: SearchConfig) -> None:

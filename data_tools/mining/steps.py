@@ -1,8 +1,8 @@
 """The steps of mining one source: vectors, candidates, a teacher's scores, the choice.
 
-What is expensive is kept in shards (`shards.py`), each under a digest of what it depends on, so a step is done once for
-the same contents, model and settings: other rules choose anew among the same candidates without encoding anything. The
-choice itself is a function of candidates, rules and seed, and is made again each time.
+What is expensive is kept in shards (`mmembed.shards`), each under a digest of what it depends on, so a step is done
+once for the same contents, model and settings: other rules choose anew among the same candidates without encoding
+anything. The choice itself is a function of candidates, rules and seed, and is made again each time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from data_tools.mining.judging import Floats, Judge, Place, Rows, encoded
 from data_tools.mining.models import Models
 from data_tools.mining.retrievers import Lexical, Retriever
 from data_tools.mining.settings import MiningConfig
-from data_tools.mining.shards import Shards
 from data_tools.mining.stages import joined, read_stage, remove_stage, write_stage
 from mmembed.errors import ConfigError, MmembedError
 from mmembed.media import MediaStore
@@ -34,6 +33,7 @@ from mmembed.mining.mcl import next_stage
 from mmembed.mining.owner_similarity import with_owners
 from mmembed.search import FaissIndex, Hits, pair_scores, top_k
 from mmembed.search.faiss_index import SEARCH_OPTIONS
+from mmembed.shards import Shards
 
 logger = logging.getLogger(__name__)
 FOUND = np.dtype([("row", "<i8"), ("score", "<f4")])
@@ -95,7 +95,8 @@ class SourceMiner:
         self._indexed = False  # by a lexical retriever
         assert models.retriever is not None, "mining has one"
         self.retriever: Retriever = models.retriever
-        self.place = Place(title, found, media, models, work, config.shard)
+        workers = None if config.ray is None else config.ray.used
+        self.place = Place(title, found, media, models, work, config.shard, workers)
         self.judge = Judge(self.place, config.search.precision)
         self.rules = [MINERS.build(block) for block in config.rules]
         self._check()

@@ -5,6 +5,8 @@
 A line is written as soon as its answer is there. A killed process loses what was in flight; a line that it left
 unfinished is cut off by the next one. The disk is waited for once a second, which only a power failure makes matter.
 
+A worker of a cluster keeps its answers in a file of its own, over those that the run had before (`base`).
+
 Cost: 200 bytes of memory an answer, for its place; texts stay in the file.
 """
 
@@ -15,6 +17,7 @@ import mmap
 import os
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -27,14 +30,22 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 
 class Answers:
-    """Answers by key; the file is this process's alone."""
+    """Answers by key; the file is this process's alone, unless it is only read.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        base: another process's, which are looked up where the file has none; they do not count as its own.
+        read_only: as far as the file is now.
+    """
+
+    def __init__(self, path: Path, base: Answers | None = None, read_only: bool = False) -> None:
+        self.path, self._base = path, base
         self.prompt_tokens = self.tokens = 0  # of all answers
         self._places: dict[str, int] = {}
         self._recent: OrderedDict[str, Answer] = OrderedDict()
         self._end = self._read()
+        self._file: Any = None
+        if read_only:
+            return
         self._file = path.open("r+b" if path.exists() else "w+b", buffering=0)
         self._file.truncate(self._end)
         self._file.seek(self._end)
@@ -49,8 +60,12 @@ class Answers:
     def __len__(self) -> int:
         return len(self._places)
 
+    def __iter__(self) -> Iterator[str]:
+        """The keys."""
+        return iter(list(self._places))
+
     def __contains__(self, key: str) -> bool:
-        return key in self._places
+        return key in self._places or (self._base is not None and key in self._base)
 
     def get(self, key: str) -> Answer | None:
         """None where there is none yet."""
@@ -58,7 +73,7 @@ class Answers:
             return self._recent[key]
         place = self._places.get(key)
         if place is None:
-            return None
+            return None if self._base is None else self._base.get(key)
         with self.path.open("rb") as file:
             file.seek(place)
             entry = json.loads(file.readline())
@@ -84,7 +99,7 @@ class Answers:
             self._synced = time.monotonic()
 
     def close(self) -> None:
-        if not self._file.closed:
+        if self._file is not None and not self._file.closed:
             os.fsync(self._file.fileno())
             self._file.close()
 

@@ -148,7 +148,12 @@ class Desk:
 
 
 def ask_all(
-    desk: Desk, items: Items, started: Callable[[], Generator], spent: Spent, max_lost: float, shown: tqdm[Any]
+    desk: Desk,
+    items: Items | Sequence[Item],
+    started: Callable[[], Generator],
+    spent: Spent,
+    max_lost: float,
+    shown: tqdm[Any],
 ) -> None:
     """Asks until every item has an outcome.
 

@@ -21,7 +21,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools.files import digest
-from data_tools.mining.shards import Shards
 from data_tools.synthesis.sides import Side
 from data_tools.synthesis.stages import Context, Item, Items
 from data_tools.synthesis.templates import pictures_of
@@ -32,6 +31,7 @@ from mmembed.errors import ConfigError, MmembedError, RecordError
 from mmembed.inference.sources import media_root, read_entries
 from mmembed.media import MediaStore
 from mmembed.progress import bar
+from mmembed.shards import Shards
 
 if TYPE_CHECKING:  # they import torch, which a run without models does not need
     from data_tools.mining.retrievers import Encoder

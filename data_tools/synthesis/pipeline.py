@@ -22,9 +22,10 @@ from typing import Any, BinaryIO
 
 from data_tools.command import TooMuchLost, training_lines, write_lines
 from data_tools.files import digest, write_whole
-from data_tools.generators import GENERATORS, Generator, Sampling
+from data_tools.generators import GENERATORS, Generator
 from data_tools.synthesis.answers import Answers
 from data_tools.synthesis.asking import Desk, Spent, ask_all, results
+from data_tools.synthesis.by_workers import ask_by_workers, desk_of
 from data_tools.synthesis.inputs import Inputs, collect, media_of
 from data_tools.synthesis.settings import Step, SynthesisConfig, steps
 from data_tools.synthesis.stages import AskingStage, Context, Dropped, Item, Items, SetStage, Trimmed, kind_of
@@ -86,13 +87,16 @@ class Run:
                 return report
             note.unlink()
         folder.mkdir(exist_ok=True)
-        context = Context(self.config.seed, self.media, folder, self.config.below_root, step.title)
         began, tokens, count, self._starting = time.monotonic(), answers.tokens, len(answers), 0.0
         if isinstance(step.stage, AskingStage):
-            desk = Desk(step.stage, context, answers, identity, self.config.attempts, Sampling(**_tupled(sampling)))
+            desk = desk_of(self.config, step, self.media, folder, answers, identity)
+            context = desk.context
+            if self.config.ray is not None:
+                ask_by_workers(self.config, self.steps.index(step), step, desk, items, self.work)
             report = self._asked(step, desk, items, spent)
         else:
             assert isinstance(step.stage, SetStage)
+            context = Context(self.config.seed, self.media, folder, self.config.below_root, step.title)
             report = self._written(step, items, step.stage.apply(items, context))
         seconds = time.monotonic() - began - self._starting
         report |= {"key": key, "name": step.name, "kind": step.gives, "seconds": round(seconds, 3)}
@@ -266,10 +270,6 @@ def _media_files(items: Items) -> list[str]:
         for content in (item["query"], *(document["content"] for document in item["documents"])):
             found.update(source.split("#")[0] for source in pictures_of(content))
     return sorted(found)
-
-
-def _tupled(sampling: dict[str, Any]) -> dict[str, Any]:
-    return {**sampling, "stop": tuple(sampling["stop"])}
 
 
 def _line(value: Any) -> bytes:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from data_tools.settings import Block, Reading, listed
+from data_tools.settings import Block, RayConfig, Reading, listed
 from data_tools.synthesis.stages import STAGES, AskingStage, Kind, Stage
 from mmembed.config import load_blocks
 from mmembed.config.blocks import Positive, TypedBlock, block_type, check_type
@@ -88,6 +88,7 @@ class SynthesisConfig(Reading):
     stages: blocks in order; besides the stage's options each may hold `generator` and `name`.
     attempts: of a question whose answer cannot be used.
     max_lost: the share of a stage's items that may be lost before the run ends with status 1.
+    ray: workers that ask, each with a generator of its own; None asks from this process.
     """
 
     sources: tuple[SynthesisSource, ...] = Field(min_length=1)
@@ -100,6 +101,7 @@ class SynthesisConfig(Reading):
     prices: Prices = Prices()
     max_lost: float = Field(default=0.05, ge=0, le=1)
     seed: int = Field(default=0, ge=0)
+    ray: RayConfig | None = None
 
     @field_validator("sources", "stages", mode="before")
     @classmethod
@@ -117,6 +119,12 @@ class SynthesisConfig(Reading):
         kinds = {source.kind for source in self.sources}
         if len(kinds) > 1:
             raise ConfigError(f"sources: {' and '.join(sorted(kinds))} in one run; give each kind a run of its own")
+        return self
+
+    @model_validator(mode="after")
+    def _one_counter(self) -> SynthesisConfig:
+        if self.ray is not None and self.budget != Budget():
+            raise ConfigError("ray + budget: no worker knows what the others have asked; remove one of them")
         return self
 
 
@@ -161,7 +169,9 @@ def load_synthesis(path: str | Path, overrides: tuple[str, ...] | list[str] = ()
     """Reads and checks a config with its blocks. Raises ConfigError; loads no weights."""
     config = load_blocks(SynthesisConfig, path, overrides, EXAMPLES)
     try:
-        steps(config)
+        found = steps(config)
+        if config.ray is not None and not any(isinstance(step.stage, AskingStage) for step in found):
+            raise ConfigError("ray: its workers ask language models, and no stage asks; remove it")
     except MmembedError as error:
         raise ConfigError(f"{path}: {error}") from None
     return config

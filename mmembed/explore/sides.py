@@ -17,6 +17,7 @@ from mmembed.errors import MmembedError
 from mmembed.inference.embedder import Embedder
 from mmembed.inference.encoding import check_model, encode_entries, open_collection, read_items, usable
 from mmembed.inference.sources import Entry, entry_of_item, read_entries
+from mmembed.search.tables import StoredTables
 
 Load = Callable[[str, int | None], Embedder]  # name, decoder layers
 Report = Callable[[MmembedError], None]
@@ -33,7 +34,7 @@ class Side:
 
     name: str
     embedder: Embedder
-    vectors: NDArray[Any]
+    vectors: NDArray[Any] | StoredTables
     size: int
     truncate_dim: int | None = None
 

@@ -1,20 +1,21 @@
 """An encoded collection on disk: what `mmembed encode` writes and `mmembed search` reads.
 
     vectors.npy     (N, W) in the chosen precision; memory-mapped by search, readable with numpy.load
+    vectors/        instead of it, where the format is arrow or parquet: tables of ids and vectors, one a shard
     items.jsonl     one line a vector, in the same order: {"id", "text", "image"}, "content" where that is not all
     encoding.json   model, role, instruction, precision, dimensions: how to encode a query to match
+    manifest.json   what the vectors depend on, and the table of shards with digests
 
-Contents are encoded and written window after window, so the size of a collection is bounded by the disk, not by memory.
-The folder is written beside its destination and moved there when it is complete.
+`mmembed.inference.corpus` writes it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,13 +23,14 @@ from mmembed.content import Role
 from mmembed.errors import MmembedError, RecordError
 from mmembed.inference.embedder import Embedder
 from mmembed.inference.sources import Entry
-from mmembed.quantize import STORED_DTYPES, Precision, stored_width
+from mmembed.quantize import Precision
 from mmembed.search import open_vectors
-from mmembed.staging import put_in_place, staging, sweep
+from mmembed.search.tables import StoredTables
 
-VECTORS, ITEMS, ENCODING = "vectors.npy", "items.jsonl", "encoding.json"
+VECTORS, TABLES = "vectors.npy", "vectors"
+ITEMS, ENCODING, MANIFEST = "items.jsonl", "encoding.json", "manifest.json"
 SAME_MODEL = 0.999  # least cosine of the probe's vectors
-WINDOW = 1024  # entries encoded together: one step of the progress bar
+Format = Literal["npy", "arrow", "parquet"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Encoding:
         layers: of the decoder, that were computed; None are all.
         media_root: folder that the images of items.jsonl start from, for a reranker that opens them again.
         probe: the vector of a fixed text, by which a model that has changed since is recognised.
+        format: of the vectors.
     """
 
     model: str
@@ -53,6 +56,7 @@ class Encoding:
     count: int = 0
     skipped: int = 0
     probe: tuple[float, ...] = ()
+    format: Format = "npy"
 
 
 def read_encoding(folder: str | Path) -> Encoding:
@@ -77,9 +81,10 @@ def has_pictures(folder: str | Path) -> bool:
         return any(not {"image", "images"}.isdisjoint(json.loads(line)) for line in lines)
 
 
-def open_collection(folder: str | Path) -> tuple[Encoding, np.ndarray]:
-    """The settings and the memory-mapped vectors (N, W) of an encoded folder."""
-    return read_encoding(folder), open_vectors(Path(folder) / VECTORS)
+def open_collection(folder: str | Path) -> tuple[Encoding, np.ndarray | StoredTables]:
+    """The settings and the vectors (N, W) of an encoded folder, which stay on the disk."""
+    encoding = read_encoding(folder)
+    return encoding, open_vectors(Path(folder) / (VECTORS if encoding.format == "npy" else TABLES))
 
 
 def check_model(embedder: Embedder, encoding: Encoding, folder: str | Path, name: str | None = None) -> None:
@@ -89,7 +94,7 @@ def check_model(embedder: Embedder, encoding: Encoding, folder: str | Path, name
     collection was, and its cosine to the stored vector judged: the same weights agree to 0.9999 in any dtype and on any
     machine, weights that were trained on do not.
     """
-    stored, now = np.array(encoding.probe), _probe(embedder, encoding)
+    stored, now = np.array(encoding.probe), probe_of(embedder, encoding)
     if stored.shape != now.shape or stored @ now < SAME_MODEL * np.linalg.norm(stored) * np.linalg.norm(now):
         found = (
             f"another model than '{encoding.model}' is now (retrained, or another --model)"
@@ -99,7 +104,7 @@ def check_model(embedder: Embedder, encoding: Encoding, folder: str | Path, name
         raise MmembedError(f"{folder}: was encoded by {found}; encode it again with `mmembed encode --overwrite`")
 
 
-def _probe(embedder: Embedder, encoding: Encoding) -> np.ndarray:
+def probe_of(embedder: Embedder, encoding: Encoding) -> np.ndarray:
     """(P,) float32: the vector, or the first token's vector, of a fixed text in the role of the collection."""
     vector = embedder.encode(
         ["A red bus, 42 trains, 紅色."],
@@ -159,82 +164,3 @@ def encode_entries(
         if len(good) == len(entries):
             raise
         return good, encode(good)
-
-
-def write_collection(
-    folder: str | Path,
-    embedder: Embedder,
-    entries: Iterable[Entry | RecordError],
-    encoding: Encoding,
-    *,
-    on_bad: Literal["raise", "skip"] = "raise",
-    overwrite: bool = False,
-    report: Callable[[MmembedError], None],
-    progress: Callable[[int], None],
-    token_budget: int | None = None,
-) -> Encoding:
-    """Encodes entries into a folder; returns the settings with the counts.
-
-    Raises:
-        MmembedError: the folder exists (and `overwrite` is off), a bad entry under "raise", nothing to encode.
-    """
-    folder = Path(folder)
-    sweep(folder)  # a killed run may have left the folder aside
-    if folder.exists() and not (overwrite and (folder / ENCODING).is_file()):
-        raise MmembedError(f"{folder}: exists already; choose another folder, or --overwrite an encoded one")
-    skipped: list[MmembedError] = []
-
-    def skip(error: MmembedError) -> None:
-        skipped.append(error)
-        report(error)
-
-    with staging(folder) as staged:
-        staged.mkdir()
-        with (staged / VECTORS).open("wb") as vectors, (staged / ITEMS).open("w", encoding="utf-8") as items:
-            width, dtype = stored_width(encoding.size, encoding.precision), np.dtype(STORED_DTYPES[encoding.precision])
-            _write_header(vectors, 0, width, dtype)
-            count = 0
-            for window in _windows(usable(entries, on_bad, skip)):
-                kept, rows = encode_entries(
-                    embedder,
-                    window,
-                    on_bad,
-                    skip,
-                    role=encoding.role,
-                    instruction=encoding.instruction,
-                    truncate_dim=encoding.truncate_dim,
-                    precision=encoding.precision,
-                    token_budget=token_budget,
-                    show_progress=False,
-                )
-                vectors.write(np.ascontiguousarray(rows).tobytes())
-                items.writelines(json.dumps(entry.item(), ensure_ascii=False) + "\n" for entry in kept)
-                count += len(kept)
-                progress(len(window))
-            if not count:
-                raise MmembedError(f"{folder}: nothing to encode ({len(skipped)} entries skipped)")
-            vectors.seek(0)
-            _write_header(vectors, count, width, dtype)
-        probe = tuple(round(value, 5) for value in _probe(embedder, encoding).tolist())
-        done = replace(encoding, count=count, skipped=len(skipped), probe=probe)
-        (staged / ENCODING).write_text(json.dumps(asdict(done), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        put_in_place(staged, folder)
-        return done
-
-
-def _windows(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
-    window: list[Entry] = []
-    for entry in entries:
-        window.append(entry)
-        if len(window) == WINDOW:
-            yield window
-            window = []
-    if window:
-        yield window
-
-
-def _write_header(file: IO[bytes], count: int, width: int, dtype: np.dtype[Any]) -> None:
-    """A .npy header; numpy pads it so that the number of rows can grow in place."""
-    np.lib.format.write_array_header_1_0(
-        file, {"shape": (count, width), "fortran_order": False, "descr": np.lib.format.dtype_to_descr(dtype)}
-    )

@@ -32,9 +32,10 @@ from torch.nn import functional
 from mmembed.errors import ConfigError
 from mmembed.objectives.aligned import Aligned, Pairs
 from mmembed.objectives.label_paths import Classes, single_path_keys
+from mmembed.search.vectors import open_vectors
 
 Above0 = Annotated[float, Field(gt=0)]
-VECTORS, ITEMS = "vectors.npy", "items.jsonl"  # of a folder that `mmembed encode` writes
+ITEMS = "items.jsonl"  # of a folder that `mmembed encode` writes
 
 
 class SoftLabels(Aligned):
@@ -110,11 +111,11 @@ def read_label_vectors(folder: Path) -> tuple[list[str], Tensor]:
     where = "objectives.soft_labels.vectors"
     try:
         lines = (folder / ITEMS).read_text(encoding="utf-8").splitlines()
-        rows = np.load(folder / VECTORS, allow_pickle=False)
+        rows = open_vectors(folder)[:]
         names = [str(json.loads(line)["id"]) for line in lines]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{where}: {folder} cannot be read as a folder of `mmembed encode` with {VECTORS} and {ITEMS} ({error})"
+            f"{where}: {folder} cannot be read as a folder of `mmembed encode` with vectors and {ITEMS} ({error})"
         ) from None
     if rows.ndim != 2 or rows.dtype.kind != "f" or len(rows) != len(names) or not names:
         raise ConfigError(

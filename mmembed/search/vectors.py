@@ -16,9 +16,10 @@ from torch import Tensor
 
 from mmembed.errors import MmembedError, nearest
 from mmembed.quantize import decode, to_array, unit_rows
+from mmembed.search.tables import StoredTables
 
 Similarity = Literal["cosine", "dot"]
-Vectors = NDArray[Any] | Tensor | str | Path
+Vectors = NDArray[Any] | Tensor | StoredTables | str | Path
 PAIRS = 4096  # pairs that are scored at a time: 8 MB at 256 dimensions
 
 
@@ -33,7 +34,7 @@ class Rows:
     """Stored vectors, (N, W) in any precision of `mmembed.quantize`, read as float32 rows whose dot is the similarity.
 
     Args:
-        vectors: an array, memory map or tensor, or the path of a .npy file.
+        vectors: an array, memory map or tensor, or a path as `open_vectors` takes it.
         name: what they are, for the messages.
         dim: of binary vectors, the dimensions before packing (needed only where it is no multiple of 8).
 
@@ -44,7 +45,9 @@ class Rows:
     def __init__(self, vectors: Vectors, similarity: Similarity, name: str, dim: int | None = None) -> None:
         if similarity not in ("cosine", "dot"):
             raise MmembedError(f"similarity: there is no '{similarity}'; {nearest(similarity, ['cosine', 'dot'])}")
-        self.stored = open_vectors(vectors) if isinstance(vectors, str | Path) else to_array(vectors)
+        if isinstance(vectors, str | Path):
+            vectors = open_vectors(vectors)
+        self.stored = vectors if isinstance(vectors, StoredTables) else to_array(vectors)
         if self.stored.ndim != 2:
             raise MmembedError(f"{name}: an array of shape {self.stored.shape}; search needs two axes")
         self.similarity, self.name, self.dim = similarity, name, dim
@@ -78,8 +81,21 @@ class Rows:
         return np.ascontiguousarray(vectors)
 
 
-def open_vectors(path: str | Path) -> NDArray[Any]:
-    """A .npy file as a memory-mapped (N, W) array. Raises MmembedError when it is missing or no such array."""
+def open_vectors(path: str | Path) -> NDArray[Any] | StoredTables:
+    """Stored vectors (N, W), which stay on the disk.
+
+    Args:
+        path: a folder of `mmembed encode`, a .npy file, which is mapped, or a folder of tables (`tables.py`).
+
+    Raises:
+        MmembedError: it is missing or no such array.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if (path / "vectors.npy").is_file():
+            return open_vectors(path / "vectors.npy")
+        tables = path / "vectors"
+        return StoredTables(tables if tables.is_dir() else path)
     try:
         vectors: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:

@@ -9,12 +9,12 @@ import PIL.Image
 import pytest
 
 from data_tools.mine_negatives import main
-from data_tools.mining.shards import Shards
 from data_tools.mining.teachers.late_interaction import LateInteraction
 from data_tools.mining.tokens import TokenStore
 from mmembed import Embedder
 from mmembed.media import MediaStore
 from mmembed.search import TokenVectors, rescore_maxsim
+from mmembed.shards import Shards
 from tests.mining.conftest import read_lines, save_multi_vector, write_lines
 
 

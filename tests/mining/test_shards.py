@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from data_tools.files import digest
-from data_tools.mining.shards import Shards
 from mmembed.errors import MmembedError
+from mmembed.shards import Shards
 
 ROWS, SIZE = 25, 10
 KEYS = ["a", "b", "c"]

@@ -10,10 +10,10 @@ import yaml
 
 from data_tools.mining import judging
 from data_tools.mining.settings import load_scoring
-from data_tools.mining.shards import Shards
 from data_tools.score import main as score
 from mmembed import Embedder, Reranker
 from mmembed.config import load_config
+from mmembed.shards import Shards
 from recipes.train_embedder import main as train_embedder
 from recipes.train_reranker import main as train_reranker
 from tests.runs import losses

@@ -62,6 +62,18 @@ def test_options_of_pictures_with_baselines(capsys, flags):
     assert f"{flags[0]}: no effect on baselines" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--workers", "2"], "--workers: no effect without --ray"),
+        (["--worker-gpus", "1"], "--worker-gpus: no effect without --ray"),
+        (["--shard-rows", "0"], "--shard-rows: found 0; give at least 1"),
+    ],
+)
+def test_options_of_workers_and_shards(tmp_path, capsys, flags, message):
+    assert message in refused(capsys, "encode", tmp_path, "--output", tmp_path / "out", *flags)
+
+
 @pytest.mark.parametrize("flags", [["--max-bytes", "0"], ["--max-pixels-decoded", "200000000"]])
 def test_media_limits_out_of_range(tmp_path, capsys, flags):
     file = tmp_path / "texts.jsonl"
@@ -96,7 +108,7 @@ def test_media_root_limits_and_bad_records_of_a_file_of_queries(tmp_path, monkey
     monkeypatch.setattr(encoding, "open_collection", lambda folder: (settled, None))
     monkeypatch.setattr(encoding, "check_model", lambda *arguments: None)
     monkeypatch.setattr(encoding, "encode_entries", stop)
-    monkeypatch.setattr(cli, "_load", lambda *arguments: None)
+    monkeypatch.setattr(cli, "load_embedder", lambda *arguments: None)
     monkeypatch.setattr(cli, "_load_media", media)
     for flags, root in (([], tmp_path), (["--media-root", str(tmp_path / "other")], tmp_path / "other")):
         with pytest.raises(Stop):

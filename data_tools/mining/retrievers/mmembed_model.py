@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.mining.model_files import gives_many, model_digest, model_folder
 from data_tools.mining.retrievers import Encoder, Item
 from mmembed.content import Role
 from mmembed.errors import ConfigError, MmembedError
 from mmembed.media import MediaStore
+from mmembed.models.files import gives_many, model_digest, model_folder
 from mmembed.registry import Positive
 
 if TYPE_CHECKING:

@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.mining.model_files import model_digest
 from data_tools.mining.retrievers import Encoder, Item
 from mmembed.content import Image, Role, Text, to_content
 from mmembed.errors import ConfigError, MmembedError
 from mmembed.inference.devices import check_device
 from mmembed.media import MediaStore
+from mmembed.models.files import model_digest
 from mmembed.registry import Positive
 
 

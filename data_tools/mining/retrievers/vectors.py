@@ -16,13 +16,14 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.files import digest
+from data_tools.files import digest, stamps
 from data_tools.mining.retrievers import Encoder, Item
 from mmembed.content import Role
 from mmembed.errors import MmembedError
-from mmembed.inference.encoding import ITEMS, Encoding, check_model, open_collection
+from mmembed.inference.encoding import ITEMS, TABLES, VECTORS, Encoding, check_model, open_collection
 from mmembed.media import MediaStore
 from mmembed.quantize import decode
+from mmembed.search.tables import StoredTables
 
 _SHARED = ("model", "size", "truncate_dim", "layers")
 
@@ -41,14 +42,14 @@ class Vectors(Encoder):
     def __init__(self, queries: str, corpus: str, model: str | None = None) -> None:
         self.folders: dict[Role, Path] = {"query": Path(queries), "document": Path(corpus)}
         self.model = model
-        self._tables: dict[Role, tuple[NDArray[Any], Encoding, dict[str, tuple[int, str]]]] = {}
+        self._tables: dict[Role, tuple[NDArray[Any] | StoredTables, Encoding, dict[str, tuple[int, str]]]] = {}
 
     def fingerprint(self) -> Any:
         found: dict[str, Any] = {}
         for role, folder in self.folders.items():
             encoding, vectors = open_collection(folder)
-            stamp = (folder / "vectors.npy").stat()
-            found[role] = [asdict(encoding), vectors.shape, stamp.st_size, stamp.st_mtime_ns]
+            files = stamps([folder / (VECTORS if encoding.format == "npy" else TABLES)])
+            found[role] = [asdict(encoding), vectors.shape, files]
         left, right = found["query"][0], found["document"][0]
         for key in _SHARED:
             if left[key] != right[key]:

@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.mining.model_files import model_digest
 from data_tools.mining.retrievers import Item, text_alone
 from data_tools.mining.retrievers.sentence_transformer import load_class
 from data_tools.mining.teachers import PairTeacher
 from mmembed.errors import ConfigError, MmembedError
 from mmembed.inference.devices import check_device
 from mmembed.media import MediaStore
+from mmembed.models.files import model_digest
 from mmembed.registry import Positive
 
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.mining.model_files import model_digest, model_folder
 from data_tools.mining.retrievers import Item
 from data_tools.mining.teachers import PairTeacher
 from mmembed.errors import ConfigError, MmembedError
 from mmembed.media import MediaStore
+from mmembed.models.files import model_digest, model_folder
 from mmembed.registry import Positive
 
 if TYPE_CHECKING:

@@ -116,7 +116,7 @@ class Context:
         seed: of the run.
         media: opens pictures.
         folder: the stage's own, for what it computes. It is kept, so what lies there goes under digests of what it
-            depends on (`data_tools.mining.shards`).
+            depends on (`mmembed.shards`).
         below_root: an absolute path of one in the config.
         name: of the stage among those of its run, whatever stands in front of it.
         notes: what the stage counts besides items, for the summary; of a function of the items alone.

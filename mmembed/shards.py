@@ -1,7 +1,8 @@
 """Rows of an array on disk that are computed shard by shard, and none twice.
 
     NAME.rows      the rows, one behind another: (N, W) of one dtype, mapped when they are read
-    NAME.done      a line with dtype and width, then a line for each complete shard: its number and its key
+    NAME.done      a line with dtype and width, then a line for each complete shard: its number, its key, and what its
+                   writer notes of it
 
 The key of a shard is a digest of all that its rows depend on: the contents, the model, the settings. A shard is
 complete when its line is on the disk, and the line is written after the rows are. So a process may die at any moment:
@@ -22,8 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.files import write_whole
 from mmembed.errors import MmembedError
+from mmembed.files import write_whole
 
 
 class Shards:
@@ -34,15 +35,16 @@ class Shards:
         rows: N.
         size: rows of a shard, but of the last.
         keys: of the shards, in order.
+        header: bytes before the first row, which somebody else writes.
     """
 
-    def __init__(self, folder: Path, name: str, rows: int, size: int, keys: list[str]) -> None:
+    def __init__(self, folder: Path, name: str, rows: int, size: int, keys: list[str], header: int = 0) -> None:
         assert len(keys) == -(-rows // size), f"{name}: {len(keys)} keys for {rows} rows in shards of {size}"
-        self.rows, self.size, self.keys, self.name = rows, size, keys, name
+        self.rows, self.size, self.keys, self.name, self.header = rows, size, keys, name, header
         self._rows, self._journal = folder / f"{name}.rows", folder / f"{name}.done"
         self.dtype: np.dtype[Any] | None = None
         self.width = 0
-        self._done: set[int] = set()
+        self._done: dict[int, Any] = {}  # number -> its note
         self._read()
 
     def missing(self) -> Iterator[tuple[int, slice]]:
@@ -56,11 +58,20 @@ class Shards:
         """Rows that are there."""
         return sum(self.span(number).stop - self.span(number).start for number in self._done)
 
+    @property
+    def path(self) -> Path:
+        """The file of the rows."""
+        return self._rows
+
+    def note(self, number: int) -> Any:
+        """What was noted of a complete shard."""
+        return self._done[number]
+
     def span(self, number: int) -> slice:
         return slice(number * self.size, min((number + 1) * self.size, self.rows))
 
-    def write(self, number: int, values: NDArray[Any]) -> None:
-        """Adds the rows of a shard.
+    def write(self, number: int, values: NDArray[Any], note: Any = None) -> None:
+        """Adds the rows of a shard, with a note that JSON can hold.
 
         Raises:
             MmembedError: another width or dtype than the rows before.
@@ -78,15 +89,15 @@ class Shards:
             )
         self._put(span.start, np.ascontiguousarray(values))
         with self._journal.open("ab") as file:
-            file.write(json.dumps([number, self.keys[number]]).encode() + b"\n")
+            file.write(self._line(number, note).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        self._done.add(number)
+        self._done[number] = note
 
     def open(self) -> NDArray[Any]:
         """All rows, mapped: (N, W)."""
         assert self.dtype is not None and len(self._done) == len(self.keys), f"{self.name} is not complete"
-        return np.memmap(self._rows, self.dtype, "r", shape=(self.rows, self.width))
+        return np.memmap(self._rows, self.dtype, "r", self.header, (self.rows, self.width))
 
     def read(self, number: int) -> NDArray[Any]:
         """The rows of one shard."""
@@ -96,7 +107,7 @@ class Shards:
     def _put(self, start: int, values: NDArray[Any]) -> None:
         descriptor = os.open(self._rows, os.O_WRONLY | os.O_CREAT, 0o644)
         try:
-            view, at = memoryview(values.tobytes()), start * self.width * values.dtype.itemsize
+            view, at = memoryview(values.tobytes()), self.header + start * self.width * values.dtype.itemsize
             while view:  # a nearly full disk takes a part
                 written = os.pwrite(descriptor, view, at)
                 view, at = view[written:], at + written
@@ -116,10 +127,10 @@ class Shards:
             entry = _parsed(line)
             if not isinstance(entry, list):
                 continue
-            number, key = entry
+            number, key, *note = entry
             inside = number < len(self.keys) and self.keys[number] == key
-            if inside and self.span(number).stop * self.width * self.dtype.itemsize <= there:
-                self._done.add(number)
+            if inside and self.header + self.span(number).stop * self.width * self.dtype.itemsize <= there:
+                self._done[number] = note[0] if note else None
         if not self._done:
             self.dtype = None
             return
@@ -128,8 +139,11 @@ class Shards:
     def _rewrite(self) -> None:
         assert self.dtype is not None
         head = json.dumps({"width": self.width, "dtype": np.lib.format.dtype_to_descr(self.dtype)})
-        lines = [head, *(json.dumps([number, self.keys[number]]) for number in sorted(self._done))]
+        lines = [head, *(self._line(number, note) for number, note in sorted(self._done.items()))]
         write_whole(self._journal, ("\n".join(lines) + "\n").encode())
+
+    def _line(self, number: int, note: Any) -> str:
+        return json.dumps([number, self.keys[number], *([] if note is None else [note])])
 
 
 def _parsed(line: bytes) -> Any:
