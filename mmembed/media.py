@@ -32,6 +32,7 @@ import PIL.Image
 from mmembed import sounds
 from mmembed.content import Audio, Image
 from mmembed.errors import CacheError, MediaError
+from mmembed.media_limits import LEAST_SAMPLING_RATE
 from mmembed.media_limits import MediaLimits as MediaLimits
 from mmembed.staging import staging
 
@@ -118,7 +119,7 @@ class MediaStore:
         if isinstance(image, Audio):
             self._sound(image)
             if decode:
-                self.listen(image, sounds.LEAST_SAMPLING_RATE)
+                self.listen(image, LEAST_SAMPLING_RATE)
             return
         with self._header(image) as header:
             whole = isinstance(image.source, str | bytes) and _ends_well(header)

@@ -192,7 +192,8 @@ def condition_routers(model: PreTrainedModel) -> tuple[int, int]:
         for part in router.modules():  # of a trained one peft keeps the original beside a copy
             if type(part).__name__.endswith("TopKRouter"):
                 part.layer = len(found)  # type: ignore[assignment]
-                part.__class__ = _conditioned(type(part))
+                stock: Any = type(part)
+                part.__class__ = _conditioned(stock)
         found.append(router)
     if mixture is None or not found:
         kind = model.config.get_text_config().model_type

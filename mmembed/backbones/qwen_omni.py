@@ -11,7 +11,7 @@ Of a whole Qwen2.5-Omni the thinker alone is loaded: what speaks is not needed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -19,13 +19,10 @@ import torch
 from mmembed.backbones.qwen_vl import QwenVL
 from mmembed.errors import MediaError
 
-if TYPE_CHECKING:
-    pass
-
 
 class QwenOmni(QwenVL):
     name = "qwen_omni"
-    model_types = ("qwen2_5_omni_thinker",)
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_omni_thinker",)
     audio_modules = r"audio_tower(?!\.proj)"
     vision_modules = r"visual(?!\.merger)"
     projector_modules = r"visual\.merger|audio_tower\.proj"

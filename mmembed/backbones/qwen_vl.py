@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 from mmembed.backbones import patches
 from mmembed.backbones.family import Family
@@ -30,7 +30,7 @@ _WIDEST = 200  # the image processor's own limit
 
 class QwenVL(Family):
     name = "qwen_vl"
-    model_types = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
     vision_depth = "depth"
     vision_modules = r"visual(?!\.(deepstack_)?merger)"
     projector_modules = r"visual\.(deepstack_)?merger(_list)?"

@@ -81,7 +81,8 @@ class EmbedderSettings:
     head: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        self.freeze, self.layers, self.domains = map(tuple, (self.freeze, self.layers, self.domains))  # JSON has lists
+        self.freeze, self.layers = tuple(self.freeze), tuple(self.layers)  # JSON has lists
+        self.domains = tuple(self.domains)
 
     @property
     def adapter_type(self) -> str:

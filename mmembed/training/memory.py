@@ -276,9 +276,11 @@ def measure_objective(objective: Objective, labels: BatchLabels, size: int, vect
         vectors = torch.randn(count, *shape, requires_grad=trained)
         mask = None if vectors_an_input == 1 else torch.ones(count, vectors_an_input, dtype=torch.bool)
         layers = {int(layer): torch.randn_like(vectors, requires_grad=True) for layer in objective.layers}
-        told = (torch.zeros(count, requires_grad=True), torch.ones(count)) if objective.predicts else (None, None)
         routing = torch.ones(count, 2 * _EXPERTS, requires_grad=True) if objective.routes else None
-        return Embeddings(vectors, mask, layers, *told, routing)
+        if not objective.predicts:
+            return Embeddings(vectors, mask, layers, routing=routing)
+        nll, predicted = torch.zeros(count, requires_grad=True), torch.ones(count)
+        return Embeddings(vectors, mask, layers, nll, predicted, routing)
 
     queries, documents = embeddings(len(labels.query_keys)), embeddings(len(labels.owner))
     if objective.teacher_momentum is not None:
