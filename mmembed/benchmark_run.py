@@ -20,15 +20,17 @@ from mmembed import guard
 from mmembed.errors import ConfigError, MmembedError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+BASELINES = ("bm25", "minilm")  # of eval.run, beside which no other stands
 OF_LAUNCHERS = ("RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_")
 
 
-def run_benchmark(model: Path, output: Path, options: Sequence[str] = ()) -> dict[str, Any]:
+def run_benchmark(model: Path, output: Path, options: Sequence[str] = (), first: str | None = None) -> dict[str, Any]:
     """Evaluates a checkpoint folder.
 
     Args:
         output: the results file; `.log` beside it holds what the command said.
         options: more of `eval.run`: `--benchmark`, `--tasks`, `--limit`, `--device`, ...
+        first: of a reranker, the model whose finds it orders.
 
     Returns:
         What `eval.run` writes (docs/evaluation.md); `main_scores` takes out the numbers of the model.
@@ -41,8 +43,11 @@ def run_benchmark(model: Path, output: Path, options: Sequence[str] = ()) -> dic
     output.parent.mkdir(parents=True, exist_ok=True)
     output.unlink(missing_ok=True)
     log = output.with_suffix(".log")
-    command = [sys.executable, "-m", "eval.run", "--model", str(model.resolve()), "--no-baselines", *options]
-    command += ["--output", str(output)]
+    systems = (
+        ["--model", str(model.resolve())] if first is None else ["--model", first, "--rerank", str(model.resolve())]
+    )
+    alone = [] if first in BASELINES else ["--no-baselines"]
+    command = [sys.executable, "-m", "eval.run", *systems, *alone, *options, "--output", str(output)]
     with log.open("wb") as file:
         status = subprocess.run(
             [sys.executable, "-I", guard.__file__, str(os.getpid()), *command],
@@ -86,12 +91,13 @@ def check_repository() -> None:
 
 
 def main_scores(results: dict[str, Any]) -> dict[str, float]:
-    """task -> main score of the one model that was evaluated; tasks that it left out or that are missing are not there.
+    """task -> main score of the last system, which is the model that was asked for; tasks that it left out or that are
+    missing are not there.
 
     >>> main_scores({"tasks": {"mbpp": {"scores": {"m": {"main": 0.5}}}, "nlvr": {"scores": {"m": None}}}})
     {'mbpp': 0.5}
     """
-    scores = {task: next(iter(entry["scores"].values())) for task, entry in results["tasks"].items()}
+    scores = {task: list(entry["scores"].values())[-1] for task, entry in results["tasks"].items()}
     return {task: float(found["main"]) for task, found in scores.items() if found is not None}
 
 

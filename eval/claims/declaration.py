@@ -5,8 +5,9 @@ claim get the same budget: they may differ in attention, pooling, prompt, object
 are made of it, in which pairs meet in a batch and which negatives are mined (not in how many), in nothing else, and
 that is checked. To add a claim, add a file.
 
-A claim may make models and records before its arms (`stages`: mined negatives, a reranker that teaches), and its arms
-may be rerankers, which rank what a first stage found (`first_stages`).
+A claim may make models and records before its arms (`stages`: mined negatives, a reranker that teaches, models and what
+is fused of them), an arm may be one of these models as it is (`made`), and arms may be rerankers, which rank what a
+first stage found (`first_stages`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ DECLARED = Path(__file__).with_name("declared")
 OURS = ("pooled_auc", "centroid_distance")  # metrics of vectors that mteb does not have: see eval.claims.measuring
 BASES = {"embedder": "base.yaml", "reranker": "base_reranker.yaml"}
 WRITES_RECORDS = ("mine", "score")  # commands whose configs have sources, a root and an output
+FUSES = "fuse"  # `mmembed fuse`, whose config has the models, the block of a rule, and options of the command
+MADE = "made"  # the only key of an arm that a stage has made
 FIRST_STAGE = "first_stage"  # as `than`: the candidates in the order that they came in
 PACKAGED = ("bm25", "mmembed-nano")  # first stages that no stage has to make
 SOURCE_MAY_DIFFER = {"options", "pairs", "in_batch_negatives", "instruction", "document_instruction"}
@@ -39,12 +42,14 @@ class _Block(BaseModel):
 class Stage(_Block):
     """What is made before the arms, by a command of the project; `"{name of the stage}"` in a config is its folder.
 
-    command: `mine` (data_tools.mine_negatives), `score` (data_tools.score), `embedder`, `reranker` (recipes.train_...).
-    config: of that command, without output, root and seed; a training's is laid over the base of its kind.
+    command: `mine` (data_tools.mine_negatives), `score` (data_tools.score), `embedder`, `reranker` (recipes.train_...),
+        `fuse` (mmembed fuse).
+    config: of that command, without output, root and seed; a training's is laid over the base of its kind. Of `fuse`:
+        `models`, `rule` (a name or a block), and its options by their names.
     steps: of a training, the command's budget times this. Each seed of the arms has its own training.
     """
 
-    command: Literal["mine", "score", "embedder", "reranker"]
+    command: Literal["mine", "score", "embedder", "reranker", "fuse"]
     config: Tree
     steps: float = Field(default=1.0, gt=0)
 
@@ -131,15 +136,21 @@ class Claim(_Block):
         """The tasks whose queries are measured one by one: those of a claim that is measured once."""
         return [] if self.trained else self.tasks
 
+    def made(self, arm: str) -> str | None:
+        """The stage that has made an arm; None where it is trained, or is what training would begin with."""
+        return next(stages_in(self.arms[arm]), None) if MADE in self.arms[arm] else None
+
     def config(self, arm: str, steps: int, seed: int) -> Tree:
-        """The training config of a run, without paths."""
+        """The training config of a run, without paths; of an arm that a stage has made, which one."""
+        if self.made(arm) is not None:
+            return self.arms[arm]
         budget: Tree = {"training": {"seed": seed} | ({"max_steps": steps} if self.trained else {})}
         return merged(_tree(DECLARED / BASES[self.model]), self.base, self.arms[arm], budget)
 
     def stage_config(self, name: str, steps: int, seed: int) -> Tree:
         """The config of a stage, without paths. `steps` is the command's budget."""
         stage = self.stages[name]
-        if stage.command in WRITES_RECORDS:
+        if stage.command in (*WRITES_RECORDS, FUSES):
             return stage.config
         budget: Tree = {"training": {"seed": seed, "max_steps": max(1, round(steps * stage.steps))}}
         return merged(_tree(DECLARED / BASES[stage.command]), stage.config, budget)
@@ -179,7 +190,7 @@ def read_claim(path: Path) -> Claim:
 
 
 def check_stages(claim: Claim, path: Path) -> None:
-    """Raises ConfigError where a config names a stage that is not made before it."""
+    """Raises ConfigError where a config names a stage that is not made before it, or an arm is none of its models."""
     made: list[str] = []
     users = [(f"stages.{name}", stage.config) for name, stage in claim.stages.items()]
     users += [("base", claim.base), *((f"arms.{name}", tree) for name, tree in claim.arms.items())]
@@ -190,6 +201,14 @@ def check_stages(claim: Claim, path: Path) -> None:
                 raise ConfigError(f"{path}: {where}: no stage '{name}' is made before it; {nearest(name, made)}")
         if where.startswith("stages."):
             made.append(where.removeprefix("stages."))
+    models = [name for name, stage in claim.stages.items() if stage.command not in WRITES_RECORDS]
+    for arm, tree in claim.arms.items():
+        if MADE in tree and (claim.made(arm) not in models or len(tree) > 1):
+            raise ConfigError(f"{path}: arms.{arm}: made is the one key of such an arm, and names a stage that makes a "
+                              f"model, as \"{{name}}\"; found {tree}")  # fmt: skip
+    for name, stage in claim.stages.items():
+        if stage.command == FUSES and not {"models", "rule"} <= stage.config.keys():
+            raise ConfigError(f"{path}: stages.{name}: a fusion names its models and its rule; found {stage.config}")
 
 
 def check_first_stages(claim: Claim, path: Path) -> None:
@@ -239,7 +258,7 @@ def with_folders(tree: Any, folders: Mapping[str, Path]) -> Any:
 def check_matched(claim: Claim, path: Path) -> None:
     """Raises ConfigError where arms differ in what they are given: data, steps, tokens, trained weights."""
     given = {}
-    for arm in claim.arms:
+    for arm in (arm for arm in claim.arms if claim.made(arm) is None):
         try:
             kind = RerankerConfig if claim.model == "reranker" else EmbedderConfig
             given[arm] = _given(kind(**claim.config(arm, steps=1, seed=0)))
@@ -247,8 +266,8 @@ def check_matched(claim: Claim, path: Path) -> None:
                 del given[arm]["data.train"]
         except ValueError as error:  # of ours or pydantic's
             raise ConfigError(f"{path}: arm '{arm}': {error}") from error
-    first, *others = given
-    for arm in others:
+    first = next(iter(given), "")
+    for arm in given:
         for key, value in given[first].items():
             if given[arm][key] != value:
                 raise ConfigError(
@@ -286,8 +305,10 @@ def merged(*trees: Mapping[str, Any]) -> Tree:
 
 def folders(claim: Claim, rows: Sequence[Any]) -> list[str]:
     """Of the sources of all stages, arms and tasks, below a data root; of a file, the folder it is in."""
-    blocks = [claim.config(arm, 1, 0)["data"] for arm in claim.arms]
+    blocks = [claim.config(arm, 1, 0)["data"] for arm in claim.arms if claim.made(arm) is None]
     for name, stage in claim.stages.items():
+        if stage.command == FUSES:
+            continue
         config = claim.stage_config(name, 1, 0)
         mining = {**config, "train": config["sources"]} if stage.command in WRITES_RECORDS else config["data"]
         blocks.append(mining)

@@ -152,7 +152,8 @@ def _section(finding: Finding, folder: str) -> str:
     steps = {result["arm"]: result["steps"] for result in finding.all_results}
     for arm, tree in claim.arms.items():
         block = yaml.safe_dump(tree, default_flow_style=True, width=10_000, sort_keys=False).strip()
-        lines.append(f"| {arm} | `{block}` | {steps.get(arm, '-') if claim.trained else 'not trained'} |")
+        taken = "made before" if claim.made(arm) else steps.get(arm, "-") if claim.trained else "not trained"
+        lines.append(f"| {arm} | `{block}` | {taken} |")
     if claim.stages:
         lines += ["", "| made before the arms | by | from |", "|---|---|---|"]
     for name, stage in claim.stages.items():

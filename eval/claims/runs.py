@@ -32,6 +32,7 @@ import yaml
 
 from eval.claims.declaration import (
     FIRST_STAGE,
+    FUSES,
     WRITES_RECORDS,
     Claim,
     Comparison,
@@ -48,7 +49,7 @@ CODE = ("mmembed", "recipes/train_embedder.py", "recipes/train_reranker.py", "da
         "eval/stages.py", "eval/rerank.py", "eval/mteb_adapter.py", "eval/mteb_tasks.py", "eval/baselines.py",
         "eval/tasks", "eval/claims/measuring.py", "eval/claims/untrained.py")  # fmt: skip
 MODULES = {"mine": "data_tools.mine_negatives", "score": "data_tools.score", "embedder": "recipes.train_embedder",
-           "reranker": "recipes.train_reranker"}  # fmt: skip
+           "reranker": "recipes.train_reranker", FUSES: "mmembed"}  # fmt: skip
 # Until a run is kept: the demo's 300 steps of 64 queries take about five minutes on two quiet cores; around is a guess.
 SECONDS_A_STEP, SECONDS_AROUND = 1.0, 45.0
 
@@ -65,7 +66,8 @@ class Run:
 
     @property
     def steps(self) -> int:
-        return max(1, round(self.budget * self.claim.steps)) if self.claim.trained else 0
+        trained = self.claim.trained and self.claim.made(self.arm) is None
+        return max(1, round(self.budget * self.claim.steps)) if trained else 0
 
     @property
     def name(self) -> str:
@@ -268,10 +270,15 @@ def execute(
     seconds: dict[str, float] = {}
     with one_at_a_time or nullcontext():
         made = make_stages(run, work, command, seconds)
-    config = placed(with_folders(run.config, made), run.data_root)
-    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    module = MODULES[claim.model] if claim.trained else "eval.claims.untrained"
-    training = ["-m", module, "--config", str(folder / "config.yaml"), *paths(config, root, model)]
+    steps: list[tuple[str, list[str]]] = []
+    if (stage := claim.made(run.arm)) is not None:
+        model = made[stage]
+    else:
+        config = placed(with_folders(run.config, made), run.data_root)
+        (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        module = MODULES[claim.model] if claim.trained else "eval.claims.untrained"
+        command_of = ["-m", module, "--config", str(folder / "config.yaml"), *paths(config, root, model)]
+        steps.append(("training", command_of))
     measuring = ["-m", "eval.claims.measuring", "--model", str(model), "--data-root", root]
     measuring += ["--instructions", claim.instructions, "--output", str(folder / "scores.json")]
     measuring += ["--tasks", *claim.tasks]
@@ -282,7 +289,7 @@ def execute(
     if first_stages:
         measuring += ["--depth", str(claim.depth)]
         measuring += ["--first-stages", *(f"{name}={found_by}" for name, found_by in first_stages.items())]
-    for step, arguments in (("training", training), ("measuring", measuring)):
+    for step, arguments in (*steps, ("measuring", measuring)):
         seconds[step] = timed(f"{run.name}, {step}", arguments, folder / f"{step}.log", command)
     if code_digest.__wrapped__() != code:
         raise RunFailed(
@@ -295,7 +302,8 @@ def execute(
     }  # fmt: skip
     run.result(work).parent.mkdir(exist_ok=True)
     write_json(run.result(work), result)
-    shutil.rmtree(model)
+    if stage is None:
+        shutil.rmtree(model)
     return result
 
 
@@ -319,12 +327,30 @@ def make_stages(
             file = home / "config.yaml"
             file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
             arguments = ["-m", MODULES[stage.command], "--config", str(file)]
-            arguments += [] if stage.command in WRITES_RECORDS else paths(config, str(run.data_root), folder)
+            if stage.command == FUSES:
+                arguments = ["-m", MODULES[FUSES], *fusing(config), "--output", str(folder), "--overwrite"]
+            elif stage.command not in WRITES_RECORDS:
+                arguments += paths(config, str(run.data_root), folder)
             took = timed(f"{run.name}, stage {name}", arguments, home / "log", command)
             seconds["stages"] = round(seconds.get("stages", 0.0) + took, 1)
             done.touch()
         made[name] = folder
     return made
+
+
+def fusing(config: Mapping[str, Any]) -> list[str]:
+    """The arguments of `mmembed fuse`, without output.
+
+    >>> fusing({"models": ["a", "b"], "rule": {"type": "linear", "weights": [3, 1]}, "heads": "mean"})
+    ['fuse', 'a', 'b', '--rule', 'linear', '--weights', '3', '1', '--heads', 'mean']
+    """
+    rule = {"type": config["rule"]} if isinstance(config["rule"], str) else dict(config["rule"])
+    options = {"rule": rule.pop("type"), **rule}
+    options |= {key: value for key, value in config.items() if key not in ("models", "rule")}
+    arguments = ["fuse", *config["models"]]
+    for key, value in options.items():
+        arguments += [f"--{key.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    return arguments
 
 
 def placed(config: dict[str, Any], root: Path) -> dict[str, Any]:

@@ -37,13 +37,13 @@ def load_config(
         ConfigError: with the file, the key, what was found, and the nearest key or the remedy.
     """
     examples = "recipes/configs/reranker" if issubclass(kind, RerankerConfig) else "recipes/configs/embedder"
-    return build_config(_read_file(Path(path), examples), overrides, where=str(path), kind=kind)
+    return build_config(read_tree(Path(path), examples), overrides, where=str(path), kind=kind)
 
 
 def describes_reranker(path: str | Path, overrides: Sequence[str] = ()) -> bool:
     """Whether a run's file is a reranker's: it has a `head`, or the prompt of pairs, `judge`. Errors as of
     `load_config`; what the blocks hold is not looked at."""
-    tree = _read_file(Path(path), "recipes/configs")
+    tree = read_tree(Path(path), "recipes/configs")
     given = {**tree, **{key.split(".")[0]: value for key, value in map(_read_override, overrides)}}
     prompt = given.get("prompt")
     return given.get("head") is not None or "judge" in (prompt, prompt.get("type") if isinstance(prompt, dict) else "")
@@ -56,7 +56,7 @@ def load_blocks(kind: type[Block], path: str | Path, overrides: Sequence[str] = 
         kind: the typed object; its validators raise ConfigError.
         examples: where such files are, for the message.
     """
-    tree = _read_file(Path(path), examples)
+    tree = read_tree(Path(path), examples)
     try:
         for override in overrides:
             key, given = _read_override(override)
@@ -236,7 +236,8 @@ def _field_model(model: type[BaseModel], name: str) -> type[BaseModel]:
     return annotation
 
 
-def _read_file(path: Path, examples: str) -> dict[str, Any]:
+def read_tree(path: Path, examples: str = "docs") -> dict[str, Any]:
+    """The mapping of a YAML file. Raises ConfigError, which names `examples` as where such files are."""
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such file; give a YAML file, as in {examples}")
     try:

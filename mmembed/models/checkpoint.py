@@ -137,12 +137,23 @@ def _write(
         _check_filled(folder, head)
         save_file(head, folder / POOLING)
     preprocessor.processor.save_pretrained(folder)
+    describe(folder, settings, model.embedding_size, model.family.config, config_hash)
+
+
+def describe(
+    folder: Path, settings: EmbedderSettings, embedding_size: int, config: Any, config_hash: str | None = None
+) -> None:
+    """Writes `mmembed.json` beside the files of a checkpoint, which it lists: the last thing that is written.
+
+    Args:
+        config: of the backbone.
+    """
     described = {
         "format": FORMAT,
         "mmembed_version": __version__,
         "settings": {key: value for key, value in asdict(settings).items() if key != "trust_remote_code"},
-        "embedding_size": model.embedding_size,
-        "architecture": _architecture(model.family.config),
+        "embedding_size": embedding_size,
+        "architecture": architecture(config),
         "training_config_hash": config_hash,
         "files": sorted([file.name for file in folder.iterdir() if file.is_file()] + [SETTINGS]),
     }
@@ -172,7 +183,7 @@ def _check_filled(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         )
 
 
-def _architecture(config: Any) -> dict[str, Any]:
+def architecture(config: Any) -> dict[str, Any]:
     text = config.get_text_config()
     return {
         "model_type": config.model_type,
@@ -204,7 +215,7 @@ def _load_described(
         )
     except ConfigError as error:
         raise CheckpointError(f"{shown}: its backbone cannot be loaded: {error}") from error
-    found = _architecture(backbone.config)
+    found = architecture(backbone.config)
     if described.get("architecture") not in (None, found):
         raise CheckpointError(
             f"{shown}: was trained on {described['architecture']}, but '{settings.name_or_path}' is now "

@@ -33,15 +33,9 @@ LOSS, GRADIENT = "loss", "gradient of "
 # (slug, how the entry's name begins) -> why no case computes it
 NOT_COVERED = {
     (
-        "codiemb",
-        "delta-guided fusion",
-    ): "a merge of checkpoints, which is not built; its rule is a guess",
-    (
         "multicsr",
         "stage-3 masked loss as released",
     ): "counts masked cells as exp(0), ours as 0",
-    ("model-soups", ""): "a merge of checkpoints, which is not built",
-    ("atlas", ""): "a merge of checkpoints, which is not built",
 }
 
 
@@ -105,7 +99,7 @@ def golden(slug: str, by: str | Callable[[Entry], str], *names: str, trains: boo
 
 def every_case() -> list[Case]:
     """In the order of the file."""
-    from tests.golden import contrastive, mining, rerank, scores, single, vectors  # noqa: F401  (they declare)
+    from tests.golden import contrastive, fusion, mining, rerank, scores, single, vectors  # noqa: F401  (they declare)
 
     order = [id(entry) for entries in GOLDEN.values() for entry in entries]
     return sorted(_CASES, key=lambda case: order.index(id(case.entry)))

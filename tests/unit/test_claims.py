@@ -19,9 +19,10 @@ from eval.claims import page, runs
 from eval.claims.__main__ import about_runs, main, parse
 from eval.claims.declaration import WRITES_RECORDS, Comparison, merged, read_claim, read_claims, with_folders
 from eval.claims.measuring import Remembering
-from eval.claims.runs import Results, Run, RunFailed, Workers, execute, planned
+from eval.claims.runs import Results, Run, RunFailed, Workers, execute, fusing, planned
 from eval.claims.verdicts import FAILS, HOLDS, OPEN, RULE, compare, interval, overall
 from eval.vectors import ndcg_by_query
+from mmembed.cli import build_parser
 from mmembed.config import load_config
 from mmembed.config.blocks import EmbedderConfig, RerankerConfig
 from mmembed.content import Text
@@ -107,7 +108,7 @@ def test_every_declared_claim_builds_its_arms(tmp_path):
     claims = read_claims()
     assert len(claims) >= 14
     for claim in claims:
-        for arm in claim.arms:
+        for arm in (arm for arm in claim.arms if claim.made(arm) is None):
             path = tmp_path / f"{claim.name}-{arm}.json"  # JSON is YAML
             path.write_text(json.dumps(claim.config(arm, steps=7, seed=3)))
             kind = RerankerConfig if claim.model == "reranker" else EmbedderConfig
@@ -125,6 +126,7 @@ def test_stages_of_declared_claims_are_configs_of_their_commands(tmp_path):
         "score": load_scoring,
         "embedder": load_config,
         "reranker": lambda file: load_config(file, (), RerankerConfig),
+        "fuse": lambda file: build_parser()[0].parse_args([*fusing(json.loads(file.read_text())), "--output", "x"]),
     }
     seen = set()
     for claim in read_claims():
@@ -134,7 +136,7 @@ def test_stages_of_declared_claims_are_configs_of_their_commands(tmp_path):
             file = tmp_path / f"{claim.name}-{name}.json"
             file.write_text(json.dumps(config))
             loaded = loads[stage.command](file)
-            if stage.command not in WRITES_RECORDS:
+            if stage.command in ("embedder", "reranker"):
                 assert loaded.training.arguments["max_steps"] == round(7 * stage.steps)
                 assert loaded.training.arguments["seed"] == 3
             seen.add(stage.command)
@@ -249,6 +251,70 @@ def test_rerankers_and_stages_that_cannot_be_are_refused(tmp_path, old, new, mes
         read_claim(declared(tmp_path, CLAIM + "depth: 3"))
     with pytest.raises(ConfigError, match="than: first_stage are of rerankers"):
         read_claim(declared(tmp_path, CLAIM.replace("than: other", "than: first_stage")))
+
+
+FUSED = """
+paper: "A paper, arXiv 0000.00000"
+sentence: Two models are one.
+compares_data: true
+stages:
+  first: {command: embedder, config: {data: {train: [{path: mbpp, format: beir}]}}}
+  second: {command: embedder, config: {data: {train: [{path: stsb-en, format: pairs}]}}}
+  both: {command: fuse, config: {models: ["{first}", "{second}"], rule: {type: linear, weights: [3, 1]}}}
+arms:
+  alone: {made: "{first}"}
+  fused: {made: "{both}"}
+comparisons:
+  - {arm: fused, than: alone, task: mbpp}
+"""
+
+
+def test_an_arm_that_stages_made_is_measured_as_it_is(tmp_path):
+    """Every seed has its own stages; nothing is trained for such an arm, and its model stays."""
+    claim = read_claim(declared(tmp_path, FUSED))
+    asked = []
+
+    def command(arguments, log):
+        asked.append(list(arguments))
+        if "measuring" in arguments[1]:
+            Path(arguments[arguments.index("--output") + 1]).write_text('{"scores": {}, "by_query": {}}')
+        return 0
+
+    root = runs.REPOSITORY / "data"
+    alone, fused, later = (
+        Run(claim, "alone", 0, 5, root),
+        Run(claim, "fused", 0, 5, root),
+        Run(claim, "fused", 1, 5, root),
+    )
+    assert execute(alone, tmp_path, command)["steps"] == 0
+    modules = [arguments[1] for arguments in asked]
+    assert modules == ["recipes.train_embedder"] * 2 + ["mmembed", "eval.claims.measuring"]
+    outputs = [[one for one in arguments if one.startswith("training.output_dir=")] for arguments in asked[:2]]
+    folders = [output.split("=")[1] for (output,) in outputs]
+    assert asked[2][2:10] == ["fuse", *folders, "--rule", "linear", "--weights", "3", "1"]
+    assert asked[3][asked[3].index("--model") + 1] == folders[0]
+    execute(fused, tmp_path, command)
+    assert len(asked) == 5 and asked[4][asked[4].index("--model") + 1] == asked[2][asked[2].index("--output") + 1]
+    execute(later, tmp_path, command)
+    assert len(asked) == 9 and len({alone.key, fused.key, later.key}) == 3
+    page.write(tmp_path / "claims.md", [page.found(claim, {})], [])
+    assert "fused" in (tmp_path / "claims.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('made: "{first}"', "made: first", "arms.alone: made is the one key"),
+        ('made: "{first}"', 'made: "{frist}"', "arms.alone: no stage 'frist' is made before it"),
+        ('{made: "{first}"}', '{made: "{first}", pooling: mean}', "arms.alone: made is the one key"),
+        (", rule: {type: linear, weights: [3, 1]}", "", "stages.both: a fusion names its models and its rule"),
+    ],
+)
+def test_fusions_that_cannot_be_are_refused(tmp_path, old, new, message):
+    assert old in FUSED
+    with pytest.raises(ConfigError, match=r"thing\.yaml") as refused:
+        read_claim(declared(tmp_path, FUSED.replace(old, new)))
+    assert message in str(refused.value)
 
 
 def test_a_misspelt_claim_names_the_nearest(capsys):
