@@ -123,8 +123,8 @@ def learn(
     args = training_arguments(config)
     set_seed(args.seed)
     data = [open_data(source, config.data, media, data_seed(args), objective.title) for source in config.data.train]
-    check_sources(data, config, objective, "vision_config" in fusion.sources[0].outline.config.to_dict())
     model, preprocessor = _started(fusion)
+    check_sources(data, config, objective, preprocessor.family.media)
     preprocessor.media = media
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).train()
     model.give_layers(objective.layers)
