@@ -71,8 +71,13 @@ def vision_cache_of(options: argparse.Namespace) -> dict[str, Any]:
     return {"vision_cache": options.vision_cache, "vision_cache_gb": options.vision_cache_gb}
 
 
-def add_media_limits(parser: argparse.ArgumentParser, *names: str) -> None:
-    """The options of what may be opened, under their names in a config's `data.media_limits`; those of `names` only."""
+def add_media_limits(parser: argparse._ActionsContainer, *names: str, usual: MediaLimits | None = None) -> None:
+    """The options of what may be opened, under their names in a config's `data.media_limits`; those of `names` only.
+
+    Args:
+        usual: the defaults, where they are not those of MediaLimits.
+    """
+    usual = usual or MediaLimits()
     if "allow_urls" in names:
         parser.add_argument("--allow-urls", action="store_true", help="fetch pictures from http and https URLs")
     if "max_pixels_decoded" in names:
@@ -80,8 +85,8 @@ def add_media_limits(parser: argparse.ArgumentParser, *names: str) -> None:
             "--max-pixels-decoded",
             type=int,
             metavar="N",
-            default=MediaLimits.max_pixels_decoded,
-            help=f"refuse a picture with more pixels (default {MediaLimits.max_pixels_decoded:,})",
+            default=usual.max_pixels_decoded,
+            help=f"refuse a picture with more pixels (default {usual.max_pixels_decoded:,})",
         )
     if "max_seconds" in names:
         parser.add_argument(
@@ -104,8 +109,8 @@ def add_media_limits(parser: argparse.ArgumentParser, *names: str) -> None:
             "--max-bytes",
             type=int,
             metavar="N",
-            default=MediaLimits.max_bytes,
-            help=f"refuse a file of more bytes (default {MediaLimits.max_bytes:,})",
+            default=usual.max_bytes,
+            help=f"refuse a file of more bytes (default {usual.max_bytes:,})",
         )
 
 

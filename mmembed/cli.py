@@ -1,4 +1,4 @@
-"""The command `mmembed`: encode, search, rerank, explore, plan, verify, inspect, fuse.
+"""The command `mmembed`: encode, search, rerank, explore, plan, verify, inspect, fuse, serve.
 
 Everything heavy is imported by the command that needs it, after the arguments were read, so that `mmembed --help` and a
 misspelt flag answer at once. Results go to stdout, progress and errors to stderr; an error ends with exit code 2.
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmembed.arguments import Parser, add_vision_cache, media_limits_of
-from mmembed.commands import encode, fuse
+from mmembed.commands import encode, fuse, serve
 from mmembed.commands.common import (
     add_command,
     add_model,
@@ -77,7 +77,17 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     parser.add_argument("--version", action="version", version=f"mmembed {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     commands = {}
-    for add in (encode.add, _add_search, _add_rerank, _add_explore, _add_plan, _add_verify, _add_inspect, fuse.add):
+    for add in (
+        encode.add,
+        _add_search,
+        _add_rerank,
+        _add_explore,
+        _add_plan,
+        _add_verify,
+        _add_inspect,
+        fuse.add,
+        serve.add,
+    ):
         command = add(subparsers)
         commands[command.prog.split()[-1]] = command
     return parser, commands

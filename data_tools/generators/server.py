@@ -10,9 +10,10 @@ import time
 from typing import Any
 
 from data_tools.generators import GeneratorDown
-from data_tools.generators.child import Child, engine_options, flags, vllm_python
+from data_tools.generators.child import Child, engine_options, vllm_python
 from mmembed.packaged import resolve
 from mmembed.registry import Above0, Count
+from mmembed.vllm_environment import flags
 
 _log = logging.getLogger(__name__)
 _WHERE = "generators.openai.serve"

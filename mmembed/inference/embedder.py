@@ -198,7 +198,7 @@ class Embedder:
 
         Args:
             contents: strings, PIL images, mappings with `text`, `image`, `images`, `video`, or lists of those;
-                modalities may be mixed. A mapping may bring its own `instruction`.
+                modalities may be mixed. A mapping may bring its own `instruction`. Or all of them rows of `prepare`.
             role: "query" or "document": the prompt style decides what it means.
             instruction: one for all contents, or one a content; a content that brings its own keeps it.
             token_budget: padded tokens in a batch, visual tokens included; a longer content is a batch of its own.
@@ -240,6 +240,28 @@ class Embedder:
                 store.put(positions, vectors, mask)
                 bar.update(len(positions))
         return store.result(output)
+
+    def prepare(
+        self,
+        contents: Sequence[ContentLike],
+        *,
+        role: Role = "document",
+        instruction: str | Sequence[str | None] | None = None,
+    ) -> list[Row]:
+        """Contents tokenized, for `encode` to take in their place, which then reads no `role` or `instruction`.
+
+        A server counts tokens by it, and refuses what is wrong, before it queues anything. Images are read up to their
+        header. Another thread may encode meanwhile, but none prepare.
+
+        Raises:
+            MmembedError: as `encode`, but for damage that only decoding an image shows.
+        """
+        _check_contents(contents, instruction)
+        _check_options(role=role)
+        how, rows = _How(role, instruction, None, share_prefix=False, packed=False), list[Row]()
+        while len(rows) < len(contents):
+            rows += self._tokenize(self._window(contents, len(rows), how), len(rows))
+        return rows
 
     def check(self, content: ContentLike, *, role: Role = "document") -> None:
         """Raises MmembedError when a content could not be encoded: reads and opens it, but runs no model."""
@@ -327,16 +349,7 @@ class Embedder:
         """The rows of each batch, window after window; longest first, so that memory trouble shows at once."""
         start = 0
         while start < len(contents):
-            items: list[Item] = []
-            for index in range(start, len(contents)):
-                with naming(index):
-                    given = contents[index]
-                    pair = isinstance(given, Item)  # of a reranker
-                    item = given if pair else item_of(given, how.role, how.instruction_of(index), how.domain)
-                if len(items) >= WINDOW and (item.place is None or item.place.number == 1):  # a list stays whole
-                    break
-                items.append(item)
-            rows = self._tokenize(items, start)
+            rows = _prepared(contents, start) or self._tokenize(self._window(contents, start, how), start)
             shareable = [self.preprocessor.shareable(row) for row in rows] if how.share_prefix else None
             budget = how.token_budget or self._default_budget(rows)
             chunks = plan_chunks(rows, budget, shareable=shareable, packed=how.packed)
@@ -345,7 +358,20 @@ class Embedder:
                 alone = chunk.rows[0].tail is not None  # a list runs with its own
                 kept = self.device.type == "cpu" and chunk.shared > 0 and uses[_prefix(chunk)] > 1 and not alone
                 yield [start + index for index in chunk.index.tolist()], chunk, kept
-            start += len(items)
+            start += len(rows)
+
+    def _window(self, contents: Sequence[ContentLike], start: int, how: _How) -> list[Item]:
+        """The contents that are tokenized together, from `start` on."""
+        items: list[Item] = []
+        for index in range(start, len(contents)):
+            with naming(index):
+                given = contents[index]
+                pair = isinstance(given, Item)  # of a reranker
+                item = given if pair else item_of(given, how.role, how.instruction_of(index), how.domain)
+            if len(items) >= WINDOW and (item.place is None or item.place.number == 1):  # a list stays whole
+                break
+            items.append(item)
+        return items
 
     def _tokenize(self, items: Sequence[Item], start: int) -> list[Row]:
         try:
@@ -413,6 +439,11 @@ class _Prefixes:
                     del self._known[next(iter(self._known))]
                 self._known[name] = self._model.read_prefix(ids, domain)
             return self._known[name]
+
+
+def _prepared(contents: Sequence[Any], start: int) -> Sequence[Row]:
+    """Of a list of rows all from `start` on, of other contents nothing."""
+    return contents[start:] if isinstance(contents, list) and isinstance(contents[start], Row) else ()
 
 
 def _of_first(planned: Sequence[Planned]) -> tuple[bool, int]:

@@ -24,7 +24,7 @@ from mmembed.heads import Head, log_odds
 from mmembed.inference.answering import answer, completed
 from mmembed.inference.embedder import Embedder, item_of, load_merged, naming
 from mmembed.models.embedding_model import EmbeddingModel
-from mmembed.preprocess import Item, Place, Preprocessor
+from mmembed.preprocess import Item, Place, Preprocessor, Row
 
 if TYPE_CHECKING:
     from mmembed.content import ContentLike
@@ -174,9 +174,30 @@ class Reranker:
             output="torch",
             show_progress=show_progress,
         )  # (N, L)
+        scores = self._scores(logits, scale)
         if listed is not None:
-            shares = np.empty(len(pairs), np.float32)
-            shares[listed.order] = logits[:, 0].numpy()
+            scores[listed.order] = scores.copy()
+        return scores
+
+    def prepare(
+        self, query: ContentLike, documents: Sequence[ContentLike], *, instruction: str | None = None
+    ) -> list[Row]:
+        """The pairs of a query tokenized, for `score_prepared`: see `Embedder.prepare`.
+
+        Raises:
+            MmembedError: as `score`, but for damage that only decoding an image shows.
+        """
+        pairs = _Pairs([(query, document) for document in documents], instruction)
+        return self._encoder.prepare(_Listed(pairs) if self.reads_lists else pairs)
+
+    def score_prepared(self, rows: Sequence[Row]) -> NDArray[np.float32]:
+        """Probabilities (N,) of rows of `prepare`: of several queries, of an in-context reranker of one and all."""
+        return self._scores(self._encoder.encode(rows, output="torch", show_progress=False), "probability")
+
+    def _scores(self, logits: torch.Tensor, scale: Scale) -> NDArray[np.float32]:
+        """logits (N, L), of an in-context reranker the shares (N, 1), to scores (N,)."""
+        if self.reads_lists:
+            shares: NDArray[np.float32] = logits[:, 0].numpy()
             with np.errstate(divide="ignore"):  # of a list of one: infinite
                 return shares if scale == "probability" else np.log(shares) - np.log1p(-shares)
         found = log_odds(logits)

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from data_tools.generators import GENERATORS, Answer, GeneratorDown, Request, Sampling
-from data_tools.generators.child import engine_options, flags, vllm_python
+from data_tools.generators.child import engine_options, vllm_python
 from mmembed.media import MediaStore
+from mmembed.vllm_environment import flags
 from tests.synthesis.record import CASES, ENGINE, SCHEMA, ask
 from tests.synthesis.servers import ChatServer, right_text
 from tests.synthesis.stand_in import RECORDED, executable
@@ -298,6 +299,6 @@ def test_where_vllm_is_looked_for(tmp_path, monkeypatch):
     (tmp_path / ".venv-vllm" / "bin").mkdir(parents=True)
     (tmp_path / ".venv-vllm" / "bin" / "python").symlink_to(sys.executable)
     assert vllm_python(None, "w") == str(tmp_path / ".venv-vllm" / "bin" / "python")
-    monkeypatch.setattr("data_tools.generators.child.ENVIRONMENT", Path(".venv-none"))
+    monkeypatch.setattr("mmembed.vllm_environment.ENVIRONMENT", Path(".venv-none"))
     with pytest.raises(GeneratorDown, match="w.python: there is no .venv-none .* run `make vllm-env`"):
         vllm_python(None, "w")
