@@ -37,6 +37,7 @@ from benchmarks._common import (
     texts,
     told,
 )
+from benchmarks._peers import mean_embedder
 
 MAX_LENGTH = 512
 PEER_BATCHES, PEER_DEFAULT_BATCH = (16, 32, 64, 128), 32
@@ -135,21 +136,13 @@ def _ours(case: str) -> Any:
 
 def _peer(modality: str, dtype: str | None) -> Any:
     """sentence-transformers on the same folder. Without a dtype it takes its own default."""
-    from mmembed.backbones import resolve_backbone  # isort: skip - makes torchvision importable on a CPU machine
-
     import torch
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
-    options: dict[str, Any] = {"model_kwargs": {"dtype": vars(torch)[dtype]}} if dtype else {}
-    if modality == "text":
-        options |= {
-            "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
-            "module_output_name": "token_embeddings",
-        }
-    transformer = Transformer(resolve_backbone("mmembed-nano"), max_seq_length=MAX_LENGTH, **options)
-    pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="mean")
-    return SentenceTransformer(modules=[transformer, pooling, Normalize()], device="cpu").eval()
+    from mmembed.backbones import resolve_backbone
+
+    folder = resolve_backbone("mmembed-nano")
+    own = vars(torch)[dtype] if dtype else None
+    return mean_embedder(folder, pictures=modality != "text", length=MAX_LENGTH, dtype=own).eval()
 
 
 def _bare(embedder: Any, contents: Sequence[Any], role: Any = "document") -> Callable[[int], Any]:

@@ -65,6 +65,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from benchmarks._common import DATA, INSTRUCTION, QWEN3, Row, environment, own_peak_mb, parser, set_up, show, texts
+from benchmarks._peers import mean_embedder
 from benchmarks.train import (
     DOCUMENT_LENGTH,
     LEARNING_RATE,
@@ -928,24 +929,8 @@ def _parts(setting: str) -> tuple[str, str, int]:
 
 
 def _peer_model(weights: Path, kind: str, dtype: Any, device: str, length: int) -> Any:
-    """sentence-transformers on the same folder; texts go without the chat template, pictures need it."""
-    import mmembed.backbones  # noqa: F401  # isort: skip - makes torchvision importable on a CPU machine
-
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-
-    of_text = {
-        "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
-        "module_output_name": "token_embeddings",
-    }
-    transformer = Transformer(
-        str(weights),
-        max_seq_length=length,
-        model_kwargs={"dtype": dtype},
-        **(of_text if kind == "text" else {}),
-    )
-    pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="mean")
-    return SentenceTransformer(modules=[transformer, pooling, Normalize()], device=device)
+    """sentence-transformers on the same folder."""
+    return mean_embedder(str(weights), pictures=kind != "text", length=length, dtype=dtype, device=device)
 
 
 def _add_lora(model: Any) -> None:

@@ -45,6 +45,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._common import DATA, INSTRUCTION, Row, environment, own_peak_mb, parser, set_up, show, told
+from benchmarks._peers import mean_embedder
 
 SEARCHED = 256  # pairs of the steps that choose the peer's setting
 QUERY_LENGTHS, DOCUMENT_LENGTH = {"text": 64, "instruction": 128, "images": 256, "instructed images": 256}, 256
@@ -360,28 +361,17 @@ def _peer(case: Case, setting: str, batch: int, steps: int, folder: str) -> Any:
     from mmembed.backbones import resolve_backbone  # isort: skip - makes torchvision importable on a CPU machine
 
     import torch
-    from sentence_transformers import (
-        SentenceTransformer,
-        SentenceTransformerTrainer,
-        SentenceTransformerTrainingArguments,
-    )
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
-    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
-    of_text = {  # without the chat template, which pictures need
-        "modality_config": {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
-        "module_output_name": "token_embeddings",
-    }
-    transformer = Transformer(
+    model = mean_embedder(
         resolve_backbone("mmembed-nano"),
-        max_seq_length=DOCUMENT_LENGTH,  # questions of this data are all shorter than our limit for queries
-        model_kwargs={"dtype": torch.float32},
-        **({} if case.kind in PICTURED else of_text),
+        pictures=case.kind in PICTURED,
+        length=DOCUMENT_LENGTH,  # questions of this data are all shorter than our limit for queries
+        dtype=torch.float32,
     )
-    for name, parameter in transformer.named_parameters():
+    for name, parameter in model.named_parameters():
         parameter.requires_grad_("visual" not in name)
-    pooling = Pooling(transformer.get_embedding_dimension(), pooling_mode="mean")
-    model = SentenceTransformer(modules=[transformer, pooling, Normalize()], device="cpu")
     kind, _, value = setting.partition("=")
     size = {"mini_batch_size": int(value)} if kind == "size" else {"mini_batch_num_tokens": int(value)}
     loss = CachedMultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE, **size)

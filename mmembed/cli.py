@@ -1,4 +1,4 @@
-"""The command `mmembed`: encode, search, rerank, explore, plan, verify, inspect, fuse, serve.
+"""The command `mmembed`: encode, search, rerank, explore, plan, export, verify, inspect, fuse, serve.
 
 Everything heavy is imported by the command that needs it, after the arguments were read, so that `mmembed --help` and a
 misspelt flag answer at once. Results go to stdout, progress and errors to stderr; an error ends with exit code 2.
@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmembed.arguments import Parser, add_vision_cache, media_limits_of
-from mmembed.commands import encode, fuse, serve
+from mmembed.commands import encode, export, fuse, serve, verify
 from mmembed.commands.common import (
     add_command,
     add_model,
     add_on_bad_record,
-    add_trust,
     load_embedder,
     portable,
     report,
@@ -83,7 +82,8 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         _add_rerank,
         _add_explore,
         _add_plan,
-        _add_verify,
+        export.add,
+        verify.add,
         _add_inspect,
         fuse.add,
         serve.add,
@@ -604,60 +604,6 @@ def _plan(arguments: argparse.Namespace) -> int:
         arguments.sample,
     )
     print(json.dumps(as_json(plan)) if arguments.json else render(plan))
-    return 0
-
-
-# verify -------------------------------------------------------------------------------------------------------------
-
-
-def _add_verify(subparsers: Any) -> Parser:
-    command = add_command(
-        subparsers,
-        "verify",
-        _verify,
-        help="compare the vectors of a checkpoint with those recorded when it was saved",
-        description="""\
-            Loads a checkpoint, compares the vectors of fixed inputs with those recorded when it was saved, then with
-            those after saving and loading again; also checks that they differ from those of the backbone before
-            training.""",
-    )
-    command.add_argument("checkpoint", type=Path, help="folder of a saved embedder")
-    command.add_argument("--tolerance", type=float, default=1e-3, help="largest allowed difference (default 1e-3)")
-    add_trust(command)
-    return command
-
-
-def _verify(arguments: argparse.Namespace) -> int:
-    import tempfile
-
-    from mmembed.backbones import resolve_backbone
-    from mmembed.errors import CheckpointError
-    from mmembed.models.checkpoint import load_checkpoint, save_checkpoint
-    from mmembed.models.folder import SETTINGS, settle
-    from mmembed.models.probes import check_recorded
-    from mmembed.models.verification import verify_checkpoint
-
-    saved = Path(resolve_backbone(str(arguments.checkpoint)))
-    settle(saved)
-    if (saved / "config.json").is_file() and not (saved / SETTINGS).is_file():
-        raise MmembedError(
-            f"{arguments.checkpoint}: a bare backbone has nothing to verify: it was not trained to embed, and no "
-            "vectors were recorded; give a folder that training or Embedder.save has written"
-        )
-    model, preprocessor = load_checkpoint(arguments.checkpoint, trust_remote_code=arguments.trust_remote_code)
-    distance = check_recorded(arguments.checkpoint, model, preprocessor, arguments.tolerance)
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "copy"
-        save_checkpoint(copy, model, preprocessor)
-        try:
-            again = verify_checkpoint(copy, model, preprocessor, arguments.tolerance)
-        except CheckpointError as error:  # of the copy, which is gone when this is read
-            raise CheckpointError(str(error).replace(str(copy), str(arguments.checkpoint))) from error
-    recorded = "no vectors were recorded when it was saved" if distance is None else f"{distance:.2g} to the record"
-    print(
-        f"{arguments.checkpoint}: ok; largest difference: {recorded}, {again:.2g} after saving and reloading; "
-        f"vectors of {model.embedding_size} dimensions, {str(model.dtype).removeprefix('torch.')}"
-    )
     return 0
 
 

@@ -456,12 +456,35 @@ class Preprocessor:
 
     # Writing ----------------------------------------------------------------------------------------------------------
 
+    @property
+    def special_ids(self) -> tuple[list[int], list[int]]:
+        """The tokens in front of an input that is no chat, and behind it."""
+        return self._start, self._end
+
+    def as_text(self, item: Item) -> str:
+        """The prompt of an item with its special tokens, each image as the one token that processors expand: what a
+        chat template has to write for a runtime that knows nothing of prompt styles. Nothing is cut."""
+        rendered = self._render(item)
+        parts, images, sounds = self._parts(rendered.content)
+        if sounds:
+            raise MmembedError(
+                "audio: chat templates of other runtimes hold texts and images alone; leave the sounds out"
+            )
+        layout = self._layout(rendered, parts, [self.family.image_token for _ in images], [])
+        if rendered.chat or layout.complete:
+            return layout.text
+        start, end = ("".join(self.tokenizer.convert_ids_to_tokens(ids)) for ids in (self._start, self._end))
+        return start + layout.text + end
+
     def _write(self, item: Item) -> Written:
         """The prompt of one item."""
+        return self._lay_out(self._render(item))
+
+    def _render(self, item: Item) -> Rendered:
         instruction = None if item.instruction is None else self._escape(item.instruction)
         if item.document is None:
-            return self._lay_out(self.prompt.render(item.content, item.role, instruction))
-        return self._lay_out(self.prompt.render_pair(item.content, item.document, instruction))
+            return self.prompt.render(item.content, item.role, instruction)
+        return self.prompt.render_pair(item.content, item.document, instruction)
 
     def _lay_out(self, rendered: Rendered) -> Written:
         parts, images, sounds = self._parts(rendered.content)
@@ -474,16 +497,20 @@ class Preprocessor:
             )
         seen = [self.family.image_markup(width, height, len(images)) for width, height in sizes]
         heard = [self.family.audio_markup(count) for count in samples]
+        return Written(self._layout(rendered, parts, seen, heard), images, sizes, sounds, samples, rendered.chat)
+
+    def _layout(
+        self, rendered: Rendered, parts: Sequence[str | Medium], seen: Sequence[str], heard: Sequence[str]
+    ) -> Layout:
+        """Puts markups in the places of images and of sounds."""
         if not rendered.chat:
             seen = [self.family.frame_markup(markup) for markup in seen]
             heard = [self.family.frame_audio(markup) for markup in heard]
         of_kind = {Medium.IMAGE: iter(seen), Medium.AUDIO: iter(heard)}
         markups = [next(of_kind[part]) for part in parts if isinstance(part, Medium)]
         if rendered.chat:
-            layout = self._chats.lay_out(rendered, parts, markups)
-        else:
-            layout = self.family.lay_out(rendered.prefix, parts, markups, rendered.suffix)
-        return Written(layout, images, sizes, sounds, samples, rendered.chat)
+            return self._chats.lay_out(rendered, parts, markups)
+        return self.family.lay_out(rendered.prefix, parts, markups, rendered.suffix)
 
     def _parts(self, content: Content) -> tuple[list[str | Medium], tuple[Image, ...], tuple[Audio, ...]]:
         """Texts and places of media in order, the images, and the sounds. A video is its frames, in order."""
@@ -822,13 +849,23 @@ def _without(dropped: Sequence[int], ranges: tuple[Range, ...]) -> tuple[Range, 
 
 def broken_up(text: str, control: re.Pattern[str]) -> str:
     """Breaks up control tokens that stand literally in a user's text."""
-    return control.sub(lambda found: f"{found[0][0]} {found[0][1:]}" if len(found[0]) > 1 else " ", text)
+    return control.sub(lambda found: broken_token(found[0]), text)
+
+
+def broken_token(token: str) -> str:
+    """What stands for a control token in a user's text."""
+    return f"{token[0]} {token[1:]}" if len(token) > 1 else " "
+
+
+def control_words(family: Family) -> list[str]:
+    """The tokenizer's special tokens and the family's media tokens, the longest first."""
+    special = {str(token) for token in family.tokenizer.added_tokens_decoder.values() if token.special}
+    return sorted(special | set(family.reserved), key=len, reverse=True)
 
 
 def control_tokens(family: Family) -> re.Pattern[str]:
-    """Matches the tokenizer's special tokens and the family's media tokens, the longest first."""
-    special = {str(token) for token in family.tokenizer.added_tokens_decoder.values() if token.special}
-    tokens = sorted(special | set(family.reserved), key=len, reverse=True)
+    """Matches control words."""
+    tokens = control_words(family)
     return re.compile("|".join(re.escape(token) for token in tokens) or r"(?!)")  # the latter matches nowhere
 
 

@@ -12,7 +12,7 @@ install_torch
 
 step "mmembed and its extras"
 pip install -c constraints.txt --no-deps "$torchvision"  # its own pin of torch is not wanted
-pip install -c constraints.txt -e '.[train,deepspeed,quant,audio,eval,data,bench,ray,serve,dev]'
+pip install -c constraints.txt -e '.[train,deepspeed,quant,audio,eval,data,bench,ray,serve,onnx,dev]'
 
 # gradio asks for pillow<13 and runs with 13, of which everything else here is. It and what it needs are 34 MB, playwright 54 MB.
 step "gradio"

@@ -19,7 +19,7 @@ class LastToken(Pooling):
     name = "last_token"
 
     def forward(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return hidden[torch.arange(len(hidden), device=hidden.device), last_places(mask)].float()  # (B, H)
+        return hidden[torch.arange(hidden.shape[0], device=hidden.device), last_places(mask)].float()  # (B, H)
 
 
 def last_places(mask: torch.Tensor) -> torch.Tensor:

@@ -42,7 +42,7 @@ def test_bf16(config_file, tmp_path, strategy, more):  # noqa: F811
     assert two == pytest.approx(one, rel=5e-3)
     assert one[-1] < 0.93 * one[0]
     assert any(loss != round(loss * 256) / 256 for loss in two), "scores were compared in bf16"
-    assert verify(["verify", str(tmp_path / "two")]) == 0
+    assert verify(["verify", str(tmp_path / "two"), "--runtimes"]) == 0
     norms = [gradient_norms(tmp_path / name) for name in ("one", "two")]
     assert norms[1] == [pytest.approx(step, rel=2e-2) for step in norms[0]]
     assert "grad_norm_language" in norms[0][0]

@@ -318,5 +318,7 @@ def test_verify_accepts_a_trained_embedder_and_refuses_an_untrained_one(model, t
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
     embedder.save(tmp_path / "trained")
-    assert main(["verify", str(tmp_path / "trained")]) == 0
-    assert "ok; largest difference" in capsys.readouterr().out
+    assert main(["verify", str(tmp_path / "trained"), "--runtimes"]) == 0
+    printed = capsys.readouterr().out
+    assert "ok; largest difference" in printed
+    assert [line.split()[0] for line in printed.splitlines()[2:]] == ["recorded", "reloaded", "merged"]

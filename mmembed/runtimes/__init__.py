@@ -1,0 +1,1 @@
+"""Parts of mmembed that other programs load by name."""
