@@ -155,7 +155,7 @@ def through_sentence_transformers(folder: Path, subject: Subject, python: str | 
     model = load(folder, **options)
     rows = []
     for probe in subject.spoken:
-        encode = model.encode_query if probe.role == "query" else model.encode_document
+        encode: Any = model.encode_query if probe.role == "query" else model.encode_document
         told = {} if probe.instruction == subject.instructions.get(probe.role) else {"prompt": probe.instruction}
         rows.append(encode([_as_input(probe.content)], show_progress_bar=False, **told)[0])
     return np.stack(rows).astype(np.float32)
@@ -236,8 +236,9 @@ def _parts(content: Sequence[Any]) -> list[dict[str, str]]:
 
 
 def _png(image: Image) -> str:
+    picture: Any = image.source  # of probes, which are drawn
     buffer = io.BytesIO()
-    image.source.save(buffer, "PNG")
+    picture.save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()
 
 

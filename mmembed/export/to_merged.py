@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from mmembed.errors import MmembedError
 from mmembed.export import MANIFEST, Target
@@ -29,6 +29,7 @@ class ToMerged(Target):
     def write(self, subject: Subject, folder: Path) -> None:
         model = subject.model
         model.settings = replace(model.settings, dtype=str(subject.dtype).removeprefix("torch."))
-        model.backbone.to(subject.dtype)
+        backbone: Any = model.backbone
+        backbone.to(subject.dtype)
         save_checkpoint(folder, model, subject.preprocessor)
         write_json(folder / MANIFEST, settings_of(subject, self.name))
