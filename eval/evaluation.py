@@ -69,6 +69,7 @@ class Evaluation:
         self.known = {place: found for place, about in self.abouts.items()
                       if self.scores is not None and (found := self.scores.get(about)) is not None}  # fmt: skip
         self.works: dict[str, Work | None] = {}
+        self.computed: set[str] = set()  # tasks that were not read from the cache alone
         self.rankings: dict[str, dict[str, Any]] = {system.name: {} for system in self.systems}
         self.shown: list[dict[str, Any]] = []
 
@@ -144,9 +145,9 @@ class Evaluation:
             if found is not None:
                 self.results["tasks"][row.name] = found
                 print(f"  [{duration(left)} left]" if left and left > 60 else "", flush=True)
-            self._write()
-        if self.options.output:
-            write_json(self.options.output, self.results)
+            if row.name in self.computed:
+                self._write()
+        self._write()
         if self.options.html is not None:
             from eval.run_page import render
 
@@ -164,6 +165,9 @@ class Evaluation:
         able = [system for system in self.systems if left_out(system, row) is None]
         known = {system.name: self.known.pop((system.name, row.name), None) for system in able}
         pages = self.options.html is not None and self.benchmark.shows_rankings and row.kind in RANKINGS
+        if self._is_empty(row):
+            print("  nothing for it in these data", flush=True)
+            return None
         entry: dict[str, Any] | None = None
         if not able or pages or not all(known.values()):
             if not self._opened(task, row):
@@ -177,6 +181,7 @@ class Evaluation:
             before = known[system.name]
             if before is None or any(known[other.name] is None for other in asked):  # what it finds is not kept
                 assert entry is not None, "the task was opened for what is not known"
+                self.computed.add(row.name)
                 scored = self._score(system, task, row, found, entry)
                 found[system.name] = scored if asked else replace(scored, found={})
             else:
@@ -218,6 +223,13 @@ class Evaluation:
             self.rankings[system.name][row.name] = scored.ranked
         if anew and (store := caching(system)) is not None:
             store.note((self.works.get(row.name) or Work({})).encoded)
+
+    def _is_empty(self, row: TaskRow) -> bool:
+        """Whether it was seen before that the data hold nothing for a task, which nobody named."""
+        if not self.benchmark.of_local or row.name in (self.options.tasks or ()):
+            return False
+        work = read_work(self._work_key(row))
+        return work is not None and not work.encoded
 
     def _opened(self, task: Any, row: TaskRow) -> bool:
         """Loads the data of a task; False where there are none, which is said and, of a public set, kept."""
