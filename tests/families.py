@@ -36,6 +36,7 @@ VISION_FAMILIES = (
 FAMILIES = TEXT_FAMILIES + VISION_FAMILIES
 AUDIO_FAMILIES = ("qwen2_5_omni",)  # text, pictures and sounds
 MOE_FAMILIES = ("qwen3_moe", "mixtral", "qwen3_vl_moe")  # mixtures of experts
+MODEL_TYPES = {*FAMILIES, *MOE_FAMILIES, *(f"{name}_thinker" for name in AUDIO_FAMILIES)}  # that are built tiny
 
 DECODER = {
     "hidden_size": 64,

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES as TINY_MODELS
+from families import MODEL_TYPES
 from families import build, items, vectors
 
 from mmembed.backbones import FAMILIES
@@ -241,4 +241,4 @@ def test_a_maker_of_pairs_draws_what_it_says(name: str, tmp_path) -> None:
 @pytest.mark.parametrize("name", FAMILIES.classes())
 def test_a_backbone_family_has_a_tiny_model_that_the_tests_run(name: str) -> None:
     """The tests of families go over tests/families.py, which needs a few lines to build the new one."""
-    assert set(FAMILIES.get(name).model_types) <= set(TINY_MODELS)
+    assert set(FAMILIES.get(name).model_types) <= MODEL_TYPES
