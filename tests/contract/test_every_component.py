@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from families import MODEL_TYPES
-from families import build, items, vectors
+from families import MODEL_TYPES, build, items, vectors
 
 from mmembed.backbones import FAMILIES
 from mmembed.content import Text, to_content
