@@ -388,7 +388,7 @@ def test_results_beside_a_page_count_and_those_of_this_code_first(one_run, tmp_p
 def test_numbers_of_code_that_changed_meanwhile_are_no_result(one_run, tmp_path, monkeypatch):
     source = tmp_path / "module.py"
     source.write_text("before")
-    monkeypatch.setattr(runs, "REPOSITORY", tmp_path)
+    monkeypatch.setattr("eval.files.REPOSITORY", tmp_path)
     monkeypatch.setattr(runs, "CODE", ("module.py",))
     runs.code_digest.cache_clear()
     try:

@@ -184,7 +184,7 @@ def test_files_that_cannot_be_read(tmp_path, written, message):
         ({"adapter": {"type": "prompt"}, "model": {"gradient_checkpointing": True}}, "cache"),
         ({"adapter": {"type": "qlora"}, "model": {"dtype": "float32"}}, "bfloat16"),
         ({"model": {"freeze": ["language"]}}, "language"),
-        ({"model": {"freeze": ["audio"]}}, "model.freeze"),
+        ({"model": {"freeze": ["ears"]}}, "model.freeze"),
         (
             {"model": {"freeze": ["vision", "projector"]}, "training": {"learning_rates": {"vision": 1e-5}}},
             r"training.learning_rates.vision: .*set model.freeze: \[projector\]",
