@@ -34,13 +34,15 @@ def no_data(monkeypatch):
     def read(*arguments, **options):
         raise AssertionError("data was read")
 
+    import mmembed.data.streaming  # noqa: F401  declares a type of the class, before that is replaced
+
     monkeypatch.setattr("mmembed.data.dataset.RecordDataset", read)
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["training.learning_rates={vision: 1e-5}"], "training.learning_rates.vision: model.freeze [vision]"),
+        (["training.learning_rates={vision: 1e-5}"], "training.learning_rates.vision: model.freeze [vision, audio]"),
         (
             ["training.learning_rates={objective: 1e-3}", "objective=contrastive"],
             "training.learning_rates.objective: this run trains no parameter",
