@@ -42,7 +42,7 @@ def no_data(monkeypatch):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["training.learning_rates={vision: 1e-5}"], "training.learning_rates.vision: model.freeze [vision, audio]"),
+        (["training.learning_rates={vision: 1e-5}"], "training.learning_rates.vision: model.freeze [audio, vision]"),
         (
             ["training.learning_rates={objective: 1e-3}", "objective=contrastive"],
             "training.learning_rates.objective: this run trains no parameter",
