@@ -135,7 +135,7 @@ def test_a_vision_cache_of_what_is_trained(config_file, tmp_path, capsys):
     options = ["adapter={type: none}", "data.dev=[]", "training.max_steps=2"]
     assert main(["--config", str(config_file), *options, f"training.vision_cache={tmp_path / 'cache'}"]) == 2
     error = capsys.readouterr().err
-    assert "projector is trained" in error and "model.freeze: [projector, vision]" in error
+    assert "projector is trained" in error and "model.freeze: [audio, projector, vision]" in error
     assert main(["--config", str(config_file), *options, "training.vision_cache=auto"]) == 0
     assert "image features: not kept (the projector is trained" in capsys.readouterr().out
     assert main(["--config", str(config_file), *options, "training.vision_cache_gb=3"]) == 2

@@ -158,7 +158,7 @@ def test_a_picture_that_changes_between_batch_and_step_is_kept_under_no_name(fam
     "options, reason",
     [
         ({"adapter": {"type": "none"}, "freeze": ("vision", "projector")}, None),
-        ({"adapter": {"type": "none"}}, r"projector is trained.*freeze: \[projector, vision\]"),
+        ({"adapter": {"type": "none"}}, r"projector is trained.*freeze: \[audio, projector, vision\]"),
         ({"adapter": {"type": "none"}, "freeze": ()}, "vision tower and projector are trained"),
     ],
 )
