@@ -257,8 +257,8 @@ def commands():
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     blocks = [block for page in pages for block in re.findall(r"```sh\n(.*?)```", page.read_text(), flags=re.S)]
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    words = [shlex.split(line, comments=True) for line in lines]
-    return [one for one in words if "recipes/train_embedder.py" in one and one[0] in LAUNCH]
+    words = [shlex.split(line, comments=True) for line in lines if "recipes/train_embedder.py" in line]
+    return [one for one in words if one[0] in LAUNCH]
 
 
 def by_accelerate(words):
