@@ -20,6 +20,7 @@ import pyarrow.parquet
 
 from eval.examples import by_hash, inlined
 from eval.files import REPOSITORY, read_json, read_jsonl, write_json
+from eval.rows import DIGITS
 from eval.tables import number
 from mmembed.arguments import Parser
 from mmembed.charts import curve, page_environment
@@ -120,7 +121,7 @@ def averages(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]
         means[group] = {"tasks": len(rows)}
         for column in COLUMNS:
             values = [row[column] for row in rows if row[column] is not None]
-            means[group][column] = round(sum(values) / len(rows), 5) if len(values) == len(rows) else None
+            means[group][column] = round(sum(values) / len(rows), DIGITS) if len(values) == len(rows) else None
     return means
 
 
