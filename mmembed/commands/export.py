@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import textwrap
 from pathlib import Path
 from typing import Any
 
 from mmembed.arguments import Parser
+from mmembed.commands.common import add_command, add_trust
 from mmembed.errors import MmembedError
 
 TARGETS = ("sentence-transformers", "vllm", "merged", "adapter", "onnx")  # of mmembed.export, which loads torch
@@ -16,19 +16,19 @@ PRECISIONS = ("float32", "float16", "bfloat16", "int8", "binary")
 
 
 def add(subparsers: Any) -> Parser:
-    command: Parser = subparsers.add_parser(
+    command = add_command(
+        subparsers,
         "export",
+        run,
         help="write a model for sentence-transformers, vLLM, peft or ONNX Runtime",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=textwrap.dedent("""\
+        description="""\
             Writes a trained embedder or reranker as a folder that another program loads, with a model card that says
             how. A LoRA adapter becomes part of the weights. What that program cannot hold is refused with the reason.
 
               mmembed export runs/embedder --to sentence-transformers --output exported
               mmembed export runs/embedder --to vllm --output served --query-instruction "Find the answer."
-              mmembed export runs/reranker --to vllm --output judge --push-to-hub me/judge --private"""),
+              mmembed export runs/reranker --to vllm --output judge --push-to-hub me/judge --private""",
     )
-    command.set_defaults(run=run)
     command.add_argument("checkpoint", help="folder of a saved embedder or reranker")
     command.add_argument("--to", required=True, choices=TARGETS, help="what loads the folder")
     command.add_argument("--output", type=Path, required=True, help="folder to write")
@@ -45,7 +45,7 @@ def add(subparsers: Any) -> Parser:
     )
     command.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the folder to the Hugging Face Hub")
     command.add_argument("--private", action="store_true", help="the repository that is made there is private")
-    command.add_argument("--trust-remote-code", action="store_true", help="run code that the backbone brings with it")
+    add_trust(command)
     return command
 
 

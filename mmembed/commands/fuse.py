@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
 from mmembed.arguments import Parser
+from mmembed.commands.common import add_command
 from mmembed.errors import ConfigError, MmembedError
 
 RULES = ("uniform", "linear", "slerp", "task_vectors", "delta_guided", "atlas")  # mmembed.fusion.rules loads torch
@@ -24,20 +24,20 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def add(subparsers: Any) -> Parser:
-    command: Parser = subparsers.add_parser(
+    command = add_command(
+        subparsers,
         "fuse",
+        run,
         help="make one model of several: soups, task vectors, merges",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=textwrap.dedent("""\
+        description="""\
             Fuses embedders, or rerankers, that were trained from one backbone, adapters multiplied out, in float32,
             tensor by tensor. What is written is a whole model that loads like any other; its fusion.json says what was
             fused.
 
               mmembed fuse runs/a runs/b runs/c --output runs/soup
               mmembed fuse runs/retrieval runs/similarity --rule delta_guided --output runs/both
-              mmembed fuse runs/a runs/b --rule task_vectors --weights 1 -0.5 --output runs/without-b"""),
+              mmembed fuse runs/a runs/b --rule task_vectors --weights 1 -0.5 --output runs/without-b""",
     )
-    command.set_defaults(run=run)
     command.add_argument("models", nargs="+", help="folders of embedders, or of rerankers")
     command.add_argument("--output", type=Path, required=True, help="folder to write")
     command.add_argument("--overwrite", action="store_true", help="replace a model there")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
 from mmembed.arguments import Parser, add_media_limits, media_limits_of
+from mmembed.commands.common import add_command, add_trust
 from mmembed.errors import ConfigError, MmembedError
 from mmembed.media_limits import MediaLimits
 from mmembed.packaged import NANO
@@ -32,11 +32,12 @@ LIMITS = {  # flag of an option -> what it bounds; the default and its meaning a
 
 
 def add(subparsers: Any) -> Parser:
-    command: Parser = subparsers.add_parser(
+    command = add_command(
+        subparsers,
         "serve",
+        run,
         help="answer OpenAI's /v1/embeddings, and /rerank, over HTTP",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=textwrap.dedent(f"""\
+        description=f"""\
             Serves an embedder at /v1/embeddings, in OpenAI's schema with vLLM's pictures, and a reranker at /rerank, in
             that of Jina and Cohere; also /v1/models, /health and /metrics. Listens to this machine alone unless --host
             says otherwise. A key, where there is one, is in {KEY_VARIABLE} or --api-key-file.
@@ -47,9 +48,8 @@ def add(subparsers: Any) -> Parser:
 
               mmembed serve runs/demo/embedder
               mmembed serve runs/embedder runs/reranker --engine mmembed --port 8080
-              mmembed serve exported/ --engine vllm --vllm max_model_len=4096"""),
+              mmembed serve exported/ --engine vllm --vllm max_model_len=4096""",
     )
-    command.set_defaults(run=run)
     command.add_argument(
         "models",
         nargs="*",
@@ -62,9 +62,7 @@ def add(subparsers: Any) -> Parser:
     command.add_argument("--served-model-name", nargs="+", metavar="NAME", help="of each model (default: its folder's)")
     command.add_argument("--api-key-file", type=Path, metavar="FILE", help="its first line is the key of every request")
     command.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default auto)")
-    command.add_argument(
-        "--trust-remote-code", action="store_true", help="run the python code that the backbone brings"
-    )
+    add_trust(command)
     command.add_argument(
         "--allowed-media-domains",
         nargs="+",

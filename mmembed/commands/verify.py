@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmembed.arguments import Parser
+from mmembed.commands.common import add_command, add_trust
 from mmembed.errors import MmembedError
 
 if TYPE_CHECKING:
@@ -20,11 +20,12 @@ TOLERANCE = 1e-3
 
 
 def add(subparsers: Any) -> Parser:
-    command: Parser = subparsers.add_parser(
+    command = add_command(
+        subparsers,
         "verify",
+        run,
         help="compare a checkpoint with what it gave when it was saved, and with other runtimes",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=textwrap.dedent("""\
+        description="""\
             Loads a checkpoint and compares its vectors, or a reranker's probabilities:
 
               recorded       with those that were recorded when it was saved; they must also differ from those of the
@@ -39,9 +40,8 @@ def add(subparsers: Any) -> Parser:
             installed, or cannot hold the model, is a line that says so.
 
               mmembed verify runs/embedder
-              mmembed verify runs/embedder --runtimes sentence-transformers"""),
+              mmembed verify runs/embedder --runtimes sentence-transformers""",
     )
-    command.set_defaults(run=run)
     command.add_argument("checkpoint", type=Path, help="folder of a saved embedder or reranker")
     command.add_argument("--tolerance", type=float, default=TOLERANCE, help="largest difference (default 1e-3)")
     command.add_argument(
@@ -57,7 +57,7 @@ def add(subparsers: Any) -> Parser:
     command.add_argument("--query-instruction", metavar="TEXT", help="export with it, as `mmembed export` does")
     command.add_argument("--document-instruction", metavar="TEXT", help="the same for documents")
     command.add_argument("--json", action="store_true", help="print one JSON object")
-    command.add_argument("--trust-remote-code", action="store_true", help="run code that the backbone brings with it")
+    add_trust(command)
     return command
 
 
